@@ -1,0 +1,69 @@
+"""`--micro-batch auto`: trying out, before training, what fits into memory.
+
+Owns: the trial on one rank and the agreement of all.
+Refuses: halving in the middle of training: a batch whose backward was half done cannot be split again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ddp_kit.collectives import max_over_ranks
+from ddp_kit.data.data import Data
+from ddp_kit.data.placement import Placement
+from ddp_kit.data.reader import MicroBatch
+from ddp_kit.data.loader import build_loader
+from ddp_kit.batching import plan_batches
+from ddp_kit.errors import ConfigError
+from ddp_kit.process_group import Group
+from ddp_kit.recipe import Objective
+from ddp_kit.seeding import generators_put_back
+from ddp_kit.settings import Settings
+from ddp_kit.training import LossCall
+
+
+def find_micro_batch(
+    model: nn.Module, parts: Sequence[Objective], data: Data, *, placement: Placement, settings: Settings, group: Group
+) -> int:
+    """Returns the largest divisor of the global batch, up to a rank's share, that fits on every rank. Every rank calls it.
+
+    Raises: ConfigError if not even one sample fits.
+    """
+    share = -(-settings.global_batch // group.world_size)
+    sizes = [size for size in range(share, 0, -1) if settings.global_batch % size == 0]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    while sizes and not _fits(model, parts, data, sizes[0], placement=placement, settings=settings, group=group):
+        sizes = [size for size in sizes if size <= sizes[0] // 2] or sizes[-1:] * (sizes[0] != 1)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    model.zero_grad(set_to_none=True)
+    fitting = -max_over_ranks(group, [-(sizes[0] if sizes else 0)])[0]
+    if not fitting:
+        raise ConfigError("--micro-batch auto: not even one sample fits into memory on every rank. Try --activation-checkpointing or a smaller model.")
+    return fitting
+
+
+def _fits(
+    model: nn.Module, parts: Sequence[Objective], data: Data, size: int, *, placement: Placement, settings: Settings, group: Group
+) -> bool:
+    """Runs each loss forward and backward on `size` samples; optimizer state is not there yet, so a tenth is left free on CUDA."""
+    plan = plan_batches(size, micro_batch=0, world_size=1)
+    try:
+        batch: MicroBatch = build_loader(data, plan=plan, rank=0, seed=settings.seed, placement=placement).rehearsal()
+        with generators_put_back():
+            for part in parts:
+                call = LossCall(model, part.loss, precision=settings.precision, device=group.device)
+                call(batch.batch)[0].backward()
+        if group.device.type == "cuda":
+            total = torch.cuda.get_device_properties(group.device).total_memory
+            weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+            return torch.cuda.max_memory_allocated(group.device) + 2 * weights < 0.95 * total
+    except torch.OutOfMemoryError:
+        return False
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        return False
+    return True

@@ -1,0 +1,97 @@
+"""The buffers that training changes: the same on all ranks at every step boundary, and none thrown away.
+
+Owns: the running statistics of normalisation layers, as views of one flat tensor, and any other buffer a forward pass changes.
+Refuses: DDP's broadcast from rank 0, which throws away what the other ranks have seen.
+
+Each micro-batch of a step starts from the step's base statistics; what the micro-batches of all ranks made of them is averaged
+once per step by one asynchronous reduction that runs beside backward. `num_batches_tracked` grows by one per step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ddp_kit.process_group import Group
+
+
+class RunningStatistics:
+    """Averages running statistics over the micro-batches of a step. Every rank makes the calls of a step in this order:
+    `begin`, then per micro-batch `rewind` and `capture`, `launch` after the last forward pass, `finish` after the last backward.
+    """
+
+    def __init__(self, model: nn.Module, group: Group, *, micro_batches: int, always: bool = False):
+        """Args: `micro_batches` of all ranks in a step; `always` averages one micro-batch too (checkpointed activations run twice)."""
+        self._group = group
+        self._total = micro_batches
+        layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.running_mean is not None]
+        self.names = [type(layer).__name__ for layer in layers]
+        self._flat = _as_views(layers, ("running_mean", "running_var"))
+        self._counters = _as_views(layers, ("num_batches_tracked",))
+        self._averages = bool(layers) and (micro_batches > 1 or always)
+        self.others: list[torch.Tensor] = []  # buffers outside normalisation layers that training changes
+        self._work: dist.Work | None = None
+        self._base, self._base_counters = self._flat.clone(), self._counters.clone()
+        self._deltas = torch.zeros_like(self._flat)
+
+    @property
+    def owned(self) -> set[int]:
+        """Addresses of the storages that hold running statistics."""
+        return {tensor.untyped_storage().data_ptr() for tensor in (self._flat, self._counters)}
+
+    def begin(self) -> None:
+        """Takes the base of a step."""
+        if self._flat.numel():
+            self._base.copy_(self._flat)
+            self._base_counters.copy_(self._counters)
+            self._deltas.zero_()
+
+    def rewind(self) -> None:
+        """Puts the base back, before a forward pass."""
+        if self._averages:
+            self._flat.copy_(self._base)
+            self._counters.copy_(self._base_counters)
+
+    def capture(self) -> None:
+        """Adds what a forward pass changed, before its backward."""
+        if self._averages:
+            self._deltas.add_(self._flat).sub_(self._base)
+
+    def launch(self) -> None:
+        """Starts the sum over ranks, after the last forward pass of the step."""
+        if self._averages and self._group.training is not None:
+            self._work = dist.all_reduce(self._deltas, group=self._group.training, async_op=True)
+
+    def finish(self) -> None:
+        """Writes the averages, after the last backward."""
+        if self._averages:
+            if self._work is not None:
+                self._work.wait()
+                self._work = None
+            torch.add(self._base, self._deltas, alpha=1 / self._total, out=self._flat)
+            torch.add(self._base_counters, 1, out=self._counters)
+        if self._group.training is not None:
+            for buffer in self.others:
+                dist.broadcast(buffer, 0, group=self._group.training)
+
+    def restore(self) -> None:
+        """Puts the base back for good: the step is not applied."""
+        self._flat.copy_(self._base)
+        self._counters.copy_(self._base_counters)
+
+
+def _as_views(layers: Sequence[nn.Module], names: Sequence[str]) -> torch.Tensor:
+    """Replaces buffers by views of one flat tensor, which it returns."""
+    buffers = [(layer, name, layer._buffers[name]) for layer in layers for name in names]
+    tensors = [buffer for _, _, buffer in buffers if buffer is not None]
+    if not tensors:
+        return torch.zeros(0)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    at = 0
+    for layer, name, buffer in buffers:
+        if buffer is not None:
+            layer._buffers[name] = flat[at : at + buffer.numel()].view(buffer.shape)
+            at += buffer.numel()
+    return flat

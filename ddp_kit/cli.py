@@ -1,0 +1,60 @@
+"""`ddp-kit VERB ...`: the table of verbs.
+
+Owns: finding the verb and turning an error of ours into a message and an exit code. Refuses: flags; those are the verb's own.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ddp_kit.errors import ConfigError, DdpKitError, nearest
+
+# verb: (module with `main(argv) -> int`, one line of help)
+VERBS = {
+    "new": ("ddp_kit.commands.new", "start a recipe of your own from a shipped one: new my.py --from cifar"),
+    "check": ("ddp_kit.commands.check", "two steps and an evaluation of a recipe: memory, rate, time to finish; leaves nothing"),
+    "evaluate": ("ddp_kit.evaluate", "evaluate weights: evaluate RECIPE.py --init-from weights.safetensors"),
+    "show": ("ddp_kit.commands.show", "one screen about a run: status, metrics, curve: show runs/NAME"),
+    "env": ("ddp_kit.commands.env", "what to paste into a bug report"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb. Returns: the exit code; an error of ours is printed without a traceback, any other one passes through."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else ConfigError.exit_code
+    try:
+        return _verb_main(words[0], words[1:])
+    except DdpKitError as error:
+        print(f"ddp-kit: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def usage() -> str:
+    """Returns the verbs with one line each."""
+    width = max(len(verb) for verb in VERBS)
+    lines = [f"  {verb:{width}}  {line}" for verb, (_, line) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: ddp-kit VERB [arguments]",
+            "",
+            *lines,
+            "",
+            "ddp-kit VERB --help tells a verb's flags. Training: torchrun -m ddp_kit.train --help",
+        ]
+    )
+
+
+def _verb_main(verb: str, argv: Sequence[str]) -> int:
+    if verb not in VERBS:
+        near = nearest(verb, VERBS)
+        raise ConfigError(f"unknown verb {verb}.{f' Did you mean {near}?' if near else ''} The verbs are: {', '.join(VERBS)}.")
+    code = importlib.import_module(VERBS[verb][0]).main(argv)
+    assert isinstance(code, int), (verb, code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Agreement between ranks on small values, over the gloo control group.
+
+Owns: every blocking collective outside the training step. All ranks call each function, in the same order.
+Refuses: objects (a peer's bytes are never unpickled), and collectives that some ranks enter only.
+In one process without a group each function returns what it was given.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from ddp_kit.process_group import Group
+
+
+def max_over_ranks(group: Group, values: Sequence[int]) -> list[int]:
+    """Returns the element-wise maximum of int64 values. The lengths must be equal on all ranks."""
+    if group.control is None:
+        return list(values)
+    packet = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(packet, dist.ReduceOp.MAX, group=group.control)
+    result: list[int] = packet.tolist()
+    return result
+
+
+def first_difference(group: Group, values: Sequence[int]) -> int | None:
+    """Returns the index of the first value that is not equal on all ranks, or None."""
+    both = max_over_ranks(group, [*values, *(-value for value in values)])
+    highest, lowest = both[: len(values)], [-value for value in both[len(values) :]]
+    return next((i for i, (high, low) in enumerate(zip(highest, lowest, strict=True)) if high != low), None)
+
+
+def sum_over_ranks(group: Group, values: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of a CPU tensor over all ranks; it is also changed in place."""
+    if group.control is not None:
+        dist.all_reduce(values, group=group.control)
+    return values
+
+
+def sum_by_name(group: Group, sums: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Adds up named rows of floats (for instance (sum, count)) in float64 over all ranks.
+
+    Raises: ValueError on every rank if the names differ between ranks.
+    """
+    names = sorted(sums)
+    signature = zlib.crc32("\n".join(f"{name} {len(sums[name])}" for name in names).encode())
+    if first_difference(group, [signature]) is not None:
+        raise ValueError(f"the ranks report different metrics; rank {group.rank} has {', '.join(names)}")
+    flat = torch.tensor([value for name in names for value in sums[name]], dtype=torch.float64)
+    values: list[float] = sum_over_ranks(group, flat).tolist()
+    result, at = {}, 0
+    for name in names:
+        result[name] = values[at : at + len(sums[name])]
+        at += len(sums[name])
+    return result
+
+
+def from_rank(group: Group, data: bytes, *, source: int = 0) -> bytes:
+    """Returns the bytes that `source` gave; what the other ranks give is ignored."""
+    if group.control is None:
+        return data
+    size = torch.tensor([len(data)], dtype=torch.int64)
+    dist.broadcast(size, source, group=group.control)
+    content = torch.zeros(int(size), dtype=torch.uint8)
+    if group.rank == source:
+        content = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else content
+    dist.broadcast(content, source, group=group.control)
+    return bytes(content.numpy().tobytes())
+
+
+def gather_bytes(group: Group, data: bytes) -> list[bytes]:
+    """Returns every rank's bytes, in rank order."""
+    if group.control is None:
+        return [data]
+    sizes = max_over_ranks(group, [len(data) if rank == group.rank else 0 for rank in range(group.world_size)])
+    own = torch.zeros(max(max(sizes), 1), dtype=torch.uint8)
+    if data:
+        own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    every = [torch.empty_like(own) for _ in range(group.world_size)]
+    dist.all_gather(every, own, group=group.control)
+    return [bytes(content.numpy().tobytes()[:size]) for content, size in zip(every, sizes, strict=True)]
+
+
+def gather_rows(group: Group, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Returns every rank's rows (n_rank, ...) in rank order. The number of rows may differ; dtype and trailing shape may not."""
+    if group.control is None:
+        return [rows]
+    counts = max_over_ranks(group, [len(rows) if rank == group.rank else 0 for rank in range(group.world_size)])
+    own = torch.zeros((max(counts), *rows.shape[1:]), dtype=rows.dtype)
+    own[: len(rows)] = rows
+    every = [torch.empty_like(own) for _ in range(group.world_size)]
+    dist.all_gather(every, own, group=group.control)
+    return [content[:count] for content, count in zip(every, counts, strict=True)]

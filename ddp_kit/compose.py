@@ -1,0 +1,237 @@
+"""From a recipe and its settings to the parts of a run on this rank.
+
+Owns: the order in which a recipe's factories are called, and which settings reach which part.
+Refuses: running anything but what the start needs (rehearsal, one evaluation micro-batch).
+"""
+
+import itertools
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddp_kit.auto import find_micro_batch
+from ddp_kit.batching import BatchPlan, plan_batches, splits_that_keep
+from ddp_kit.collectives import first_difference, gather_bytes
+from ddp_kit.data.data import Data, as_data
+from ddp_kit.data.loader import Feed, build_loader, evaluation_batches
+from ddp_kit.data.placement import Placement
+from ddp_kit.ema import WeightAverage
+from ddp_kit.errors import ConfigError, DataError, nearest
+from ddp_kit.evaluation import EVALUATION, evaluate, measure_of
+from ddp_kit.fit import Pace
+from ddp_kit.precision import weight_dtype
+from ddp_kit.process_group import Group
+from ddp_kit.recipe import Recipe
+from ddp_kit.seeding import Purpose, generators_put_back, key, seed_forward
+from ddp_kit.settings import Settings, digest, flag, flatten
+from ddp_kit.training import Training
+from ddp_kit.tuning import wants_channels_last
+from ddp_kit.weights import load_weights
+from ddp_kit.wrap import Part, checkpoint_activations, wrap
+
+
+def require_same_settings(group: Group, settings: Settings, *, text: str) -> None:
+    """Raises: ConfigError on every rank if the ranks were started with different settings or another recipe text."""
+    fields = flatten(settings) | {"recipe's text": text}
+    names = list(fields)
+    at = first_difference(group, [digest("\n".join(names)), *(digest(fields[name]) for name in names)])
+    if at is None:
+        return
+    if at == 0:
+        raise ConfigError("the ranks run different recipes: their Settings have different fields. Start all of them with one command.")
+    name = names[at - 1]
+    if name == "recipe's text":
+        raise ConfigError("the ranks read different texts of the recipe. All nodes must see the same files.")
+    values = [value.decode() for value in gather_bytes(group, fields[name].encode())]
+    shown = ", ".join(f"{value} on rank {values.index(value)}" for value in dict.fromkeys(values))
+    raise ConfigError(f"the ranks were started with different settings: {flag(name)} is {shown}. Start all of them with one command.")
+
+
+def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
+    """Returns the model on this rank's device, from weights that depend on the seed alone (or on `init_from`)."""
+    with generators_put_back():
+        torch.manual_seed(key(settings.seed, Purpose.WEIGHTS))
+        model = recipe.model()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the recipe's model() must return an nn.Module; it returned {type(model).__name__}.")
+    if settings.init_from:
+        from pathlib import Path
+
+        load_weights(model, Path(settings.init_from))
+    if settings.sync_batchnorm:
+        if group.device.type != "cuda":
+            raise ConfigError("--sync-batchnorm: torch's SyncBatchNorm runs on CUDA only; this rank runs on a CPU. Leave it out.")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.training)
+    format_ = torch.channels_last if settings.tuning and wants_channels_last(model) else torch.preserve_format
+    model = model.to(group.device, weight_dtype(settings.precision), memory_format=format_)
+    if settings.activation_checkpointing:
+        checkpoint_activations(model, settings.activation_checkpointing)
+    if settings.compile:
+        model.compile()
+    return model
+
+
+def placement_of(model: nn.Module, settings: Settings, group: Group) -> Placement:
+    """Returns where the batches of a model have to be."""
+    is_last = settings.tuning and wants_channels_last(model)
+    return Placement(group.device, dtype=weight_dtype(settings.precision), channels_last=is_last)
+
+
+@dataclass(kw_only=True)
+class Evaluator:
+    """The recipe's evaluation sets and how they are measured. `sets` is {"": data} for one, {"name/": data} for several."""
+
+    recipe: Recipe
+    settings: Settings
+    group: Group
+    sets: Mapping[str, Data]
+    micro_batch: int
+    placement: Placement
+    names: dict[str, float] = field(default_factory=dict)  # what an evaluation will report, known from one micro-batch
+
+    def __call__(self, model: nn.Module, *, average: WeightAverage | None = None, limit: int | None = None) -> dict[str, float]:
+        """Returns the metrics of all sets, of the averaged weights where there are some. `limit` micro-batches: a trial."""
+        metrics: dict[str, float] = {}
+        with average.applied() if average is not None else nullcontext():
+            for prefix, data in self.sets.items():
+                found = evaluate(
+                    model,
+                    itertools.islice(self._batches(data), limit),
+                    group=self.group,
+                    measure=measure_of(self.recipe),
+                    summarize=self.recipe.summarize if limit is None else None,
+                    precision=self.settings.precision,
+                    seed=self.settings.seed,
+                )
+                metrics |= {prefix + name: value for name, value in found.items()}
+        return metrics
+
+    def on(self, sets: Mapping[str, Data]) -> "Evaluator":
+        """Returns an evaluator of other data sets, measured in the same way."""
+        return replace(self, sets=sets)
+
+    def weights(self, training: Training) -> AbstractContextManager[None]:
+        """Puts the weights that evaluation uses into the model: the average where there is one."""
+        return training.average.applied() if training.average is not None else nullcontext()
+
+    def samples(self, model: nn.Module) -> Mapping[str, Any]:
+        """Calls the recipe's `samples` on this rank."""
+        assert self.recipe.samples is not None
+        model.eval()
+        try:
+            with torch.no_grad(), generators_put_back():
+                seed_forward(self.settings.seed, EVALUATION, 0, device=self.group.device)
+                return self.recipe.samples(model)
+        finally:
+            model.train()
+
+    def _batches(self, data: Data) -> Any:
+        return evaluation_batches(
+            data,
+            micro_batch=self.micro_batch,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            placement=self.placement,
+            num_workers=self.settings.num_workers,
+        )
+
+    def rehearse(self, model: nn.Module) -> None:
+        """Runs one micro-batch: a wrong metric name or too little memory shows now, not hours later.
+
+        Raises: ConfigError if early stopping watches a metric that evaluation does not produce.
+        """
+        self.names = self(model, limit=1)
+        metric = self.settings.early_stop.metric
+        if not metric or metric in self.names or (self.recipe.summarize is not None and self.sets):
+            return
+        near = nearest(metric, self.names)
+        has = f"it produces {', '.join(self.names)}" if self.names else "the recipe has no eval_data"
+        raise ConfigError(f"--early-stop.metric {metric}: evaluation does not produce it; {has}.{f' Did you mean {near}?' if near else ''}")
+
+
+def data_sets(given: Any, *, what: str) -> dict[str, Data]:
+    """Returns one data set, or several by name, as {prefix: Data}. Raises: DataError if one is empty."""
+    several = given if isinstance(given, Mapping) else {"": given}
+    sets = {f"{name}/" if name else "": as_data(data) for name, data in several.items()}
+    for name, data in sets.items():
+        if not data.is_iterable and not len(data):
+            raise DataError(f"the {what} data{f' {name[:-1]}' if name else ''} is empty.")
+    return sets
+
+
+@dataclass(kw_only=True)
+class Composition:
+    """The parts of a run on this rank."""
+
+    training: Training
+    feed: Feed
+    evaluator: Evaluator
+    pace: Pace
+
+
+def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
+    """Calls the recipe's factories and wraps what they give. Every rank calls it."""
+    model = build_model(recipe, settings, group)
+    placement = placement_of(model, settings, group)
+    data = as_data(recipe.train_data())
+    micro_batch = settings.micro_batch
+    if micro_batch == "auto":
+        micro_batch = find_micro_batch(model, recipe.parts(), data, placement=placement, settings=settings, group=group)
+    plan = plan_batches(settings.global_batch, micro_batch=micro_batch, world_size=group.world_size)
+    feed = build_loader(data, plan=plan, rank=group.rank, seed=settings.seed, placement=placement, num_workers=settings.num_workers)
+    pace = _pace(settings, feed)
+    parts = []
+    for objective in recipe.parts():
+        optimizer = objective.optimizer(model.get_submodule(objective.trains) if objective.trains else model)
+        scheduler = objective.scheduler(optimizer, _scheduled_steps(settings, feed)) if objective.scheduler else None
+        parts.append(Part(loss=objective.loss, optimizer=optimizer, scheduler=scheduler, trains=objective.trains))
+    training = wrap(
+        model,
+        parts,
+        group=group,
+        feed=feed,
+        precision=settings.precision,
+        grad_clip=settings.grad_clip,
+        find_unused_parameters=settings.find_unused_parameters,
+        has_checkpointed_activations=bool(settings.activation_checkpointing),
+    )
+    if settings.ema:
+        training.average = WeightAverage(model, decay=settings.ema)
+    training.notes += _split_notes(model, plan, settings, group)
+    sets = data_sets(recipe.eval_data(), what="evaluation") if recipe.eval_data else {}
+    evaluator = Evaluator(recipe=recipe, settings=settings, group=group, sets=sets, micro_batch=plan.largest, placement=placement)
+    evaluator.rehearse(model)
+    return Composition(training=training, feed=feed, evaluator=evaluator, pace=pace)
+
+
+def _scheduled_steps(settings: Settings, feed: Feed) -> int:
+    """Steps that schedules are told: those of the epochs if they are set, else `max_steps`."""
+    return settings.epochs * feed.steps_per_epoch if settings.epochs else settings.max_steps
+
+
+def _pace(settings: Settings, feed: Feed) -> Pace:
+    if settings.epochs and not feed.steps_per_epoch:
+        raise ConfigError(
+            f"--epochs {settings.epochs}: the training data is iterable and has no length, or less than one global batch of "
+            f"{settings.global_batch}. Give it __len__, or type --epochs 0 --max-steps N."
+        )
+    whole = _scheduled_steps(settings, feed)
+    end = min(whole, settings.max_steps) if settings.max_steps else whole
+    return Pace(end=end, steps_per_epoch=feed.steps_per_epoch, eval_every=settings.eval_every)
+
+
+def _split_notes(model: nn.Module, plan: BatchPlan, settings: Settings, group: Group) -> list[str]:
+    """Says which layers make the numbers depend on the split, and which flag mends it."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    layers = sorted({type(module).__name__ for module in model.modules() if isinstance(module, kinds)})
+    if not layers or plan.is_invariant or settings.sync_batchnorm:
+        return []
+    keeps = splits_that_keep(settings.global_batch, world_size=group.world_size)
+    return [
+        f"{', '.join(layers)} see a micro-batch at a time, and this split is another one at other numbers of ranks: "
+        f"--micro-batch {keeps} keeps the numbers the same on up to {settings.global_batch // keeps} ranks"
+    ]

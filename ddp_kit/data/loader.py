@@ -1,0 +1,187 @@
+"""The feed: global batches as this rank sees them, read and placed on the device.
+
+Owns: who reads (the training process, or torch's DataLoader with workers), and the copy one batch ahead on CUDA.
+Refuses: order and randomness (sampler, reader). With `num_workers=0` a user's code runs on the main thread and no other.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from ddp_kit.batching import BatchPlan
+from ddp_kit.data.data import Data
+from ddp_kit.data.placement import Placement, map_tensors
+from ddp_kit.data.reader import MicroBatch, Reader, Request
+from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
+from ddp_kit.data.stream import TrainingStream, evaluation_stream
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One rank's part of one global batch: what one optimizer step consumes."""
+
+    step: int  # steps before this one
+    epoch: int
+    micro_batches: list[MicroBatch]
+    wait_s: float = 0.0  # time the training process waited for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """A rank's training batches. `batches(start, end)` may begin at any step; position is that one counter."""
+
+    data: Data
+    plan: BatchPlan
+    rank: int
+    seed: int
+    placement: Placement
+    num_workers: int = 0
+    sampler: GlobalBatchSampler | None = None  # None for an iterable data set
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; 0 if an iterable data set does not know its length."""
+        if self.sampler is not None:
+            return self.sampler.steps_per_epoch
+        try:
+            return len(self.data.dataset) // self.plan.global_batch
+        except TypeError:
+            return 0
+
+    def batches(self, *, start: int, end: int) -> Iterator[RankBatch]:
+        """Yields the batches of steps start to end - 1."""
+        with contextlib.closing(self._read(start=start, end=end)) as micro_batches:
+            yield from grouped(placed(micro_batches, self.placement), per_step=len(self.plan.of_rank(self.rank)))
+
+    def _read(self, *, start: int, end: int) -> Iterator[MicroBatch]:
+        if self.sampler is None:
+            stream = TrainingStream(self.data, plan=self.plan, rank=self.rank, seed=self.seed, start=start, end=end)
+            yield from self._with_workers(stream, None) if self.num_workers else stream
+            return
+        reader, requests = Reader(self.data, seed=self.seed, training=True), self.sampler.requests(start=start, end=end)
+        if self.num_workers:
+            yield from self._with_workers(reader, requests)
+        else:
+            yield from map(reader.read, requests)
+
+    def _with_workers(self, dataset: Any, requests: Iterable[Request] | None) -> Iterator[MicroBatch]:
+        loader: Iterable[MicroBatch] = DataLoader(
+            dataset,
+            batch_sampler=requests,
+            **({"batch_size": None} if requests is None else {}),
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # its own: the default one belongs to the model
+            pin_memory=False,  # `placed` pins: torch's pinning thread would not look into a MicroBatch
+        )
+        yield from loader
+
+    def rehearsal(self) -> MicroBatch:
+        """Returns the fixed micro-batch of the passes that come before the first step: the same on all ranks."""
+        size = self.plan.largest
+        if self.sampler is None:
+            whole = replace(self.plan, global_batch=size, bounds=(0, size), firsts=(0, 1))
+            answer = next(iter(TrainingStream(self.data, plan=whole, rank=0, seed=self.seed, start=0, end=1)))
+        else:
+            request = Request(0, 0, 0, self.sampler.epoch_order(0)[:size])
+            answer = Reader(self.data, seed=self.seed, training=True).read(request)
+        return MicroBatch(answer.request, self.placement(answer.batch))
+
+
+def build_loader(data: Data, *, plan: BatchPlan, rank: int, seed: int, placement: Placement, num_workers: int = 0) -> Feed:
+    """Returns a rank's feed of training batches.
+
+    Raises: DataError if an epoch holds less than one global batch.
+    """
+    sampler = None if data.is_iterable else GlobalBatchSampler(data, plan=plan, rank=rank, seed=seed, order=data.order)
+    return Feed(data=data, plan=plan, rank=rank, seed=seed, placement=placement, num_workers=num_workers, sampler=sampler)
+
+
+def evaluation_batches(
+    data: Data, *, micro_batch: int, rank: int, world_size: int, placement: Placement, num_workers: int = 0
+) -> Iterator[MicroBatch]:
+    """Yields a rank's micro-batches of an evaluation: each sample once over all ranks, and the same number on every rank."""
+    if data.is_iterable:
+        yield from placed(evaluation_stream(data, micro_batch=micro_batch, rank=rank, world_size=world_size), placement)
+        return
+    requests = evaluation_requests(len(data), micro_batch=micro_batch, rank=rank, world_size=world_size)
+    reader = Reader(data, seed=0, training=False)
+    if not num_workers:
+        yield from placed(map(reader.read, requests), placement)
+        return
+    loader: Iterable[MicroBatch] = DataLoader(
+        reader,  # type: ignore[arg-type]  # it has the one method that torch's fetcher calls, __getitems__
+        batch_sampler=requests,  # type: ignore[arg-type]  # a request stands where torch writes a list of indices
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),
+    )
+    yield from placed(loader, placement)
+
+
+def grouped(micro_batches: Iterable[MicroBatch], *, per_step: int) -> Iterator[RankBatch]:
+    """Yields each step's micro-batches together, with the time that was waited for them."""
+    run: list[MicroBatch] = []
+    begin = time.perf_counter()
+    for micro_batch in micro_batches:
+        run.append(micro_batch)
+        if len(run) == per_step:
+            request = run[0].request
+            yield RankBatch(request.step, request.epoch, run, time.perf_counter() - begin)
+            run, begin = [], time.perf_counter()
+
+
+def placed(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterator[MicroBatch]:
+    """Yields micro-batches on the device; on CUDA through pinned memory and a stream of its own, one ahead."""
+    if placement.device.type != "cuda":
+        for micro_batch in micro_batches:
+            yield MicroBatch(micro_batch.request, placement(micro_batch.batch)) if placement.is_needed else micro_batch
+        return
+    stream = torch.cuda.Stream(placement.device)
+    ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
+    for micro_batch in micro_batches:
+        with torch.cuda.stream(stream):
+            copied = placement(map_tensors(micro_batch.batch, torch.Tensor.pin_memory))
+            done = stream.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = MicroBatch(micro_batch.request, copied), done
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _arrived(micro_batch: MicroBatch, done: "torch.cuda.Event") -> MicroBatch:
+    """Makes the device's main stream wait for the copy (no host wait), and keeps the memory until that stream has used it."""
+    current = torch.cuda.current_stream()
+    current.wait_event(done)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.record_stream(current)
+        return tensor
+
+    return MicroBatch(micro_batch.request, map_tensors(micro_batch.batch, keep))
+
+
+def _as_it_is(answer: MicroBatch) -> MicroBatch:
+    return answer
+
+
+def _ignore_signals(worker: int) -> None:
+    """Loader workers live until the training process ends them: a signal to the whole job must not take them first."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def sample_indices(batch: RankBatch) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Returns the sample indices of a rank's batch, in order."""
+    return np.concatenate([micro_batch.request.indices for micro_batch in batch.micro_batches])

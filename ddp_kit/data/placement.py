@@ -1,0 +1,41 @@
+"""Where a batch has to be: device, floating-point dtype, memory format.
+
+Owns: the copy to the device, and walking through the containers of a batch.
+Refuses: changing values other than their dtype.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Placement:
+    """Puts a batch where the model wants it: device, floating-point dtype, memory format. A no-op costs nothing."""
+
+    def __init__(self, device: torch.device, *, dtype: torch.dtype = torch.float32, channels_last: bool = False):
+        self.device, self._dtype, self.channels_last = device, dtype, channels_last
+        self.is_needed = device.type != "cpu" or dtype != torch.float32 or channels_last
+
+    def __call__(self, batch: Any) -> Any:
+        """Returns the batch with its tensors placed. Copies to CUDA do not block where the source is pinned."""
+        return map_tensors(batch, self._place) if self.is_needed else batch
+
+    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
+        dtype = self._dtype if tensor.dtype == torch.float32 else tensor.dtype
+        if self.channels_last and tensor.dim() == 4:
+            return tensor.to(self.device, dtype, non_blocking=True, memory_format=torch.channels_last)
+        return tensor.to(self.device, dtype, non_blocking=True)
+
+
+def map_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Returns a batch of tuples, lists and dicts with its tensors changed; other values stay."""
+    if isinstance(batch, torch.Tensor):
+        return change(batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(value, change) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(value, change) for value in batch)
+    if isinstance(batch, dict):
+        return {name: map_tensors(value, change) for name, value in batch.items()}
+    return batch

@@ -1,0 +1,91 @@
+"""Which samples, in which order, and whose: the only place that knows.
+
+Owns: the order of an epoch, global batch k as its slice, and this rank's micro-batches of the slice.
+Refuses: state beside one counter. A step number gives its epoch and its samples at once, at any world size.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DistributedSampler
+
+from ddp_kit.batching import BatchPlan
+from ddp_kit.data.data import Order
+from ddp_kit.data.reader import Request
+from ddp_kit.errors import DataError
+from ddp_kit.seeding import permutation
+
+
+class GlobalBatchSampler(DistributedSampler[Any]):
+    """Global batch k of an epoch is `order[k x global_batch : (k + 1) x global_batch]` for every split; the ragged tail is dropped.
+
+    Iterating gives this rank's micro-batches of one epoch as lists of indices (a batch sampler for torch's DataLoader) and moves
+    on to the next epoch by itself; `requests` gives those of the whole run.
+    """
+
+    def __init__(self, dataset: Any, *, plan: BatchPlan, rank: int, seed: int = 0, order: Order | None = None):
+        """Raises: DataError if an epoch holds less than one global batch."""
+        super().__init__(dataset, num_replicas=len(plan.firsts) - 1, rank=rank, shuffle=True, seed=seed, drop_last=True)
+        self._plan = plan
+        self._order = order or permutation
+        self._size = len(dataset)
+        self._runs = plan.of_rank(rank)
+        self._known: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
+        self._length = len(self.epoch_order(0))
+        if self._length < plan.global_batch:
+            given = "is empty" if not self._size else f"has {self._length} samples an epoch"
+            raise DataError(
+                f"the training data {given}, less than one global batch of {plan.global_batch}. "
+                f"{f'Type --global-batch {self._length} or less.' if self._length else 'Give it samples.'}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch, the same at any world size."""
+        return self._length // self._plan.global_batch
+
+    def epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        """Returns the order of an epoch. Raises: DataError if a user's order leaves the data set or changes its length."""
+        if self._known[0] != epoch:
+            order = np.asarray(self._order(self.seed, epoch, self._size), dtype=np.int64)
+            if order.ndim != 1 or (len(order) and not (order.min() >= 0 and order.max() < self._size)):
+                raise DataError(f"the order of epoch {epoch} is not a list of indices from 0 to {self._size - 1}.")
+            if self._known[0] >= 0 and len(order) != self._length:
+                raise DataError(f"the order of epoch {epoch} has {len(order)} samples, that of epoch 0 has {self._length}; expected the same.")
+            self._known = (epoch, order)
+        return self._known[1]
+
+    def requests(self, *, start: int, end: int) -> Iterator[Request]:
+        """Yields this rank's micro-batches of steps start to end - 1. Any `start` costs the same."""
+        for step in range(start, end):
+            epoch, k = divmod(step, self.steps_per_epoch)
+            batch = self.epoch_order(epoch)[k * self._plan.global_batch : (k + 1) * self._plan.global_batch]
+            for index, first, stop in self._runs:
+                yield Request(step, epoch, index, batch[first:stop])
+
+    def __iter__(self) -> Iterator[Any]:
+        first = self.epoch * self.steps_per_epoch
+        self.set_epoch(self.epoch + 1)
+        for request in self.requests(start=first, end=first + self.steps_per_epoch):
+            yield request.indices.tolist()
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank in an epoch."""
+        return self.steps_per_epoch * len(self._runs)
+
+
+def evaluation_requests(size: int, *, micro_batch: int, rank: int, world_size: int) -> list[Request]:
+    """Returns a rank's micro-batches of an evaluation: each sample once over all ranks, in order, none repeated.
+
+    All ranks get the same number: where they do not come out even, a request marked as padding reads sample 0 and counts nothing.
+    """
+    blocks = [np.arange(first, min(first + micro_batch, size)) for first in range(0, size, micro_batch)]
+    small, larger = divmod(len(blocks), world_size)
+    first = rank * small + min(rank, larger)
+    own = range(first, first + small + (rank < larger))
+    requests = [Request(0, 0, i, blocks[i]) for i in own]
+    if larger and rank >= larger:
+        requests.append(Request(0, 0, len(blocks), np.zeros(1, dtype=np.int64), is_padding=True))
+    return requests

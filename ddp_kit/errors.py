@@ -1,0 +1,54 @@
+"""The errors that users see, and the two helpers that word them.
+
+Owns: one class per exit code, the nearest valid name, the install line of an optional package.
+Refuses: catching anything. An error of ours that is a bug is an `assert`, not one of these.
+"""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class DdpKitError(Exception):
+    """A failure with a message for the user: what was given, what was expected, what to type next."""
+
+    exit_code = 1
+
+
+class ConfigError(DdpKitError):
+    """Settings, flags, environment or recipe cannot be run as given."""
+
+    exit_code = 2
+
+
+class MissingPackageError(ConfigError):
+    """An optional package is needed by what was asked for and is not installed."""
+
+
+class DataError(DdpKitError):
+    """A data set is missing, empty or not what it should be."""
+
+
+class NonFiniteError(DdpKitError):
+    """A loss or gradient is not finite; the step was not applied."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Returns the candidate closest to `name`, or "" if none is near."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)
+    return close[0] if close else ""
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Imports an optional package on use.
+
+    Raises: MissingPackageError with the install line if the package itself is not there; an error inside it passes through.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        package = module.split(".")[0]
+        raise MissingPackageError(f"{package} is needed here and not installed. Type: pip install 'ddp_kit[{extra}]'") from error

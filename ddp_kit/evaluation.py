@@ -1,0 +1,106 @@
+"""One pass over an evaluation set: every sample exactly once, at any world size.
+
+Owns: adding up sums and counts over micro-batches and ranks, collecting rows in sample order, and dividing once.
+Refuses: padding that counts, means of means, and DDP's wrapper (the bare module is called).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ddp_kit.collectives import gather_rows, max_over_ranks, sum_by_name
+from ddp_kit.data.reader import MicroBatch
+from ddp_kit.errors import DdpKitError
+from ddp_kit.metrics import Totals, means
+from ddp_kit.precision import autocast
+from ddp_kit.process_group import Group
+from ddp_kit.recipe import Pairs, Recipe
+from ddp_kit.seeding import generators_put_back, seed_forward
+from ddp_kit.settings import Precision
+
+EVALUATION = -1  # stands for the step in the keys of evaluation's draws: each evaluation has the same ones
+Measure = Callable[[nn.Module, Any], Pairs]
+Rows = dict[str, torch.Tensor]
+
+
+def measure_of(recipe: Recipe) -> Measure:
+    """Returns the recipe's `evaluate`, else the sums of its losses (with several objectives named `part/loss`)."""
+    if recipe.evaluate is not None:
+        return recipe.evaluate
+    parts = recipe.parts()
+
+    def measure(model: nn.Module, batch: Any) -> Pairs:
+        sums: dict[str, Any] = {}
+        for part in parts:
+            prefix = f"{part.trains}/" if len(parts) > 1 else ""
+            sums |= {prefix + name: pair for name, pair in part.loss(model, batch).sums().items()}
+        return sums
+
+    return measure
+
+
+def evaluate(
+    model: nn.Module,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    group: Group,
+    measure: Measure,
+    summarize: Callable[[dict[str, float], Rows], Mapping[str, float]] | None = None,
+    precision: Precision = "fp32",
+    seed: int = 0,
+) -> dict[str, float]:
+    """Returns the metrics of a pass, the same on all ranks. Every rank calls it, with the same number of micro-batches.
+
+    `measure(model, batch)` gives {name: (sum, count)} or {name: rows (B, ...)}; `summarize(means, rows)` gets the divided sums and
+    the rows of all samples in sample order, and its metrics are added to the means.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), generators_put_back(), autocast(precision, group.device):
+            totals, rows, indices = _pass(model, micro_batches, group=group, measure=measure, seed=seed)
+    finally:
+        model.train(was_training)
+    metrics = means(sum_by_name(group, totals))
+    if rows or summarize is not None:
+        collected = _in_sample_order(group, rows, indices)
+        if summarize is not None:
+            metrics |= {name: float(value) for name, value in summarize(dict(metrics), collected).items()}
+    return metrics
+
+
+def _pass(
+    model: nn.Module, micro_batches: Iterable[MicroBatch], *, group: Group, measure: Measure, seed: int
+) -> tuple[dict[str, tuple[float, float]], dict[str, list[torch.Tensor]], list[np.ndarray[Any, Any]]]:
+    totals, names = Totals(group.device), set[str]()
+    rows: dict[str, list[torch.Tensor]] = {}
+    indices = []
+    for micro_batch in micro_batches:
+        request = micro_batch.request
+        seed_forward(seed, EVALUATION, request.micro_batch, device=group.device)
+        pairs = measure(model, micro_batch.batch)
+        sums = {name: value for name, value in pairs.items() if isinstance(value, tuple)}
+        names |= sums.keys()
+        for name, value in pairs.items():
+            if isinstance(value, torch.Tensor):
+                if value.dim() == 0 or len(value) != micro_batch.size:
+                    raise DdpKitError(f"evaluate: rows of {name!r} have shape {tuple(value.shape)} for {micro_batch.size} samples; expected one row each.")
+                own = value.detach().cpu()  # host-device synchronisation
+                rows.setdefault(name, []).append(own[:0] if request.is_padding else own)
+        if not request.is_padding:
+            totals.add(sums)
+            indices.append(request.indices)
+    found = totals.read()  # host-device synchronisation, once a pass
+    return {name: found.get(name, (0.0, 0.0)) for name in names}, rows, indices
+
+
+def _in_sample_order(group: Group, rows: dict[str, list[torch.Tensor]], indices: list[np.ndarray[Any, Any]]) -> Rows:
+    """Returns the rows of all ranks, sorted by sample index."""
+    own = torch.from_numpy(np.concatenate(indices)) if indices else torch.empty(0, dtype=torch.int64)
+    order = torch.argsort(torch.cat(gather_rows(group, own)))
+    if max_over_ranks(group, [len(rows)])[0] != len(rows):
+        raise DdpKitError("the ranks' `evaluate` returned rows under different names.")
+    return {name: torch.cat(gather_rows(group, torch.cat(rows[name])))[order] for name in sorted(rows)}

@@ -1,0 +1,80 @@
+"""Whether a step may be applied, and whose fault it is if not.
+
+Owns: the check of the reduced gradients, which are equal on all ranks, and naming rank, step and samples of a bad loss.
+Refuses: going on with weights that a bad step has changed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddp_kit.collectives import from_rank, sum_over_ranks
+from ddp_kit.data.loader import RankBatch
+from ddp_kit.errors import DdpKitError, NonFiniteError
+from ddp_kit.training import ObjectiveState, StepSums, Training
+
+
+def find_non_finite(gradients: Sequence[torch.Tensor], found: torch.Tensor) -> None:
+    """Sets `found` to 1 if a gradient is not finite: GradScaler's kernel, multiplying by 1."""
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    one = torch.ones((), device=found.device)
+    for same in by_dtype.values():
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
+
+
+def look_back(training: Training) -> None:
+    """Reads, one step later, whether a deferred step was applied; the flag stays set, so nothing was applied since."""
+    if training.suspect is None:
+        return
+    batch, sums, seen = training.suspect
+    torch.cuda.current_stream().synchronize()  # the step before: long done, or nearly
+    training.suspect = None
+    if bool(seen):
+        training.statistics.restore()
+        judge(training, training.objectives[0], batch, sums)
+
+
+def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums) -> None:
+    """Finds out why a step is not finite; all ranks are here at the same step. Returns if fp16 gradients only overflowed."""
+    step = batch.step + 1
+    own = _first_bad(batch, sums)
+    if own is not None:
+        training.control.name_culprit(step)
+    decision = training.control.exchange(step)
+    if decision.culprit_rank >= 0:
+        samples = np.frombuffer(from_rank(training.group, own or b"", source=decision.culprit_rank), dtype=np.int64)
+        training.statistics.restore()
+        raise NonFiniteError(
+            f"the loss of step {decision.culprit_step} is not finite on rank {decision.culprit_rank}, samples {listed(samples)}. The step "
+            "was not applied. Look at these samples, or lower the learning rate, or type --grad-clip 1."
+        )
+    count = torch.tensor(float(sum(part["loss"][1] for name, part in sums.parts if name == objective.name)), dtype=torch.float64)
+    if not sum_over_ranks(training.group, count):
+        raise DdpKitError(f"step {step}: the loss's count over the whole global batch is 0, so there is no mean to take.")
+    if objective.scale.is_on:
+        return
+    training.statistics.restore()
+    names = {id(parameter): name for name, parameter in training.model.named_parameters()}
+    bad = [names[id(p)] for p in objective.parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+    raise NonFiniteError(
+        f"the gradient of step {step} is not finite though the loss is, in {', '.join(bad[:5])}{' and more' if len(bad) > 5 else ''}. "
+        "The step was not applied. A square root or logarithm of 0 does this; or lower the learning rate."
+    )
+
+
+def _first_bad(batch: RankBatch, sums: StepSums) -> bytes | None:
+    """Returns the sample indices, as bytes, of this rank's first micro-batch whose loss is not finite."""
+    for i, (_, part) in enumerate(sums.parts):
+        total = part["loss"][0]
+        if isinstance(total, torch.Tensor) and not bool(torch.isfinite(total)):
+            return batch.micro_batches[i % len(batch.micro_batches)].request.indices.astype(np.int64).tobytes()
+    return None
+
+
+def listed(indices: Any) -> str:
+    shown = ", ".join(str(int(index)) for index in indices[:16])
+    return f"{shown} and {len(indices) - 16} more" if len(indices) > 16 else shown

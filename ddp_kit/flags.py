@@ -1,0 +1,189 @@
+"""From the command line to Settings: tyro reads the flags, this module words the refusals.
+
+Owns: `--settings FILE`, the peers' names, and printing once though every rank parses.
+Refuses: guessing what was meant. An unknown flag is refused with the nearest valid one before any process group starts.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import sys
+import time
+import tomllib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ddp_kit.errors import ConfigError, nearest
+from ddp_kit.settings import Settings, check, flag
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+PEERS = {  # the flags of Accelerate's examples, Lightning, Hugging Face's Trainer and DeepSpeed, in our words
+    "--batch-size": "--global-batch (samples per optimizer step over all ranks) or --micro-batch (samples of one forward pass)",
+    "--per-device-train-batch-size": "--global-batch (samples per optimizer step over all ranks) or --micro-batch (one forward pass)",
+    "--gradient-accumulation-steps": "--micro-batch: accumulation follows from global_batch, micro_batch and the number of ranks",
+    "--accumulate-grad-batches": "--micro-batch: accumulation follows from global_batch, micro_batch and the number of ranks",
+    "--learning-rate": "--lr (where the recipe has it)",
+    "--mixed-precision": "--precision bf16",
+    "--max-grad-norm": "--grad-clip",
+    "--gradient-clip-val": "--grad-clip",
+    "--num-train-epochs": "--epochs",
+    "--max-epochs": "--epochs",
+    "--output-dir": "--run-dir",
+    "--default-root-dir": "--run-dir",
+    "--resume-from-checkpoint": "--init-from for weights only",
+    "--devices": "the launcher's number of processes: torchrun --nproc_per_node=N",
+    "--num-processes": "the launcher's number of processes: torchrun --nproc_per_node=N",
+    "--dataloader-num-workers": "--num-workers",
+}
+
+
+def parse(cls: type[AnySettings], args: Sequence[str], *, prog: str, rank: int = 0) -> AnySettings:
+    """Returns the settings that defaults, `--settings FILE` and flags give, flags winning. Needs no process group.
+
+    Only rank 0 prints help and refusals; another rank speaks if it still lives two seconds later (then only it was refused).
+    Raises: ConfigError with what was given, expected and to type. SystemExit after `--help`.
+    """
+    try:
+        files, rest = _take_settings_files(list(args))
+        default = cls()
+        for file in files:
+            default = _replace(default, read_settings_file(Path(file)), where=file)
+        _refuse_peers(cls, rest)
+        settings = _tyro(cls, rest, default=default, prog=prog, prints_help=rank == 0)
+        check(settings)
+    except ConfigError:
+        if rank:
+            time.sleep(2)  # torchrun ends this rank meanwhile if rank 0 was refused as well
+        raise
+    return settings
+
+
+def _take_settings_files(args: list[str]) -> tuple[list[str], list[str]]:
+    files, rest = [], []
+    at = iter(args)
+    for arg in at:
+        if arg == "--settings":
+            file = next(at, None)
+            if file is None:
+                raise ConfigError("--settings expects a TOML or JSON file.")
+            files.append(file)
+        elif arg.startswith("--settings="):
+            files.append(arg.partition("=")[2])
+        else:
+            rest.append(arg)
+    return files, rest
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Reads a TOML or JSON file of settings, also a run's own settings.json.
+
+    Raises: ConfigError if it is missing or cannot be read.
+    """
+    try:
+        text = path.read_text()
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"--settings {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(f"--settings {path}: neither TOML nor JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--settings {path}: expected a table of fields.")
+    inner = values.get("settings")
+    return inner if isinstance(inner, dict) else values
+
+
+def _replace(settings: Any, values: dict[str, Any], *, where: str, prefix: str = "") -> Any:
+    """Returns a dataclass with some fields replaced by a file's values, checked by name and kind."""
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        key = name.replace("-", "_")
+        if key not in fields:
+            near = nearest(key, fields)
+            raise ConfigError(f"--settings {where}: unknown field {prefix}{name}.{f' Did you mean {prefix}{near}?' if near else ''}")
+        old = fields[key]
+        if dataclasses.is_dataclass(old):
+            if not isinstance(value, dict):
+                raise ConfigError(f"--settings {where}: {prefix}{name} = {value!r}: expected a table.")
+            changes[key] = _replace(old, value, where=where, prefix=f"{prefix}{name}.")
+        else:
+            changes[key] = _as_field(type(settings), key, value, where=f"--settings {where}: {prefix}{name}")
+    return dataclasses.replace(settings, **changes)
+
+
+def _as_field(cls: type, name: str, value: Any, *, where: str) -> Any:
+    """Returns a TOML or JSON value as the field's type has it. Raises: ConfigError if it does not fit."""
+    hint = typing.get_type_hints(cls)[name]
+    if _fits(value, hint):
+        return tuple(value) if isinstance(value, list) and typing.get_origin(hint) is tuple else float(value) if hint is float else value
+    raise ConfigError(f"{where} = {value!r}: expected {getattr(hint, '__name__', None) if isinstance(hint, type) else hint}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple:
+        kinds = inner[:1] * len(value) if inner[1:] == (...,) and isinstance(value, list) else inner
+        return isinstance(value, list) and len(kinds) == len(value) and all(map(_fits, value, kinds))
+    if inner:  # a union
+        return any(_fits(value, kind) for kind in inner)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _refuse_peers(cls: type[Settings], args: Sequence[str]) -> None:
+    own = {flag(field.name) for field in dataclasses.fields(cls)}
+    for arg in args:
+        name = arg.partition("=")[0].replace("_", "-")
+        if name in PEERS and name not in own:
+            raise ConfigError(f"{name} is not a flag here. Type {PEERS[name]}.")
+
+
+def _tyro(cls: type[AnySettings], args: Sequence[str], *, default: AnySettings, prog: str, prints_help: bool) -> AnySettings:
+    import tyro  # 0.3 s: only where flags are read
+
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            return tyro.cli(cls, args=list(args), default=default, prog=prog, description=cls.__doc__ or "")
+    except SystemExit as end:
+        if end.code in (0, None):
+            if prints_help:
+                sys.stdout.write(out.getvalue())
+            raise
+        raise ConfigError(f"{_plain(err.getvalue() or out.getvalue())}{_suggest(cls, args)}") from None
+
+
+def _plain(box: str) -> str:
+    """Returns tyro's framed message as plain lines."""
+    lines = [line.strip("│╭╰─╮╯ ").strip() for line in box.splitlines()]
+    kept = [line for line in lines if line and not line.startswith("For full helptext")]
+    return "\n".join(kept)
+
+
+def _suggest(cls: type[Settings], args: Sequence[str]) -> str:
+    names = _flags(cls)
+    for arg in args:
+        name = arg.partition("=")[0].replace("_", "-")
+        if arg.startswith("--") and name not in names:
+            near = nearest(name, names)
+            return f"\n{name} is not a flag of this recipe.{f' Did you mean {near}?' if near else ''} --help lists all of them."
+    return "\n--help lists every flag with its type and default."
+
+
+def _flags(cls: type) -> set[str]:
+    names = {"--help", "--settings"}
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            names |= {f"{flag(name)}.{inner[2:]}" for inner in _flags(hint)}
+        else:
+            names |= {flag(name)} | ({f"--no-{flag(name)[2:]}"} if hint is bool else set())
+    return names

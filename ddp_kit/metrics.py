@@ -1,0 +1,67 @@
+"""Sums with counts: the only form in which losses and metrics travel.
+
+Owns: `LossSum`, adding up in float64, and dividing once at the end.
+Refuses: means of means. They are wrong as soon as counts differ.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+Number = torch.Tensor | float | int
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """What a recipe's loss returns for one micro-batch.
+
+    Args: `total` the sum (not the mean) of the losses, a scalar tensor with a graph; `count` what to divide by: an int that is
+        the same for every sample (their number, or a fixed number of tokens each), or a tensor where it varies (tokens that
+        count, class weights); `metrics` {name: (sum, count)}.
+    """
+
+    total: torch.Tensor
+    count: int | torch.Tensor
+    metrics: Mapping[str, tuple[Number, Number]] = field(default_factory=dict)
+
+    def plus_mean(self, term: torch.Tensor) -> "LossSum":
+        """Adds a term of the mean (L1, L2, an auxiliary loss): it is multiplied by the count, so that the division keeps it."""
+        return replace(self, total=self.total + term * self.count)
+
+    def sums(self) -> dict[str, tuple[Number, Number]]:
+        """Returns the loss itself and the metrics, detached, as {name: (sum, count)}."""
+        return {"loss": (self.total.detach(), self.count), **self.metrics}
+
+
+class Totals:
+    """Adds up named (sum, count) pairs in float64 on a device; reads nothing back until `read`."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pairs: dict[str, torch.Tensor] = {}
+
+    def add(self, sums: Mapping[str, tuple[Number, Number]]) -> None:
+        """Adds one micro-batch's pairs."""
+        for name, pair in sums.items():
+            both = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self._device).detach() for value in pair])
+            if name in self._pairs:
+                self._pairs[name] += both
+            else:
+                self._pairs[name] = both
+
+    def tensor(self, names: Sequence[str]) -> torch.Tensor:
+        """Returns the pairs of `names` as one float64 tensor (len(names), 2)."""
+        return torch.stack([self._pairs[name] for name in names])
+
+    def read(self) -> dict[str, tuple[float, float]]:
+        """Returns the pairs as floats. Waits for the device."""
+        if not self._pairs:
+            return {}
+        names = list(self._pairs)
+        return {name: (row[0], row[1]) for name, row in zip(names, self.tensor(names).tolist(), strict=True)}
+
+
+def means(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Divides each sum by its count, once; a count of 0 gives nan."""
+    return {name: total / count if count else float("nan") for name, (total, count) in sums.items()}

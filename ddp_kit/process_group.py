@@ -1,0 +1,220 @@
+"""The process groups of a run: made, bounded in time and always destroyed here.
+
+Owns: the training group (nccl on CUDA, gloo on CPU), the gloo control group beside it, the store, and the rank's device.
+Refuses: `dist.barrier`, default timeouts, and leaving a group behind: a gloo rank that exits without destroying it aborts.
+"""
+
+import contextlib
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ddp_kit.errors import ConfigError, DdpKitError
+from ddp_kit.topology import Topology, environment, environment_default, read_topology
+from ddp_kit.tuning import set_threads, tune_process
+
+FAILURE = "ddp_kit/failure"
+
+
+@dataclass(kw_only=True)
+class Group:
+    """The ranks of a run as one of them sees them. In one process without a group, `training` and `control` are None.
+
+    Whoever holds the training group (a DDP wrapper) registers its release in `closing`: it must be gone before the group is.
+    """
+
+    topology: Topology
+    device: torch.device
+    training: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
+    timeout_s: float = 600
+    tuned: list[str] = field(default_factory=list)  # what of the defaults for speed took effect
+    closing: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self.topology.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the run."""
+        return self.topology.world_size
+
+    def settle(self) -> None:
+        """Shortens the timeouts once the first step (compilation, first batch) is done. Every rank calls it."""
+        for group in (self.training, self.control):
+            if group is not None:
+                _set_timeout(group, timeout_s=self.timeout_s)
+
+    def publish(self, error: BaseException) -> tuple[int, str]:
+        """Leaves this rank's failure in the store for its peers. Returns (rank, message) of the first one left there."""
+        own = f"{self.rank}\n{type(error).__name__}: {error}"
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):  # the store died with its host: nobody is left to tell
+                own = self.store.compare_set(FAILURE, "", own).decode()
+        rank, _, message = own.partition("\n")
+        return int(rank), message
+
+    def culprit(self, *, wait_s: float = 0) -> tuple[int, str] | None:
+        """Returns (rank, message) of the failure published first, waiting up to `wait_s` seconds for one; None if there is none."""
+        end = time.monotonic() + wait_s
+        while self.store is not None:
+            try:
+                if self.store.check([FAILURE]):
+                    rank, _, message = self.store.get(FAILURE).decode().partition("\n")
+                    return int(rank), message
+            except RuntimeError:
+                return None
+            if time.monotonic() >= end:
+                return None
+            time.sleep(0.05)
+        return None
+
+
+def _set_timeout(group: dist.ProcessGroup, *, timeout_s: float) -> None:
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # public since torch 2.15
+    set_timeout(timedelta(seconds=timeout_s), group)
+
+
+def choose_device(device: str, *, topology: Topology) -> torch.device:
+    """Returns this rank's device: `cuda:(local_rank % visible devices)` or `cpu`.
+
+    Raises: ConfigError if CUDA is asked for and there is none, or the name is not known.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: expected auto, cpu or cuda.")
+    visible = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device == "cuda" and not visible:
+        raise ConfigError("--device cuda: no CUDA device is visible here (torch.cuda.is_available() is False). Type --device cpu, or auto.")
+    return torch.device("cuda", topology.local_rank % visible) if visible else torch.device("cpu")
+
+
+@contextmanager
+def process_group(
+    *,
+    topology: Topology | None = None,
+    device: str = "auto",
+    init_method: str | None = None,
+    first_timeout_s: float = 1800,
+    timeout_s: float = 600,
+    threads: int = 0,
+    tuning: bool = True,
+) -> Iterator[Group]:
+    """Joins this process to its peers, and leaves them at the end, error or not. Every rank calls it.
+
+    Args: `topology` read from the environment if not given; `device` auto, cpu or cuda; `init_method` a `file://` address in
+        place of the environment's; `first_timeout_s` bounds the waits until `Group.settle`, `timeout_s` those after;
+        `threads` CPU threads of this rank (0: its share of the cores); `tuning` switches on the defaults for speed.
+    Yields: the Group. One process that was not started as a rank gets one without process groups.
+    """
+    topology = read_topology() if topology is None else topology
+    chosen = choose_device(device, topology=topology)
+    group = Group(topology=topology, device=chosen, timeout_s=timeout_s)
+    group.tuned = [*(tune_process(topology, chosen) if tuning else []), f"{set_threads(topology, threads=threads)} threads a rank"]
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if topology.launcher == "none":
+        with group.closing:
+            yield group
+        return
+    with ExitStack() as stack:
+        if topology.nodes == 1:
+            stack.enter_context(environment_default("GLOO_SOCKET_IFNAME", _loopback()))
+        _join(group, init_method=init_method, timeout=timedelta(seconds=first_timeout_s))
+        try:
+            yield group
+        except BaseException as error:
+            group.publish(error)  # before the connections close, so that peers find the culprit when they do
+            _leave(group, failed=True)
+            raise
+        _leave(group, failed=False)
+
+
+def _loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), names[0])
+
+
+def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
+    topology, cuda = group.topology, group.device.type == "cuda"
+    if init_method is not None:
+        store, _, _ = next(dist.rendezvous(init_method, topology.rank, topology.world_size, timeout=timeout))
+    else:
+        store = _store(topology, timeout=timeout)
+    group.store = dist.PrefixStore("ddp_kit_run", store)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=dist.PrefixStore("ddp_kit_training", store),
+        rank=topology.rank,
+        world_size=topology.world_size,
+        timeout=timeout,
+        device_id=group.device if cuda else None,
+    )
+    group.training = dist.group.WORLD
+    group.control = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
+    if environment().get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent holds it; it listens where torchrun says
+        store, _, _ = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
+        return store
+    is_host = topology.rank == 0
+    host = "127.0.0.1" if topology.nodes == 1 else topology.master
+    listener = None
+    if is_host and topology.nodes == 1:  # torch's own listener would be open to every interface
+        listener = socket.create_server((host, topology.port))
+    return dist.TCPStore(
+        host,
+        topology.port,
+        topology.world_size,
+        is_host,
+        timeout=timeout,
+        master_listen_fd=listener.detach() if listener else None,
+    )
+
+
+def _leave(group: Group, *, failed: bool) -> None:
+    try:
+        group.closing.close()
+    finally:
+        if failed and group.device.type == "cuda" and group.training is not None:
+            group.training.abort()  # destroying an NCCL group after an error can wait for ever
+        group.training = group.control = group.store = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def explain(group: Group, error: BaseException) -> str:
+    """Words a failure for stderr: the culprit's own message first, one line on the ranks that only follow, "" where all fail alike.
+
+    Every rank that fails calls it, before it leaves the group: by publishing first it also decides who the culprit is.
+    """
+    own = f"{error}\n" if isinstance(error, DdpKitError) else "".join(traceback.format_exception(error))
+    if group.world_size == 1:
+        return own
+    lost = is_lost_peer(error)
+    rank, message = (group.culprit(wait_s=2) if lost else None) or group.publish(error)
+    where = f"rank {group.rank} on {socket.gethostname()}"
+    if rank != group.rank:
+        is_same = message == f"{type(error).__name__}: {error}"
+        return "" if is_same else f"{where}: ended because rank {rank} failed: {message.splitlines()[0]}\n"
+    if lost:
+        return f"{where}: ended because a peer is gone that left no word (killed, or out of memory): {error}\n"
+    return own if isinstance(error, DdpKitError) else f"{where} failed:\n{own}"
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error is what a rank sees when another one has gone."""
+    if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)):
+        return True
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Timed out waiting", "gloo/transport")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

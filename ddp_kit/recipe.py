@@ -1,0 +1,178 @@
+"""What a recipe is, and finding one.
+
+Owns: `Recipe` and its parts, and loading a recipe's file or module.
+Refuses: inheritance and registration. A recipe is a Settings dataclass and a function named `recipe`.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ddp_kit.errors import ConfigError, nearest
+from ddp_kit.metrics import LossSum, Number
+from ddp_kit.settings import Settings
+from ddp_kit.trackers import Tracker
+
+Loss = Callable[[Any, Any], LossSum]
+Scheduler = Callable[[Optimizer, int], Any]
+Pairs = Mapping[str, tuple[Number, Number] | torch.Tensor]
+
+
+class Callback(Protocol):
+    """Observes a run on every rank; what it returns is not looked at."""
+
+    def on_start(self, model: nn.Module) -> None:
+        """Before the first step."""
+
+    def on_step(self, step: int) -> None:
+        """After `step` optimizer steps."""
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """After an evaluation; `metrics` are the same on all ranks."""
+
+    def on_end(self, reason: str) -> None:
+        """After the last step of a run that did not fail."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """One of several losses, each with its own optimizer, gradients, clipping and loss scale.
+
+    `trains` names the part of the model whose parameters it trains (a dotted path; "" is the whole model).
+    """
+
+    loss: Loss
+    optimizer: Callable[[Any], Optimizer]
+    scheduler: Scheduler | None = None
+    trains: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The parts of a run, as factories: strategies and seeding decide when to call them.
+
+    Args: `model()`; `loss(model, batch) -> LossSum`; `optimizer(model)`; `scheduler(optimizer, total_steps)`, stepped once per
+        optimizer step; `train_data()`, `eval_data()` (one data set, or several by name) and `test_data()`, each a `Data` or a bare
+        data set; `evaluate(model, batch) -> {name: (sum, count) or rows}` (default: the loss's sums); `summarize(means, rows) ->
+        {name: float}`; `samples(model) -> {name: image or text}`, on all ranks; `objectives` in place of loss and optimizer.
+    """
+
+    model: Callable[[], nn.Module]
+    train_data: Callable[[], Any]
+    loss: Loss | None = None
+    optimizer: Callable[[Any], Optimizer] | None = None
+    scheduler: Scheduler | None = None
+    eval_data: Callable[[], Any] | None = None
+    test_data: Callable[[], Any] | None = None
+    evaluate: Callable[[Any, Any], Pairs] | None = None
+    summarize: Callable[[dict[str, float], dict[str, torch.Tensor]], Mapping[str, float]] | None = None
+    samples: Callable[[Any], Mapping[str, Any]] | None = None
+    objectives: Sequence[Objective] = ()
+    callbacks: Sequence[Callback] = ()
+    trackers: Sequence[Tracker] = ()
+
+    def __post_init__(self) -> None:
+        if self.objectives and (self.loss or self.optimizer or self.scheduler):
+            raise ConfigError("a recipe has either `objectives` or its own loss, optimizer and scheduler, not both.")
+        if not self.objectives and (self.loss is None or self.optimizer is None):
+            raise ConfigError("a recipe needs `loss` and `optimizer`, or `objectives`.")
+
+    def parts(self) -> list[Objective]:
+        """Returns the objectives in order; a plain recipe is one of them."""
+        if self.objectives:
+            return list(self.objectives)
+        assert self.loss is not None and self.optimizer is not None
+        return [Objective(loss=self.loss, optimizer=self.optimizer, scheduler=self.scheduler)]
+
+
+@dataclass(frozen=True)
+class RecipeSource:
+    """A loaded recipe: its Settings class and function, where it came from and its text."""
+
+    name: str
+    path: Path
+    text: str
+    settings: type[Settings]
+    build: Callable[[Any], Recipe]
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the recipe's text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def load_recipe(spec: str) -> RecipeSource:
+    """Loads a recipe by file path (`recipes/cifar.py`) or as a module (`package.module`).
+
+    Raises: ConfigError if it is missing, not Python, raises on import, or has no `recipe` function or Settings.
+    """
+    is_file = spec.endswith(".py") or "/" in spec or Path(spec).exists()
+    module = _from_file(Path(spec)) if is_file else _from_module(spec)
+    build = getattr(module, "recipe", None)
+    if not callable(build) or isinstance(build, type):
+        raise ConfigError(f"{spec} has no function `recipe(settings)`. `ddp-kit new my.py --from digits` writes one to start from.")
+    settings = getattr(module, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, Settings)):
+        raise ConfigError(f"{spec} has no class `Settings(ddp_kit.Settings)`: a frozen dataclass with the recipe's flags and defaults.")
+    if not _accepts_one(build):
+        raise ConfigError(f"{spec}: `recipe` must take one argument, the settings.")
+    path = Path(inspect.getfile(module)).resolve()
+    return RecipeSource(path.stem, path, path.read_text(), settings, build)
+
+
+def _accepts_one(build: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(build).bind(None)
+    except TypeError:
+        return False
+    return True
+
+
+def _from_file(path: Path) -> ModuleType:
+    if path.suffix != ".py" or not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        hint = f" Did you mean {path.parent / near}?" if near else " Expected a .py file or a module's dotted name."
+        raise ConfigError(f"recipe {path}: {'it is a folder' if path.is_dir() else 'not a Python file' if path.exists() else 'no such file'}.{hint}")
+    name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"recipe_{abs(hash(path.resolve()))}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and spawned loader workers look it up there
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    _import(lambda: spec.loader.exec_module(module), str(path))  # type: ignore[union-attr]  # asserted above
+    return module
+
+
+def _from_module(name: str) -> ModuleType:
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise ConfigError(f"recipe {name}: neither a file nor a module that can be found. Expected a path such as recipes/digits.py, or package.module.")
+    _import(lambda: importlib.import_module(name), name)
+    return sys.modules[name]
+
+
+def _import(load: Callable[[], object], where: str) -> None:
+    try:
+        load()
+    except SyntaxError as error:
+        raise ConfigError(f"recipe {where} is not Python: {error}") from error
+    except Exception as error:  # the user's own code, whatever it raises
+        frames = "".join(traceback.format_exception(error)).rstrip()
+        raise ConfigError(f"recipe {where} raises when it is imported:\n{frames}") from error

@@ -1,0 +1,133 @@
+"""What a run says while it trains: records for metrics.jsonl, events, and who receives them.
+
+Owns: the form of a record, the sum of a step's loss over ranks (launched at one boundary, read at the next), and the fan-out.
+Refuses: branching on rank: only rank 0 is given trackers, the others have none.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ddp_kit.metrics import means
+from ddp_kit.trackers import RunInfo, Tracker
+from ddp_kit.training import StepSums, Training
+
+
+@dataclass
+class _Pending:
+    """A train record whose sums are on their way."""
+
+    record: dict[str, Any]
+    names: list[str]
+    sums: torch.Tensor
+    work: "dist.Work | None"
+    norms: Mapping[str, torch.Tensor]
+
+
+class Reporter:
+    """Hands records to the trackers. Every rank calls it alike; ranks without trackers only take part in the sums."""
+
+    def __init__(self, trackers: Sequence[Tracker], *, log_every: int, progress: Sequence[Callable[[int], None]] = ()):
+        """Args: `progress` are called with the step after each step, and must be cheap."""
+        self._trackers, self._log_every, self._progress = trackers, log_every, progress
+        self._pending: _Pending | None = None
+        self._since = (0, time.perf_counter())
+        self._wait_s = 0.0
+
+    def start(self, info: RunInfo, *, step: int) -> None:
+        """Starts the trackers and the clock."""
+        for tracker in self._trackers:
+            tracker.start(info)
+        self.restart_clock(step)
+
+    def restart_clock(self, step: int) -> None:
+        """Begins a new interval for rates, so that an evaluation's time is not counted as training."""
+        self._since, self._wait_s = (step, time.perf_counter()), 0.0
+
+    def step(self, training: Training, sums: StepSums, *, epoch: int, wait_s: float, is_last: bool) -> None:
+        """Takes a finished step: emits the record that is due from an earlier one, and begins one every `log_every` steps."""
+        self._wait_s += wait_s
+        for progress in self._progress:
+            progress(training.step)
+        if self._pending is not None:
+            self._emit()
+        if training.step % self._log_every == 0 or is_last:
+            self._begin(training, sums, epoch=epoch)
+        if is_last:
+            self._emit()
+
+    def _begin(self, training: Training, sums: StepSums, *, epoch: int) -> None:
+        now = time.perf_counter()
+        steps, seconds = training.step - self._since[0], max(now - self._since[1], 1e-9)
+        record: dict[str, Any] = {"kind": "train", "step": training.step, "epoch": epoch, "samples": training.step * training.plan.global_batch}
+        totals = sums.totals(training.group.device)
+        names = sorted({prefix + name for prefix, part in sums.parts for name in part})
+        values = totals.tensor(names)
+        group = training.group.training
+        work = None if group is None else dist.all_reduce(values, group=group, async_op=True)
+        rates = {"samples_per_s": steps * training.plan.global_batch / seconds, "data_wait": self._wait_s / seconds}
+        record |= {"lr": 0.0} | learning_rates(training) | rates | {"peak_memory_mib": peak_memory_mib(training.group.device)}
+        if training.objectives[0].scale.is_on:
+            record |= {"loss_scale": training.objectives[0].scale.scale, "skipped": training.skipped}
+        self._pending = _Pending(record, names, values, work, dict(sums.grad_norms))
+        self._since, self._wait_s = (training.step, now), 0.0
+
+    def _emit(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.work is not None:
+            pending.work.wait()
+        rows = pending.sums.tolist() if self._trackers else []  # host-device synchronisation, one step late
+        found = means(dict(zip(pending.names, rows, strict=True))) if rows else {}
+        norms = {f"{name}grad_norm": float(norm) for name, norm in pending.norms.items()} if self._trackers else {}
+        head = {name: pending.record[name] for name in ("kind", "step", "epoch", "samples")}
+        self.log({**head, **found, **norms, **{name: value for name, value in pending.record.items() if name not in head}})
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Hands a record of metrics.jsonl to every tracker."""
+        for tracker in self._trackers:
+            tracker.log(record)
+
+    def event(self, event: str, *, step: int, rank: int = 0, message: str = "") -> None:
+        """Hands a record of events.jsonl to every tracker."""
+        record = {"event": event, "step": step, "rank": rank, "time": round(time.time(), 3)} | ({"message": message} if message else {})
+        for tracker in self._trackers:
+            tracker.event(record)
+
+    def samples(self, values: Mapping[str, Any], *, step: int) -> None:
+        """Hands texts and images to every tracker."""
+        for tracker in self._trackers:
+            for name, value in values.items():
+                tracker.sample(name, value, step=step)
+
+    def finish(self, status: Mapping[str, Any]) -> None:
+        """Closes the trackers with the content of status.json."""
+        for tracker in self._trackers:
+            tracker.finish(status)
+
+
+def learning_rates(training: Training) -> dict[str, float]:
+    """Returns `lr`, and with several parameter groups `lr/0`, `lr/1`, ..., under each objective's name."""
+    rates: dict[str, float] = {}
+    for objective in training.objectives:
+        groups = [float(group["lr"]) for group in objective.optimizer.param_groups]
+        rates[f"{objective.name}lr"] = groups[0]
+        if len(groups) > 1:
+            rates |= {f"{objective.name}lr/{i}": rate for i, rate in enumerate(groups)}
+    rates.setdefault("lr", next(iter(rates.values())))
+    return rates
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Returns the peak memory of this rank: allocated by torch on CUDA, resident on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

@@ -1,0 +1,151 @@
+"""What can be changed about a run from outside: plain data, one field a flag.
+
+Owns: the fields every recipe has, their checks (all faults at once) and their JSON form.
+Refuses: behaviour. What a model or a loss is belongs to the recipe's function.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ddp_kit.errors import ConfigError
+
+Precision = Literal["fp32", "fp64", "tf32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStop:
+    """Stopping early on an evaluation metric. Off while `metric` is empty."""
+
+    metric: str = ""
+    """evaluation metric to watch, for instance loss or accuracy; empty is off"""
+    patience: int = 5
+    """evaluations without an improvement before the run stops"""
+    min_delta: float = 0.0
+    """smallest change that counts as an improvement"""
+    mode: Literal["min", "max"] = "min"
+    """whether smaller or larger is better"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """Weights & Biases; used with --tracker wandb."""
+
+    project: str = ""
+    """project; empty: ddp_kit"""
+    entity: str = ""
+    """team or user; empty: the account's default"""
+    group: str = ""
+    """group of runs"""
+    tags: tuple[str, ...] = ()
+    """tags of the run"""
+    mode: Literal["", "online", "offline"] = ""
+    """empty: online where a key is found, else offline"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The fields every recipe has. A recipe's own Settings inherits them and sets its defaults."""
+
+    global_batch: int = 0
+    """samples per optimizer step, over all ranks"""
+    micro_batch: int | Literal["auto"] = 0
+    """at most so many samples in one forward pass of a rank; 0: the rank's whole share; auto: tried out before training"""
+    epochs: int = 0
+    """passes over the training data; 0: as max_steps says"""
+    max_steps: int = 0
+    """optimizer steps; beside epochs it only stops earlier; 0: as epochs says"""
+    seed: int = 0
+    """the only source of randomness"""
+    precision: Precision = "fp32"
+    """arithmetic of the forward pass; weights and optimizer state stay fp32 (fp64 with fp64)"""
+    grad_clip: float = 0.0
+    """largest global gradient norm; 0 is off"""
+    eval_every: int = 0
+    """optimizer steps between evaluations; also at every epoch's end; 0: only there"""
+    log_every: int = 10
+    """optimizer steps between training records"""
+    init_from: str = ""
+    """start from weights only: a .safetensors file or a folder of them"""
+    early_stop: EarlyStop = field(default_factory=EarlyStop)
+    compile: bool = False
+    """compile the model with torch.compile"""
+    activation_checkpointing: str = ""
+    """class name of the modules whose activations are computed again in backward; empty is off"""
+    ema: float = 0.0
+    """decay of an exponential moving average of the weights, which evaluation then uses; 0 is off"""
+    sync_batchnorm: bool = False
+    """normalise over the micro-batches of all ranks (CUDA only)"""
+    find_unused_parameters: bool = False
+    """let parameters go without a gradient in some steps"""
+    num_workers: int = 0
+    """loader processes per rank; 0: the training process reads"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to train; auto: CUDA where there is one"""
+    threads: int = 0
+    """CPU threads per rank; 0: cores / ranks on the node"""
+    tuning: bool = True
+    """the defaults for speed that are printed at start (channels_last; on CPU: scheduling class, allocator)"""
+    tracker: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """where to send metrics beside the console and JSONL"""
+    wandb: Wandb = field(default_factory=Wandb)
+    run_dir: str = ""
+    """where the run lives; empty: runs/<recipe>-<UTC time>"""
+
+
+def check(settings: Settings) -> None:
+    """Raises: ConfigError with every fault of the values, each with what to type."""
+    faults = []
+    for name in ("global_batch", "epochs", "max_steps", "eval_every", "num_workers", "threads", "grad_clip"):
+        if getattr(settings, name) < 0:
+            faults.append(f"{flag(name)} {getattr(settings, name)}: expected 0 or more")
+    if settings.global_batch == 0:
+        faults.append("--global-batch 0: expected at least 1 sample per optimizer step")
+    if isinstance(settings.micro_batch, int) and settings.micro_batch < 0:
+        faults.append(f"--micro-batch {settings.micro_batch}: expected at least 1 sample, or 0 for a rank's whole share")
+    if settings.log_every < 1:
+        faults.append(f"--log-every {settings.log_every}: expected at least 1 step")
+    if settings.epochs == 0 and settings.max_steps == 0:
+        faults.append("neither epochs nor max_steps is set, so the run has no end: type --epochs N or --max-steps N")
+    if not 0 <= settings.ema < 1:
+        faults.append(f"--ema {settings.ema}: expected a decay from 0 (off) to below 1, for instance 0.999")
+    if not 0 <= settings.seed < 2**63:
+        faults.append(f"--seed {settings.seed}: expected 0 to 2^63 - 1")
+    early = settings.early_stop
+    if early.patience < 1 or early.min_delta < 0:
+        faults.append(f"--early-stop.patience {early.patience} --early-stop.min-delta {early.min_delta}: expected at least 1 and 0")
+    if not early.metric and early != EarlyStop():
+        faults.append("--early-stop.* is set without --early-stop.metric: type --early-stop.metric loss, or another evaluation metric")
+    if settings.wandb != Wandb() and "wandb" not in settings.tracker:
+        faults.append("--wandb.* is set without --tracker wandb: type --tracker wandb too")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def flag(name: str) -> str:
+    """Returns the flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def to_json(settings: Settings) -> dict[str, Any]:
+    """Returns the fields as JSON values; `--settings` reads them back."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
+    return values
+
+
+def flatten(settings: Settings) -> dict[str, str]:
+    """Returns every field, nested ones as `group.field`, with its JSON text."""
+    result: dict[str, str] = {}
+    for name, value in to_json(settings).items():
+        if isinstance(value, dict):
+            result |= {f"{name}.{inner}": json.dumps(content) for inner, content in value.items()}
+        else:
+            result[name] = json.dumps(value)
+    return result
+
+
+def digest(text: str) -> int:
+    """Returns 63 bits of SHA-256 of a text, to compare it between ranks."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

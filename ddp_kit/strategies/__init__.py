@@ -1,0 +1,38 @@
+"""How the call of a loss becomes a distributed one: the `Strategy` seam.
+
+Owns: what is wrapped around the loss call, and when gradients are summed over ranks.
+Refuses: batches, precision, optimizers' rules. A strategy moves gradients and nothing else.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import nn
+
+from ddp_kit.process_group import Group
+from ddp_kit.strategies.ddp import DataParallel
+from ddp_kit.strategies.single import Single
+
+
+class Strategy(Protocol):
+    """Wraps loss calls for one run. Every rank calls each method."""
+
+    @property
+    def divisor(self) -> int:
+        """What the strategy divides the summed gradients by; the step multiplies it back in."""
+
+    def wrap(self, call: nn.Module) -> nn.Module:
+        """Returns the module whose forward is to be called in place of `call`."""
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """Within it, forward and backward of `wrapped` add to this rank's gradients only."""
+
+
+def choose_strategy(group: Group, *, find_unused_parameters: bool) -> Strategy:
+    """Returns the strategy for these ranks: one process is not wrapped at all."""
+    if group.world_size == 1:
+        return Single()
+    return DataParallel(group, find_unused_parameters=find_unused_parameters)
+
+
+__all__ = ["DataParallel", "Single", "Strategy", "choose_strategy"]

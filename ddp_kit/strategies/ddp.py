@@ -1,0 +1,55 @@
+"""DistributedDataParallel around the call of the loss.
+
+Owns: DDP's options, and letting go of the wrapper before the group is destroyed.
+Refuses: DDP's own buffer broadcasts (running statistics would be thrown away on all ranks but one: see `buffers`).
+"""
+
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any, final
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_kit.process_group import Group
+
+
+@final
+class DataParallel:
+    """One all-reduce per optimizer step, in buckets that overlap backward; gradients are views of the buckets."""
+
+    def __init__(self, group: Group, *, find_unused_parameters: bool = False):
+        self._group = group
+        self._find_unused = find_unused_parameters
+        self.divisor = group.world_size  # DDP averages
+
+    def wrap(self, call: nn.Module) -> nn.Module:
+        """Returns `call` in a DDP wrapper that the group releases before it is destroyed."""
+        device = self._group.device
+        wrapped = DistributedDataParallel(
+            call,
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=self._group.training,
+            find_unused_parameters=self._find_unused,
+            gradient_as_bucket_view=True,
+            **_no_buffer_sync(),
+        )
+        self._group.closing.callback(_release, wrapped)
+        return wrapped
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """DDP's own."""
+        assert isinstance(wrapped, DistributedDataParallel)
+        context: AbstractContextManager[None] = wrapped.no_sync()
+        return context
+
+
+def _no_buffer_sync() -> dict[str, Any]:
+    """The option's name changed in torch 2.15, where the old one warns."""
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+
+
+def _release(wrapped: DistributedDataParallel) -> None:
+    """Drops what holds the process group: a gloo group that outlives its destruction aborts the process at exit."""
+    del wrapped.reducer, wrapped.logger, wrapped.process_group

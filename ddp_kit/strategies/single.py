@@ -1,0 +1,21 @@
+"""One process: nothing is wrapped."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import final
+
+from torch import nn
+
+
+@final
+class Single:
+    """The strategy of one process."""
+
+    divisor = 1
+
+    def wrap(self, call: nn.Module) -> nn.Module:
+        """Returns `call` itself."""
+        return call
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """Nothing is ever summed over ranks."""
+        return nullcontext()

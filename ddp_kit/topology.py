@@ -1,0 +1,166 @@
+"""Where this process stands among the ranks, and the one place that reads the environment.
+
+Owns: the rank facts, each with the variable it came from.
+Refuses: guessing. A family of variables is complete or it is an error that lists what was found.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ddp_kit.errors import ConfigError
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """One process's place. `source` maps each fact to where it was read."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    node_rank: int = 0
+    nodes: int = 1
+    launcher: str = "none"
+    master: str = ""
+    port: int = 0
+    source: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
+            raise ConfigError(f"rank variables contradict each other: {facts(self)}. Start the ranks with torchrun or srun.")
+
+
+def facts(topology: Topology) -> str:
+    """Returns the rank facts in one line for logs and errors, each with its source."""
+    names = ("rank", "local_rank", "world_size", "local_world_size", "node_rank", "nodes")
+    return ", ".join(f"{name}={getattr(topology, name)} ({topology.source.get(name, 'default')})" for name in names)
+
+
+def environment() -> Mapping[str, str]:
+    """The process's environment. Everything in ddp_kit reads it through this function."""
+    return os.environ
+
+
+@contextmanager
+def environment_default(name: str, value: str) -> Iterator[None]:
+    """Sets a variable that is not set, and unsets it at the end."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+def read_topology(environ: Mapping[str, str] | None = None) -> Topology:
+    """Reads the rank facts: torchrun's variables (accelerate sets the same), else SLURM step variables, else one process.
+
+    Raises: ConfigError if a family is half set or holds no integers; it lists what was found.
+    """
+    environ = environment() if environ is None else environ
+    if any(name in environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+        return _torchrun(environ)
+    if "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "0") != "4294967290":  # an `sbatch` script's own shell is no rank
+        return _slurm(environ)
+    return Topology(source={"rank": "one process: neither RANK nor SLURM_PROCID is set"})
+
+
+def _complete(environ: Mapping[str, str], family: tuple[str, ...], *, start: str) -> None:
+    missing = [name for name in family if name not in environ]
+    if missing:
+        found = ", ".join(f"{name}={environ[name]}" for name in family if name in environ)
+        raise ConfigError(
+            f"the rank variables are half set. Found {found}; missing {', '.join(missing)}. {start}, or unset them for one process."
+        )
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except ValueError:
+        raise ConfigError(f"{name}={environ[name]!r} is not an integer. Start the ranks with torchrun or srun.") from None
+
+
+def _torchrun(environ: Mapping[str, str]) -> Topology:
+    _complete(environ, TORCHRUN, start="Start the ranks with torchrun, which sets all of them")
+    world_size = _integer(environ, "WORLD_SIZE")
+    source = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
+    if "LOCAL_WORLD_SIZE" in environ:
+        local_world_size = _integer(environ, "LOCAL_WORLD_SIZE")
+        source["local_world_size"] = "LOCAL_WORLD_SIZE"
+    else:
+        local_world_size = world_size
+        source["local_world_size"] = "WORLD_SIZE (LOCAL_WORLD_SIZE is not set: one node)"
+    node_rank = _integer(environ, "GROUP_RANK") if "GROUP_RANK" in environ else _integer(environ, "RANK") // max(local_world_size, 1)
+    source["node_rank"] = "GROUP_RANK" if "GROUP_RANK" in environ else "RANK / LOCAL_WORLD_SIZE"
+    nodes = _integer(environ, "GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in environ else -(-world_size // max(local_world_size, 1))
+    source["nodes"] = "GROUP_WORLD_SIZE" if "GROUP_WORLD_SIZE" in environ else "WORLD_SIZE / LOCAL_WORLD_SIZE"
+    return Topology(
+        rank=_integer(environ, "RANK"),
+        local_rank=_integer(environ, "LOCAL_RANK"),
+        world_size=world_size,
+        local_world_size=local_world_size,
+        node_rank=node_rank,
+        nodes=nodes,
+        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environ else "environment",
+        master=environ["MASTER_ADDR"],
+        port=_integer(environ, "MASTER_PORT"),
+        source=source,
+    )
+
+
+def _slurm(environ: Mapping[str, str]) -> Topology:
+    _complete(environ, SLURM, start="Start the ranks with srun, which sets all of them")
+    tasks = expand_tasks(environ["SLURM_STEP_TASKS_PER_NODE"])
+    node_rank = _integer(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
+    if node_rank >= len(tasks):
+        raise ConfigError(f"SLURM_NODEID={node_rank} is outside SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']}.")
+    job = environ.get("SLURM_JOB_ID", "0")
+    restarts = environ.get("SLURM_RESTART_COUNT", "0")
+    derived = 20000 + (int(job) * 7 + int(restarts)) % 10000 if job.isdigit() and restarts.isdigit() else 29500
+    return Topology(
+        rank=_integer(environ, "SLURM_PROCID"),
+        local_rank=_integer(environ, "SLURM_LOCALID"),
+        world_size=_integer(environ, "SLURM_STEP_NUM_TASKS"),
+        local_world_size=tasks[node_rank],
+        node_rank=node_rank,
+        nodes=len(tasks),
+        launcher="slurm",
+        master=environ.get("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"])),
+        port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else derived,
+        source={
+            "rank": "SLURM_PROCID",
+            "local_rank": "SLURM_LOCALID",
+            "world_size": "SLURM_STEP_NUM_TASKS",
+            "local_world_size": "SLURM_STEP_TASKS_PER_NODE",
+            "node_rank": "SLURM_NODEID",
+            "nodes": "SLURM_STEP_TASKS_PER_NODE",
+        },
+    )
+
+
+def expand_tasks(text: str) -> list[int]:
+    """Expands SLURM's tasks per node: "2(x2),1" is [2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        if not count.isdigit() or (times and not times.rstrip(")").isdigit()):
+            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE={text!r} cannot be read; expected something like 2(x3),1.")
+        counts += [int(count)] * (int(times.rstrip(")")) if times else 1)
+    return counts
+
+
+def first_host(nodelist: str) -> str:
+    """Returns the first host of a SLURM node list: "n[3-5,9],m1" is "n3"."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return nodelist.split(",")[0]
+    inside, _, tail = rest.partition("]")
+    return head + inside.split(",")[0].split("-")[0] + tail.split(",")[0]

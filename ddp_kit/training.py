@@ -1,0 +1,104 @@
+"""The state of training: what one optimizer step needs and changes.
+
+Owns: `Training`, an objective as it is trained, the wrapped call of a loss, and the sums a step leaves behind.
+Refuses: doing anything with it: that is `step`, `evaluation` and `fit`.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ddp_kit.batching import BatchPlan
+from ddp_kit.buffers import RunningStatistics
+from ddp_kit.control import Control
+from ddp_kit.data.loader import RankBatch
+from ddp_kit.ema import WeightAverage
+from ddp_kit.errors import DdpKitError
+from ddp_kit.metrics import LossSum, Number, Totals
+from ddp_kit.precision import LossScale, autocast
+from ddp_kit.process_group import Group
+from ddp_kit.settings import Precision
+from ddp_kit.strategies import Strategy
+
+Sums = Mapping[str, tuple[Number, Number]]
+
+
+class LossCall(nn.Module):
+    """The call of the loss as a module, so that a strategy can wrap the call and the loss still gets the bare model."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], LossSum], *, precision: Precision, device: torch.device):
+        super().__init__()
+        self.model, self._loss = model, loss
+        self._autocasts = precision in ("bf16", "fp16")
+        self._precision, self._device = precision, device
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor, int | torch.Tensor, Sums]:
+        """Returns (total, count, metrics) of a micro-batch: plain containers, in which DDP finds the tensors."""
+        with autocast(self._precision, self._device) if self._autocasts else nullcontext():
+            result = self._loss(self.model, batch)
+        if not isinstance(result, LossSum) or not isinstance(result.total, torch.Tensor) or result.total.dim():
+            raise DdpKitError(f"the loss must return LossSum(total, count) with a scalar tensor as total; it returned {_shape(result)}.")
+        return result.total, result.count, result.metrics
+
+
+def _shape(result: object) -> str:
+    total = result.total if isinstance(result, LossSum) else result
+    return f"{type(result).__name__}{f' with a total of shape {tuple(total.shape)}' if isinstance(total, torch.Tensor) else ''}"
+
+
+@dataclass(kw_only=True)
+class ObjectiveState:
+    """An objective as it is trained. `per_sample` is the loss's count for each sample, 0 if it is a tensor that varies."""
+
+    name: str
+    call: nn.Module
+    parameters: list[nn.Parameter]
+    frozen: list[nn.Parameter]  # the other objectives': their gradients are not computed
+    optimizer: Optimizer
+    scheduler: Any = None
+    scale: LossScale = field(default_factory=lambda: LossScale(is_on=False))
+    per_sample: int = 1
+    expected: float = 1.0
+    is_deferred: bool = False  # the optimizer reads `found_inf` on the device, and the host one step later
+    found_inf: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+@dataclass(kw_only=True)
+class Training:
+    """Everything that an optimizer step needs and changes. `step` counts global batches consumed, skipped ones too."""
+
+    group: Group
+    control: Control
+    strategy: Strategy
+    model: nn.Module
+    objectives: list[ObjectiveState]
+    statistics: RunningStatistics
+    plan: BatchPlan
+    seed: int
+    grad_clip: float = 0.0
+    count: Callable[[Any], int] | None = None
+    average: WeightAverage | None = None
+    step: int = 0
+    skipped: int = 0
+    notes: list[str] = field(default_factory=list)  # what wrapping found that the user should read at start
+    suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None  # a deferred step that the host has not seen yet
+
+
+@dataclass
+class StepSums:
+    """What a step leaves for the records: each micro-batch's sums, still on the device, and the gradient norm if it was taken."""
+
+    parts: list[tuple[str, Sums]] = field(default_factory=list)
+    grad_norms: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def totals(self, device: torch.device) -> Totals:
+        """Returns this rank's sums by name, in float64."""
+        totals = Totals(device)
+        for prefix, sums in self.parts:
+            totals.add({prefix + name: pair for name, pair in sums.items()})
+        return totals
