@@ -41,7 +41,7 @@ HOMES = {
     "run": "ddp_kit.train",
     "wrap": "ddp_kit.wrap",
 }
-__all__ = list(HOMES)  # noqa: PLE0605
+__all__ = list(HOMES)
 
 
 def __getattr__(name: str) -> object:

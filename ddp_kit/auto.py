@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ddp_kit.batching import plan_batches
 from ddp_kit.collectives import max_over_ranks
 from ddp_kit.data.data import Data
+from ddp_kit.data.loader import build_loader
 from ddp_kit.data.placement import Placement
 from ddp_kit.data.reader import MicroBatch
-from ddp_kit.data.loader import build_loader
-from ddp_kit.batching import plan_batches
 from ddp_kit.errors import ConfigError
 from ddp_kit.process_group import Group
 from ddp_kit.recipe import Objective
@@ -41,7 +41,9 @@ def find_micro_batch(
     model.zero_grad(set_to_none=True)
     fitting = -max_over_ranks(group, [-(sizes[0] if sizes else 0)])[0]
     if not fitting:
-        raise ConfigError("--micro-batch auto: not even one sample fits into memory on every rank. Try --activation-checkpointing or a smaller model.")
+        raise ConfigError(
+            "--micro-batch auto: not even one sample fits into memory on every rank. Try --activation-checkpointing or a smaller model."
+        )
     return fitting
 
 

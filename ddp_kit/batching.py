@@ -70,9 +70,7 @@ def plan_batches(global_batch: int, *, micro_batch: int, world_size: int) -> Bat
     for start, stop in zip(cuts, cuts[1:], strict=False):
         marks += [start + cut for cut in _cut(stop - start, parts=min(each, stop - start))[1:]]
     starts = {mark: i for i, mark in enumerate(marks)}
-    return BatchPlan(
-        global_batch=global_batch, bounds=tuple(marks), firsts=tuple(starts[cut] for cut in cuts), is_invariant=False
-    )
+    return BatchPlan(global_batch=global_batch, bounds=tuple(marks), firsts=tuple(starts[cut] for cut in cuts), is_invariant=False)
 
 
 def _cut(size: int, *, parts: int) -> list[int]:

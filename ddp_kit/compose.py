@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,15 +60,14 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the recipe's model() must return an nn.Module; it returned {type(model).__name__}.")
     if settings.init_from:
-        from pathlib import Path
-
         load_weights(model, Path(settings.init_from))
     if settings.sync_batchnorm:
         if group.device.type != "cuda":
             raise ConfigError("--sync-batchnorm: torch's SyncBatchNorm runs on CUDA only; this rank runs on a CPU. Leave it out.")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.training)
-    format_ = torch.channels_last if settings.tuning and wants_channels_last(model) else torch.preserve_format
-    model = model.to(group.device, weight_dtype(settings.precision), memory_format=format_)
+    model = model.to(group.device, weight_dtype(settings.precision))
+    if settings.tuning and wants_channels_last(model):
+        model = model.to(memory_format=torch.channels_last)
     if settings.activation_checkpointing:
         checkpoint_activations(model, settings.activation_checkpointing)
     if settings.compile:
@@ -228,10 +228,10 @@ def _split_notes(model: nn.Module, plan: BatchPlan, settings: Settings, group: G
     """Says which layers make the numbers depend on the split, and which flag mends it."""
     kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     layers = sorted({type(module).__name__ for module in model.modules() if isinstance(module, kinds)})
-    if not layers or plan.is_invariant or settings.sync_batchnorm:
+    if not layers or plan.is_invariant or settings.sync_batchnorm or group.world_size == 1:
         return []
     keeps = splits_that_keep(settings.global_batch, world_size=group.world_size)
     return [
-        f"{', '.join(layers)} see a micro-batch at a time, and this split is another one at other numbers of ranks: "
-        f"--micro-batch {keeps} keeps the numbers the same on up to {settings.global_batch // keeps} ranks"
+        f"{', '.join(layers)} see one micro-batch at a time, and at another number of ranks it would be another one: "
+        f"--micro-batch {keeps} keeps the numbers the same on 1 to {settings.global_batch // keeps} ranks"
     ]

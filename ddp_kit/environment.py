@@ -42,8 +42,8 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     if torch.cuda.is_available():
-        found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
+        found["cudnn"] = str(torch.backends.cudnn.version())
     for package in ("torchvision", "wandb", "tensorboard", "tyro", "rich", "safetensors"):
         if version := _package(package):
             found[package] = version

@@ -87,7 +87,9 @@ def _pass(
         for name, value in pairs.items():
             if isinstance(value, torch.Tensor):
                 if value.dim() == 0 or len(value) != micro_batch.size:
-                    raise DdpKitError(f"evaluate: rows of {name!r} have shape {tuple(value.shape)} for {micro_batch.size} samples; expected one row each.")
+                    raise DdpKitError(
+                        f"evaluate: rows of {name!r} have shape {tuple(value.shape)} for {micro_batch.size} samples; expected one row each."
+                    )
                 own = value.detach().cpu()  # host-device synchronisation
                 rows.setdefault(name, []).append(own[:0] if request.is_padding else own)
         if not request.is_padding:

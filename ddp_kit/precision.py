@@ -78,7 +78,9 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
 
 def _refuse_unsupported(precision: Precision, device: torch.device) -> None:
     if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise ConfigError(f"--precision tf32 needs a CUDA device of the Ampere generation or later; this rank runs on {device}. Type --precision fp32.")
+        raise ConfigError(
+            f"--precision tf32 needs a CUDA device of the Ampere generation or later; this rank runs on {device}. Type --precision fp32."
+        )
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("--precision bf16: this CUDA device has no bfloat16. Type --precision fp16.")
     if precision == "fp16" and device.type == "cpu" and not has_fp16(device):

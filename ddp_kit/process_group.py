@@ -159,14 +159,19 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
         timeout=timeout,
         device_id=group.device if cuda else None,
     )
-    group.training = dist.group.WORLD
-    group.control = dist.new_group(backend="gloo", timeout=timeout)
+    training = dist.group.WORLD
+    assert training is not None
+    group.training = training
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(control, dist.ProcessGroup)  # every rank is in it
+    group.control = control
+    dist.all_reduce(torch.zeros(1), group=control)  # nobody leaves while a peer is still connecting: that would fail it
 
 
 def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
     if environment().get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent holds it; it listens where torchrun says
-        store, _, _ = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
-        return store
+        agents: dist.Store = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))[0]
+        return agents
     is_host = topology.rank == 0
     host = "127.0.0.1" if topology.nodes == 1 else topology.master
     listener = None
@@ -216,5 +221,12 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether an error is what a rank sees when another one has gone."""
     if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)):
         return True
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Timed out waiting", "gloo/transport")
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Connection refused",
+        "Timed out waiting",
+        "gloo/transport",
+    )
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

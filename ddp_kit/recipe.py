@@ -144,7 +144,9 @@ def _from_file(path: Path) -> ModuleType:
     if path.suffix != ".py" or not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
         hint = f" Did you mean {path.parent / near}?" if near else " Expected a .py file or a module's dotted name."
-        raise ConfigError(f"recipe {path}: {'it is a folder' if path.is_dir() else 'not a Python file' if path.exists() else 'no such file'}.{hint}")
+        raise ConfigError(
+            f"recipe {path}: {'it is a folder' if path.is_dir() else 'not a Python file' if path.exists() else 'no such file'}.{hint}"
+        )
     name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"recipe_{abs(hash(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None and spec.loader is not None
@@ -163,7 +165,9 @@ def _from_module(name: str) -> ModuleType:
     except (ImportError, ValueError):
         found = None
     if found is None:
-        raise ConfigError(f"recipe {name}: neither a file nor a module that can be found. Expected a path such as recipes/digits.py, or package.module.")
+        raise ConfigError(
+            f"recipe {name}: neither a file nor a module that can be found. Expected a path such as recipes/digits.py, or package.module."
+        )
     _import(lambda: importlib.import_module(name), name)
     return sys.modules[name]
 

@@ -65,7 +65,12 @@ class Reporter:
     def _begin(self, training: Training, sums: StepSums, *, epoch: int) -> None:
         now = time.perf_counter()
         steps, seconds = training.step - self._since[0], max(now - self._since[1], 1e-9)
-        record: dict[str, Any] = {"kind": "train", "step": training.step, "epoch": epoch, "samples": training.step * training.plan.global_batch}
+        record: dict[str, Any] = {
+            "kind": "train",
+            "step": training.step,
+            "epoch": epoch,
+            "samples": training.step * training.plan.global_batch,
+        }
         totals = sums.totals(training.group.device)
         names = sorted({prefix + name for prefix, part in sums.parts for name in part})
         values = totals.tensor(names)

@@ -41,7 +41,9 @@ def linear(optimizer: Optimizer, total_steps: int, *, warmup: float = 0.05, fina
     return _warmed(optimizer, total_steps, warmup, lambda step, steps: 1 - (1 - final) * min(step / steps, 1))
 
 
-def step(optimizer: Optimizer, total_steps: int, *, at: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1, warmup: float = 0.0) -> LambdaLR:
+def step(
+    optimizer: Optimizer, total_steps: int, *, at: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1, warmup: float = 0.0
+) -> LambdaLR:
     """Multiplies the rate by `factor` at each fraction `at` of the steps after the warm-up."""
     return _warmed(optimizer, total_steps, warmup, lambda step, steps: factor ** sum(step >= fraction * steps for fraction in at))
 

@@ -46,16 +46,18 @@ def key(*parts: int) -> int:
 
 def keys(base: int, indices: NDArray[np.integer] | Sequence[int]) -> NDArray[np.uint64]:
     """Returns 64 bits for each index under the key `base`, shape (n,): splitmix64 with the index as its counter."""
-    state = np.asarray(indices).astype(np.uint64)
+    state: NDArray[np.uint64] = np.asarray(indices).astype(np.uint64)
     state = (state + np.uint64(1)) * np.uint64(GOLDEN) + np.uint64(base)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    state ^= state >> np.uint64(31)
+    return state
 
 
 def permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     """Returns the order of `size` samples in an epoch: the indices sorted by their keys."""
-    return np.argsort(keys(key(seed, Purpose.ORDER, epoch), np.arange(size)), kind="stable")
+    order: NDArray[np.int64] = np.argsort(keys(key(seed, Purpose.ORDER, epoch), np.arange(size)), kind="stable")
+    return order
 
 
 class Draws:
@@ -77,7 +79,8 @@ class Draws:
         state = self._keys[:, None] + counters[None, :]
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return (state ^ (state >> np.uint64(31))).reshape(len(self._keys), *shape)
+        bits: NDArray[np.uint64] = (state ^ (state >> np.uint64(31))).reshape(len(self._keys), *shape)
+        return bits
 
     def uniform(self, *shape: int) -> NDArray[np.float64]:
         """Returns float64 (B, *shape), uniform in [0, 1)."""

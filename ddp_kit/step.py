@@ -89,7 +89,9 @@ def _forward(objective: ObjectiveState, batch: Any, whole: RankBatch, i: int) ->
         result: tuple[torch.Tensor, int | torch.Tensor, Sums] = objective.call(batch)
     except Exception as error:
         request = whole.micro_batches[i].request
-        error.add_note(f"in the forward pass of step {whole.step + 1}, micro-batch {request.micro_batch}, samples {listed(request.indices)}")
+        error.add_note(
+            f"in the forward pass of step {whole.step + 1}, micro-batch {request.micro_batch}, samples {listed(request.indices)}"
+        )
         raise
     return result
 
@@ -135,9 +137,7 @@ def _launch_count(training: Training, counted: Sequence[torch.Tensor]) -> tuple[
     return [own], dist.all_reduce(own, group=training.group.training, async_op=True)
 
 
-def _apply(
-    training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums, factor: float | torch.Tensor
-) -> bool:
+def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums, factor: float | torch.Tensor) -> bool:
     """Scales, checks and clips the reduced gradients and steps the optimizer. Returns whether the step was applied."""
     gradients = [parameter.grad for parameter in objective.parameters if parameter.grad is not None]
     if isinstance(factor, torch.Tensor) or factor != 1:

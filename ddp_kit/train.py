@@ -125,9 +125,7 @@ def _train(
     return _finish(ending, composition, reporter, best, life, path)
 
 
-def _open_directory(
-    settings: Settings, group: Group, life: _Life, stack: ExitStack, *, name: str, source: RecipeSource | None
-) -> Path:
+def _open_directory(settings: Settings, group: Group, life: _Life, stack: ExitStack, *, name: str, source: RecipeSource | None) -> Path:
     """Rank 0 chooses and claims the run directory and writes the facts of the run; all ranks learn the path."""
     path = Path(settings.run_dir) if settings.run_dir else default_name(name)
     if group.rank == 0:

@@ -26,8 +26,8 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(sorted(named.items()))
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -43,7 +43,9 @@ def require_equal(model: nn.Module, *, group: Group) -> None:
     """Raises: DdpKitError on every rank if the ranks do not hold the same weights, naming the first that differs."""
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     if first_difference(group, [zlib.crc32("\n".join(f"{name} {tuple(named[name].shape)}" for name in named).encode())]) is not None:
-        raise DdpKitError("the ranks built different models: names or shapes of the parameters differ. The model must not depend on the rank.")
+        raise DdpKitError(
+            "the ranks built different models: names or shapes of the parameters differ. The model must not depend on the rank."
+        )
     at = first_difference(group, [zlib.crc32(_bytes(tensor)) for tensor in named.values()])
     if at is not None:
         raise DdpKitError(
@@ -59,7 +61,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
-        raise ConfigError(f"--init-from {path}: expected a .safetensors file or a folder of them; {'none is in it' if path.is_dir() else 'no such file'}.")
+        raise ConfigError(
+            f"--init-from {path}: expected a .safetensors file or a folder of them; {'none is in it' if path.is_dir() else 'no such file'}."
+        )
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:

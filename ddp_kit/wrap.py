@@ -109,7 +109,9 @@ def _trained(model: nn.Module, part: Part, *, is_only: bool) -> list[nn.Paramete
         module = model.get_submodule(part.trains)
     except AttributeError:
         near = nearest(part.trains, [name for name, _ in model.named_modules()])
-        raise ConfigError(f"Objective(trains={part.trains!r}): the model has no such part.{f' Did you mean {near!r}?' if near else ''}") from None
+        raise ConfigError(
+            f"Objective(trains={part.trains!r}): the model has no such part.{f' Did you mean {near!r}?' if near else ''}"
+        ) from None
     named = {id(p): f"{part.trains}.{name}".lstrip(".") for name, p in module.named_parameters() if p.requires_grad}
     held = {id(p) for parameters in part.optimizer.param_groups for p in parameters["params"]}
     everything = {id(p) for p in model.parameters()}
@@ -164,7 +166,9 @@ def _rehearse(training: Training, objective: ObjectiveState, batch: MicroBatch, 
 def _learn_count(training: Training, objective: ObjectiveState, count: int | torch.Tensor, size: int) -> None:
     is_fixed = not isinstance(count, torch.Tensor)
     if is_fixed and (count <= 0 or count % size):
-        raise ConfigError(f"the loss's count is the int {count} for {size} samples. Return it as a tensor where it is not the same for each sample.")
+        raise ConfigError(
+            f"the loss's count is the int {count} for {size} samples. Return it as a tensor where it is not the same for each sample."
+        )
     if first_difference(training.group, [int(is_fixed), int(count) if is_fixed else 0]) is not None:
         raise DdpKitError("the ranks' losses return different counts for the same samples; the loss must not depend on the rank.")
     objective.per_sample = int(count) // size if is_fixed else 0
@@ -176,7 +180,9 @@ def _refuse_unused(training: Training, objective: ObjectiveState, *, allows_unus
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     unused = [names[id(parameter)] for parameter in objective.parameters if parameter.grad is None]
     if first_difference(training.group, [len(unused)]) is not None:
-        raise DdpKitError(f"rank {training.group.rank} finds {len(unused)} parameters without a gradient for the same samples, others another number.")
+        raise DdpKitError(
+            f"rank {training.group.rank} finds {len(unused)} parameters without a gradient for the same samples, others another number."
+        )
     if unused and training.group.world_size > 1 and not allows_unused:
         raise ConfigError(
             f"{_names(unused)} got no gradient, and the other ranks would wait for it. If the loss leaves parameters out in some "
@@ -187,9 +193,13 @@ def _refuse_unused(training: Training, objective: ObjectiveState, *, allows_unus
 def _note_buffers(training: Training, before: list[tuple[str, torch.Tensor, torch.Tensor]]) -> None:
     """Notes the buffers outside normalisation layers that a forward pass changed; they are taken from rank 0 at every step."""
     flat = training.statistics.owned
-    changed = [(name, buffer) for name, buffer, old in before if not torch.equal(buffer, old) and buffer.untyped_storage().data_ptr() not in flat]
+    changed = [
+        (name, buffer) for name, buffer, old in before if not torch.equal(buffer, old) and buffer.untyped_storage().data_ptr() not in flat
+    ]
     training.statistics.others += [buffer for _, buffer in changed if not any(buffer is other for other in training.statistics.others)]
-    training.notes += [f"buffer {name} is changed by training; it is taken from rank 0" for name, _ in changed if training.group.world_size > 1]
+    training.notes += [
+        f"buffer {name} is changed by training; it is taken from rank 0" for name, _ in changed if training.group.world_size > 1
+    ]
 
 
 def _names(names: Sequence[str]) -> str:
@@ -210,4 +220,4 @@ def checkpoint_activations(model: nn.Module, class_name: str) -> None:
             f"{f'Did you mean {near}?' if near else 'It has ' + ', '.join(kinds) + '.'}"
         )
     for module in modules:
-        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]  # keeps names
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)

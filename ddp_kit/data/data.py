@@ -46,7 +46,9 @@ class Data:
         try:
             return len(self.dataset)
         except TypeError:
-            raise DataError(f"{type(self.dataset).__name__} has no length. Give it __len__, or limit the run by --max-steps alone.") from None
+            raise DataError(
+                f"{type(self.dataset).__name__} has no length. Give it __len__, or limit the run by --max-steps alone."
+            ) from None
 
 
 def as_data(given: Any) -> Data:

@@ -7,7 +7,7 @@ Refuses: order and randomness (sampler, reader). With `num_workers=0` a user's c
 import contextlib
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,29 +60,17 @@ class Feed:
         with contextlib.closing(self._read(start=start, end=end)) as micro_batches:
             yield from grouped(placed(micro_batches, self.placement), per_step=len(self.plan.of_rank(self.rank)))
 
-    def _read(self, *, start: int, end: int) -> Iterator[MicroBatch]:
+    def _read(self, *, start: int, end: int) -> Generator[MicroBatch, None, None]:
         if self.sampler is None:
             stream = TrainingStream(self.data, plan=self.plan, rank=self.rank, seed=self.seed, start=start, end=end)
-            yield from self._with_workers(stream, None) if self.num_workers else stream
+            yield from _with_workers(stream, None, num_workers=self.num_workers) if self.num_workers else stream
             return
-        reader, requests = Reader(self.data, seed=self.seed, training=True), self.sampler.requests(start=start, end=end)
+        reader = Reader(self.data, seed=self.seed, training=True)
+        requests = self.sampler.requests(start=start, end=end)
         if self.num_workers:
-            yield from self._with_workers(reader, requests)
+            yield from _with_workers(reader, requests, num_workers=self.num_workers)
         else:
             yield from map(reader.read, requests)
-
-    def _with_workers(self, dataset: Any, requests: Iterable[Request] | None) -> Iterator[MicroBatch]:
-        loader: Iterable[MicroBatch] = DataLoader(
-            dataset,
-            batch_sampler=requests,
-            **({"batch_size": None} if requests is None else {}),
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # its own: the default one belongs to the model
-            pin_memory=False,  # `placed` pins: torch's pinning thread would not look into a MicroBatch
-        )
-        yield from loader
 
     def rehearsal(self) -> MicroBatch:
         """Returns the fixed micro-batch of the passes that come before the first step: the same on all ranks."""
@@ -114,18 +102,22 @@ def evaluation_batches(
         return
     requests = evaluation_requests(len(data), micro_batch=micro_batch, rank=rank, world_size=world_size)
     reader = Reader(data, seed=0, training=False)
-    if not num_workers:
-        yield from placed(map(reader.read, requests), placement)
-        return
-    loader: Iterable[MicroBatch] = DataLoader(
-        reader,  # type: ignore[arg-type]  # it has the one method that torch's fetcher calls, __getitems__
-        batch_sampler=requests,  # type: ignore[arg-type]  # a request stands where torch writes a list of indices
+    answers = _with_workers(reader, requests, num_workers=num_workers) if num_workers else map(reader.read, requests)
+    yield from placed(answers, placement)
+
+
+def _with_workers(dataset: Any, requests: Iterable[Request] | None, *, num_workers: int) -> Iterable[MicroBatch]:
+    """Returns torch's DataLoader over requests, each answered by `dataset.__getitems__`, or over a stream that answers itself."""
+    whole: dict[str, Any] = {"batch_size": None} if requests is None else {"batch_sampler": requests}
+    return DataLoader(
+        dataset,
+        **whole,
         num_workers=num_workers,
         collate_fn=_as_it_is,
         worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # its own: the default one belongs to the model
+        pin_memory=False,  # `placed` pins: torch's pinning thread would not look into a MicroBatch
     )
-    yield from placed(loader, placement)
 
 
 def grouped(micro_batches: Iterable[MicroBatch], *, per_step: int) -> Iterator[RankBatch]:
@@ -171,7 +163,7 @@ def _arrived(micro_batch: MicroBatch, done: "torch.cuda.Event") -> MicroBatch:
     return MicroBatch(micro_batch.request, map_tensors(micro_batch.batch, keep))
 
 
-def _as_it_is(answer: MicroBatch) -> MicroBatch:
+def _as_it_is(answer: Any) -> Any:
     return answer
 
 

@@ -65,7 +65,7 @@ class Reader:
         indices = request.indices if self._subset is None else self._subset[request.indices]
         if self._tensors is not None and self._data.collate is None:
             at = torch.from_numpy(indices)
-            return tuple(tensor[at] for tensor in self._tensors)
+            return tuple(tensor.index_select(0, at) for tensor in self._tensors)
         if self._by_batch is not None and self._by_batch.takes_draws:
             draws = Draws(self._seed, request.epoch, request.indices) if self._training else None
             return self._collated(self._by_batch(indices, draws))

@@ -53,7 +53,9 @@ class GlobalBatchSampler(DistributedSampler[Any]):
             if order.ndim != 1 or (len(order) and not (order.min() >= 0 and order.max() < self._size)):
                 raise DataError(f"the order of epoch {epoch} is not a list of indices from 0 to {self._size - 1}.")
             if self._known[0] >= 0 and len(order) != self._length:
-                raise DataError(f"the order of epoch {epoch} has {len(order)} samples, that of epoch 0 has {self._length}; expected the same.")
+                raise DataError(
+                    f"the order of epoch {epoch} has {len(order)} samples, that of epoch 0 has {self._length}; expected the same."
+                )
             self._known = (epoch, order)
         return self._known[1]
 

@@ -1,0 +1,1 @@
+"""One module per verb of `ddp-kit`, each with `main(argv) -> int`; imported by `ddp_kit.cli` when the verb is typed."""

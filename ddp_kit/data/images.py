@@ -1,0 +1,133 @@
+"""Images that lie in memory, or in a mapped file, and are handed out as whole batches.
+
+Owns: `ImageArray`: uint8 images, cropped, flipped and normalised a batch at a time.
+Refuses: decoding (`cache.py`), an order of samples (`Data`), and random state: every draw is keyed by the caller.
+
+Reading sample by sample costs Python some 60 us a sample; here a batch costs a few NumPy calls. Images stay uint8 until
+the last step, because moving a quarter of the bytes through the memory is what the speed comes from.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddp_kit.errors import DataError
+from ddp_kit.seeding import Draws
+
+Indices = Sequence[int] | NDArray[np.int64]
+
+
+class ImageArray:
+    """uint8 images (N, H, W, C) with int64 labels (N,).
+
+    A batch is float32 (B, C, H, W), channels last in memory, and int64 (B,). `images` may be a read-only `np.memmap`:
+    nothing of it is copied but the batches, so the ranks of a node share its pages.
+
+    mean, std      per channel, of pixels scaled to 0..1, as torchvision's `Normalize` takes them
+    crop_padding   in training, so many black pixels on each side, then a crop of the old size at a random place
+    flip           in training, half of the images mirrored left to right
+    classes        names of the labels; if given, labels must be less than their number
+
+    Raises: DataError if shapes, types or labels do not fit.
+    """
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop_padding: int = 0,
+        flip: bool = False,
+        classes: Sequence[str] = (),
+    ):
+        self.images, self.labels = images, np.asarray(labels, np.int64)
+        self.mean, self.std, self.crop_padding, self.flip = tuple(mean), tuple(std), crop_padding, flip
+        self.classes = tuple(classes)
+        self._rows: NDArray[np.int64] | None = None  # a subset's rows; None is all
+        self._check()
+        # A scale and a shift for every value of an image: three numbers, one a channel, would not fill a vector register.
+        pixels = images.shape[1] * images.shape[2]
+        scale = np.tile(1 / (255 * np.asarray(self.std)), pixels)
+        shift = np.tile(-np.asarray(self.mean) / np.asarray(self.std), pixels)
+        self._scale, self._shift = torch.from_numpy(scale).float(), torch.from_numpy(shift).float()
+
+    def _check(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise DataError(f"ImageArray got images {images.dtype} {images.shape}; expected is uint8 (N, H, W, C).")
+        if labels.shape != images.shape[:1]:
+            raise DataError(f"ImageArray got labels {labels.shape} for images {images.shape}; expected is one an image.")
+        if not len(self.mean) == len(self.std) == images.shape[3] or min(self.std) <= 0 or self.crop_padding < 0:
+            raise DataError(
+                f"ImageArray got mean {self.mean}, std {self.std}, crop_padding {self.crop_padding} for images"
+                f" {images.shape}; expected are {images.shape[3]} means, as many positive deviations, a padding >= 0."
+            )
+        end = len(self.classes) or int(labels.max(initial=0)) + 1
+        wrong = np.flatnonzero((labels < 0) | (labels >= end))
+        if len(wrong):
+            at = wrong[0]
+            raise DataError(f"Sample {at} has label {labels[at]}; expected are 0 to {end - 1} for {end} classes.")
+
+    def __len__(self) -> int:
+        return len(self.images) if self._rows is None else len(self._rows)
+
+    def subset(self, indices: Indices) -> "ImageArray":
+        """Returns the samples `indices` as a data set that shares this one's images: only the indices are stored."""
+        rows = np.asarray(indices, np.int64)
+        part = copy.copy(self)
+        part._rows = rows if self._rows is None else self._rows[rows]
+        return part
+
+    def __getitems__(self, indices: Indices, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the batch of the samples `indices` in fresh memory; without `draws`, as in evaluation, nothing random."""
+        rows = np.asarray(indices, np.int64)
+        if self._rows is not None:
+            rows = self._rows[rows]
+        pixels = self.images[rows]
+        if draws is not None and (self.crop_padding or self.flip):
+            numbers = draws.uniform(3)  # row, column, flip: always all three, so that they do not hang on each other
+            if self.crop_padding:
+                offsets = (numbers[:, :2] * (2 * self.crop_padding + 1)).astype(np.int64)
+                pixels = padded_crop(pixels, padding=self.crop_padding, top=offsets[:, 0], left=offsets[:, 1])
+            if self.flip:
+                mirror(pixels, rows=np.flatnonzero(numbers[:, 2] < 0.5))
+        return self._normalised(pixels), torch.from_numpy(self.labels[rows])
+
+    def _normalised(self, pixels: NDArray[np.uint8]) -> Tensor:
+        values = torch.from_numpy(pixels.reshape(len(pixels), -1)).to(torch.float32)
+        values.mul_(self._scale).add_(self._shift)  # not fused: that rounds differently where a vector ends
+        return values.view(pixels.shape).permute(0, 3, 1, 2)
+
+
+def padded_crop(pixels: NDArray[np.uint8], *, padding: int, top: NDArray[np.int64], left: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Pads images (B, H, W, C) with zeros and cuts (H, W) at (top, left), each in 0 .. 2 padding, one pair an image.
+
+    Returns: a new uint8 array (B, H, W, C).
+    """
+    count, height, width, channels = pixels.shape
+    canvas = np.zeros((count, height + 2 * padding, width + 2 * padding, channels), np.uint8)
+    canvas[:, padding : padding + height, padding : padding + width] = pixels
+    # Each run of `width` pixels of the canvas as one opaque item: indexing then copies a row at a time, not a byte.
+    runs = np.ndarray(
+        (count, height + 2 * padding, 2 * padding + 1),
+        np.dtype((np.void, width * channels)),
+        buffer=canvas,
+        strides=(canvas.strides[0], canvas.strides[1], canvas.strides[2]),
+    )
+    cut = runs[np.arange(count)[:, None], top[:, None] + np.arange(height), left[:, None]]
+    cropped: NDArray[np.uint8] = cut.view(np.uint8).reshape(pixels.shape)
+    return cropped
+
+
+def mirror(pixels: NDArray[np.uint8], *, rows: NDArray[np.int64]) -> None:
+    """Mirrors the images `rows` of (B, H, W, C) left to right, in place."""
+    if len(rows):
+        # torch.flip has a vectorised kernel for exactly this layout; NumPy's reversed copy goes pixel by pixel.
+        chosen = torch.from_numpy(pixels[rows]).permute(0, 3, 1, 2)
+        pixels[rows] = chosen.flip(3).permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,131 @@
+"""What a group of ranks is told: a file beside which each rank writes its output, stacks and report.
+
+Owns: the folder's layout, and turning a test body and its arguments into bytes.
+Refuses: bytes from anywhere else: the files hold pickles, written and read by one user's pytest within one private folder.
+"""
+
+import importlib
+import os
+import pickle
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ddp_kit.testing.pytest_parts import rewritten_modules
+from ddp_kit.testing.report import RankReport
+from ddp_kit.topology import environment
+
+AGENTS_VARIABLES = ("GROUP_RANK", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all ranks of a test share: the call (pickled), and the state of the pytest process that it must find."""
+
+    call: bytes
+    world_size: int
+    has_group: bool
+    deadline_s: float
+    changes: InitVar[Mapping[str, str | None]] = MappingProxyType({})
+    variables: Mapping[str, str] = field(init=False)
+    port: int = field(default_factory=lambda: _free_port())
+    path: list[str] = field(default_factory=lambda: list(sys.path))
+    argv: list[str] = field(default_factory=lambda: list(sys.argv))
+    folder: str = field(default_factory=os.getcwd)
+    modules: Mapping[str, str] = field(default_factory=rewritten_modules)
+    filters: bytes = field(default_factory=lambda: pickle.dumps(list(warnings.filters)))
+    options: Mapping[str, object] = field(default_factory=lambda: {"verbose": 0, "tbstyle": "auto", "showlocals": False})
+
+    def __post_init__(self, changes: Mapping[str, str | None]) -> None:
+        if self.world_size < 1:
+            raise ValueError(f"world_size={self.world_size}: expected at least 1")
+        object.__setattr__(self, "variables", environment_for_ranks(changes))
+
+    def variables_of(self, rank: int) -> dict[str, str]:
+        """Returns a rank's environment: that of the pytest process with torchrun's variables for one node; the test's own win."""
+        size = str(self.world_size)
+        torchrun = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        return {**torchrun, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), **self.variables}
+
+
+@dataclass(frozen=True)
+class Body:
+    """A test function by name: the ranks import it themselves. `qualname` may name a method; its class is then instantiated."""
+
+    module: str
+    qualname: str
+
+    def __call__(self, **arguments: object) -> None:
+        """Runs the test's body."""
+        owner: Any = importlib.import_module(self.module)
+        for name in self.qualname.split("."):
+            owner = getattr(owner() if isinstance(owner, type) and name == self.qualname.rsplit(".", 1)[-1] else owner, name)
+        owner(**arguments)
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Stands for an argument that each rank makes for itself: `group` or `monkeypatch`."""
+
+    name: str
+
+
+def environment_for_ranks(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """Returns the environment of this process for ranks, one thread each, with `changes`; None unsets a variable."""
+    kept = {name: value for name, value in environment().items() if name not in AGENTS_VARIABLES}
+    merged = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", **kept, **changes}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def pack(function: Callable[..., object], *args: object, **kwargs: object) -> bytes:
+    """Returns a call as bytes.
+
+    Raises: TypeError naming what cannot be sent to another process.
+    """
+    named: dict[str, object] = {f"argument {i}": value for i, value in enumerate(args)}
+    named |= {f"argument {name!r}": value for name, value in kwargs.items()}
+    for what, value in {f"function {getattr(function, '__qualname__', function)!r}": function, **named}.items():
+        try:
+            pickle.dumps(value)
+        except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
+            raise TypeError(
+                f"{what} ({type(value).__name__}) cannot be sent to the ranks, which are processes of their own: {error}. "
+                "Expected a function at the top level of a module, and values that pickle; make everything else inside the body."
+            ) from error
+    return pickle.dumps((function, args, kwargs))
+
+
+class Files:
+    """The files of one group of ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.job, self.store = folder, folder / "job", folder / "store"
+
+    def output(self, rank: int) -> Path:
+        """What a rank printed."""
+        return self.folder / f"rank-{rank}.output"
+
+    def stacks(self, rank: int) -> Path:
+        """Where `faulthandler` writes a rank's stacks."""
+        return self.folder / f"rank-{rank}.stacks"
+
+    def report(self, rank: int) -> Path:
+        """A rank's RankReport; not there if it ended without a word."""
+        return self.folder / f"rank-{rank}.report"
+
+    def write_report(self, report: RankReport) -> None:
+        """Writes a report whole or not at all."""
+        temporary = self.report(report.rank).with_suffix(".tmp")
+        temporary.write_bytes(pickle.dumps(report))
+        temporary.replace(self.report(report.rank))
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port

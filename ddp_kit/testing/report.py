@@ -1,0 +1,92 @@
+"""What the ranks of one test report, and how it becomes one message with the culprit first.
+
+Owns: the order of blame. Refuses: starting, stopping or reading from processes.
+"""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """How one rank ended.
+
+    `outcome` is passed, skipped, xfailed, failed (an exception), died (ended without a word: signal or `os._exit`) or late (did not end and
+    was killed). `exit_code` is negative for a signal. `time` is the monotonic time of the exception or death in seconds; `is_echo`
+    whether the exception only says that a peer has gone. `value` is the pickled return value.
+    """
+
+    rank: int
+    outcome: str
+    pid: int = 0
+    time: float = 0.0
+    value: bytes = b""
+    exit_code: int = 0
+    message: str = ""
+    traceback: str = ""
+    where: tuple[str, int] | None = None
+    is_echo: bool = False
+    stacks: str = ""
+    output: str = ""
+
+    @property
+    def line(self) -> str:
+        """One line for a rank that is not the culprit."""
+        first = self.message.strip().partition("\n")[0]
+        return f"rank {self.rank} {self.outcome}" + (f": {first}" if first else "")
+
+
+class RanksError(Exception):
+    """At least one rank failed. `reports` holds one RankReport for each rank, `culprit` is the rank to blame, None if all were late."""
+
+    def __init__(self, reports: Sequence[RankReport], *, deadline_s: float) -> None:
+        self.reports = tuple(reports)
+        self.blamed = _blamed(reports)
+        self.culprit = self.blamed.rank if self.blamed else None
+        self.merged = _merged(reports, blamed=self.blamed, deadline_s=deadline_s)
+        outputs = (f"\n--- output of rank {report.rank} ---\n{report.output.rstrip()}" for report in reports if report.output.strip())
+        super().__init__(self.merged + "".join(outputs))
+
+    @property
+    def headline(self) -> str:
+        """One line for pytest's summary."""
+        if self.blamed is None:
+            return "the ranks were not done before the deadline"
+        return f"rank {self.blamed.rank}: " + self.blamed.message.strip().partition("\n")[0]
+
+
+def death(exit_code: int) -> str:
+    """Words an exit code as `subprocess` has it: negative is a signal."""
+    if exit_code >= 0:
+        return f"ended by itself with exit code {exit_code} before the test was over"
+    return f"killed by {signal.Signals(-exit_code).name}"
+
+
+def _blamed(reports: Sequence[RankReport]) -> RankReport | None:
+    # A killed rank has nobody to note the time of its death, so its peers' "connection closed" may come first: echoes go last.
+    # A rank that skips alone makes echoes too. Ranks that are only late are all innocent, or all guilty.
+    first = sorted((report for report in reports if report.outcome not in ("passed", "late")), key=_guilt)
+    return first[0] if first else None
+
+
+def _guilt(report: RankReport) -> tuple[bool, bool, float]:
+    return report.is_echo, report.outcome not in ("failed", "died"), report.time
+
+
+def _merged(reports: Sequence[RankReport], *, blamed: RankReport | None, deadline_s: float) -> str:
+    parts = []
+    if blamed is None:
+        parts.append(f"Not done after {deadline_s:g} s (deadline_s of the test). Where the ranks were, innermost call first:")
+    elif blamed.outcome in ("skipped", "xfailed"):
+        parts.append(f"Rank {blamed.rank} of {len(reports)} was {blamed.outcome} ({blamed.message}); all ranks have to be, or none.")
+    else:
+        details = [text.rstrip() for text in (blamed.traceback, blamed.stacks) if text.strip()]
+        message = blamed.message.strip().partition("\n")[0] if blamed.traceback else blamed.message  # the traceback has all of it
+        parts += [f"Rank {blamed.rank} of {len(reports)} failed first: {message}", *details]
+    others = [report for report in reports if report is not blamed]
+    if others:
+        parts.append("\n".join(f"  {report.line}" for report in others))
+    stacks = [report for report in others if report.stacks.strip()]
+    parts += [f"Stacks of rank {report.rank} (pid {report.pid}):\n{report.stacks.rstrip()}" for report in stacks]
+    return "\n\n".join(parts)

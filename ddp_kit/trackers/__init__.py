@@ -1,0 +1,137 @@
+"""Where the records of a run go: the `Tracker` protocol, what a tracker is told at start, and what it is never told.
+
+Owns: `Tracker`, `RunInfo`, and `redact`, which takes secrets out of everything that is written.
+Refuses: other ranks than 0, averaging, and deciding what is logged; trackers pass on the records they are given.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+REDACTED = "[redacted]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What every tracker is told once, at start. `total_steps` is 0 if unknown; `settings` hold no secrets any more."""
+
+    run_dir: Path
+    name: str
+    settings: Mapping[str, object] = field(default_factory=dict)
+    total_steps: int = 0
+
+
+class Tracker(Protocol):
+    """Receives the records of a run: on rank 0 only, on the training thread, so each call must be short.
+
+    A network that is away for a while is no reason to raise. `finish` is called once, however the run ends.
+    """
+
+    def start(self, info: RunInfo) -> None:
+        """Opens whatever the tracker writes to. Called again by each later life of the same run directory."""
+        ...
+
+    def log(self, record: Mapping[str, object]) -> None:
+        """Takes one record of metrics.jsonl: "kind" is "train", "eval" or "test", "step" counts optimizer steps."""
+        ...
+
+    def event(self, event: Mapping[str, object]) -> None:
+        """Takes one record of events.jsonl, such as a start, a signal or a failure."""
+        ...
+
+    def sample(self, name: str, value: object, *, step: int) -> None:
+        """Takes what the recipe's `samples` made: a text, or an image (C, H, W) or (H, W), float in 0..1 or uint8."""
+        ...
+
+    def finish(self, status: Mapping[str, object]) -> None:
+        """Takes the content of status.json and closes everything."""
+        ...
+
+
+def numbers(record: Mapping[str, object]) -> dict[str, int | float]:
+    """Returns the numbers of a record by name, `train/loss`; epoch and samples too, the step not."""
+    return {
+        f"{record['kind']}/{name}": value
+        for name, value in record.items()
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+# A name is judged by its words: any of the first set, or a last word of the second set, as in `wandb_api_key` or `hfToken`.
+# Words before `token` and `key` that make them harmless are those of vocabularies and of sorting.
+SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey", "authorization"}
+SECRET_LAST_WORDS = {"key", "keys", "token", "tokens", "auth"}
+HARMLESS_BEFORE = {"pad", "eos", "bos", "unk", "mask", "sep", "cls", "max", "min", "sort", "group", "state", "dict", "cache"}
+NAMES_OF_HASHES = {"revision", "commit", "sha", "sha1", "sha256", "hash", "checksum", "digest", "id"}
+
+SECRET_TEXTS = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+    r"|(?<![\w-])(?:sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
+    r"|wandb_v1_\w{20,}|xox[abposr]-[\w-]{10,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})"
+)
+URL_LOGIN = re.compile(r"(?i)((?<!ssh)://)[^\s/?#]+@")
+BEARER = re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}")
+QUOTED = re.compile(r"(?i)((?:password|passwd|passphrase|secret|api_?key|access_?token|auth_?token)['\"]?\s*[:=]\s*['\"]?)[^\s'\",;&]+")
+ASSIGNED = re.compile(r"([\w-]+)=([^\s,;&#'\"]+)")
+
+
+def redact(mapping: Mapping[str, object]) -> dict[str, object]:
+    """Returns a copy without secrets: values under names such as `hf_token`, texts that look like keys, logins inside URLs.
+
+    Works through nested mappings and lists; in a list of arguments the value after `--hf-token` goes too. Numbers stay, except
+    under names like `password`. A full 40-digit hexadecimal text is taken for a W&B key unless its name is that of a hash.
+    """
+    return {name: _value(value, name=name) for name, value in mapping.items()}
+
+
+def _value(value: object, *, name: str) -> object:
+    words = _words(name)
+    if SECRET_WORDS.intersection(words):
+        return _hidden(value, numbers=True)
+    if _is_secret(name):
+        return _hidden(value, numbers=False)
+    if isinstance(value, Mapping):
+        return redact(value)
+    if isinstance(value, list | tuple):
+        items = [_value(item, name=name) for item in value]
+        for index, flag in enumerate(items[:-1]):
+            if isinstance(flag, str) and flag.startswith("-") and "=" not in flag and _is_secret(flag):
+                items[index + 1] = REDACTED
+        return items
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"[0-9a-f]{40}", value) and not NAMES_OF_HASHES.intersection(words):
+        return REDACTED
+    return redact_text(value)
+
+
+def redact_text(text: str) -> str:
+    """Returns the text with everything that looks like a secret replaced by `[redacted]`."""
+    text = SECRET_TEXTS.sub(REDACTED, text)
+    text = URL_LOGIN.sub(rf"\g<1>{REDACTED}@", text)
+    text = BEARER.sub(rf"\g<1>{REDACTED}", text)
+    text = QUOTED.sub(rf"\g<1>{REDACTED}", text)
+    return ASSIGNED.sub(lambda match: f"{match[1]}={REDACTED}" if _is_secret(match[1]) else match[0], text)
+
+
+def _hidden(value: object, *, numbers: bool) -> object:
+    if isinstance(value, Mapping):
+        return {name: _hidden(item, numbers=numbers) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(item, numbers=numbers) for item in value]
+    if value is None or value == "" or isinstance(value, bool) or (not numbers and isinstance(value, int | float)):
+        return value
+    return REDACTED
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])", name)]
+
+
+def _is_secret(name: str) -> bool:
+    words = _words(name)
+    if SECRET_WORDS.intersection(words) or words[-1:] in (["sig"], ["signature"]):
+        return True
+    return bool(words) and words[-1] in SECRET_LAST_WORDS and not HARMLESS_BEFORE.intersection(words[:-1])
