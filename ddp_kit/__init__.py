@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from ddp_kit.data.data import Data as Data
     from ddp_kit.data.first_on_node import first_on_node as first_on_node
     from ddp_kit.data.loader import build_loader as build_loader
+    from ddp_kit.groups import process_group as process_group
     from ddp_kit.metrics import LossSum as LossSum
-    from ddp_kit.process_group import process_group as process_group
+    from ddp_kit.preemption import signals_noted as signals_noted
     from ddp_kit.recipe import Callback as Callback
     from ddp_kit.recipe import Objective as Objective
     from ddp_kit.recipe import Recipe as Recipe
     from ddp_kit.settings import Settings as Settings
+    from ddp_kit.step import should_stop as should_stop
     from ddp_kit.step import train_step as train_step
     from ddp_kit.train import run as run
-    from ddp_kit.wrap import wrap as wrap
+    from ddp_kit.wrapping import wrap as wrap
 
 HOMES = {
     "schedules": "ddp_kit.schedules",
@@ -32,14 +34,16 @@ HOMES = {
     "first_on_node": "ddp_kit.data.first_on_node",
     "build_loader": "ddp_kit.data.loader",
     "LossSum": "ddp_kit.metrics",
-    "process_group": "ddp_kit.process_group",
+    "process_group": "ddp_kit.groups",
+    "signals_noted": "ddp_kit.preemption",
     "Callback": "ddp_kit.recipe",
     "Objective": "ddp_kit.recipe",
     "Recipe": "ddp_kit.recipe",
     "Settings": "ddp_kit.settings",
+    "should_stop": "ddp_kit.step",
     "train_step": "ddp_kit.step",
     "run": "ddp_kit.train",
-    "wrap": "ddp_kit.wrap",
+    "wrap": "ddp_kit.wrapping",
 }
 __all__ = list(HOMES)
 

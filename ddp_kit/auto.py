@@ -12,11 +12,11 @@ from torch import nn
 from ddp_kit.batching import plan_batches
 from ddp_kit.collectives import max_over_ranks
 from ddp_kit.data.data import Data
-from ddp_kit.data.loader import build_loader
+from ddp_kit.data.loader import feed_of
 from ddp_kit.data.placement import Placement
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import ConfigError
-from ddp_kit.process_group import Group
+from ddp_kit.groups import Group
 from ddp_kit.recipe import Objective
 from ddp_kit.seeding import generators_put_back
 from ddp_kit.settings import Settings
@@ -53,7 +53,7 @@ def _fits(
     """Runs each loss forward and backward on `size` samples; optimizer state is not there yet, so a tenth is left free on CUDA."""
     plan = plan_batches(size, micro_batch=0, world_size=1)
     try:
-        batch: MicroBatch = build_loader(data, plan=plan, rank=0, seed=settings.seed, placement=placement).rehearsal()
+        batch: MicroBatch = feed_of(data, plan=plan, rank=0, seed=settings.seed, placement=placement).rehearsal()
         with generators_put_back():
             for part in parts:
                 call = LossCall(model, part.loss, precision=settings.precision, device=group.device)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ddp_kit.process_group import Group
+from ddp_kit.groups import Group
 
 
 class RunningStatistics:

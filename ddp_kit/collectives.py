@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from ddp_kit.process_group import Group
+from ddp_kit.groups import Group
 
 
 def max_over_ranks(group: Group, values: Sequence[int]) -> list[int]:

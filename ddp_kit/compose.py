@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ddp_kit.auto import find_micro_batch
-from ddp_kit.batching import BatchPlan, plan_batches, splits_that_keep
+from ddp_kit.batching import BatchPlan, splits_that_keep
 from ddp_kit.collectives import first_difference, gather_bytes
 from ddp_kit.data.data import Data, as_data
 from ddp_kit.data.loader import Feed, build_loader, evaluation_batches
@@ -24,15 +24,15 @@ from ddp_kit.ema import WeightAverage
 from ddp_kit.errors import ConfigError, DataError, nearest
 from ddp_kit.evaluation import EVALUATION, evaluate, measure_of
 from ddp_kit.fit import Pace
+from ddp_kit.groups import Group
 from ddp_kit.precision import weight_dtype
-from ddp_kit.process_group import Group
 from ddp_kit.recipe import Recipe
 from ddp_kit.seeding import Purpose, generators_put_back, key, seed_forward
 from ddp_kit.settings import Settings, digest, flag, flatten
 from ddp_kit.training import Training
 from ddp_kit.tuning import wants_channels_last
 from ddp_kit.weights import load_weights
-from ddp_kit.wrap import Part, checkpoint_activations, wrap
+from ddp_kit.wrapping import Part, checkpoint_activations, wrap_parts
 
 
 def require_same_settings(group: Group, settings: Settings, *, text: str) -> None:
@@ -130,13 +130,9 @@ class Evaluator:
             model.train()
 
     def _batches(self, data: Data) -> Any:
+        workers = self.settings.num_workers
         return evaluation_batches(
-            data,
-            micro_batch=self.micro_batch,
-            rank=self.group.rank,
-            world_size=self.group.world_size,
-            placement=self.placement,
-            num_workers=self.settings.num_workers,
+            data, group=self.group, micro_batch=self.micro_batch, placement=self.placement, num_workers=workers
         )
 
     def rehearse(self, model: nn.Module) -> None:
@@ -181,15 +177,22 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     micro_batch = settings.micro_batch
     if micro_batch == "auto":
         micro_batch = find_micro_batch(model, recipe.parts(), data, placement=placement, settings=settings, group=group)
-    plan = plan_batches(settings.global_batch, micro_batch=micro_batch, world_size=group.world_size)
-    feed = build_loader(data, plan=plan, rank=group.rank, seed=settings.seed, placement=placement, num_workers=settings.num_workers)
+    feed = build_loader(
+        data,
+        group=group,
+        global_batch=settings.global_batch,
+        micro_batch=micro_batch,
+        seed=settings.seed,
+        num_workers=settings.num_workers,
+        placement=placement,
+    )
     pace = _pace(settings, feed)
     parts = []
     for objective in recipe.parts():
         optimizer = objective.optimizer(model.get_submodule(objective.trains) if objective.trains else model)
         scheduler = objective.scheduler(optimizer, _scheduled_steps(settings, feed)) if objective.scheduler else None
         parts.append(Part(loss=objective.loss, optimizer=optimizer, scheduler=scheduler, trains=objective.trains))
-    training = wrap(
+    training = wrap_parts(
         model,
         parts,
         group=group,
@@ -201,9 +204,9 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     )
     if settings.ema:
         training.average = WeightAverage(model, decay=settings.ema)
-    training.notes += _split_notes(model, plan, settings, group)
+    training.notes += _split_notes(model, feed.plan, settings, group)
     sets = data_sets(recipe.eval_data(), what="evaluation") if recipe.eval_data else {}
-    evaluator = Evaluator(recipe=recipe, settings=settings, group=group, sets=sets, micro_batch=plan.largest, placement=placement)
+    evaluator = Evaluator(recipe=recipe, settings=settings, group=group, sets=sets, micro_batch=feed.plan.largest, placement=placement)
     evaluator.rehearse(model)
     return Composition(training=training, feed=feed, evaluator=evaluator, pace=pace)
 

@@ -16,7 +16,7 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 
-from ddp_kit.process_group import Group
+from ddp_kit.groups import Group
 
 INTERVAL_S = 0.1  # between packets where steps are shorter; decides how late a stop may be, so never above 1 s
 SHIFT = 16

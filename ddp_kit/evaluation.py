@@ -14,9 +14,9 @@ from torch import nn
 from ddp_kit.collectives import gather_rows, max_over_ranks, sum_by_name
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import DdpKitError
+from ddp_kit.groups import Group
 from ddp_kit.metrics import Totals, means
 from ddp_kit.precision import autocast
-from ddp_kit.process_group import Group
 from ddp_kit.recipe import Pairs, Recipe
 from ddp_kit.seeding import generators_put_back, seed_forward
 from ddp_kit.settings import Precision

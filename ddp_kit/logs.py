@@ -16,6 +16,14 @@ logger = logging.getLogger("ddp_kit")
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
+class _ToStdout(logging.StreamHandler[TextIO]):
+    """Looks stdout up at each line: a live progress line puts its own in place, above which a line must appear."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
+
+
 @contextmanager
 def rank_log(folder: Path | None, *, rank: int) -> Iterator[logging.Logger]:
     """Writes this rank's log into `folder` (None: nowhere), and info and warnings of rank 0 to the console too.
@@ -29,7 +37,7 @@ def rank_log(folder: Path | None, *, rank: int) -> Iterator[logging.Logger]:
         handlers[-1].setFormatter(logging.Formatter(FORMAT))
         handlers[-1].setLevel(logging.DEBUG)
     if rank == 0:
-        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers.append(_ToStdout())
         handlers[-1].setFormatter(logging.Formatter("%(message)s"))
         handlers[-1].setLevel(logging.INFO)
     level, propagates, shown = logger.level, logger.propagate, warnings.showwarning

@@ -35,15 +35,17 @@ class Reporter:
 
     def __init__(self, trackers: Sequence[Tracker], *, log_every: int, progress: Sequence[Callable[[int], None]] = ()):
         """Args: `progress` are called with the step after each step, and must be cheap."""
-        self._trackers, self._log_every, self._progress = trackers, log_every, progress
+        self._given, self._log_every, self._progress = trackers, log_every, progress
+        self._trackers: list[Tracker] = []  # those that have started: only they may be told of a failure
         self._pending: _Pending | None = None
         self._since = (0, time.perf_counter())
         self._wait_s = 0.0
 
     def start(self, info: RunInfo, *, step: int) -> None:
         """Starts the trackers and the clock."""
-        for tracker in self._trackers:
+        for tracker in self._given:
             tracker.start(info)
+            self._trackers.append(tracker)
         self.restart_clock(step)
 
     def restart_clock(self, step: int) -> None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.errors import DdpKitError
 from ddp_kit.finite import find_non_finite, judge, listed, look_back
+from ddp_kit.preemption import StopFlag
 from ddp_kit.seeding import seed_forward
 from ddp_kit.training import ObjectiveState, StepSums, Sums, Training
 
@@ -165,3 +166,10 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
         return False
     objective.optimizer.step()
     return True
+
+
+def should_stop(training: Training, stop: StopFlag) -> bool:
+    """Whether all ranks agreed to stop after a signal on any of them. Every rank of a loop of its own calls it after each step."""
+    stop.deferring = True
+    decision = training.control.boundary(training.step, signal=stop.signal)
+    return decision is not None and decision.signal != 0

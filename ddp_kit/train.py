@@ -5,11 +5,10 @@ Refuses: doing any of it itself: it calls the parts in order.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -19,16 +18,16 @@ from ddp_kit.collectives import from_rank
 from ddp_kit.compose import Composition, Evaluator, compose, data_sets, require_same_settings
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.environment import describe
-from ddp_kit.errors import ConfigError, DdpKitError
+from ddp_kit.errors import ConfigError
 from ddp_kit.fit import Ending, fit
 from ddp_kit.flags import parse
+from ddp_kit.groups import Group
 from ddp_kit.logs import logger, rank_log
-from ddp_kit.precision import arithmetic
 from ddp_kit.preemption import StopFlag, signals_noted
-from ddp_kit.process_group import Group, explain, process_group
 from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
 from ddp_kit.report import Reporter
 from ddp_kit.run_dir import RunDir, default_name
+from ddp_kit.session import exit_code, recipe_path, run_command, session
 from ddp_kit.settings import Settings, check, to_json
 from ddp_kit.topology import facts, read_topology
 from ddp_kit.trackers import RunInfo, Tracker, redact
@@ -60,36 +59,44 @@ class _Life:
     composition: Composition | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
+    def failed(self, error: BaseException, group: Group) -> None:
+        """Leaves a failure in the run directory."""
+        if self.directory is None:
+            return
+        rank, message = group.culprit() or (group.rank, f"{type(error).__name__}: {error}")
+        step = self.composition.training.step if self.composition else 0
+        reason = f"rank {rank}: {message}"
+        status = self.directory.status("failed", reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error))
+        if self.reporter is not None:
+            self.reporter.event("failure", step=step, rank=rank, message=reason)
+            self.reporter.finish(status)
 
-def run(recipe: Recipe, settings: Settings, *, name: str = "run", source: RecipeSource | None = None) -> Outcome:
+
+def run(recipe: Recipe, settings: Settings, *, name: str = "run") -> Outcome:
     """Trains a recipe. Every rank calls it; in a process that is no rank it trains alone.
 
     Raises: ConfigError, DataError, NonFiniteError or whatever the recipe's own code raises; the run directory then says "failed".
     """
     check(settings)
-    return _run(lambda: recipe, settings, name=name, source=source, speaks=False)
+    return _live(lambda: recipe, settings, name=name, source=None)
 
 
-def _run(build: Any, settings: Settings, *, name: str, source: RecipeSource | None, speaks: bool) -> Outcome:
+def _live(build: Callable[[], Recipe], settings: Settings, *, name: str, source: RecipeSource | None) -> Outcome:
+    """Enters the group and trains. A command (it has a `source`) says itself what failed."""
+    life = _Life()
     with (
-        process_group(device=settings.device, threads=settings.threads, tuning=settings.tuning) as group,
-        arithmetic(settings.precision, group.device),
-        signals_noted() as stop,
         ExitStack() as stack,
+        session(settings, speaks=source is not None, on_failure=life.failed) as group,
+        signals_noted() as stop,
     ):
-        life = _Life()
-        try:
-            return _train(build, settings, group, stop, life, stack, name=name, source=source)
-        except BaseException as error:
-            _fail(error, group, life, speaks=speaks)
-            raise
+        return _train(build, settings, group, stop, life, stack, name=name, source=source)
 
 
 def _train(
-    build: Any, settings: Settings, group: Group, stop: StopFlag, life: _Life, stack: ExitStack, *, name: str, source: RecipeSource | None
+    build: Callable[[], Recipe], settings: Settings, group: Group, stop: StopFlag, life: _Life, stack: ExitStack, *, name: str, source: RecipeSource | None
 ) -> Outcome:
     require_same_settings(group, settings, text=source.text if source else "")
-    recipe: Recipe = build()
+    recipe = build()
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"the function `recipe` must return a ddp_kit.Recipe; it returned {type(recipe).__name__}.")
     path = _open_directory(settings, group, life, stack, name=name, source=source)
@@ -134,7 +141,8 @@ def _open_directory(settings: Settings, group: Group, life: _Life, stack: ExitSt
         stack.callback(directory.release)
         life.directory = directory
         about = {"recipe": str(source.path), "recipe_sha256": source.sha256} if source else {"recipe": name}
-        directory.write_json("settings.json", about | {"settings": redact(to_json(settings))})
+        defaults = to_json(source.settings()) if source else {}
+        directory.write_json("settings.json", about | {"settings": redact(to_json(settings)), "defaults": redact(defaults)})
         folder = source.path.parent if source else None
         directory.write_json("env.json", describe(group.topology, group.device, recipe_folder=folder))
         directory.status("running")
@@ -222,54 +230,16 @@ def _finish(ending: Ending, composition: Composition, reporter: Reporter, best: 
     )
 
 
-def _fail(error: BaseException, group: Group, life: _Life, *, speaks: bool) -> None:
-    """Says what failed (the culprit first, once), and leaves it in the run directory."""
-    text = explain(group, error)
-    logger.debug("%s", text)
-    if speaks and text:
-        sys.stdout.flush()
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    if life.directory is None:
-        return
-    culprit = group.culprit() or (group.rank, f"{type(error).__name__}: {error}")
-    step = life.composition.training.step if life.composition else 0
-    code = error.exit_code if isinstance(error, DdpKitError) else 1
-    reason = f"rank {culprit[0]}: {culprit[1]}"
-    status = life.directory.status("failed", reason=reason, step=step, metrics=life.metrics, exit_code=code)
-    if life.reporter is not None:
-        life.reporter.event("failure", step=step, rank=culprit[0], message=reason)
-        life.reporter.finish(status)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0 finished, 1 error, 2 usage, 130 SIGINT, 143 SIGTERM."""
     args = list(sys.argv[1:] if argv is None else argv)
-    rank = 0
-    try:
-        rank = read_topology().rank
-        source = load_recipe(recipe_path(args, command="train"))
-        settings = parse(source.settings, args[1:], prog=f"ddp_kit.train {args[0]}", rank=rank)
-    except DdpKitError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    try:
-        return _run(lambda: source.build(settings), settings, name=source.name, source=source, speaks=True).exit_code
-    except DdpKitError as error:
-        return error.exit_code
-    except Exception:  # `_fail` has said it
-        return 1
 
+    def command() -> int:
+        source = load_recipe(recipe_path(args, command="python -m ddp_kit.train"))
+        settings = parse(source.settings, args[1:], prog=f"ddp_kit.train {args[0]}", rank=read_topology().rank)
+        return _live(lambda: source.build(settings), settings, name=source.name, source=source).exit_code
 
-def recipe_path(args: Sequence[str], *, command: str) -> str:
-    """Returns the recipe of a command line. Raises: ConfigError with the usage if there is none; SystemExit after `--help`."""
-    if args and not args[0].startswith("-"):
-        return args[0]
-    usage = f"usage: python -m ddp_kit.{command} RECIPE.py [--field value ...]\n       python -m ddp_kit.{command} RECIPE.py --help lists the recipe's flags"
-    if args and args[0] in ("-h", "--help"):
-        print(usage)
-        raise SystemExit(0)
-    raise ConfigError(f"the recipe comes first.\n{usage}")
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from ddp_kit.control import Control
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.ema import WeightAverage
 from ddp_kit.errors import DdpKitError
+from ddp_kit.groups import Group
 from ddp_kit.metrics import LossSum, Number, Totals
 from ddp_kit.precision import LossScale, autocast
-from ddp_kit.process_group import Group
 from ddp_kit.settings import Precision
 from ddp_kit.strategies import Strategy
 

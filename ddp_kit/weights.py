@@ -16,7 +16,7 @@ from torch import nn
 
 from ddp_kit.collectives import first_difference
 from ddp_kit.errors import ConfigError, DdpKitError, nearest
-from ddp_kit.process_group import Group
+from ddp_kit.groups import Group
 
 
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import ddp_kit
 from ddp_kit import Data, LossSum, Recipe
 from ddp_kit.compose import Composition, compose
 from torch.utils.data import TensorDataset
-from ddp_kit.process_group import Group
+from ddp_kit.groups import Group
 from ddp_kit.step import train_step
 
 

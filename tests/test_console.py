@@ -102,7 +102,9 @@ def test_on_a_terminal_one_line_lives_and_all_else_stands_above_it(printed):
     assert len(shown) == 5, shown
     live = re.findall(r"step (\d+)/40", written)
     assert len(set(live)) >= 3, "progress moves the line between records"
-    assert written.rfind("\x1b[?25h") > written.rfind("\x1b[?25l"), "the cursor is left visible"
+    hidden = re.findall(r"\x1b\[\?25l(.*?)\x1b\[\?25h", written, flags=re.DOTALL)
+    assert hidden, "rich hides the cursor"
+    assert not any("step" in text for text in hidden), "and gets it back at once: a killed run leaves a usable terminal"
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])

@@ -5,7 +5,7 @@ import torch
 from cases import Settings, Trace, classify, distance, normed, plain, recipe, trace, vectors, weighted
 from torch.nn.functional import cross_entropy
 
-from ddp_kit.process_group import Group, process_group
+from ddp_kit.groups import Group, process_group
 from ddp_kit.seeding import Purpose, key, permutation
 from ddp_kit.topology import Topology
 

@@ -145,6 +145,24 @@ def test_of_eight_that_claim_at_once_one_wins_be_there_a_stale_lock_or_none(othe
     assert others.winners == [1, 1]
 
 
+def test_who_waited_for_a_lock_file_that_was_then_removed_locks_the_new_one(tmp_path):
+    lock = tmp_path / "run.lock"
+    found = []
+
+    def waits():
+        with module._exclusive(lock) as file:
+            found.append(os.path.samestat(os.fstat(file.fileno()), lock.stat()))
+
+    with module._exclusive(lock):
+        waiting = threading.Thread(target=waits)
+        waiting.start()
+        time.sleep(0.1)  # long enough to be waiting in flock; if not, the test passes without having tested
+        lock.unlink()
+        lock.touch()
+    waiting.join(timeout=10)
+    assert found == [True]
+
+
 def test_a_reused_pid_is_not_taken_for_the_owner(tmp_path):
     write_lock(tmp_path, start="1")
     run = RunDir(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_kit.process_group import Group
+from ddp_kit.groups import Group
 from ddp_kit.testing import RanksError, assert_same_on_all_ranks, current_group, run_ranks, start_ranks
 
 ROOT = Path(__file__).parent.parent

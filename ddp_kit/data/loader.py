@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ddp_kit.batching import BatchPlan
-from ddp_kit.data.data import Data
+from ddp_kit.batching import BatchPlan, plan_batches
+from ddp_kit.data.data import Data, as_data
 from ddp_kit.data.placement import Placement, map_tensors
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
 from ddp_kit.data.stream import TrainingStream, evaluation_stream
+from ddp_kit.groups import Group
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Feed:
         except TypeError:
             return 0
 
-    def batches(self, *, start: int, end: int) -> Iterator[RankBatch]:
+    def batches(self, *, start: int, end: int) -> Generator[RankBatch, None, None]:
         """Yields the batches of steps start to end - 1."""
         with contextlib.closing(self._read(start=start, end=end)) as micro_batches:
             yield from grouped(placed(micro_batches, self.placement), per_step=len(self.plan.of_rank(self.rank)))
@@ -84,23 +85,41 @@ class Feed:
         return MicroBatch(answer.request, self.placement(answer.batch))
 
 
-def build_loader(data: Data, *, plan: BatchPlan, rank: int, seed: int, placement: Placement, num_workers: int = 0) -> Feed:
-    """Returns a rank's feed of training batches.
+def build_loader(
+    data: Any,
+    *,
+    group: Group,
+    global_batch: int,
+    micro_batch: int = 0,
+    seed: int = 0,
+    num_workers: int = 0,
+    placement: Placement | None = None,
+) -> Feed:
+    """Returns this rank's feed of training batches from a `Data` or a bare data set.
 
-    Raises: DataError if an epoch holds less than one global batch.
+    Raises: ConfigError for sizes that cannot be; DataError if an epoch holds less than one global batch.
     """
+    plan = plan_batches(global_batch, micro_batch=micro_batch, world_size=group.world_size)
+    place = placement or Placement(group.device)
+    return feed_of(as_data(data), plan=plan, rank=group.rank, seed=seed, placement=place, num_workers=num_workers)
+
+
+def feed_of(data: Data, *, plan: BatchPlan, rank: int, seed: int, placement: Placement, num_workers: int = 0) -> Feed:
+    """Returns a rank's feed by a plan that is made already."""
     sampler = None if data.is_iterable else GlobalBatchSampler(data, plan=plan, rank=rank, seed=seed, order=data.order)
     return Feed(data=data, plan=plan, rank=rank, seed=seed, placement=placement, num_workers=num_workers, sampler=sampler)
 
 
 def evaluation_batches(
-    data: Data, *, micro_batch: int, rank: int, world_size: int, placement: Placement, num_workers: int = 0
+    data: Any, *, group: Group, micro_batch: int, placement: Placement | None = None, num_workers: int = 0
 ) -> Iterator[MicroBatch]:
-    """Yields a rank's micro-batches of an evaluation: each sample once over all ranks, and the same number on every rank."""
+    """Yields this rank's micro-batches of an evaluation: each sample once over all ranks, and the same number on every rank."""
+    data, placement = as_data(data), placement or Placement(group.device)
     if data.is_iterable:
-        yield from placed(evaluation_stream(data, micro_batch=micro_batch, rank=rank, world_size=world_size), placement)
+        stream = evaluation_stream(data, micro_batch=micro_batch, rank=group.rank, world_size=group.world_size)
+        yield from placed(stream, placement)
         return
-    requests = evaluation_requests(len(data), micro_batch=micro_batch, rank=rank, world_size=world_size)
+    requests = evaluation_requests(len(data), micro_batch=micro_batch, rank=group.rank, world_size=group.world_size)
     reader = Reader(data, seed=0, training=False)
     answers = _with_workers(reader, requests, num_workers=num_workers) if num_workers else map(reader.read, requests)
     yield from placed(answers, placement)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import nn
 
-from ddp_kit.process_group import Group
+from ddp_kit.groups import Group
 from ddp_kit.strategies.ddp import DataParallel
 from ddp_kit.strategies.single import Single
 

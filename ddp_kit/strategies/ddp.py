@@ -11,7 +11,7 @@ from typing import Any, final
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_kit.process_group import Group
+from ddp_kit.groups import Group
 
 
 @final

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ddp_kit.testing.rank import current_group
 
 if TYPE_CHECKING:
-    from ddp_kit.process_group import Group
+    from ddp_kit.groups import Group
 
 SMALL = 1 << 20  # bytes of a tensor up to which ranks exchange it to find the element that differs
 

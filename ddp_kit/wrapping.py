@@ -21,9 +21,9 @@ from ddp_kit.control import Control
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import ConfigError, DdpKitError, nearest
+from ddp_kit.groups import Group
 from ddp_kit.metrics import LossSum
 from ddp_kit.precision import LossScale
-from ddp_kit.process_group import Group
 from ddp_kit.seeding import generators_put_back, seed_forward
 from ddp_kit.settings import Precision
 from ddp_kit.strategies import choose_strategy
@@ -42,6 +42,22 @@ class Part:
 
 
 def wrap(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss: Callable[[Any, Any], LossSum],
+    *,
+    group: Group,
+    feed: Feed,
+    scheduler: Any = None,
+    precision: Precision = "fp32",
+    grad_clip: float = 0.0,
+) -> Training:
+    """Wraps a model, its optimizer and its loss for a loop of one's own. Every rank calls it; see `wrap_parts`."""
+    part = Part(loss=loss, optimizer=optimizer, scheduler=scheduler)
+    return wrap_parts(model, [part], group=group, feed=feed, precision=precision, grad_clip=grad_clip)
+
+
+def wrap_parts(
     model: nn.Module,
     parts: Sequence[Part],
     *,

@@ -1,0 +1,65 @@
+"""`python -m ddp_kit.evaluate RECIPE.py --init-from weights.safetensors [--field value ...]`: evaluation alone, at any world size.
+
+Owns: that command; `ddp-kit evaluate` is the same in one process.
+Refuses: optimizers and training data: they are not built.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from ddp_kit.compose import Evaluator, build_model, data_sets, placement_of, require_same_settings
+from ddp_kit.errors import ConfigError
+from ddp_kit.flags import parse
+from ddp_kit.groups import Group
+from ddp_kit.logs import rank_log
+from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
+from ddp_kit.session import recipe_path, run_command, session
+from ddp_kit.settings import Settings
+from ddp_kit.topology import read_topology
+from ddp_kit.trackers.console import evaluation_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Prints one line a set, and with a last line of JSON what a script wants. Returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        source = load_recipe(recipe_path(args, command="python -m ddp_kit.evaluate"))
+        settings = parse(source.settings, args[1:], prog=f"ddp_kit.evaluate {args[0]}", rank=read_topology().rank)
+        if not settings.init_from:
+            raise ConfigError("evaluation needs weights: type --init-from FILE.safetensors (a run leaves its own as runs/NAME/model.safetensors).")
+        with session(settings) as group, rank_log(None, rank=group.rank):
+            require_same_settings(group, settings, text=source.text)
+            _evaluate(source, settings, group)
+        return 0
+
+    return run_command(command)
+
+
+def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
+    recipe: Recipe = source.build(settings)
+    kinds = {"eval": recipe.eval_data, "test": recipe.test_data}
+    if not any(kinds.values()):
+        raise ConfigError(f"{source.path.name} has neither eval_data nor test_data to evaluate.")
+    model = build_model(recipe, settings, group)
+    micro_batch = settings.micro_batch if isinstance(settings.micro_batch, int) and settings.micro_batch else settings.global_batch
+    for kind, make in kinds.items():
+        if make is None:
+            continue
+        evaluator = Evaluator(
+            recipe=recipe,
+            settings=settings,
+            group=group,
+            sets=data_sets(make(), what=kind),
+            micro_batch=micro_batch,
+            placement=placement_of(model, settings, group),
+        )
+        metrics = evaluator(model)
+        if group.rank == 0:
+            print(evaluation_line({"kind": kind, "step": 0, **metrics}).replace("step 0  ", ""))
+            print(json.dumps({"kind": kind, **metrics}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
