@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ddp_kit.batching import plan_batches
+from ddp_kit.buffers import buffers_put_back
 from ddp_kit.collectives import max_over_ranks
 from ddp_kit.data.data import Data
 from ddp_kit.data.loader import feed_of
@@ -32,14 +33,10 @@ def find_micro_batch(
     """
     share = -(-settings.global_batch // group.world_size)
     sizes = [size for size in range(share, 0, -1) if settings.global_batch % size == 0]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    while sizes and not _fits(model, parts, data, sizes[0], placement=placement, settings=settings, group=group):
-        sizes = [size for size in sizes if size <= sizes[0] // 2] or sizes[-1:] * (sizes[0] != 1)
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    with buffers_put_back(model):
+        own = next((size for size in sizes if _fits(model, parts, data, size, placement=placement, settings=settings, group=group)), 0)
     model.zero_grad(set_to_none=True)
-    fitting = -max_over_ranks(group, [-(sizes[0] if sizes else 0)])[0]
+    fitting = -max_over_ranks(group, [-own])[0]
     if not fitting:
         raise ConfigError(
             "--micro-batch auto: not even one sample fits into memory on every rank. Try --activation-checkpointing or a smaller model."
@@ -52,6 +49,9 @@ def _fits(
 ) -> bool:
     """Runs each loss forward and backward on `size` samples; optimizer state is not there yet, so a tenth is left free on CUDA."""
     plan = plan_batches(size, micro_batch=0, world_size=1)
+    if group.device.type == "cuda":
+        torch.cuda.empty_cache()  # what a larger size has left
+        torch.cuda.reset_peak_memory_stats(group.device)
     try:
         batch: MicroBatch = feed_of(data, plan=plan, rank=0, seed=settings.seed, placement=placement).rehearsal()
         with generators_put_back():

@@ -4,10 +4,13 @@ Owns: the running statistics of normalisation layers, as views of one flat tenso
 Refuses: DDP's broadcast from rank 0, which throws away what the other ranks have seen.
 
 Each micro-batch of a step starts from the step's base statistics; what the micro-batches of all ranks made of them is averaged
-once per step by one asynchronous reduction that runs beside backward. `num_batches_tracked` grows by one per step.
+once per step by one asynchronous reduction that runs beside backward. `num_batches_tracked` grows by one per step, and not at all
+where a layer is frozen in evaluation mode.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,46 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ddp_kit.groups import Group
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Where a buffer lives. A model that assigns to it (`self.seen = ...`) replaces the tensor that averages and files hold."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    tensor: torch.Tensor
+
+    def settle(self) -> torch.Tensor:
+        """Brings an assigned value into the first tensor and puts that back in place. Returns it."""
+        current = self.module._buffers[self.attribute]
+        if current is not None and current is not self.tensor:
+            self.tensor.copy_(current.detach())
+            self.module._buffers[self.attribute] = self.tensor
+        return self.tensor
+
+
+def buffers_of(model: nn.Module) -> list[Buffer]:
+    """Returns every buffer of a model."""
+    return [
+        Buffer(f"{prefix}.{name}".lstrip("."), module, name, tensor)
+        for prefix, module in model.named_modules()
+        for name, tensor in module._buffers.items()
+        if tensor is not None
+    ]
+
+
+@contextmanager
+def buffers_put_back(model: nn.Module) -> Iterator[list[tuple[Buffer, torch.Tensor]]]:
+    """Gives every buffer with its value, and puts the values back at the end."""
+    before = [(buffer, buffer.tensor.detach().clone()) for buffer in buffers_of(model)]
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.settle().copy_(value)
 
 
 class RunningStatistics:
@@ -31,10 +74,12 @@ class RunningStatistics:
         self._flat = _as_views(layers, ("running_mean", "running_var"))
         self._counters = _as_views(layers, ("num_batches_tracked",))
         self._averages = bool(layers) and (micro_batches > 1 or always)
-        self.others: list[torch.Tensor] = []  # buffers outside normalisation layers that training changes
+        self.others: list[Buffer] = []  # buffers outside normalisation layers that training changes
         self._work: dist.Work | None = None
         self._base, self._base_counters = self._flat.clone(), self._counters.clone()
-        self._deltas = torch.zeros_like(self._flat)
+        self._base_others: list[torch.Tensor] = []
+        self._deltas = self._flat.new_zeros(self._flat.numel() + self._counters.numel())
+        self._changes, self._counts = self._deltas.split([self._flat.numel(), self._counters.numel()])
 
     @property
     def owned(self) -> set[int]:
@@ -47,6 +92,7 @@ class RunningStatistics:
             self._base.copy_(self._flat)
             self._base_counters.copy_(self._counters)
             self._deltas.zero_()
+        self._base_others = [buffer.tensor.clone() for buffer in self.others]
 
     def rewind(self) -> None:
         """Puts the base back, before a forward pass."""
@@ -57,29 +103,35 @@ class RunningStatistics:
     def capture(self) -> None:
         """Adds what a forward pass changed, before its backward."""
         if self._averages:
-            self._deltas.add_(self._flat).sub_(self._base)
+            self._changes.add_(self._flat).sub_(self._base)
+            self._counts.add_(self._counters).sub_(self._base_counters)
 
     def launch(self) -> None:
         """Starts the sum over ranks, after the last forward pass of the step."""
         if self._averages and self._group.training is not None:
             self._work = dist.all_reduce(self._deltas, group=self._group.training, async_op=True)
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Writes the averages, after the last backward."""
         if self._averages:
             if self._work is not None:
                 self._work.wait()
                 self._work = None
-            torch.add(self._base, self._deltas, alpha=1 / self._total, out=self._flat)
-            torch.add(self._base_counters, 1, out=self._counters)
-        if self._group.training is not None:
-            for buffer in self.others:
-                dist.broadcast(buffer, 0, group=self._group.training)
+            torch.add(self._base, self._changes, alpha=1 / self._total, out=self._flat)
+            torch.add(self._base_counters, self._counts > 0, out=self._counters)
+        for buffer in self.others:
+            tensor = buffer.settle()
+            if self._group.training is not None:
+                dist.broadcast(tensor, 0, group=self._group.training)
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Puts the base back for good: the step is not applied."""
         self._flat.copy_(self._base)
         self._counters.copy_(self._base_counters)
+        for buffer, base in zip(self.others, self._base_others, strict=True):
+            buffer.tensor.copy_(base)
 
 
 def _as_views(layers: Sequence[nn.Module], names: Sequence[str]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+from ddp_kit.errors import DdpKitError
 from ddp_kit.groups import Group
 
 
@@ -41,12 +42,12 @@ def sum_over_ranks(group: Group, values: torch.Tensor) -> torch.Tensor:
 def sum_by_name(group: Group, sums: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """Adds up named rows of floats (for instance (sum, count)) in float64 over all ranks.
 
-    Raises: ValueError on every rank if the names differ between ranks.
+    Raises: DdpKitError on every rank if the names differ between ranks.
     """
     names = sorted(sums)
     signature = zlib.crc32("\n".join(f"{name} {len(sums[name])}" for name in names).encode())
     if first_difference(group, [signature]) is not None:
-        raise ValueError(f"the ranks report different metrics; rank {group.rank} has {', '.join(names)}")
+        raise DdpKitError(f"the ranks report different metrics; rank {group.rank} has {', '.join(names)}.")
     flat = torch.tensor([value for name in names for value in sums[name]], dtype=torch.float64)
     values: list[float] = sum_over_ranks(group, flat).tolist()
     result, at = {}, 0

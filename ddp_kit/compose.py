@@ -22,12 +22,12 @@ from ddp_kit.data.loader import Feed, build_loader, evaluation_batches
 from ddp_kit.data.placement import Placement
 from ddp_kit.ema import WeightAverage
 from ddp_kit.errors import ConfigError, DataError, nearest
-from ddp_kit.evaluation import EVALUATION, evaluate, measure_of
+from ddp_kit.evaluation import EVALUATION, evaluate, evaluating, measure_of
 from ddp_kit.fit import Pace
 from ddp_kit.groups import Group
 from ddp_kit.precision import weight_dtype
 from ddp_kit.recipe import Recipe
-from ddp_kit.seeding import Purpose, generators_put_back, key, seed_forward
+from ddp_kit.seeding import Purpose, forward_key, generators_put_back, key, seed_forward
 from ddp_kit.settings import Settings, digest, flag, flatten
 from ddp_kit.training import Training
 from ddp_kit.tuning import wants_channels_last
@@ -121,13 +121,9 @@ class Evaluator:
     def samples(self, model: nn.Module) -> Mapping[str, Any]:
         """Calls the recipe's `samples` on this rank."""
         assert self.recipe.samples is not None
-        model.eval()
-        try:
-            with torch.no_grad(), generators_put_back():
-                seed_forward(self.settings.seed, EVALUATION, 0, device=self.group.device)
-                return self.recipe.samples(model)
-        finally:
-            model.train()
+        with evaluating(model):
+            seed_forward(forward_key(self.settings.seed), EVALUATION, 0, device=self.group.device)
+            return self.recipe.samples(model)
 
     def _batches(self, data: Data) -> Any:
         workers = self.settings.num_workers

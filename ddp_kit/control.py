@@ -40,6 +40,9 @@ class Decision:
     culprit_rank: int = -1
 
 
+NOTHING = Decision()
+
+
 class Control:
     """Sends this rank's packet and reads what all ranks agreed. Every rank calls `boundary` after every step."""
 
@@ -55,10 +58,10 @@ class Control:
         """Notes that this rank's loss of `step` was not finite."""
         self._culprit_step = step
 
-    def boundary(self, step: int, *, signal: int) -> Decision | None:
-        """Reads the packet that is due and sends the next one. Returns None where nothing was due."""
+    def boundary(self, step: int, *, signal: int) -> Decision:
+        """Reads the packet that is due and sends the next one. Returns an empty decision where nothing was due."""
         if step < self._next:
-            return None
+            return NOTHING
         decision = self._read()
         interval = self._interval()
         self._send(step, signal=signal)

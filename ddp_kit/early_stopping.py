@@ -7,6 +7,7 @@ Refuses: training losses, and collectives. The metrics it sees are already agree
 import math
 from dataclasses import dataclass
 
+from ddp_kit.errors import ConfigError
 from ddp_kit.settings import EarlyStop
 
 
@@ -20,9 +21,16 @@ class EarlyStopping:
     stale: int = 0  # evaluations since the last improvement
 
     def update(self, metrics: dict[str, float], *, step: int) -> bool:
-        """Takes one evaluation's metrics; returns whether to stop. A metric that is nan is no improvement."""
+        """Takes one evaluation's metrics; returns whether to stop. A metric that is nan is no improvement.
+
+        Raises: ConfigError if the metric is not among them.
+        """
         if not self.rule.metric:
             return False
+        if self.rule.metric not in metrics:
+            raise ConfigError(
+                f"--early-stop.metric {self.rule.metric}: evaluation does not produce it; it produces {', '.join(metrics)}."
+            )
         value = metrics[self.rule.metric]
         gain = (self.best - value) if self.rule.mode == "min" else (value - self.best)
         if (math.isnan(self.best) and not math.isnan(value)) or gain > self.rule.min_delta:

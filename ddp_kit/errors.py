@@ -34,6 +34,14 @@ class NonFiniteError(DdpKitError):
     """A loss or gradient is not finite; the step was not applied."""
 
 
+def summary(error: BaseException) -> str:
+    """Returns kind and message of an error; of one that torch brought from a loader worker, the worker's own last line."""
+    lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[1].startswith("Original Traceback"):  # torch puts the worker's whole traceback into the message
+        return f"{lines[-1]} (in a loader worker)"
+    return f"{type(error).__name__}: {error}"
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Returns the candidate closest to `name`, or "" if none is near."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)

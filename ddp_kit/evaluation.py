@@ -4,21 +4,23 @@ Owns: adding up sums and counts over micro-batches and ranks, collecting rows in
 Refuses: padding that counts, means of means, and DDP's wrapper (the bare module is called).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ddp_kit.collectives import gather_rows, max_over_ranks, sum_by_name
+from ddp_kit.collectives import first_difference, gather_rows, sum_by_name
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import DdpKitError
 from ddp_kit.groups import Group
 from ddp_kit.metrics import Totals, means
 from ddp_kit.precision import autocast
 from ddp_kit.recipe import Pairs, Recipe
-from ddp_kit.seeding import generators_put_back, seed_forward
+from ddp_kit.seeding import forward_key, generators_put_back, seed_forward
 from ddp_kit.settings import Precision
 
 EVALUATION = -1  # stands for the step in the keys of evaluation's draws: each evaluation has the same ones
@@ -42,6 +44,19 @@ def measure_of(recipe: Recipe) -> Measure:
     return measure
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode without gradients; at the end each module has its own mode again (a frozen layer stays so)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), generators_put_back():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def evaluate(
     model: nn.Module,
     micro_batches: Iterable[MicroBatch],
@@ -57,13 +72,8 @@ def evaluate(
     `measure(model, batch)` gives {name: (sum, count)} or {name: rows (B, ...)}; `summarize(means, rows)` gets the divided sums and
     the rows of all samples in sample order, and its metrics are added to the means.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), generators_put_back(), autocast(precision, group.device):
-            totals, rows, indices = _pass(model, micro_batches, group=group, measure=measure, seed=seed)
-    finally:
-        model.train(was_training)
+    with evaluating(model), autocast(precision, group.device):
+        totals, rows, indices = _pass(model, micro_batches, group=group, measure=measure, seed=seed)
     metrics = means(sum_by_name(group, totals))
     if rows or summarize is not None:
         collected = _in_sample_order(group, rows, indices)
@@ -80,7 +90,7 @@ def _pass(
     indices = []
     for micro_batch in micro_batches:
         request = micro_batch.request
-        seed_forward(seed, EVALUATION, request.micro_batch, device=group.device)
+        seed_forward(forward_key(seed), EVALUATION, request.micro_batch, device=group.device)
         pairs = measure(model, micro_batch.batch)
         sums = {name: value for name, value in pairs.items() if isinstance(value, tuple)}
         names |= sums.keys()
@@ -101,8 +111,8 @@ def _pass(
 
 def _in_sample_order(group: Group, rows: dict[str, list[torch.Tensor]], indices: list[np.ndarray[Any, Any]]) -> Rows:
     """Returns the rows of all ranks, sorted by sample index."""
+    if first_difference(group, [zlib.crc32("\n".join(sorted(rows)).encode())]) is not None:
+        raise DdpKitError(f"the ranks' `evaluate` returned rows under different names; rank {group.rank} has {', '.join(sorted(rows))}.")
     own = torch.from_numpy(np.concatenate(indices)) if indices else torch.empty(0, dtype=torch.int64)
     order = torch.argsort(torch.cat(gather_rows(group, own)))
-    if max_over_ranks(group, [len(rows)])[0] != len(rows):
-        raise DdpKitError("the ranks' `evaluate` returned rows under different names.")
     return {name: torch.cat(gather_rows(group, torch.cat(rows[name])))[order] for name in sorted(rows)}

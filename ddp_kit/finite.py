@@ -4,7 +4,6 @@ Owns: the check of the reduced gradients, which are equal on all ranks, and nami
 Refuses: going on with weights that a bad step has changed.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,13 @@ from ddp_kit.errors import DdpKitError, NonFiniteError
 from ddp_kit.training import ObjectiveState, StepSums, Training
 
 
-def find_non_finite(gradients: Sequence[torch.Tensor], found: torch.Tensor) -> None:
-    """Sets `found` to 1 if a gradient is not finite: GradScaler's kernel, multiplying by 1."""
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+def find_non_finite(gradients: list[torch.Tensor], found: torch.Tensor, *, one: torch.Tensor) -> None:
+    """Sets `found` to 1 if a gradient is not finite: GradScaler's kernel, multiplying by `one`."""
+    if len({gradient.dtype for gradient in gradients}) == 1:
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one)
+        return
     for gradient in gradients:
-        by_dtype.setdefault(gradient.dtype, []).append(gradient)
-    one = torch.ones((), device=found.device)
-    for same in by_dtype.values():
-        torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
+        torch._amp_foreach_non_finite_check_and_unscale_([gradient], found, one)
 
 
 def look_back(training: Training) -> None:
@@ -31,7 +29,8 @@ def look_back(training: Training) -> None:
     if training.suspect is None:
         return
     batch, sums, seen = training.suspect
-    torch.cuda.current_stream().synchronize()  # the step before: long done, or nearly
+    if seen.is_pinned():  # a copy that may still be under way
+        torch.cuda.current_stream().synchronize()  # the step before: long done, or nearly
     training.suspect = None
     if bool(seen):
         training.statistics.restore()

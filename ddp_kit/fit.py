@@ -11,6 +11,7 @@ from typing import Literal
 
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.early_stopping import EarlyStopping
+from ddp_kit.finite import look_back
 from ddp_kit.preemption import StopFlag, exit_code
 from ddp_kit.recipe import Callback
 from ddp_kit.report import Reporter
@@ -67,15 +68,19 @@ def fit(
             training.group.settle()
         for callback in callbacks:
             callback.on_step(step)
-        if decision is not None and decision.signal:
+        if not decision.signal and not pace.evaluates(step):
+            continue
+        look_back(training)
+        report.flush()
+        if decision.signal:
             return stopped(decision.signal, decision.signal_rank)
-        if pace.evaluates(step):
-            metrics = evaluate(batch.epoch)
+        metrics = evaluate(batch.epoch)
+        if metrics:
             for callback in callbacks:
                 callback.on_evaluation(step, metrics)
-            if metrics and early_stopping.update(metrics, step=step):
+            if early_stopping.update(metrics, step=step):
                 return Ending(status="finished", reason=f"stopped early: {early_stopping.reason}")
-            report.restart_clock(step)
+        report.restart_clock(step)
     return Ending(status="finished", reason="")
 
 

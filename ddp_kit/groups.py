@@ -4,8 +4,9 @@ Owns: the training group (nccl on CUDA, gloo on CPU), the gloo control group bes
 Refuses: `dist.barrier`, default timeouts, and leaving a group behind: a gloo rank that exits without destroying it aborts.
 """
 
-import contextlib
+import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ddp_kit.errors import ConfigError, DdpKitError
+from ddp_kit.errors import ConfigError, DdpKitError, summary
 from ddp_kit.topology import Topology, environment, environment_default, read_topology
 from ddp_kit.tuning import set_threads, tune_process
 
 FAILURE = "ddp_kit/failure"
+LAST_WORDS_S = 2.0  # for the culprit to publish its failure, once its peers have lost it
 
 
 @dataclass(kw_only=True)
@@ -55,12 +57,12 @@ class Group:
             if group is not None:
                 _set_timeout(group, timeout_s=self.timeout_s)
 
-    def publish(self, error: BaseException) -> tuple[int, str]:
+    def publish(self, message: str) -> tuple[int, str]:
         """Leaves this rank's failure in the store for its peers. Returns (rank, message) of the first one left there."""
-        own = f"{self.rank}\n{type(error).__name__}: {error}"
-        if self.store is not None:
-            with contextlib.suppress(RuntimeError):  # the store died with its host: nobody is left to tell
-                own = self.store.compare_set(FAILURE, "", own).decode()
+        own = f"{self.rank}\n{message}"
+        with self._reaching_store() as store:
+            if store is not None:
+                own = store.compare_set(FAILURE, "", own).decode()
         rank, _, message = own.partition("\n")
         return int(rank), message
 
@@ -68,16 +70,43 @@ class Group:
         """Returns (rank, message) of the failure published first, waiting up to `wait_s` seconds for one; None if there is none."""
         end = time.monotonic() + wait_s
         while self.store is not None:
-            try:
-                if self.store.check([FAILURE]):
-                    rank, _, message = self.store.get(FAILURE).decode().partition("\n")
+            with self._reaching_store() as store:
+                if store is not None and store.check([FAILURE]):
+                    rank, _, message = store.get(FAILURE).decode().partition("\n")
                     return int(rank), message
-            except RuntimeError:
-                return None
             if time.monotonic() >= end:
                 return None
             time.sleep(0.05)
         return None
+
+    def note_loss(self) -> None:
+        """Notes in the store that this rank lives and has lost a peer."""
+        with self._reaching_store() as store:
+            if store is not None:
+                store.set(f"{FAILURE}/{self.rank}", "lives")
+
+    def silent(self) -> list[int]:
+        """Returns the ranks that have noted nothing since a peer was lost; where the store itself has died, rank 0, which holds it."""
+        silent: list[int] = [0]
+        with self._reaching_store() as store:
+            if store is not None:
+                silent = [rank for rank in range(self.world_size) if not store.check([f"{FAILURE}/{rank}"])]
+        return silent
+
+    @contextmanager
+    def _reaching_store(self) -> Iterator[dist.Store | None]:
+        """Yields the store, None once it has died. When it dies torch writes C++ stacks to stderr, which tell a user nothing."""
+        sys.stderr.flush()
+        stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        try:
+            yield self.store
+        except dist.DistError:
+            self.store = None
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.close(null)
 
 
 def _set_timeout(group: dist.ProcessGroup, *, timeout_s: float) -> None:
@@ -133,7 +162,8 @@ def process_group(
         try:
             yield group
         except BaseException as error:
-            group.publish(error)  # before the connections close, so that peers find the culprit when they do
+            if not is_lost_peer(error):
+                group.publish(summary(error))  # before the connections close, so that peers find the culprit when they do
             _leave(group, failed=True)
             raise
         _leave(group, failed=False)
@@ -206,15 +236,17 @@ def explain(group: Group, error: BaseException) -> str:
     own = f"{error}\n" if isinstance(error, DdpKitError) else "".join(traceback.format_exception(error))
     if group.world_size == 1:
         return own
-    lost = is_lost_peer(error)
-    rank, message = (group.culprit(wait_s=2) if lost else None) or group.publish(error)
+    found, said = None, summary(error)
+    if is_lost_peer(error):
+        group.note_loss()
+        found = group.culprit(wait_s=LAST_WORDS_S)
+        gone = ", ".join(map(str, group.silent()))
+        said = own = f"a peer is gone that left no word (killed, or out of memory); not heard of: rank {gone}\n"
+    rank, message = found or group.publish(said)
     where = f"rank {group.rank} on {socket.gethostname()}"
-    if rank != group.rank:
-        is_same = message == f"{type(error).__name__}: {error}"
-        return "" if is_same else f"{where}: ended because rank {rank} failed: {message.splitlines()[0]}\n"
-    if lost:
-        return f"{where}: ended because a peer is gone that left no word (killed, or out of memory): {error}\n"
-    return own if isinstance(error, DdpKitError) else f"{where} failed:\n{own}"
+    if rank == group.rank:
+        return own if isinstance(error, DdpKitError) else f"{where}: {own}"
+    return "" if message == said else f"{where}: ended because rank {rank} failed: {message.splitlines()[0]}\n"
 
 
 def is_lost_peer(error: BaseException) -> bool:

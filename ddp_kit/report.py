@@ -57,12 +57,13 @@ class Reporter:
         self._wait_s += wait_s
         for progress in self._progress:
             progress(training.step)
-        if self._pending is not None:
-            self._emit()
+        self._emit()
         if training.step % self._log_every == 0 or is_last:
             self._begin(training, sums, epoch=epoch)
-        if is_last:
-            self._emit()
+
+    def flush(self) -> None:
+        """Emits the record whose sums are on their way: before an evaluation, and when the loop ends."""
+        self._emit()
 
     def _begin(self, training: Training, sums: StepSums, *, epoch: int) -> None:
         now = time.perf_counter()
@@ -79,7 +80,7 @@ class Reporter:
         group = training.group.training
         work = None if group is None else dist.all_reduce(values, group=group, async_op=True)
         rates = {"samples_per_s": steps * training.plan.global_batch / seconds, "data_wait": self._wait_s / seconds}
-        record |= {"lr": 0.0} | learning_rates(training) | rates | {"peak_memory_mib": peak_memory_mib(training.group.device)}
+        record |= learning_rates(sums) | rates | {"peak_memory_mib": peak_memory_mib(training.group.device)}
         if training.objectives[0].scale.is_on:
             record |= {"loss_scale": training.objectives[0].scale.scale, "skipped": training.skipped}
         self._pending = _Pending(record, names, values, work, dict(sums.grad_norms))
@@ -120,15 +121,13 @@ class Reporter:
             tracker.finish(status)
 
 
-def learning_rates(training: Training) -> dict[str, float]:
+def learning_rates(sums: StepSums) -> dict[str, float]:
     """Returns `lr`, and with several parameter groups `lr/0`, `lr/1`, ..., under each objective's name."""
-    rates: dict[str, float] = {}
-    for objective in training.objectives:
-        groups = [float(group["lr"]) for group in objective.optimizer.param_groups]
-        rates[f"{objective.name}lr"] = groups[0]
+    rates = {"lr": float(next(iter(sums.rates.values()))[0])}
+    for name, groups in sums.rates.items():
+        rates[f"{name}lr"] = float(groups[0])
         if len(groups) > 1:
-            rates |= {f"{objective.name}lr/{i}": rate for i, rate in enumerate(groups)}
-    rates.setdefault("lr", next(iter(rates.values())))
+            rates |= {f"{name}lr/{i}": float(rate) for i, rate in enumerate(groups)}
     return rates
 
 

@@ -36,12 +36,11 @@ def key(*parts: int) -> int:
     """Returns 64 bits that depend on every part and on their order."""
     state = GOLDEN
     for part in parts:
-        state = (state ^ (part & MASK)) * 0xBF58476D1CE4E5B9 & MASK
-        state = (state ^ (state >> 30)) + GOLDEN & MASK
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & MASK
-        state ^= state >> 31
-    return state
+        state = ((state ^ part) * 0xFF51AFD7ED558CCD + GOLDEN) & MASK
+        state ^= state >> 32
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & MASK
+    return state ^ (state >> 31)
 
 
 def keys(base: int, indices: NDArray[np.integer] | Sequence[int]) -> NDArray[np.uint64]:
@@ -123,9 +122,14 @@ def keyed_generators(*parts: int) -> Iterator[None]:
         yield
 
 
-def seed_forward(seed: int, step: int, micro_batch: int, *, device: torch.device) -> None:
+def forward_key(seed: int) -> int:
+    """Returns the key of a run's forward passes, for `seed_forward`."""
+    return key(seed, Purpose.FORWARD)
+
+
+def seed_forward(base: int, step: int, micro_batch: int, *, device: torch.device) -> None:
     """Seeds torch's generators for one forward pass: dropout depends on (seed, step, index of the micro-batch), nothing else."""
-    value = key(seed, Purpose.FORWARD, step, micro_batch)
+    value = key(base, step, micro_batch)
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(value)

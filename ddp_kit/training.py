@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ddp_kit.batching import BatchPlan
 from ddp_kit.buffers import RunningStatistics
 from ddp_kit.control import Control
+from ddp_kit.counts import Count
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.ema import WeightAverage
 from ddp_kit.errors import DdpKitError
@@ -53,19 +54,19 @@ def _shape(result: object) -> str:
 
 @dataclass(kw_only=True)
 class ObjectiveState:
-    """An objective as it is trained. `per_sample` is the loss's count for each sample, 0 if it is a tensor that varies."""
+    """An objective as it is trained."""
 
     name: str
     call: nn.Module
     parameters: list[nn.Parameter]
     frozen: list[nn.Parameter]  # the other objectives': their gradients are not computed
     optimizer: Optimizer
+    count: Count
     scheduler: Any = None
     scale: LossScale = field(default_factory=lambda: LossScale(is_on=False))
-    per_sample: int = 1
-    expected: float = 1.0
     is_deferred: bool = False  # the optimizer reads `found_inf` on the device, and the host one step later
     found_inf: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    one: torch.Tensor = field(default_factory=lambda: torch.ones(()))
 
 
 @dataclass(kw_only=True)
@@ -79,9 +80,8 @@ class Training:
     objectives: list[ObjectiveState]
     statistics: RunningStatistics
     plan: BatchPlan
-    seed: int
+    forward_key: int  # from which every forward pass's draws follow
     grad_clip: float = 0.0
-    count: Callable[[Any], int] | None = None
     average: WeightAverage | None = None
     step: int = 0
     skipped: int = 0
@@ -91,10 +91,11 @@ class Training:
 
 @dataclass
 class StepSums:
-    """What a step leaves for the records: each micro-batch's sums, still on the device, and the gradient norm if it was taken."""
+    """What a step leaves for the records: each micro-batch's sums, still on the device, rates, and the gradient norm if it was taken."""
 
     parts: list[tuple[str, Sums]] = field(default_factory=list)
     grad_norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    rates: dict[str, list[Any]] = field(default_factory=dict)  # of each objective's parameter groups, as the step used them
 
     def totals(self, device: torch.device) -> Totals:
         """Returns this rank's sums by name, in float64."""

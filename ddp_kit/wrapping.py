@@ -6,7 +6,8 @@ Refuses: repairing. A parameter that no optimizer trains, or that gets no gradie
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +16,17 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from ddp_kit.buffers import RunningStatistics
+from ddp_kit.buffers import Buffer, RunningStatistics, buffers_put_back
 from ddp_kit.collectives import first_difference
 from ddp_kit.control import Control
+from ddp_kit.counts import Count, FixedCount, FoundCount, KnownCount
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import ConfigError, DdpKitError, nearest
 from ddp_kit.groups import Group
 from ddp_kit.metrics import LossSum
 from ddp_kit.precision import LossScale
-from ddp_kit.seeding import generators_put_back, seed_forward
+from ddp_kit.seeding import forward_key, generators_put_back, seed_forward
 from ddp_kit.settings import Precision
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.training import LossCall, ObjectiveState, Training
@@ -86,9 +88,8 @@ def wrap_parts(
         objectives=[],
         statistics=statistics,
         plan=feed.plan,
-        seed=feed.seed,
+        forward_key=forward_key(feed.seed),
         grad_clip=grad_clip,
-        count=feed.data.count,
     )
     batch = feed.rehearsal()
     for part in parts:
@@ -97,19 +98,27 @@ def wrap_parts(
         own = {id(parameter) for parameter in parameters}
         frozen = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
         call = LossCall(model, part.loss, precision=precision, device=group.device)
-        objective = ObjectiveState(
-            name=name,
-            call=call,
-            parameters=parameters,
-            frozen=frozen,
-            optimizer=part.optimizer,
-            scheduler=part.scheduler,
-            scale=LossScale.of(precision),
-            found_inf=torch.zeros((), device=group.device),
-            is_deferred=_is_deferred(part.optimizer, group=group, precision=precision, objectives=len(parts)),
+        with _only(parameters, frozen), generators_put_back(), buffers_put_back(model) as buffers:
+            count = _rehearse_bare(training, call, batch, parameters, feed=feed, allows_unused=find_unused_parameters)
+            _note_buffers(training, buffers)
+            wrapped = strategy.wrap(call)
+            if group.world_size > 1:
+                _rehearse_wrapped(wrapped, batch, parameters)
+        training.objectives.append(
+            ObjectiveState(
+                name=name,
+                call=wrapped,
+                parameters=parameters,
+                frozen=frozen,
+                optimizer=part.optimizer,
+                scheduler=part.scheduler,
+                count=count,
+                scale=LossScale.of(precision),
+                found_inf=torch.zeros((), device=group.device),
+                one=torch.ones((), device=group.device),
+                is_deferred=_is_deferred(part.optimizer, group=group, precision=precision, objectives=len(parts)),
+            )
         )
-        _rehearse(training, objective, batch, allows_unused=find_unused_parameters)
-        training.objectives.append(objective)
     return training
 
 
@@ -148,53 +157,67 @@ def _trained(model: nn.Module, part: Part, *, is_only: bool) -> list[nn.Paramete
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _rehearse(training: Training, objective: ObjectiveState, batch: MicroBatch, *, allows_unused: bool) -> None:
-    """Runs the loss forward and backward before the first step, and leaves no trace but what it learns.
-
-    First bare, for what the loss's count is and which parameters and buffers are touched; then, wrapped, until DDP's buckets are
-    final: they are rebuilt after the first backward pass, and a resumed life would otherwise sum in another order.
-    """
-    buffers = [(name, buffer, buffer.detach().clone()) for name, buffer in training.model.named_buffers()]
-    for parameter in objective.frozen:
+@contextmanager
+def _only(parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Lets gradients reach `parameters` alone, and drops them at the end."""
+    for parameter in frozen:
         parameter.requires_grad_(False)
-    with generators_put_back():
-        seed_forward(training.seed, 0, 0, device=training.group.device)
-        total, count, _ = objective.call(batch.batch)
-        _learn_count(training, objective, count, batch.size)
-        if not total.requires_grad:
-            raise ConfigError("the loss has no gradient: total must be computed from the model's output, without detach() or no_grad().")
-        (total / max(objective.expected, 1)).backward()
-        _refuse_unused(training, objective, allows_unused=allows_unused)
-        _note_buffers(training, buffers)
-        objective.call = training.strategy.wrap(objective.call)
-        for _ in range(2 if training.group.world_size > 1 else 0):
-            objective.optimizer.zero_grad(set_to_none=True)
-            total, _, _ = objective.call(batch.batch)
-            (total / max(objective.expected, 1)).backward()
-    objective.optimizer.zero_grad(set_to_none=True)
-    for parameter in objective.frozen:
-        parameter.requires_grad_(True)
-    with torch.no_grad():
-        for _, buffer, before in buffers:
-            buffer.copy_(before)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
-def _learn_count(training: Training, objective: ObjectiveState, count: int | torch.Tensor, size: int) -> None:
+def _rehearse_bare(
+    training: Training, call: LossCall, batch: MicroBatch, parameters: Sequence[nn.Parameter], *, feed: Feed, allows_unused: bool
+) -> Count:
+    """Runs the loss forward and backward once, unwrapped. Returns how its count will be known; names what gets no gradient."""
+    group = training.group
+    seed_forward(training.forward_key, 0, 0, device=group.device)
+    total, count, _ = call(batch.batch)
+    known = _count_of(count, batch.size, feed=feed, group=group)
+    if not total.requires_grad:
+        raise ConfigError("the loss has no gradient: total must be computed from the model's output, without detach() or no_grad().")
+    (total / batch.size).backward()
+    _refuse_unused(training, parameters, allows_unused=allows_unused)
+    return known
+
+
+def _rehearse_wrapped(wrapped: nn.Module, batch: MicroBatch, parameters: Sequence[nn.Parameter]) -> None:
+    """Runs until DDP's buckets are final: they are rebuilt after the first backward pass, and a later life of the run, which
+    rebuilds them again, would otherwise sum in another order than the one it continues.
+    """
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = None
+        total, _, _ = wrapped(batch.batch)
+        (total / batch.size).backward()
+
+
+def _count_of(count: int | torch.Tensor, size: int, *, feed: Feed, group: Group) -> Count:
+    """Returns how the loss's count will be known, from what it was for the `size` samples of the rehearsal."""
     is_fixed = not isinstance(count, torch.Tensor)
-    if is_fixed and (count <= 0 or count % size):
+    if is_fixed and (count <= 0 or count % size) and feed.data.count is None:
         raise ConfigError(
             f"the loss's count is the int {count} for {size} samples. Return it as a tensor where it is not the same for each sample."
         )
-    if first_difference(training.group, [int(is_fixed), int(count) if is_fixed else 0]) is not None:
+    whole = float(count) / size * feed.plan.global_batch  # host-device synchronisation, once
+    exponent = round(math.log2(whole)) if 0 < whole < math.inf else 0
+    if first_difference(group, [int(is_fixed), int(count) if is_fixed else 0, exponent]) is not None:
         raise DdpKitError("the ranks' losses return different counts for the same samples; the loss must not depend on the rank.")
-    objective.per_sample = int(count) // size if is_fixed else 0
-    whole = float(count) / size * training.plan.global_batch  # host-device synchronisation, once
-    objective.expected = 2.0 ** round(math.log2(whole)) if whole > 0 else 1.0
+    if feed.data.count is not None:
+        return KnownCount(feed.data.count, group=group)
+    if is_fixed:
+        return FixedCount(per_sample=int(count) // size, global_batch=feed.plan.global_batch)
+    return FoundCount(expected=2.0**exponent, group=group)
 
 
-def _refuse_unused(training: Training, objective: ObjectiveState, *, allows_unused: bool) -> None:
+def _refuse_unused(training: Training, parameters: Sequence[nn.Parameter], *, allows_unused: bool) -> None:
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
-    unused = [names[id(parameter)] for parameter in objective.parameters if parameter.grad is None]
+    unused = [names[id(parameter)] for parameter in parameters if parameter.grad is None]
     if first_difference(training.group, [len(unused)]) is not None:
         raise DdpKitError(
             f"rank {training.group.rank} finds {len(unused)} parameters without a gradient for the same samples, others another number."
@@ -206,16 +229,16 @@ def _refuse_unused(training: Training, objective: ObjectiveState, *, allows_unus
         )
 
 
-def _note_buffers(training: Training, before: list[tuple[str, torch.Tensor, torch.Tensor]]) -> None:
+def _note_buffers(training: Training, before: Sequence[tuple[Buffer, torch.Tensor]]) -> None:
     """Notes the buffers outside normalisation layers that a forward pass changed; they are taken from rank 0 at every step."""
-    flat = training.statistics.owned
-    changed = [
-        (name, buffer) for name, buffer, old in before if not torch.equal(buffer, old) and buffer.untyped_storage().data_ptr() not in flat
-    ]
-    training.statistics.others += [buffer for _, buffer in changed if not any(buffer is other for other in training.statistics.others)]
-    training.notes += [
-        f"buffer {name} is changed by training; it is taken from rank 0" for name, _ in changed if training.group.world_size > 1
-    ]
+    statistics = training.statistics
+    known = {id(buffer.tensor) for buffer in statistics.others}
+    for buffer, value in before:
+        is_ours = buffer.tensor.untyped_storage().data_ptr() in statistics.owned or id(buffer.tensor) in known
+        if not is_ours and not torch.equal(buffer.settle(), value):
+            statistics.others.append(buffer)
+            if training.group.world_size > 1:
+                training.notes.append(f"buffer {buffer.name} is changed by training; it is taken from rank 0")
 
 
 def _names(names: Sequence[str]) -> str:

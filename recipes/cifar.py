@@ -91,9 +91,7 @@ def accuracy_per_class(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[s
     of_class = one_hot(labels, 10)  # (B, 10): where the counts, and masked by what is right the sums, come from
     right = (logits.argmax(1) == labels).unsqueeze(1) * of_class
     overall = {"loss": (cross_entropy(logits, labels, reduction="sum"), len(labels)), "accuracy": (right.sum(), len(labels))}
-    return overall | {
-        f"accuracy/{name}": pair for name, *pair in zip(CIFAR10_CLASSES, right.sum(0), of_class.sum(0), strict=True)
-    }
+    return overall | {f"accuracy/{name}": pair for name, *pair in zip(CIFAR10_CLASSES, right.sum(0), of_class.sum(0), strict=True)}
 
 
 def recipe(settings: Settings) -> Recipe:
@@ -104,9 +102,7 @@ def recipe(settings: Settings) -> Recipe:
     return Recipe(
         model=lambda: resnet(settings.width, settings.blocks) if settings.model == "resnet" else lenet(settings.width),
         loss=loss,
-        optimizer=lambda model: SGD(
-            model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True
-        ),
+        optimizer=lambda model: SGD(model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True),
         scheduler=lambda optimizer, total_steps: schedules.warmup_cosine(optimizer, total_steps, warmup=0.2),
         train_data=lambda: data("train"),
         eval_data=lambda: data("validation"),

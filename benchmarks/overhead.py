@@ -1,0 +1,234 @@
+"""What the loop costs: ddp_kit's `fit` with its defaults, a hand-written DDP loop, and Accelerate's, taking turns in one run.
+
+    python benchmarks/overhead.py                                # one process
+    torchrun --nproc_per_node=2 benchmarks/overhead.py           # two ranks
+
+MLP 784-128-64-10, 64 samples a rank, SGD with momentum, one thread a rank. All log the loss over all ranks every 10 steps; ddp_kit also
+writes its records, shows progress and exchanges its control packet. A figure is the median over rounds of a round's mean step;
+a ratio is taken round by round to the first row of its table.
+"""
+
+import argparse
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from ddp_kit import LossSum, build_loader, process_group, wrap
+from ddp_kit.data.loader import grouped
+from ddp_kit.data.reader import MicroBatch, Request
+from ddp_kit.early_stopping import EarlyStopping
+from ddp_kit.fit import Pace, fit
+from ddp_kit.groups import Group
+from ddp_kit.preemption import StopFlag
+from ddp_kit.report import Reporter
+from ddp_kit.settings import EarlyStop
+from ddp_kit.trackers import RunInfo
+from ddp_kit.trackers.console import Console
+from ddp_kit.trackers.jsonl import JsonlTracker
+
+BATCH, LOG_EVERY = 64, 10
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def data(samples: int = 60_000) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(samples, 784, generator=generator), torch.randint(10, (samples,), generator=generator))
+
+
+def endless(group: Group, dataset: TensorDataset) -> Iterator[list[torch.Tensor]]:
+    """The loader of a hand-written script."""
+    sampler = DistributedSampler(dataset, num_replicas=group.world_size, rank=group.rank)
+    loader = DataLoader(dataset, batch_size=BATCH, sampler=sampler, drop_last=True)
+    epoch = 0
+    while True:
+        sampler.set_epoch(epoch)
+        yield from loader
+        epoch += 1
+
+
+def logged(loss: torch.Tensor, group: Group) -> None:
+    mean = loss.detach().clone()
+    if group.training is not None:
+        dist.all_reduce(mean, group=group.training)
+    print(f"loss {mean.item() / group.world_size:.4f}", file=io.StringIO())
+
+
+def bare(group: Group, dataset: TensorDataset) -> Callable[[int], None]:
+    """A loop as people write it."""
+    net = model()
+    wrapped = DistributedDataParallel(net) if group.world_size > 1 else net
+    if group.world_size > 1:
+        group.closing.callback(lambda: [delattr(wrapped, name) for name in ("reducer", "logger", "process_group")])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    batches = endless(group, dataset)
+
+    def run(steps: int) -> None:
+        for step in range(1, steps + 1):
+            inputs, labels = next(batches)
+            optimizer.zero_grad()
+            loss = cross_entropy(wrapped(inputs), labels)
+            loss.backward()
+            optimizer.step()
+            if step % LOG_EVERY == 0:
+                logged(loss, group)
+
+    return run
+
+
+def accelerated(group: Group, dataset: TensorDataset) -> Callable[[int], None]:
+    """Accelerate's loop, as its documentation writes it."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True)
+    net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    if group.world_size > 1:
+        group.closing.callback(lambda: [delattr(net, name) for name in ("reducer", "logger", "process_group")])
+
+    def endless_loader() -> Iterator[list[torch.Tensor]]:
+        while True:
+            yield from loader
+
+    batches = endless_loader()
+
+    def run(steps: int) -> None:
+        for step in range(1, steps + 1):
+            inputs, labels = next(batches)
+            optimizer.zero_grad()
+            loss = cross_entropy(net(inputs), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            if step % LOG_EVERY == 0:
+                logged(accelerator.reduce(loss.detach(), "mean"), Alone)
+
+    return run
+
+
+class Alone:
+    """Accelerate has summed already."""
+
+    training, world_size = None, 1
+
+
+def summed(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> LossSum:
+    inputs, labels = batch
+    return LossSum(cross_entropy(net(inputs), labels, reduction="sum"), len(labels))
+
+
+def ours(group: Group, dataset: TensorDataset, *, loader: bool, folder: Path) -> Callable[[int], None]:
+    """ddp_kit's `fit` with its defaults; with `loader`, fed by the hand-written script's DataLoader."""
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    feed = build_loader(dataset, group=group, global_batch=BATCH * group.world_size)
+    training = wrap(net, optimizer, summed, group=group, feed=feed)
+    console = Console(stream=io.StringIO())
+    reporter = Reporter([JsonlTracker(), console] if group.rank == 0 else [], log_every=LOG_EVERY, progress=[console.progress])
+    folder.mkdir(parents=True, exist_ok=True)
+    reporter.start(RunInfo(run_dir=folder, name="overhead"), step=0)
+    pace = Pace(end=10**9, steps_per_epoch=0)
+    batches = feed.batches(start=0, end=10**9)
+    if loader:
+        requests = (request for request in feed.sampler.requests(start=0, end=10**9))
+        batches = grouped((MicroBatch(next(requests), batch) for batch in endless(group, dataset)), per_step=1)
+
+    def run(steps: int) -> None:
+        taken = (next(batches) for _ in range(steps))
+        fit(
+            training,
+            taken,
+            pace=pace,
+            report=reporter,
+            evaluate=lambda epoch: {},
+            early_stopping=EarlyStopping(EarlyStop()),
+            stop=StopFlag(),
+        )
+        training.control.close()
+
+    return run
+
+
+def set_class(name: str) -> None:
+    """Puts every thread of this process into a scheduling class."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setscheduler(int(thread.name), getattr(os, name), os.sched_param(0))
+
+
+@dataclass
+class Contender:
+    name: str
+    run: Callable[[int], None]
+    scheduling: str  # of its process
+
+
+def contenders(group: Group, folder: Path) -> list[Contender]:
+    dataset = data()
+    loop = bare(group, dataset)
+    own, fed = (ours(group, dataset, loader=loader, folder=folder / str(loader)) for loader in (False, True))
+    if group.world_size == 1:
+        return [
+            Contender("bare loop", loop, "SCHED_OTHER"),
+            Contender("ddp_kit, its own loader", own, "SCHED_OTHER"),
+            Contender("ddp_kit, the same DataLoader", fed, "SCHED_OTHER"),
+            Contender("Accelerate", accelerated(group, dataset), "SCHED_OTHER"),
+        ]
+    return [
+        Contender("bare DDP, default class", loop, "SCHED_OTHER"),
+        Contender("ddp_kit, its defaults (SCHED_BATCH)", own, "SCHED_BATCH"),
+        Contender("Accelerate, default class", accelerated(group, dataset), "SCHED_OTHER"),
+        Contender("bare DDP, SCHED_BATCH", loop, "SCHED_BATCH"),
+        Contender("ddp_kit, the same DataLoader, SCHED_BATCH", fed, "SCHED_BATCH"),
+        Contender("ddp_kit, default class", own, "SCHED_OTHER"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=400)
+    options = parser.parse_args()
+    with process_group(device="cpu", threads=1, tuning=False) as group, tempfile.TemporaryDirectory() as folder:
+        taking_turns = contenders(group, Path(folder))
+        times: dict[str, list[float]] = {contender.name: [] for contender in taking_turns}
+        for round_ in range(options.rounds + 1):
+            for contender in taking_turns:
+                set_class(contender.scheduling)
+                contender.run(20)
+                begin = time.perf_counter()
+                contender.run(options.steps)
+                if round_:  # the first round warms up
+                    times[contender.name].append((time.perf_counter() - begin) / options.steps * 1e6)
+        if group.rank == 0:
+            show(times, group.world_size, options)
+
+
+def show(times: dict[str, list[float]], world_size: int, options: argparse.Namespace) -> None:
+    print(f"{world_size} ranks, torch {torch.__version__}, {options.rounds} rounds of {options.steps} steps, load {os.getloadavg()[0]:.1f}")
+    bases = ["bare loop"] if world_size == 1 else ["bare DDP, default class", "bare DDP, SCHED_BATCH"]
+    for base in bases:
+        print(f"{'contender':44} {'us/step median (min-max)':28} ratio to {base!r}: median (min-max)")
+        for name, own in times.items():
+            ratios = [a / b for a, b in zip(own, times[base], strict=True)]
+            spread = f"{statistics.median(own):.0f} ({min(own):.0f}-{max(own):.0f})"
+            print(f"{name:44} {spread:28} {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()
