@@ -26,8 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ddp_kit import LossSum, build_loader, process_group, wrap
-from ddp_kit.data.loader import grouped
-from ddp_kit.data.reader import MicroBatch, Request
+from ddp_kit.data.loader import batches_of
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.fit import Pace, fit
 from ddp_kit.groups import Group
@@ -146,8 +145,7 @@ def ours(group: Group, dataset: TensorDataset, *, loader: bool, folder: Path) ->
     pace = Pace(end=10**9, steps_per_epoch=0)
     batches = feed.batches(start=0, end=10**9)
     if loader:
-        requests = (request for request in feed.sampler.requests(start=0, end=10**9))
-        batches = grouped((MicroBatch(next(requests), batch) for batch in endless(group, dataset)), per_step=1)
+        batches = batches_of(endless(group, dataset), group=group, size=BATCH)
 
     def run(steps: int) -> None:
         taken = (next(batches) for _ in range(steps))

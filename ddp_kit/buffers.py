@@ -111,9 +111,13 @@ class RunningStatistics:
         if self._averages and self._group.training is not None:
             self._work = dist.all_reduce(self._deltas, group=self._group.training, async_op=True)
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Writes the averages, after the last backward."""
+        if self._averages or self.others:
+            self._write()
+
+    @torch.no_grad()
+    def _write(self) -> None:
         if self._averages:
             if self._work is not None:
                 self._work.wait()

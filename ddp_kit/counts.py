@@ -76,9 +76,11 @@ class KnownCount:
         self._count, self._group = count, group
         self._sum = torch.zeros((), dtype=torch.float64)
         self._work: dist.Work | None = None
+        self._step = 0
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Counts this rank's batches and starts the sum over ranks."""
+        self._step = micro_batches[0].request.step + 1
         self._sum = torch.tensor(float(sum(self._count(micro_batch.batch) for micro_batch in micro_batches)), dtype=torch.float64)
         if self._group.control is not None:
             self._work = dist.all_reduce(self._sum, group=self._group.control, async_op=True)
@@ -92,7 +94,7 @@ class KnownCount:
             self._work.wait()
             self._work = None
         if not self._sum:
-            raise DdpKitError(f"{EMPTY}: Data(count=...) counts nothing in any rank's batch.")
+            raise DdpKitError(f"step {self._step}: {EMPTY}: Data(count=...) counts nothing in any rank's batch.")
         return float(self._sum)
 
     def launch(self) -> None:

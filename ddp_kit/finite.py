@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ddp_kit.collectives import from_rank, sum_over_ranks
+from ddp_kit.counts import EMPTY
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.errors import DdpKitError, NonFiniteError
 from ddp_kit.training import ObjectiveState, StepSums, Training
@@ -53,7 +54,7 @@ def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums:
         )
     count = torch.tensor(float(sum(part["loss"][1] for name, part in sums.parts if name == objective.name)), dtype=torch.float64)
     if not sum_over_ranks(training.group, count):
-        raise DdpKitError(f"step {step}: the loss's count over the whole global batch is 0, so there is no mean to take.")
+        raise DdpKitError(f"step {step}: {EMPTY}.")
     if objective.scale.is_on:
         return
     training.statistics.restore()

@@ -1,6 +1,6 @@
 """From the command line to Settings: tyro reads the flags, this module words the refusals.
 
-Owns: `--settings FILE`, the peers' names, and printing once though every rank parses.
+Owns: `--settings FILE`, the peers' names, and printing help once though every rank parses.
 Refuses: guessing what was meant. An unknown flag is refused with the nearest valid one before any process group starts.
 """
 
@@ -9,7 +9,6 @@ import dataclasses
 import io
 import json
 import sys
-import time
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -44,21 +43,15 @@ PEERS = {  # the flags of Accelerate's examples, Lightning, Hugging Face's Train
 def parse(cls: type[AnySettings], args: Sequence[str], *, prog: str, rank: int = 0) -> AnySettings:
     """Returns the settings that defaults, `--settings FILE` and flags give, flags winning. Needs no process group.
 
-    Only rank 0 prints help and refusals; another rank speaks if it still lives two seconds later (then only it was refused).
-    Raises: ConfigError with what was given, expected and to type. SystemExit after `--help`.
+    Raises: ConfigError with what was given, expected and to type. SystemExit after `--help`, which rank 0 prints.
     """
-    try:
-        files, rest = _take_settings_files(list(args))
-        default = cls()
-        for file in files:
-            default = _replace(default, read_settings_file(Path(file)), where=file)
-        _refuse_peers(cls, rest)
-        settings = _tyro(cls, rest, default=default, prog=prog, prints_help=rank == 0)
-        check(settings)
-    except ConfigError:
-        if rank:
-            time.sleep(2)  # torchrun ends this rank meanwhile if rank 0 was refused as well
-        raise
+    files, rest = _take_settings_files(list(args))
+    default = cls()
+    for file in files:
+        default = _replace(default, read_settings_file(Path(file)), where=file)
+    _refuse_peers(cls, rest)
+    settings = _tyro(cls, rest, default=default, prog=prog, prints_help=rank == 0)
+    check(settings)
     return settings
 
 

@@ -1,14 +1,10 @@
 """The process groups of a run: made, bounded in time and always destroyed here.
 
-Owns: the training group (nccl on CUDA, gloo on CPU), the gloo control group beside it, the store, and the rank's device.
+Owns: the training group (nccl on CUDA, gloo on CPU), the gloo control group beside it, and the rank's device.
 Refuses: `dist.barrier`, default timeouts, and leaving a group behind: a gloo rank that exits without destroying it aborts.
 """
 
-import os
 import socket
-import sys
-import time
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,12 +13,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ddp_kit.errors import ConfigError, DdpKitError, summary
+from ddp_kit.blame import Blame
+from ddp_kit.errors import ConfigError
 from ddp_kit.topology import Topology, environment, environment_default, read_topology
 from ddp_kit.tuning import set_threads, tune_process
-
-FAILURE = "ddp_kit/failure"
-LAST_WORDS_S = 2.0  # for the culprit to publish its failure, once its peers have lost it
 
 
 @dataclass(kw_only=True)
@@ -34,9 +28,9 @@ class Group:
 
     topology: Topology
     device: torch.device
+    blame: Blame
     training: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
-    store: dist.Store | None = None
     timeout_s: float = 600
     tuned: list[str] = field(default_factory=list)  # what of the defaults for speed took effect
     closing: ExitStack = field(default_factory=ExitStack)
@@ -56,57 +50,6 @@ class Group:
         for group in (self.training, self.control):
             if group is not None:
                 _set_timeout(group, timeout_s=self.timeout_s)
-
-    def publish(self, message: str) -> tuple[int, str]:
-        """Leaves this rank's failure in the store for its peers. Returns (rank, message) of the first one left there."""
-        own = f"{self.rank}\n{message}"
-        with self._reaching_store() as store:
-            if store is not None:
-                own = store.compare_set(FAILURE, "", own).decode()
-        rank, _, message = own.partition("\n")
-        return int(rank), message
-
-    def culprit(self, *, wait_s: float = 0) -> tuple[int, str] | None:
-        """Returns (rank, message) of the failure published first, waiting up to `wait_s` seconds for one; None if there is none."""
-        end = time.monotonic() + wait_s
-        while self.store is not None:
-            with self._reaching_store() as store:
-                if store is not None and store.check([FAILURE]):
-                    rank, _, message = store.get(FAILURE).decode().partition("\n")
-                    return int(rank), message
-            if time.monotonic() >= end:
-                return None
-            time.sleep(0.05)
-        return None
-
-    def note_loss(self) -> None:
-        """Notes in the store that this rank lives and has lost a peer."""
-        with self._reaching_store() as store:
-            if store is not None:
-                store.set(f"{FAILURE}/{self.rank}", "lives")
-
-    def silent(self) -> list[int]:
-        """Returns the ranks that have noted nothing since a peer was lost; where the store itself has died, rank 0, which holds it."""
-        silent: list[int] = [0]
-        with self._reaching_store() as store:
-            if store is not None:
-                silent = [rank for rank in range(self.world_size) if not store.check([f"{FAILURE}/{rank}"])]
-        return silent
-
-    @contextmanager
-    def _reaching_store(self) -> Iterator[dist.Store | None]:
-        """Yields the store, None once it has died. When it dies torch writes C++ stacks to stderr, which tell a user nothing."""
-        sys.stderr.flush()
-        stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        try:
-            yield self.store
-        except dist.DistError:
-            self.store = None
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            os.close(null)
 
 
 def _set_timeout(group: dist.ProcessGroup, *, timeout_s: float) -> None:
@@ -147,7 +90,8 @@ def process_group(
     """
     topology = read_topology() if topology is None else topology
     chosen = choose_device(device, topology=topology)
-    group = Group(topology=topology, device=chosen, timeout_s=timeout_s)
+    alone = Blame(rank=topology.rank, world_size=topology.world_size)
+    group = Group(topology=topology, device=chosen, blame=alone, timeout_s=timeout_s)
     group.tuned = [*(tune_process(topology, chosen) if tuning else []), f"{set_threads(topology, threads=threads)} threads a rank"]
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -162,9 +106,9 @@ def process_group(
         try:
             yield group
         except BaseException as error:
-            if not is_lost_peer(error):
-                group.publish(summary(error))  # before the connections close, so that peers find the culprit when they do
+            group.blame.tell(error)  # before the connections close, so that peers find the culprit when they do
             _leave(group, failed=True)
+            group.blame.linger()
             raise
         _leave(group, failed=False)
 
@@ -180,7 +124,11 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
         store, _, _ = next(dist.rendezvous(init_method, topology.rank, topology.world_size, timeout=timeout))
     else:
         store = _store(topology, timeout=timeout)
-    group.store = dist.PrefixStore("ddp_kit_run", store)
+    shared = dist.PrefixStore("ddp_kit_blame", store)
+    hosts = init_method is None and _hosts_store(topology)
+    group.blame = Blame(
+        rank=topology.rank, world_size=topology.world_size, store=shared, hosts=hosts, leave=lambda: _leave(group, failed=True)
+    )
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=dist.PrefixStore("ddp_kit_training", store),
@@ -198,11 +146,20 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
     dist.all_reduce(torch.zeros(1), group=control)  # nobody leaves while a peer is still connecting: that would fail it
 
 
+def _is_agents() -> bool:
+    """Whether torchrun's agent holds the store."""
+    return environment().get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _hosts_store(topology: Topology) -> bool:
+    return topology.rank == 0 and not _is_agents()
+
+
 def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
-    if environment().get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent holds it; it listens where torchrun says
+    if _is_agents():  # it listens where torchrun says
         agents: dist.Store = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))[0]
         return agents
-    is_host = topology.rank == 0
+    is_host = _hosts_store(topology)
     host = "127.0.0.1" if topology.nodes == 1 else topology.master
     listener = None
     if is_host and topology.nodes == 1:  # torch's own listener would be open to every interface
@@ -223,42 +180,6 @@ def _leave(group: Group, *, failed: bool) -> None:
     finally:
         if failed and group.device.type == "cuda" and group.training is not None:
             group.training.abort()  # destroying an NCCL group after an error can wait for ever
-        group.training = group.control = group.store = None
+        group.training = group.control = None
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def explain(group: Group, error: BaseException) -> str:
-    """Words a failure for stderr: the culprit's own message first, one line on the ranks that only follow, "" where all fail alike.
-
-    Every rank that fails calls it, before it leaves the group: by publishing first it also decides who the culprit is.
-    """
-    own = f"{error}\n" if isinstance(error, DdpKitError) else "".join(traceback.format_exception(error))
-    if group.world_size == 1:
-        return own
-    found, said = None, summary(error)
-    if is_lost_peer(error):
-        group.note_loss()
-        found = group.culprit(wait_s=LAST_WORDS_S)
-        gone = ", ".join(map(str, group.silent()))
-        said = own = f"a peer is gone that left no word (killed, or out of memory); not heard of: rank {gone}\n"
-    rank, message = found or group.publish(said)
-    where = f"rank {group.rank} on {socket.gethostname()}"
-    if rank == group.rank:
-        return own if isinstance(error, DdpKitError) else f"{where}: {own}"
-    return "" if message == said else f"{where}: ended because rank {rank} failed: {message.splitlines()[0]}\n"
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error is what a rank sees when another one has gone."""
-    if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)):
-        return True
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Connection refused",
-        "Timed out waiting",
-        "gloo/transport",
-    )
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

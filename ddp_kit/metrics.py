@@ -12,7 +12,7 @@ import torch
 Number = torch.Tensor | float | int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LossSum:
     """What a recipe's loss returns for one micro-batch.
 

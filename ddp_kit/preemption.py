@@ -1,8 +1,8 @@
 """Signals: a handler sets a flag, and nothing else.
 
 Owns: SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 of this process while a run lasts.
-Refuses: acting on one rank alone. The flag travels in the control packet and all ranks stop at the same step; a second signal
-leaves at once.
+Refuses: acting on one rank alone. The flag travels in the control packet and all ranks stop at the same step. Before the first step
+there is nothing to agree on, and a signal ends this rank as an exception does; a second signal leaves at once.
 """
 
 import os
@@ -15,8 +15,19 @@ from types import FrameType
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 
 
+class Stopped(SystemExit):
+    """A signal came before the first step: nothing can be lost yet, so the run unwinds and ends."""
+
+    def __init__(self, number: int):
+        super().__init__(exit_code(number))
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"{signal.Signals(self.number).name} before the first step"
+
+
 class StopFlag:
-    """Which signal has come, 0 for none. Before `deferring` is set a signal ends the process as usual: nothing can be lost yet."""
+    """Which signal has come, 0 for none. `deferring`: it waits for a step boundary, or for a failure to be written down."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -24,10 +35,12 @@ class StopFlag:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
-        if self.signal or not self.deferring:
+        if self.signal:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal = number
+        if not self.deferring:
+            raise Stopped(number)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from ddp_kit.trackers.jsonl import json_text, read_json
 Status = Literal["running", "finished", "stopped", "preempted", "failed"]
 
 BEAT_S = 15.0
+DEATH_S = 2.0  # from the loss of a killed process's connections to its end
 STALE_S = 60.0  # without a beat, where the owner cannot be looked up: it ran on another host
 NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre mounted without it, some FUSE
 
@@ -80,6 +81,22 @@ class RunDir:
             if _read_owner(file) in (self._owner, None):
                 self._lock.unlink()
         self._owner = None
+
+    @contextlib.contextmanager
+    def inherited(self) -> Iterator[bool]:
+        """Holds the lock of an owner that has just died, and removes it at the end. Yields whether it was there for this process."""
+        end = time.monotonic() + DEATH_S
+        while is_in_use(self.path) and time.monotonic() < end:
+            time.sleep(0.05)
+        if not self._lock.exists():
+            yield False
+            return
+        with _exclusive(self._lock) as file:
+            owner = _read_owner(file)
+            is_heir = owner is not None and not _lives(owner, lock=self._lock)
+            yield is_heir
+            if is_heir or owner is None:
+                self._lock.unlink()
 
     def write_json(self, name: str, value: object) -> None:
         """Writes a JSON file so that a reader finds the old or the new content whole, whenever this process dies."""

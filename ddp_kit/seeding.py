@@ -129,7 +129,9 @@ def forward_key(seed: int) -> int:
 
 def seed_forward(base: int, step: int, micro_batch: int, *, device: torch.device) -> None:
     """Seeds torch's generators for one forward pass: dropout depends on (seed, step, index of the micro-batch), nothing else."""
-    value = key(base, step, micro_batch)
+    value = (base + step * GOLDEN + micro_batch * 0xC2B2AE3D27D4EB4F) & MASK  # once a forward pass: one round of the hash
+    value = (value ^ (value >> 32)) * 0xFF51AFD7ED558CCD & MASK
+    value ^= value >> 33
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(value)

@@ -5,24 +5,28 @@ Refuses: knowing what a command does.
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from ddp_kit.blame import Verdict
 from ddp_kit.errors import ConfigError, DdpKitError
-from ddp_kit.groups import Group, explain, process_group
+from ddp_kit.groups import Group, process_group
 from ddp_kit.logs import logger
 from ddp_kit.precision import arithmetic
 from ddp_kit.settings import Settings
+from ddp_kit.topology import is_first_rank
 from ddp_kit.trackers import redact_text
 
-OnFailure = Callable[[BaseException, Group], None]
+OTHERS_SPEAK_S = 2.0
+OnFailure = Callable[[Verdict], None]
 
 
 @contextmanager
 def session(settings: Settings, *, speaks: bool = True, on_failure: OnFailure | None = None) -> Iterator[Group]:
     """Enters the group that the settings ask for. Every rank calls it.
 
-    On an error each rank finds out who the culprit is, `on_failure(error, group)` may write it down, and with `speaks` the culprit's
+    On an error each rank finds out who the culprit is, `on_failure(verdict)` may write it down, and with `speaks` the culprit's
     message goes to stderr, first and once, and the error becomes a SystemExit with its exit code.
     """
     with process_group(device=settings.device, threads=settings.threads, tuning=settings.tuning) as group:
@@ -30,33 +34,41 @@ def session(settings: Settings, *, speaks: bool = True, on_failure: OnFailure | 
             with arithmetic(settings.precision, group.device):
                 yield group
         except BaseException as error:
-            text = explain(group, error)
+            verdict = group.blame.judge(error)
+            text = verdict.words()
             logger.debug("%s", redact_text(text))
             if speaks:
                 sys.stdout.flush()
                 sys.stderr.write(text)
                 sys.stderr.flush()
             if on_failure is not None:
-                on_failure(error, group)
+                on_failure(verdict)
             if not speaks or isinstance(error, SystemExit):
                 raise
             raise SystemExit(exit_code(error)) from error
 
 
 def exit_code(error: BaseException) -> int:
-    """Returns the exit code of a failure: 2 usage, 130 SIGINT, 1 anything else."""
+    """Returns the exit code of a failure: 2 usage, 130 SIGINT, a SystemExit's own, 1 anything else."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     return error.exit_code if isinstance(error, DdpKitError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Runs a command. Returns its exit code; what is refused before the group is entered is said here."""
+    """Runs a command. Returns its exit code; what is refused before the group is entered is said here, once if all ranks are refused.
+
+    Only the first rank speaks at once. Where all are refused the launcher ends the others meanwhile; where it does not, they speak too.
+    """
     try:
         return command()
     except DdpKitError as error:
+        if not is_first_rank():
+            time.sleep(OTHERS_SPEAK_S)
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
+        return exit_code(end)
 
 
 def recipe_path(args: Sequence[str], *, command: str) -> str:
@@ -65,6 +77,7 @@ def recipe_path(args: Sequence[str], *, command: str) -> str:
         return args[0]
     usage = f"usage: {command} RECIPE.py [--field value ...]\n       {command} RECIPE.py --help lists the recipe's flags"
     if args and args[0] in ("-h", "--help"):
-        print(usage)
+        if is_first_rank():
+            print(usage)
         raise SystemExit(0)
     raise ConfigError(f"the recipe comes first.\n{usage}")

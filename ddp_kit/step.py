@@ -8,6 +8,7 @@ or an expected one, times what the strategy will divide by and the scale of fp16
 apply the step; a loss that is not finite makes its own gradients nan, so that no rank can miss it.
 """
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -64,7 +65,7 @@ def _objective_step(training: Training, objective: ObjectiveState, batch: RankBa
             if i == last:
                 statistics.launch()
                 count.launch()
-            _backward(total, weight / count.divisor())
+            _backward(total, weight / count.divisor(), objective)
         sums.parts.append((objective.name, {"loss": (total.detach(), own_count), **metrics}))
     statistics.finish()
     return _apply(training, objective, batch, sums, count.factor() / objective.scale.scale)
@@ -80,12 +81,16 @@ def _forward(objective: ObjectiveState, micro_batch: MicroBatch, step: int) -> t
     return result
 
 
-def _backward(total: torch.Tensor, weight: float) -> None:
-    """Adds the gradients of total x weight; of a total that is not finite they are nan: inf x 0 and nan x 0 are."""
+def _backward(total: torch.Tensor, weight: float, objective: ObjectiveState) -> None:
+    """Adds the gradients of total x weight; of a total that is not finite they are nan, which no rank can then miss."""
     if total.is_cuda:
-        (total * (total.detach() * 0 + weight)).backward()
-    else:
-        (total * (total.item() * 0 + weight)).backward()
+        total.backward(gradient=total.detach() * 0 + weight)  # inf x 0 and nan x 0 are nan; no host wait
+        return
+    if not math.isfinite(total.item()):
+        weight = math.nan
+    if weight != objective.weight[0] or total.dtype != objective.weight[1].dtype:
+        objective.weight = weight, torch.full((), weight, dtype=total.dtype)
+    total.backward(gradient=objective.weight[1])
 
 
 def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums, factor: float | torch.Tensor) -> bool:

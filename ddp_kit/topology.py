@@ -72,6 +72,12 @@ def read_topology(environ: Mapping[str, str] | None = None) -> Topology:
     return Topology(source={"rank": "one process: neither RANK nor SLURM_PROCID is set"})
 
 
+def is_first_rank(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this process speaks for all of them, however incomplete its variables are."""
+    environ = environment() if environ is None else environ
+    return environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def _complete(environ: Mapping[str, str], family: tuple[str, ...], *, start: str) -> None:
     missing = [name for name in family if name not in environ]
     if missing:

@@ -14,16 +14,17 @@ from torch import nn
 
 from ddp_kit import batching
 from ddp_kit.best import BestWeights
+from ddp_kit.blame import Verdict
 from ddp_kit.collectives import from_rank
 from ddp_kit.compose import Composition, Evaluator, compose, data_sets, require_same_settings
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.environment import describe
 from ddp_kit.errors import ConfigError
-from ddp_kit.fit import Ending, fit
+from ddp_kit.fit import Ending, fit, stopped
 from ddp_kit.flags import parse
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger, rank_log
-from ddp_kit.preemption import StopFlag, signals_noted
+from ddp_kit.preemption import StopFlag, Stopped, signals_noted
 from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
 from ddp_kit.report import Reporter
 from ddp_kit.run_dir import RunDir, default_name
@@ -55,21 +56,29 @@ class _Life:
     """What a failure must know about a run, filled in as it goes."""
 
     directory: RunDir | None = None  # rank 0 only
+    path: Path | None = None
     reporter: Reporter | None = None
     composition: Composition | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def failed(self, error: BaseException, group: Group) -> None:
-        """Leaves a failure in the run directory."""
-        if self.directory is None:
-            return
-        rank, message = group.culprit() or (group.rank, f"{type(error).__name__}: {error}")
+    def failed(self, verdict: Verdict) -> None:
+        """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its peers does."""
+        if self.directory is not None:
+            self._write(self.directory, verdict)
+        elif 0 in verdict.gone and self.path is not None:
+            directory = RunDir(self.path)
+            with directory.inherited() as is_heir:
+                if is_heir:
+                    self._write(directory, verdict)
+
+    def _write(self, directory: RunDir, verdict: Verdict) -> None:
+        error, reason = verdict.error, verdict.reason
+        status = stopped(error.number, verdict.rank).status if isinstance(error, Stopped) and verdict.is_own else "failed"
         step = self.composition.training.step if self.composition else 0
-        reason = f"rank {rank}: {message}"
-        status = self.directory.status("failed", reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error))
+        content = directory.status(status, reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error))
         if self.reporter is not None:
-            self.reporter.event("failure", step=step, rank=rank, message=reason)
-            self.reporter.finish(status)
+            self.reporter.event("failure" if status == "failed" else "stop", step=step, rank=verdict.culprit, message=reason)
+            self.reporter.finish(content)
 
 
 def run(recipe: Recipe, settings: Settings, *, name: str = "run") -> Outcome:
@@ -85,11 +94,15 @@ def _live(build: Callable[[], Recipe], settings: Settings, *, name: str, source:
     """Enters the group and trains. A command (it has a `source`) says itself what failed."""
     life = _Life()
     with (
+        signals_noted() as stop,
         ExitStack() as stack,
         session(settings, speaks=source is not None, on_failure=life.failed) as group,
-        signals_noted() as stop,
     ):
-        return _train(build, settings, group, stop, life, stack, name=name, source=source)
+        try:
+            return _train(build, settings, group, stop, life, stack, name=name, source=source)
+        except BaseException:
+            stop.deferring = True  # torchrun sends SIGTERM to the survivors of a rank: what failed is to be written down first
+            raise
 
 
 def _train(
@@ -99,7 +112,7 @@ def _train(
     recipe = build()
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"the function `recipe` must return a ddp_kit.Recipe; it returned {type(recipe).__name__}.")
-    path = _open_directory(settings, group, life, stack, name=name, source=source)
+    path = life.path = _open_directory(settings, group, life, stack, name=name, source=source)
     stack.enter_context(rank_log(path / "logs", rank=group.rank))
     composition = life.composition = compose(recipe, settings, group)
     reporter = life.reporter = _reporter(recipe, settings, group)

@@ -52,7 +52,7 @@ def _shape(result: object) -> str:
     return f"{type(result).__name__}{f' with a total of shape {tuple(total.shape)}' if isinstance(total, torch.Tensor) else ''}"
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class ObjectiveState:
     """An objective as it is trained."""
 
@@ -66,6 +66,7 @@ class ObjectiveState:
     scale: LossScale = field(default_factory=lambda: LossScale(is_on=False))
     is_deferred: bool = False  # the optimizer reads `found_inf` on the device, and the host one step later
     found_inf: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    weight: tuple[float, torch.Tensor] = field(default_factory=lambda: (0.0, torch.zeros(())))  # of the last backward pass, kept ready
     one: torch.Tensor = field(default_factory=lambda: torch.ones(()))
 
 
@@ -89,7 +90,7 @@ class Training:
     suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None  # a deferred step that the host has not seen yet
 
 
-@dataclass
+@dataclass(slots=True)
 class StepSums:
     """What a step leaves for the records: each micro-batch's sums, still on the device, rates, and the gradient norm if it was taken."""
 

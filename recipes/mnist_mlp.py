@@ -3,7 +3,8 @@
 MEASURED
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import ddp_kit
 from ddp_kit import LossSum, Recipe, schedules
 from ddp_kit.data.known import mnist
+from ddp_kit.errors import ConfigError
 from ddp_kit.settings import EarlyStop
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
@@ -26,7 +28,7 @@ class Settings(ddp_kit.Settings):
 
     global_batch: int = 128
     epochs: int = 15
-    early_stop: EarlyStop = EarlyStop(metric="accuracy", mode="max", patience=5)
+    early_stop: EarlyStop = field(default_factory=lambda: EarlyStop(metric="accuracy", mode="max", patience=5))
     data_root: str = "data"  # folder that holds MNIST/raw
     download: bool = False  # fetch MNIST if it is not there
     hidden: tuple[int, ...] = (128, 64)  # sizes of the hidden layers
@@ -44,7 +46,7 @@ class Settings(ddp_kit.Settings):
 def mlp(settings: Settings) -> nn.Sequential:
     sizes = (28 * 28, *settings.hidden)
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), ACTIVATIONS[settings.activation]()]
         layers += [nn.Dropout(settings.dropout)] if settings.dropout else []
     model = nn.Sequential(*layers, nn.Linear(sizes[-1], 10))
@@ -75,15 +77,18 @@ def schedule(optimizer: Optimizer, total_steps: int, *, name: str) -> LRSchedule
 
 
 def recipe(settings: Settings) -> Recipe:
+    if settings.optimizer != "sgd" and settings.momentum != Settings.momentum:
+        raise ConfigError(f"--momentum {settings.momentum} has no effect with --optimizer {settings.optimizer}: leave it out.")
+
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossSum:
         images, labels = batch  # (B, 1, 28, 28) float, (B,) int
         logits = model(images)
         correct = (logits.argmax(1) == labels).sum()
         result = LossSum(cross_entropy(logits, labels, reduction="sum"), len(labels), metrics={"accuracy": (correct, len(labels))})
         if model.training and settings.l1:
-            result = result.plus_mean(settings.l1 * sum(weight.abs().sum() for weight in weights(model)))
+            result = result.plus_mean(settings.l1 * torch.stack([weight.abs().sum() for weight in weights(model)]).sum())
         if model.training and settings.l2:
-            result = result.plus_mean(settings.l2 / 2 * sum(weight.square().sum() for weight in weights(model)))
+            result = result.plus_mean(settings.l2 / 2 * torch.stack([weight.square().sum() for weight in weights(model)]).sum())
         return result
 
     def decay(optimizer: Optimizer, total_steps: int) -> LRScheduler:

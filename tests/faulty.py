@@ -41,7 +41,7 @@ class Trouble:
         return self.settings.fault == fault and self.is_here and self.step == self.settings.at_step
 
     def on_start(self, model: nn.Module) -> None:
-        self.step = 0
+        self.on_step(0)
 
     def on_step(self, step: int) -> None:
         self.step = step
@@ -88,9 +88,8 @@ class Partly(nn.Sequential):
         self.idle = nn.Linear(6, 1)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        for layer in self[:3]:
-            inputs = layer(inputs)
-        return inputs
+        logits: torch.Tensor = self[2](self[1](self[0](inputs)))
+        return logits
 
 
 def recipe(settings: Settings) -> Recipe:

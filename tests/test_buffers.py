@@ -10,11 +10,10 @@ from torch import nn
 from ddp_kit import Data
 from ddp_kit.batching import BatchPlan, plan_batches
 from ddp_kit.compose import compose
-from ddp_kit.groups import Group, process_group
+from ddp_kit.groups import Group
 from ddp_kit.seeding import Purpose, key, permutation
 from ddp_kit.step import train_step
 from ddp_kit.testing import assert_same_on_all_ranks
-from ddp_kit.topology import Topology
 
 
 def normalising() -> nn.Module:
@@ -48,10 +47,10 @@ def test_statistics_of_all_ranks_and_micro_batches_count(group: Group) -> None:
         assert distance(found, by_hand(settings, plan)) <= 1e-12
 
 
-def test_one_micro_batch_gives_the_statistics_of_plain_torch() -> None:
+@pytest.mark.ranks(1)
+def test_one_micro_batch_gives_the_statistics_of_plain_torch(group: Group) -> None:
     settings = Settings(max_steps=6, precision="fp32")
-    with process_group(topology=Topology(), device="cpu") as group:
-        ours = trace(group, recipe(settings, model=normalising), settings)
+    ours = trace(group, recipe(settings, model=normalising), settings)
     torch.manual_seed(key(0, Purpose.WEIGHTS))
     model = normalising()
     for step in range(settings.max_steps):

@@ -34,6 +34,10 @@ sys.exit(0 if sorted(each.name for each in path.iterdir()) == ["first", "second"
 """
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
 def start(path: Path, log: Path, *, seconds: float) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen([sys.executable, "-c", CHILD, str(path), str(log), str(seconds)], env=environment)
@@ -55,7 +59,7 @@ def test_of_four_processes_one_makes_and_all_see_the_whole(tmp_path):
     processes = [start(path, log, seconds=0.3) for _ in range(4)]
     assert [process.wait(timeout=20) for process in processes] == [0] * 4
     assert len(makers(log)) == 1
-    assert os.listdir(path.parent) == ["set"]
+    assert names(path.parent) == ["set"]
 
 
 def test_a_killed_maker_leaves_nothing_under_the_name_and_a_waiting_one_makes_it(tmp_path):
@@ -68,7 +72,7 @@ def test_a_killed_maker_leaves_nothing_under_the_name_and_a_waiting_one_makes_it
             maker.wait(timeout=10)
             assert waiting.wait(timeout=20) == 0
     assert len(makers(log)) == 2
-    assert sorted(os.listdir(tmp_path)) == ["log", "set"]
+    assert names(tmp_path) == ["log", "set"]
 
 
 def test_a_maker_that_raises_leaves_nothing_and_the_next_call_makes(tmp_path):
@@ -79,16 +83,16 @@ def test_a_maker_that_raises_leaves_nothing_and_the_next_call_makes(tmp_path):
     path = tmp_path / "file"
     with pytest.raises(OSError, match="disk full"):
         first_on_node(path, fails)
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
     assert first_on_node(path, lambda temporary: temporary.write_text("whole")).read_text() == "whole"
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_what_is_there_is_neither_made_nor_locked(tmp_path):
     path = tmp_path / "file"
     path.write_text("there")
     first_on_node(path, lambda temporary: pytest.fail("made again"))
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_another_nodes_folder_that_came_first_is_kept(tmp_path):
@@ -101,8 +105,8 @@ def test_another_nodes_folder_that_came_first_is_kept(tmp_path):
         (path / "theirs").touch()
 
     first_on_node(path, make)
-    assert os.listdir(path) == ["theirs"]
-    assert os.listdir(tmp_path) == ["set"]
+    assert names(path) == ["theirs"]
+    assert names(tmp_path) == ["set"]
 
 
 def test_a_long_wait_says_what_it_waits_for_once(tmp_path, caplog, monkeypatch):

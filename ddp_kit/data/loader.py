@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ from ddp_kit.data.stream import TrainingStream, evaluation_stream
 from ddp_kit.groups import Group
 
 
-@dataclass(frozen=True)
-class RankBatch:
+class RankBatch(NamedTuple):
     """One rank's part of one global batch: what one optimizer step consumes."""
 
     step: int  # steps before this one
@@ -149,6 +148,19 @@ def grouped(micro_batches: Iterable[MicroBatch], *, per_step: int) -> Iterator[R
             request = run[0].request
             yield RankBatch(request.step, request.epoch, run, time.perf_counter() - begin)
             run, begin = [], time.perf_counter()
+
+
+def batches_of(loader: Iterable[Any], *, group: Group, size: int) -> Iterator[RankBatch]:
+    """Yields what a loader of one's own has read as this rank's part of global batches: one micro-batch of `size` samples a step.
+
+    The loader answers for order, shares and placement; samples are named by their place in the batch.
+    """
+    indices = np.arange(size)
+    begin = time.perf_counter()
+    for step, batch in enumerate(loader):
+        request = Request(step, 0, group.rank, indices)
+        yield RankBatch(step, 0, [MicroBatch(request, batch)], time.perf_counter() - begin)
+        begin = time.perf_counter()
 
 
 def placed(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterator[MicroBatch]:

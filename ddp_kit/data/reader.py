@@ -4,8 +4,7 @@ Owns: the seeding around it, collating and augmenting. It is the same in the tra
 Refuses: knowing ranks. What it returns depends on the seed, the epoch and the indices.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +15,7 @@ from ddp_kit.data.data import BatchReader, Data, tensors_of, without_subsets
 from ddp_kit.seeding import Draws, Purpose, generators_put_back, key, seed_generators
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A micro-batch to read: its place in the run and its samples (positions in the stream for an iterable data set)."""
 
     step: int
@@ -27,8 +25,7 @@ class Request:
     is_padding: bool = False  # evaluation: read so that all ranks run the same number of forward passes; counts nothing
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """A request and the batch that answers it."""
 
     request: Request

@@ -91,7 +91,7 @@ def _live(job: Job, *, rank: int, store: Path, config: pytest.Config) -> RankRep
 
 
 def _failure(error: BaseException, *, common: dict[str, Any], config: pytest.Config) -> RankReport:
-    from ddp_kit.groups import is_lost_peer
+    from ddp_kit.blame import is_lost_peer
 
     now = time.monotonic()
     text, path, line = pytest_parts.traceback_of(error, config=config)

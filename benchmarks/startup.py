@@ -1,0 +1,100 @@
+"""From the command to the first optimizer step: ddp_kit under torchrun against a bare script under torchrun, taking turns.
+
+    python benchmarks/startup.py
+
+2 ranks, the small MLP of benchmarks/overhead.py, one thread a rank. The clock starts before the command does; both sides write the
+time when rank 0 has taken its first step.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from turns import show
+
+BARE = '''
+import os, time, torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+wrapped = DistributedDataParallel(net)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+data = TensorDataset(torch.randn(6000, 784), torch.randint(10, (6000,)))
+inputs, labels = next(iter(DataLoader(data, batch_size=64, sampler=DistributedSampler(data))))
+nn.functional.cross_entropy(wrapped(inputs), labels).backward()
+optimizer.step()
+if dist.get_rank() == 0:
+    print("first step", time.time(), flush=True)
+del wrapped
+dist.destroy_process_group()
+'''
+RECIPE = '''
+import time
+from dataclasses import dataclass
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+import ddp_kit
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ddp_kit.Settings):
+    global_batch: int = 128
+    max_steps: int = 1
+
+class FirstStep:
+    def on_start(self, model): pass
+    def on_step(self, step): print("first step", time.time(), flush=True)
+    def on_evaluation(self, step, metrics): pass
+    def on_end(self, reason): pass
+
+def loss(net, batch):
+    inputs, labels = batch
+    return ddp_kit.LossSum(nn.functional.cross_entropy(net(inputs), labels, reduction="sum"), len(labels))
+
+def recipe(settings):
+    return ddp_kit.Recipe(
+        model=lambda: nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
+        loss=loss,
+        optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
+        train_data=lambda: TensorDataset(torch.randn(6000, 784), torch.randint(10, (6000,))),
+        callbacks=[FirstStep()],
+    )
+'''
+
+
+def first_step(command: list[str], folder: Path) -> float:
+    """Returns the seconds from the command to its line "first step"."""
+    begin = time.time()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *command]
+    done = subprocess.run(launch, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
+    return next(float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("first step")) - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    times: dict[str, list[float]] = {"bare script, torchrun": [], "ddp_kit.train, torchrun": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "bare.py").write_text(BARE)
+        (folder / "recipe.py").write_text(RECIPE)
+        for round_ in range(rounds + 1):
+            for contender, command in zip(times, (["bare.py"], ["-m", "ddp_kit.train", "recipe.py"]), strict=True):
+                seconds = first_step(command, folder)
+                if round_:  # the first round fills the page cache
+                    times[contender].append(seconds)
+    show(times, unit="s")
+
+
+if __name__ == "__main__":
+    main()
