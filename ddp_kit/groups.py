@@ -4,8 +4,11 @@ Owns: the training group (nccl on CUDA, gloo on CPU), the gloo control group bes
 Refuses: `dist.barrier`, default timeouts, and leaving a group behind: a gloo rank that exits without destroying it aborts.
 """
 
+import contextlib
+import os
 import socket
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,6 +37,7 @@ class Group:
     timeout_s: float = 600
     tuned: list[str] = field(default_factory=list)  # what of the defaults for speed took effect
     closing: ExitStack = field(default_factory=ExitStack)
+    sockets: dict[int, int] = field(default_factory=dict)  # of the gloo groups: file descriptor -> inode
 
     @property
     def rank(self) -> int:
@@ -129,6 +133,7 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
     group.blame = Blame(
         rank=topology.rank, world_size=topology.world_size, store=shared, hosts=hosts, leave=lambda: _leave(group, failed=True)
     )
+    before = _sockets()
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=dist.PrefixStore("ddp_kit_training", store),
@@ -143,6 +148,7 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)  # every rank is in it
     group.control = control
+    group.sockets = {descriptor: inode for descriptor, inode in _sockets().items() if before.get(descriptor) != inode}
     dist.all_reduce(torch.zeros(1), group=control)  # nobody leaves while a peer is still connecting: that would fail it
 
 
@@ -175,6 +181,8 @@ def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
 
 
 def _leave(group: Group, *, failed: bool) -> None:
+    if failed:
+        _shut(group.sockets)
     try:
         group.closing.close()
     finally:
@@ -183,3 +191,27 @@ def _leave(group: Group, *, failed: bool) -> None:
         group.training = group.control = None
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _sockets() -> dict[int, int]:
+    """Returns this process's open sockets: file descriptor -> inode."""
+    found = {}
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
+            about = os.fstat(int(name))
+            if stat.S_ISSOCK(about.st_mode):
+                found[int(name)] = about.st_ino
+    return found
+
+
+def _shut(sockets: Mapping[int, int]) -> None:
+    """Ends the connections of gloo groups, which have no abort (pytorch#130345) and stay connected as long as a traceback holds them.
+
+    What this rank has in flight fails and cannot keep it from leaving, and its peers notice at once.
+    """
+    for descriptor, inode in sockets.items():
+        with contextlib.suppress(OSError):  # closed meanwhile, or a listener, whose end gloo would not survive
+            if os.fstat(descriptor).st_ino == inode:
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    connection.getpeername()
+                    connection.shutdown(socket.SHUT_RDWR)

@@ -19,7 +19,7 @@ class Settings(ddp_kit.Settings):
     """Handwritten digits, 8 x 8 pixels."""
 
     global_batch: int = 64
-    epochs: int = 20
+    epochs: int = 10
     lr: float = 0.01  # peak learning rate
     width: int = 16  # channels of the first convolution
 
