@@ -34,12 +34,14 @@ def look_back(training: Training) -> None:
         torch.cuda.current_stream().synchronize()  # the step before: long done, or nearly
     training.suspect = None
     if bool(seen):
-        training.statistics.restore()
         judge(training, training.objectives[0], batch, sums)
 
 
 def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums) -> None:
-    """Finds out why a step is not finite; all ranks are here at the same step. Returns if fp16 gradients only overflowed."""
+    """Puts the buffers back and finds out why a step is not finite; all ranks are here at the same step. Returns if fp16 gradients
+    only overflowed.
+    """
+    training.statistics.restore()
     step = batch.step + 1
     own = _first_bad(batch, sums)
     if own is not None:
@@ -47,7 +49,6 @@ def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums:
     decision = training.control.exchange(step)
     if decision.culprit_rank >= 0:
         samples = np.frombuffer(from_rank(training.group, own or b"", source=decision.culprit_rank), dtype=np.int64)
-        training.statistics.restore()
         raise NonFiniteError(
             f"the loss of step {decision.culprit_step} is not finite on rank {decision.culprit_rank}, samples {listed(samples)}. The step "
             "was not applied. Look at these samples, or lower the learning rate, or type --grad-clip 1."
@@ -57,7 +58,6 @@ def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums:
         raise DdpKitError(f"step {step}: {EMPTY}.")
     if objective.scale.is_on:
         return
-    training.statistics.restore()
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     bad = [names[id(p)] for p in objective.parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
     raise NonFiniteError(

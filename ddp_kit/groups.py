@@ -214,4 +214,4 @@ def _shut(sockets: Mapping[int, int]) -> None:
             if os.fstat(descriptor).st_ino == inode:
                 with socket.socket(fileno=os.dup(descriptor)) as connection:
                     connection.getpeername()
-                    connection.shutdown(socket.SHUT_RDWR)
+                    connection.shutdown(socket.SHUT_RD)

@@ -52,7 +52,9 @@ def _objective_step(training: Training, objective: ObjectiveState, batch: RankBa
     for parameter in objective.parameters:
         parameter.grad = None
     statistics, count, last = training.statistics, objective.count, len(batch.micro_batches) - 1
-    weight = training.strategy.divisor * objective.scale.scale
+    weight, left = float(training.strategy.divisor), 1.0
+    if objective.scale.is_on:  # the divisor waits until after backward: what overflows must not depend on the number of ranks
+        weight, left = objective.scale.scale, weight / objective.scale.scale
     count.begin(batch.micro_batches)
     statistics.begin()
     for i, micro_batch in enumerate(batch.micro_batches):
@@ -68,7 +70,7 @@ def _objective_step(training: Training, objective: ObjectiveState, batch: RankBa
             _backward(total, weight / count.divisor(), objective)
         sums.parts.append((objective.name, {"loss": (total.detach(), own_count), **metrics}))
     statistics.finish()
-    return _apply(training, objective, batch, sums, count.factor() / objective.scale.scale)
+    return _apply(training, objective, batch, sums, count.factor() * left)
 
 
 def _forward(objective: ObjectiveState, micro_batch: MicroBatch, step: int) -> tuple[torch.Tensor, int | torch.Tensor, Sums]:
@@ -117,7 +119,6 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
     objective.scale.update(overflowed=is_bad)
     if is_bad:
         judge(training, objective, batch, sums)
-        training.statistics.restore()
         return False
     objective.optimizer.step()
     return True

@@ -64,7 +64,8 @@ def train(
     with start_ranks(train_on_rank, world_size, commands, str(errors), group=False, env=env, deadline_s=limit_s) as ranks:
         begin = time.monotonic()
         reports = ranks.wait()
-        assert [report.rank for report in reports if report.outcome == "late"] == [], reports
+        late = [f"rank {report.rank} did not end:\n{report.stacks}" for report in reports if report.outcome == "late"]
+        assert not late, "\n".join([*late, *errors.read_text().splitlines()[-20:]])
         assert time.monotonic() - begin < limit_s
     return Ended(
         codes=[report.exit_code for report in reports],

@@ -216,11 +216,23 @@ def test_a_rank_without_counted_samples_changes_nothing(group: Group) -> None:
 
 
 def with_bad_sample(position: int) -> TensorDataset:
-    """Returns data in which the sample at `position` of the first epoch has an input that is not a number."""
+    """Returns data in which one sample, at `position` of the first epoch, has a label that stands for a bad sample."""
     inputs, labels = vectors().tensors
-    inputs = inputs.clone()
-    inputs[permutation(0, 0, 240)[position]] = torch.nan
+    labels = labels.clone()
+    labels[permutation(0, 0, 240)[position]] = 9
     return TensorDataset(inputs, labels)
+
+
+def nan_at_9(model: nn.Module, batch: Any) -> LossSum:
+    """Loss and gradient are nan where a bad sample is."""
+    inputs, labels = batch
+    return LossSum((cross_entropy(model(inputs), labels % 9, reduction="none") * torch.where(labels == 9, torch.nan, 1.0)).sum(), len(labels))
+
+
+def inf_at_9(model: nn.Module, batch: Any) -> LossSum:
+    """The loss is inf where a bad sample is, and its gradient is finite."""
+    inputs, labels = batch
+    return LossSum((cross_entropy(model(inputs), labels % 9, reduction="none") + torch.where(labels == 9, torch.inf, 0.0)).sum(), len(labels))
 
 
 def fused(name: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -233,9 +245,9 @@ def fused(name: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
 def test_a_loss_that_is_not_finite_ends_all_ranks_at_one_step_with_rank_and_samples_named(group: Group) -> None:
     position = 2 * 24 + 23  # the last sample of step 3, which the last rank has
     settings = Settings(micro_batch=4, grad_clip=1.0)
-    for optimizer in (None, "SGD", "AdamW"):
-        parts = {"optimizer": fused(optimizer)} if optimizer else {}
-        made = compose(recipe(settings, model=normed, train_data=lambda: with_bad_sample(position), **parts), settings, group)
+    for optimizer, loss in ((None, nan_at_9), (None, inf_at_9), ("SGD", inf_at_9), ("AdamW", nan_at_9)):
+        parts: dict[str, Any] = {"optimizer": fused(optimizer)} if optimizer else {}
+        made = compose(recipe(settings, model=normed, loss=loss, train_data=lambda: with_bad_sample(position), **parts), settings, group)
         training = made.training
         training.objectives[0].is_deferred = optimizer is not None
         steps(made, end=2)

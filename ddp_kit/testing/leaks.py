@@ -16,9 +16,9 @@ from pathlib import Path
 from ddp_kit.topology import environment
 
 # Set or started once by a library and kept for the process's life by design.
-LIBRARIES_VARIABLES = ("PYTEST_", "TORCHINDUCTOR_", "TRITON_", "KINETO_", "KMP_", "COV_CORE_")
+LIBRARIES_VARIABLES = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KINETO_", "KMP_", "COV_CORE_")
 LIBRARIES_PROCESSES = ("ddp_kit.testing.server", "multiprocessing.resource_tracker", "multiprocessing.forkserver", "compile_worker")
-LIBRARIES_THREADS = ("pytest_timeout", "pydevd", "execnet", "InductorSubproc")
+LIBRARIES_THREADS = ("pytest_timeout", "pydevd", "execnet", "InductorSubproc", "tqdm_monitor")
 CACHES = ("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".coverage")
 
 

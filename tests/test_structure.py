@@ -1,0 +1,93 @@
+"""The design's rules about shape, held by reading the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddp_kit
+
+ROOT = Path(ddp_kit.__file__).parent
+LAYERS = [
+    ["errors"],
+    ["topology", "tuning", "batching", "settings", "flags", "metrics", "logs"],
+    ["blame", "groups", "collectives", "control", "seeding"],
+    [
+        *("strategies", "data", "trackers", "precision", "early_stopping", "preemption", "ema", "schedules"),
+        *("buffers", "counts", "weights", "best", "run_dir", "environment"),
+    ],
+    ["recipe", "training", "finite", "step", "wrapping", "evaluation", "report", "fit"],
+    ["auto", "compose", "session", "train", "evaluate", "commands", "cli"],
+]
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+CORE_APART = {"strategies", "trackers", "commands", "testing", "cli", "environment"}
+FILES = sorted(path for path in ROOT.rglob("*.py") if "_recipes" not in path.parts)
+
+
+def imported(path: Path) -> set[str]:
+    """Returns the first names under ddp_kit that a file imports, those for type checkers left out."""
+    tree = ast.parse(path.read_text())
+    typed = {id(child) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for child in ast.walk(node)}
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in typed:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ddp_kit"):
+            names |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+    return names
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_imports_go_downward_only() -> None:
+    wrong = []
+    for path in FILES:
+        own = part(path)
+        if own in ("testing", "__init__"):
+            continue
+        wrong += [f"{own} (layer {LAYER[own]}) imports {name}" for name in imported(path) if name != own and LAYER[name] > LAYER[own]]
+    assert not wrong
+
+
+def test_only_layer_two_strategies_and_their_users_of_works_import_torch_distributed() -> None:
+    """Beside layer 2 and the strategies: those that launch an asynchronous sum and read it later."""
+    users = {part(path) for path in FILES if "import torch.distributed as dist" in path.read_text()}
+    assert users <= {"blame", "groups", "collectives", "control", "strategies", "testing", "buffers", "counts", "report"}
+
+
+def test_no_file_is_long_and_the_whole_can_be_read() -> None:
+    lines = {path: len(path.read_text().splitlines()) for path in FILES}
+    assert max(lines.values()) <= 300, max(lines, key=lambda path: lines[path])
+    assert sum(lines.values()) < 9000
+    assert sum(count for path, count in lines.items() if part(path) not in CORE_APART) < 6000
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    assert {part(path) for path in FILES if "os.environ" in path.read_text() and part(path) != "testing"} == {"topology"}
+
+
+def test_nothing_unpickles_and_nothing_waits_at_a_barrier() -> None:
+    for path in FILES:
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        bad = {call for call in calls if call.endswith(("_object", "_object_list", ".barrier")) or call in ("torch.load", "pickle.loads", "pickle.load")}
+        assert not bad or part(path) == "testing", (path, bad)
+
+
+@pytest.mark.parametrize("module", ["ddp_kit", "ddp_kit.cli", "ddp_kit.testing.plugin"])
+def test_importing_it_does_not_import_heavy_packages(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_training_command_imports_optional_packages_only_on_use() -> None:
+    code = f"import sys, ddp_kit.train; print([name for name in {HEAVY[1:]!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+HEAVY = ["torch", "torchvision", "accelerate", "deepspeed", "wandb", "tensorboard", "submitit", "sklearn", "tyro", "rich"]
