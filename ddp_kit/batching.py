@@ -11,6 +11,7 @@ Two rules, both balanced:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ddp_kit.errors import ConfigError
 
@@ -32,7 +33,7 @@ class BatchPlan:
     @property
     def largest(self) -> int:
         """Samples in the largest micro-batch."""
-        return max(stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False))
+        return max(stop - start for start, stop in pairwise(self.bounds))
 
     def of_rank(self, rank: int) -> list[tuple[int, int, int]]:
         """Returns (index in the global batch, first sample, end) of each micro-batch of a rank."""
@@ -67,7 +68,7 @@ def plan_batches(global_batch: int, *, micro_batch: int, world_size: int) -> Bat
     each = -(-share // micro_batch) if micro_batch else 1
     cuts = _cut(global_batch, parts=world_size)
     marks = [0]
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         marks += [start + cut for cut in _cut(stop - start, parts=min(each, stop - start))[1:]]
     starts = {mark: i for i, mark in enumerate(marks)}
     return BatchPlan(global_batch=global_batch, bounds=tuple(marks), firsts=tuple(starts[cut] for cut in cuts), is_invariant=False)

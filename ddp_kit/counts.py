@@ -52,8 +52,8 @@ class FixedCount:
         """Raises: DdpKitError if the count is not that of the rehearsal."""
         if isinstance(count, torch.Tensor) or count != self._per_sample * size:
             raise DdpKitError(
-                f"the loss's count is {count!r} for {size} samples, where it was the int {self._per_sample} for each sample before. A count "
-                "that varies must be a tensor always: LossSum(total, torch.tensor(count)), or known beforehand: Data(count=...)."
+                f"the loss's count is {count!r} for {size} samples, where it was the int {self._per_sample} for each sample before. A "
+                "count that varies must be a tensor always: LossSum(total, torch.tensor(count)), or known beforehand: Data(count=...)."
             )
 
     def divisor(self) -> float:

@@ -5,6 +5,7 @@ Refuses: `dist.barrier`, default timeouts, and leaving a group behind: a gloo ra
 """
 
 import contextlib
+import ctypes
 import os
 import socket
 import stat
@@ -183,6 +184,9 @@ def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
 def _leave(group: Group, *, failed: bool) -> None:
     if failed:
         _shut(group.sockets)
+        for gloo in (group.training, group.control):
+            if gloo is not None:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(gloo))
     try:
         group.closing.close()
     finally:
@@ -214,4 +218,4 @@ def _shut(sockets: Mapping[int, int]) -> None:
             if os.fstat(descriptor).st_ino == inode:
                 with socket.socket(fileno=os.dup(descriptor)) as connection:
                     connection.getpeername()
-                    connection.shutdown(socket.SHUT_RD)
+                    connection.shutdown(socket.SHUT_WR)

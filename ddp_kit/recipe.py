@@ -93,7 +93,8 @@ class Recipe:
         """Returns the objectives in order; a plain recipe is one of them."""
         if self.objectives:
             return list(self.objectives)
-        assert self.loss is not None and self.optimizer is not None
+        assert self.loss is not None
+        assert self.optimizer is not None
         return [Objective(loss=self.loss, optimizer=self.optimizer, scheduler=self.scheduler)]
 
 
@@ -149,7 +150,8 @@ def _from_file(path: Path) -> ModuleType:
         )
     name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"recipe_{abs(hash(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and spawned loader workers look it up there
     folder = str(path.resolve().parent)

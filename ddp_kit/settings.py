@@ -97,10 +97,8 @@ class Settings:
 
 def check(settings: Settings) -> None:
     """Raises: ConfigError with every fault of the values, each with what to type."""
-    faults = []
-    for name in ("global_batch", "epochs", "max_steps", "eval_every", "num_workers", "threads", "grad_clip"):
-        if getattr(settings, name) < 0:
-            faults.append(f"{flag(name)} {getattr(settings, name)}: expected 0 or more")
+    counts = ("global_batch", "epochs", "max_steps", "eval_every", "num_workers", "threads", "grad_clip")
+    faults = [f"{flag(name)} {getattr(settings, name)}: expected 0 or more" for name in counts if getattr(settings, name) < 0]
     if settings.global_batch == 0:
         faults.append("--global-batch 0: expected at least 1 sample per optimizer step")
     if isinstance(settings.micro_batch, int) and settings.micro_batch < 0:

@@ -3,9 +3,10 @@
 Owns: accumulation, the division by the count, clipping, and applying the step or not.
 Refuses: reading data, evaluating, logging. Nothing here waits for the device unless a line says so.
 
-The gradient of a step is that of sum / count over the global batch (`counts`). Each backward pass runs on the sum divided by that count
-or an expected one, times what the strategy will divide by and the scale of fp16. Every rank decides from the reduced gradients, which are equal on all ranks, whether to
-apply the step; a loss that is not finite makes its own gradients nan, so that no rank can miss it.
+The gradient of a step is that of sum / count over the global batch (`counts`). Each backward pass runs on the sum divided by that
+count or an expected one, times what the strategy will divide by and the scale of fp16. Every rank decides from the reduced
+gradients, which are equal on all ranks, whether to apply the step; a loss that is not finite makes its own gradients nan, so that
+no rank can miss it.
 """
 
 import math

@@ -3,20 +3,21 @@
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from cases import Settings
+from safetensors.torch import load_file
 
 from ddp_kit import Recipe
 from ddp_kit.testing import run_ranks
+from ddp_kit.topology import read_topology
 from ddp_kit.train import run
 
 
 @dataclass
 class Life:
-    """What a run left on one rank: records, samples (rank 0 only), the calls of a callback, the ending and the last weights."""
+    """What a run left on one rank: records, samples (rank 0 only), a callback's calls, the ending, last and left weights."""
 
     rank: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -68,23 +69,24 @@ class Notes:
 
 
 def live(make: Callable[[Settings], Recipe], settings: Settings) -> Life:
-    """Runs `make(settings)` from start to end in a directory of its own. Every rank calls it."""
-    from safetensors.torch import load_file
+    """Runs `make(settings)` from start to end, alone or as one rank of several, with a run directory that is removed at the end."""
+    if settings.run_dir:
+        return _live(make, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        return _live(make, replace(settings, run_dir=f"{folder}/run"))
 
-    from ddp_kit.topology import read_topology
 
+def _live(make: Callable[[Settings], Recipe], settings: Settings) -> Life:
     life = Life(rank=read_topology().rank)
     notes = Notes(life)
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = make(settings)
-        outcome = run(replace(recipe, trackers=[notes], callbacks=[notes]), replace(settings, run_dir=f"{folder}/run"))
-        if life.rank == 0:
-            life.files = load_file(Path(folder) / "run" / "model.safetensors")
+    outcome = run(replace(make(settings), trackers=[notes], callbacks=[notes]), settings)
     life.reason, life.step, life.metrics = outcome.reason, outcome.step, dict(outcome.metrics)
     life.state = {name: tensor.detach().clone() for name, tensor in outcome.model.state_dict().items()}
+    life.files = load_file(outcome.run_dir / "model.safetensors")
     return life
 
 
 def lives(make: Callable[[Settings], Recipe], settings: Settings, *, world_size: int) -> list[Life]:
-    """Returns the `Life` of each rank of a run on `world_size` ranks."""
-    return run_ranks(live, world_size, make, settings, group=False)
+    """Returns the `Life` of each rank of a run on `world_size` ranks; `make` is at the top level of a module."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run_ranks(live, world_size, make, replace(settings, run_dir=f"{folder}/run"), group=False)

@@ -16,7 +16,7 @@ LAYERS = [
     ["blame", "groups", "collectives", "control", "seeding"],
     [
         *("strategies", "data", "trackers", "precision", "early_stopping", "preemption", "ema", "schedules"),
-        *("buffers", "counts", "weights", "best", "run_dir", "environment"),
+        *("buffers", "callbacks", "counts", "weights", "best", "run_dir", "environment"),
     ],
     ["recipe", "training", "finite", "step", "wrapping", "evaluation", "report", "fit"],
     ["auto", "compose", "session", "train", "evaluate", "commands", "cli"],
