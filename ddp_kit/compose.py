@@ -32,7 +32,7 @@ from ddp_kit.settings import Settings, digest, flag, flatten
 from ddp_kit.training import Training
 from ddp_kit.tuning import wants_channels_last
 from ddp_kit.weights import load_weights
-from ddp_kit.wrapping import Part, checkpoint_activations, wrap_parts
+from ddp_kit.wrapping import Part, checkpoint_activations, part_of, wrap_parts
 
 
 def require_same_settings(group: Group, settings: Settings, *, text: str) -> None:
@@ -185,7 +185,7 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     pace = _pace(settings, feed)
     parts = []
     for objective in recipe.parts():
-        optimizer = objective.optimizer(model.get_submodule(objective.trains) if objective.trains else model)
+        optimizer = objective.optimizer(part_of(model, objective.trains))
         scheduler = objective.scheduler(optimizer, _scheduled_steps(settings, feed)) if objective.scheduler else None
         parts.append(Part(loss=objective.loss, optimizer=optimizer, scheduler=scheduler, trains=objective.trains))
     training = wrap_parts(

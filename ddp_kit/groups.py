@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -200,11 +201,11 @@ def _leave(group: Group, *, failed: bool) -> None:
 def _sockets() -> dict[int, int]:
     """Returns this process's open sockets: file descriptor -> inode."""
     found = {}
-    for name in os.listdir("/dev/fd"):
+    for path in Path("/dev/fd").iterdir():
         with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
-            about = os.fstat(int(name))
+            about = os.fstat(int(path.name))
             if stat.S_ISSOCK(about.st_mode):
-                found[int(name)] = about.st_ino
+                found[int(path.name)] = about.st_ino
     return found
 
 

@@ -11,10 +11,10 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from ddp_kit.metrics import LossSum, Number
 from ddp_kit.settings import Settings
 from ddp_kit.trackers import Tracker
 
+Loaded = TypeVar("Loaded")
 Loss = Callable[[Any, Any], LossSum]
 Scheduler = Callable[[Optimizer, int], Any]
 Pairs = Mapping[str, tuple[Number, Number] | torch.Tensor]
@@ -127,10 +128,19 @@ def load_recipe(spec: str) -> RecipeSource:
     settings = getattr(module, "Settings", None)
     if not (isinstance(settings, type) and issubclass(settings, Settings)):
         raise ConfigError(f"{spec} has no class `Settings(ddp_kit.Settings)`: a frozen dataclass with the recipe's flags and defaults.")
+    _refuse_settings(settings, spec)
     if not _accepts_one(build):
         raise ConfigError(f"{spec}: `recipe` must take one argument, the settings.")
     path = Path(inspect.getfile(module)).resolve()
     return RecipeSource(path.stem, path, path.read_text(), settings, build)
+
+
+def _refuse_settings(settings: type[Settings], spec: str) -> None:
+    if "__dataclass_fields__" not in vars(settings):  # its own, not those of the class above it
+        raise ConfigError(f"{spec}: Settings is no dataclass; its fields would be no flags. Put @dataclass(frozen=True, kw_only=True) above it.")
+    bare = [field.name for field in fields(settings) if field.default is MISSING and field.default_factory is MISSING]
+    if bare:
+        raise ConfigError(f"{spec}: Settings needs a default for {', '.join(bare)}: a recipe runs without flags.")
 
 
 def _accepts_one(build: Callable[..., Any]) -> bool:
@@ -162,21 +172,28 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _from_module(name: str) -> ModuleType:
-    try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        found = None
-    if found is None:
+    if not _import(lambda: _is_found(name), name):
         raise ConfigError(
             f"recipe {name}: neither a file nor a module that can be found. Expected a path such as recipes/digits.py, or package.module."
         )
-    _import(lambda: importlib.import_module(name), name)
-    return sys.modules[name]
+    return _import(lambda: importlib.import_module(name), name)
 
 
-def _import(load: Callable[[], object], where: str) -> None:
+def _is_found(name: str) -> bool:
+    """Whether there is such a module; the packages around it are imported."""
     try:
-        load()
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # something that its package imports
+        return False
+    except ValueError:  # a relative name, a name with empty parts
+        return False
+
+
+def _import(load: Callable[[], Loaded], where: str) -> Loaded:
+    try:
+        return load()
     except SyntaxError as error:
         raise ConfigError(f"recipe {where} is not Python: {error}") from error
     except Exception as error:  # the user's own code, whatever it raises

@@ -57,13 +57,9 @@ class Reporter:
         self._wait_s += wait_s
         for progress in self._progress:
             progress(training.step)
-        self._emit()
+        self.flush()
         if training.step % self._log_every == 0 or is_last:
             self._begin(training, sums, epoch=epoch)
-
-    def flush(self) -> None:
-        """Emits the record whose sums are on their way: before an evaluation, and when the loop ends."""
-        self._emit()
 
     def _begin(self, training: Training, sums: StepSums, *, epoch: int) -> None:
         now = time.perf_counter()
@@ -86,7 +82,8 @@ class Reporter:
         self._pending = _Pending(record, names, values, work, dict(sums.grad_norms))
         self._since, self._wait_s = (training.step, now), 0.0
 
-    def _emit(self) -> None:
+    def flush(self) -> None:
+        """Emits the record whose sums are on their way, if there is one. Every rank calls it before an evaluation and at the end."""
         pending, self._pending = self._pending, None
         if pending is None:
             return

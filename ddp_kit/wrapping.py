@@ -128,15 +128,20 @@ def _is_deferred(optimizer: Optimizer, *, group: Group, precision: Precision, ob
     return on_device and precision != "fp16" and objectives == 1
 
 
+def part_of(model: nn.Module, trains: str) -> nn.Module:
+    """Returns the part of a model that an objective trains. Raises: ConfigError if there is none of that name."""
+    try:
+        return model.get_submodule(trains)
+    except AttributeError:
+        near = nearest(trains, [name for name, _ in model.named_modules()])
+        raise ConfigError(
+            f"Objective(trains={trains!r}): the model has no such part.{f' Did you mean {near!r}?' if near else ''}"
+        ) from None
+
+
 def _trained(model: nn.Module, part: Part, *, is_only: bool) -> list[nn.Parameter]:
     """Returns the parameters of an objective. Raises: ConfigError if its optimizer holds none, foreign ones, or not all of them."""
-    try:
-        module = model.get_submodule(part.trains)
-    except AttributeError:
-        near = nearest(part.trains, [name for name, _ in model.named_modules()])
-        raise ConfigError(
-            f"Objective(trains={part.trains!r}): the model has no such part.{f' Did you mean {near!r}?' if near else ''}"
-        ) from None
+    module = part_of(model, part.trains)
     named = {id(p): f"{part.trains}.{name}".lstrip(".") for name, p in module.named_parameters() if p.requires_grad}
     held = {id(p) for parameters in part.optimizer.param_groups for p in parameters["params"]}
     everything = {id(p) for p in model.parameters()}

@@ -1,6 +1,11 @@
 """CIFAR-10 with LeNet or a small ResNet: normalised, cropped and flipped, 5,000 images held out for validation.
 
-MEASURED
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/cifar.py --data-root data --precision bf16
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/cifar.py --data-root data --model lenet --epochs 5
+
+ResNet-8 (78 thousand weights), 10 epochs (870 steps) in bf16: 75.4 % of the validation images, 74.5 % of the test images.
+LeNet, 5 epochs (435 steps) in fp32: 68.7 and 66.7 % (seed 1: 66.5 and 66.1), 59 s from the command to the end.
+2 ranks on 2 CPU cores, torch 2.15.
 """
 
 from dataclasses import dataclass
@@ -26,8 +31,8 @@ class Settings(ddp_kit.Settings):
     lr: float = 0.4  # peak learning rate
     grad_clip: float = 0.5  # lets LeNet, which has no normalisation, train at this rate too
     weight_decay: float = 5e-4  # times the squared weights, in the optimizer
-    model: Literal["resnet", "lenet"] = "resnet"
-    width: int = 16  # channels of the ResNet's first stage; of LeNet's first convolution
+    model: Literal["resnet", "lenet"] = "resnet"  # a ResNet with BatchNorm, or LeNet-5
+    width: int = 16  # channels of the first convolution
     blocks: int = 1  # residual blocks in each of the ResNet's three stages: 1 is ResNet-8, 3 is ResNet-20
     data_root: str = "data"  # folder that holds cifar10/ or cifar-10-batches-py/
     download: bool = False  # fetch CIFAR-10 if it is not there
@@ -63,7 +68,7 @@ def resnet(width: int, blocks: int) -> nn.Sequential:
 
 
 def lenet(width: int) -> nn.Sequential:
-    """LeNet-5 with today's activations. Source: LeCun et al., "Gradient-based learning", 1998."""
+    """LeNet-5, wider, with today's activations. Source: LeCun et al., "Gradient-based learning", 1998."""
     return nn.Sequential(
         nn.Conv2d(3, width, 5),
         nn.ReLU(),

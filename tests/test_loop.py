@@ -163,8 +163,8 @@ def test_patience_counts_evaluations_without_an_improvement() -> None:
     assert stops_at([3, 2, 2.5, 1, 2, 2], patience=2) == 6
     assert stops_at([1, 2, 2, 2], patience=2, mode="max") == 4
     assert stops_at([1, 2, 3, 4], patience=1, mode="max") == 0
-    assert stops_at([3, 2.95, 2.9, 2.85], patience=3, min_delta=0.1) == 4  # 2.9 is not better by more than 0.1
-    assert stops_at([3, 2.95, 2.85, 2.8], patience=2, min_delta=0.1) == 0
+    assert stops_at([3, 2.95, 2.92, 2.91], patience=3, min_delta=0.1) == 4
+    assert stops_at([3, 2.95, 2.85, 2.8], patience=2, min_delta=0.1) == 0  # measured from the best, not from the last
     assert stops_at([math.nan] * 3, patience=3) == 3
     assert stops_at([math.nan, 2, math.nan, 1.5, math.nan], patience=2) == 0
     assert not EarlyStopping(EarlyStop()).update({}, step=1)
