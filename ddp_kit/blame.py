@@ -20,35 +20,35 @@ from ddp_kit.errors import DdpKitError, summary
 
 Answer = TypeVar("Answer")
 FIRST, LOST, READ = "first", "lost", "read"
-LAST_WORDS_S = 2.0  # for the culprit to leave word, once its peers have lost it
-LINGER_S = 5.0  # for the peers to read it, where the store would end with this process
+SILENCE_S = 1.0  # after which rank 0 takes a rank for dead: the others have all noticed a loss by then
+LINGER_S = 5.0  # for the peers to lose the connection and read why
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A failure as one rank sees it: its own error, and the one that came first. `gone` are the ranks that left no word."""
+    """A failure as one rank sees it: its own error, and whose came first. `is_silent`: a peer is gone and left no word."""
 
     error: BaseException
     rank: int
     culprit: int
     message: str
-    gone: tuple[int, ...] = ()
+    is_silent: bool = False
     is_alone: bool = False
 
     @property
     def is_own(self) -> bool:
         """Whether this rank failed by itself, not because of another one: alone, first, or in the same way as the first."""
-        return not self.gone and (self.culprit == self.rank or self.message == summary(self.error))
+        return not self.is_silent and (self.culprit == self.rank or self.message == summary(self.error))
 
     @property
     def reason(self) -> str:
         """The failure in one text, for status.json."""
-        return self.message if self.gone or self.is_alone else f"rank {self.culprit}: {self.message}"
+        return self.message if self.is_silent or self.is_alone else f"rank {self.culprit}: {self.message}"
 
     def words(self) -> str:
         """Returns what this rank writes to stderr: the culprit its message or traceback, others a line, or nothing where all fail alike."""
         where = f"rank {self.rank} on {socket.gethostname()}"
-        if self.gone:
+        if self.is_silent:
             return f"{where}: {self.message}\n"
         if self.culprit != self.rank:
             return "" if self.is_own else f"{where}: ended because rank {self.culprit} failed: {self.message.splitlines()[0]}\n"
@@ -63,57 +63,61 @@ class Verdict:
 class Blame:
     """One rank's end of the store in which failures are told. Without a store each rank is alone."""
 
-    def __init__(
-        self, *, rank: int, world_size: int, store: dist.Store | None = None, hosts: bool = False, leave: Callable[[], None] = lambda: None
-    ):
-        """Args: `hosts` whether the store lives in this process; `leave()` closes this rank's connections."""
-        self._rank, self._world_size, self._store, self._hosts, self._leave = rank, world_size, store, hosts, leave
-        self._is_told = False
-        self._gone: tuple[int, ...] = ()
+    def __init__(self, *, rank: int, world_size: int, store: dist.Store | None = None, hosts: bool = False):
+        """Args: `hosts` whether the store lives in this process."""
+        self._rank, self._world_size, self._store, self._hosts = rank, world_size, store, hosts
+        self._is_told = self._has_spoken = False
 
     def judge(self, error: BaseException) -> Verdict:
-        """Tells the peers of this rank's failure and returns whose came first. Every rank that fails calls it, before it leaves the group."""
+        """Tells the peers of this rank's failure and returns whose came first. Every rank that fails calls it, before it leaves the group.
+
+        Word is left before connections close. So whoever loses one and finds no word knows that a peer died without any.
+        """
         if self._world_size == 1 or not is_lost_peer(error):
             culprit, message = self.tell(error)
             return Verdict(error=error, rank=self._rank, culprit=culprit, message=message, is_alone=self._world_size == 1)
         self._is_told = True  # that a peer is lost is no news to the others
         self._note(LOST)
-        self._leave()  # at once: peers that wait for this rank, and not for the lost one, notice by this
-        end = time.monotonic() + LAST_WORDS_S
-        while (found := self._ask(_first)) is None and self._store is not None and time.monotonic() < end:
-            time.sleep(0.05)
+        found = self._ask(_first)
         self._note(READ)
         if found is not None:
             return Verdict(error=error, rank=self._rank, culprit=found[0], message=found[1])
-        gone = self._gone = self._missing(LOST)
-        ranks = ", ".join(map(str, gone))
-        message = f"a peer is gone that left no word (killed, or out of memory); not heard of: rank {ranks}"
-        return Verdict(error=error, rank=self._rank, culprit=gone[0], message=message, gone=gone)
+        gone = self._missing(LOST, within_s=SILENCE_S if self._rank == 0 else 0)
+        known = f"; not heard of: rank {', '.join(map(str, gone))}" if self._rank == 0 or self._store is None else ""
+        message = f"a peer is gone that left no word (killed, or out of memory){known}"
+        return Verdict(error=error, rank=self._rank, culprit=gone[0] if gone else -1, message=message, is_silent=True)
 
     def tell(self, error: BaseException) -> tuple[int, str]:
         """Leaves word of an error if this rank has not done so. Returns (rank, message) of the first one that was left."""
         own = f"{self._rank}\n{summary(error)}"
         if not self._is_told and not is_lost_peer(error):
-            self._ask(lambda store: store.compare_set(FIRST, "", own))
+            self._has_spoken = self._ask(lambda store: store.compare_set(FIRST, "", own)) is not None
         self._is_told = True
         found = self._ask(_first)
         self._note(READ)
         rank, _, message = own.partition("\n")
         return found or (int(rank), message)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether peers have yet to read something that is here: this rank's word, or the store with another one's."""
+        return self._has_spoken or (self._hosts and self._ask(_first) is not None)
+
     def linger(self) -> None:
-        """Keeps this process, and so the store if it is here, until every peer has read it or LINGER_S is over."""
-        end = time.monotonic() + LINGER_S
-        while self._hosts and set(self._missing(READ)) - set(self._gone) and time.monotonic() < end:
-            time.sleep(0.02)
+        """Waits until every peer has read what is in the store, or LINGER_S is over."""
+        self._missing(READ, within_s=LINGER_S)
 
     def _note(self, what: str) -> None:
         self._ask(lambda store: store.set(f"{what}/{self._rank}", ""))
 
-    def _missing(self, what: str) -> tuple[int, ...]:
-        """Returns the ranks that have not noted `what`; where the store itself has died, rank 0, which held it."""
-        found = self._ask(lambda store: [rank for rank in range(self._world_size) if not store.check([f"{what}/{rank}"])])
-        return (0,) if found is None else tuple(found)
+    def _missing(self, what: str, *, within_s: float) -> list[int]:
+        """Returns the ranks that do not note `what` in time; where the store itself has died, rank 0, which held it."""
+        end = time.monotonic() + within_s
+        while missing := self._ask(lambda store: [rank for rank in range(self._world_size) if not store.check([f"{what}/{rank}"])]):
+            if time.monotonic() >= end:
+                break
+            time.sleep(0.02)
+        return [0] if missing is None else missing
 
     def _ask(self, question: Callable[[dist.Store], Answer]) -> Answer | None:
         """Asks the store; None if there is none any more. As it dies torch writes C++ stacks to stderr, which would hide our one line."""

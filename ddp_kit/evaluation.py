@@ -16,6 +16,7 @@ from torch import nn
 from ddp_kit.collectives import first_difference, gather_rows, sum_by_name
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import DdpKitError
+from ddp_kit.finite import samples_named
 from ddp_kit.groups import Group
 from ddp_kit.metrics import Totals, means
 from ddp_kit.precision import autocast
@@ -91,7 +92,8 @@ def _pass(
     for micro_batch in micro_batches:
         request = micro_batch.request
         seed_forward(forward_key(seed), EVALUATION, request.micro_batch, device=group.device)
-        pairs = measure(model, micro_batch.batch)
+        with samples_named(micro_batch, "of an evaluation"):
+            pairs = measure(model, micro_batch.batch)
         sums = {name: value for name, value in pairs.items() if isinstance(value, tuple)}
         names |= sums.keys()
         for name, value in pairs.items():

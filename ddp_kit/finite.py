@@ -4,6 +4,8 @@ Owns: the check of the reduced gradients, which are equal on all ranks, and nami
 Refuses: going on with weights that a bad step has changed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from ddp_kit.collectives import from_rank, sum_over_ranks
 from ddp_kit.counts import EMPTY
 from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import DdpKitError, NonFiniteError
 from ddp_kit.training import ObjectiveState, StepSums, Training
 
@@ -73,6 +76,16 @@ def _first_bad(batch: RankBatch, sums: StepSums) -> bytes | None:
         if isinstance(total, torch.Tensor) and not bool(torch.isfinite(total)):
             return batch.micro_batches[i % len(batch.micro_batches)].request.indices.astype(np.int64).tobytes()
     return None
+
+
+@contextmanager
+def samples_named(micro_batch: MicroBatch, where: str) -> Iterator[None]:
+    """Adds to an error of the user's code which samples it was working on."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the forward pass {where}, samples {listed(micro_batch.request.indices)}")
+        raise
 
 
 def listed(indices: Any) -> str:

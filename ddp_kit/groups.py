@@ -113,8 +113,12 @@ def process_group(
             yield group
         except BaseException as error:
             group.blame.tell(error)  # before the connections close, so that peers find the culprit when they do
+            is_awaited = group.blame.is_awaited
+            if is_awaited:
+                _shut(group.sockets)
             _leave(group, failed=True)
-            group.blame.linger()
+            if is_awaited:
+                group.blame.linger()
             raise
         _leave(group, failed=False)
 
@@ -132,9 +136,7 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
         store = _store(topology, timeout=timeout)
     shared = dist.PrefixStore("ddp_kit_blame", store)
     hosts = init_method is None and _hosts_store(topology)
-    group.blame = Blame(
-        rank=topology.rank, world_size=topology.world_size, store=shared, hosts=hosts, leave=lambda: _leave(group, failed=True)
-    )
+    group.blame = Blame(rank=topology.rank, world_size=topology.world_size, store=shared, hosts=hosts)
     before = _sockets()
     dist.init_process_group(
         "nccl" if cuda else "gloo",
@@ -183,8 +185,7 @@ def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
 
 
 def _leave(group: Group, *, failed: bool) -> None:
-    if failed:
-        _shut(group.sockets)
+    if failed:  # gloo's destructor waits for what is in flight, which may never end: its groups are kept for ever instead
         for gloo in (group.training, group.control):
             if gloo is not None:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(gloo))
@@ -210,9 +211,10 @@ def _sockets() -> dict[int, int]:
 
 
 def _shut(sockets: Mapping[int, int]) -> None:
-    """Ends the connections of gloo groups, which have no abort (pytorch#130345) and stay connected as long as a traceback holds them.
+    """Ends this rank's side of the connections of gloo groups, which have no abort (pytorch#130345), so that its peers notice at once.
 
-    What this rank has in flight fails and cannot keep it from leaving, and its peers notice at once.
+    Nothing else would until the process ends: a traceback holds the groups. Only the sending side, and the process should live on for a
+    while: a peer's gloo that is cut off in the middle of a message waits for the rest of it until its timeout.
     """
     for descriptor, inode in sockets.items():
         with contextlib.suppress(OSError):  # closed meanwhile, or a listener, whose end gloo would not survive

@@ -98,7 +98,7 @@ class Settings:
 def check(settings: Settings) -> None:
     """Raises: ConfigError with every fault of the values, each with what to type."""
     counts = ("global_batch", "epochs", "max_steps", "eval_every", "num_workers", "threads", "grad_clip")
-    faults = [f"{flag(name)} {getattr(settings, name)}: expected 0 or more" for name in counts if getattr(settings, name) < 0]
+    faults = [f"{flag(name)} {getattr(settings, name)}: expected 0 or more" for name in counts if not getattr(settings, name) >= 0]
     if settings.global_batch == 0:
         faults.append("--global-batch 0: expected at least 1 sample per optimizer step")
     if isinstance(settings.micro_batch, int) and settings.micro_batch < 0:
@@ -112,7 +112,7 @@ def check(settings: Settings) -> None:
     if not 0 <= settings.seed < 2**63:
         faults.append(f"--seed {settings.seed}: expected 0 to 2^63 - 1")
     early = settings.early_stop
-    if early.patience < 1 or early.min_delta < 0:
+    if early.patience < 1 or not early.min_delta >= 0:
         faults.append(f"--early-stop.patience {early.patience} --early-stop.min-delta {early.min_delta}: expected at least 1 and 0")
     if not early.metric and early != EarlyStop():
         faults.append("--early-stop.* is set without --early-stop.metric: type --early-stop.metric loss, or another evaluation metric")

@@ -65,7 +65,7 @@ class _Life:
         """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its peers does."""
         if self.directory is not None:
             self._write(self.directory, verdict)
-        elif 0 in verdict.gone and self.path is not None:
+        elif verdict.is_silent and self.path is not None:
             directory = RunDir(self.path)
             with directory.inherited() as is_heir:
                 if is_heir:

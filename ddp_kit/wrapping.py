@@ -23,6 +23,7 @@ from ddp_kit.counts import Count, FixedCount, FoundCount, KnownCount
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import ConfigError, DdpKitError, nearest
+from ddp_kit.finite import samples_named
 from ddp_kit.groups import Group
 from ddp_kit.metrics import LossSum
 from ddp_kit.precision import LossScale
@@ -182,7 +183,8 @@ def _rehearse_bare(
     """Runs the loss forward and backward once, unwrapped. Returns how its count will be known; names what gets no gradient."""
     group = training.group
     seed_forward(training.forward_key, 0, 0, device=group.device)
-    total, count, _ = call(batch.batch)
+    with samples_named(batch, "before the first step"):
+        total, count, _ = call(batch.batch)
     known = _count_of(count, batch.size, feed=feed, group=group)
     if not total.requires_grad:
         raise ConfigError("the loss has no gradient: total must be computed from the model's output, without detach() or no_grad().")

@@ -240,7 +240,9 @@ def test_several_objectives_are_evaluated_under_their_names(group: Group) -> Non
         return nn.ModuleDict({"one": nn.Linear(6, 4), "two": nn.Linear(6, 4)})
 
     def objective(name: str) -> Objective:
-        return Objective(loss=lambda both, batch: classify(both[name], batch), optimizer=lambda part: torch.optim.SGD(part.parameters()), trains=name)
+        return Objective(
+            loss=lambda both, batch: classify(both[name], batch), optimizer=lambda part: torch.optim.SGD(part.parameters()), trains=name
+        )
 
     settings = Settings(micro_batch=4)
     made = Recipe(model=model, objectives=[objective("one"), objective("two")], train_data=lambda: vectors(), eval_data=lambda: vectors(17))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Settings, classify, distance, normed, plain, recipe, trace, vectors
+from cases import Settings, distance, normed, recipe, trace, vectors
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
@@ -39,7 +39,8 @@ def steps(made: Composition, *, start: int = 0, end: int) -> list[StepSums]:
 def dtypes_seen(model: nn.Module) -> Iterator[set[torch.dtype]]:
     """Notes the dtype of what every linear layer returns."""
     seen: set[torch.dtype] = set()
-    hooks = [layer.register_forward_hook(lambda *call: seen.add(call[2].dtype)) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    hooks = [layer.register_forward_hook(lambda *call: seen.add(call[2].dtype)) for layer in layers]
     yield seen
     for hook in hooks:
         hook.remove()
@@ -169,7 +170,7 @@ def test_a_precision_that_the_device_cannot_run_is_refused_with_one_that_it_can(
     for precision, message in (("tf32", "needs a CUDA device.*--precision fp32"), ("fp16", "no float16 kernels.*--precision bf16")):
         with pytest.raises(ConfigError, match=message), arithmetic(precision, CPU):
             pass
-    with pytest.raises(ConfigError, match="--sync-batchnorm.*CUDA only"):
+    with pytest.raises(ConfigError, match=r"--sync-batchnorm.*CUDA only"):
         compose(recipe(Settings(sync_batchnorm=True), model=normed), Settings(sync_batchnorm=True), group)
 
 
@@ -177,7 +178,7 @@ def test_a_precision_that_the_device_cannot_run_is_refused_with_one_that_it_can(
 @pytest.mark.ranks(2, deadline_s=300)
 def test_a_compiled_model_gives_the_numbers_and_names_of_the_plain_one(group: Group) -> None:
     plainly, compiled = (Settings(micro_batch=6, compile=is_on) for is_on in (False, True))
-    one, two = (trace(group, recipe(settings, model=plain, loss=classify, eval_data=lambda: vectors(10)), settings) for settings in (plainly, compiled))
+    one, two = (trace(group, recipe(settings, eval_data=lambda: vectors(10)), settings) for settings in (plainly, compiled))
     assert one.state.keys() == two.state.keys()
     assert distance(two.state, one.state) <= 1e-10
     assert two.losses == pytest.approx(one.losses, abs=1e-10)
