@@ -84,7 +84,8 @@ def by_hand(*, bf16: bool = False, accelerate: bool = False) -> None:
             optimizer.step()
 
     serve(run)
-    del net
+    for name in ("reducer", "logger", "process_group"):  # a gloo group that outlives its destruction aborts the process
+        delattr(net, name)
     dist.destroy_process_group()
 
 

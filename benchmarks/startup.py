@@ -16,7 +16,7 @@ from pathlib import Path
 
 from turns import show
 
-BARE = '''
+BARE = """
 import os, time, torch
 import torch.distributed as dist
 from torch import nn
@@ -36,8 +36,8 @@ if dist.get_rank() == 0:
     print("first step", time.time(), flush=True)
 del wrapped
 dist.destroy_process_group()
-'''
-RECIPE = '''
+"""
+RECIPE = """
 import time
 from dataclasses import dataclass
 import torch
@@ -68,7 +68,7 @@ def recipe(settings):
         train_data=lambda: TensorDataset(torch.randn(6000, 784), torch.randint(10, (6000,))),
         callbacks=[FirstStep()],
     )
-'''
+"""
 
 
 def first_step(command: list[str], folder: Path) -> float:

@@ -63,7 +63,9 @@ class Ranks:
             process.wait(timeout=60)
 
 
-def compare(names: Sequence[str], *, script: str, world_size: int, rounds: int, steps: int, arguments: Sequence[str] = ()) -> dict[str, list[float]]:
+def compare(
+    names: Sequence[str], *, script: str, world_size: int, rounds: int, steps: int, arguments: Sequence[str] = ()
+) -> dict[str, list[float]]:
     """Returns each contender's milliseconds per step, round by round."""
     contenders = []
     for name in names:  # one at a time: starting is heavier than running

@@ -127,9 +127,7 @@ class Evaluator:
 
     def _batches(self, data: Data) -> Any:
         workers = self.settings.num_workers
-        return evaluation_batches(
-            data, group=self.group, micro_batch=self.micro_batch, placement=self.placement, num_workers=workers
-        )
+        return evaluation_batches(data, group=self.group, micro_batch=self.micro_batch, placement=self.placement, num_workers=workers)
 
     def rehearse(self, model: nn.Module) -> None:
         """Runs one micro-batch: a wrong metric name or too little memory shows now, not hours later.

@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = load_recipe(recipe_path(args, command="python -m ddp_kit.evaluate"))
         settings = parse(source.settings, args[1:], prog=f"ddp_kit.evaluate {args[0]}", rank=read_topology().rank)
         if not settings.init_from:
-            raise ConfigError("evaluation needs weights: type --init-from FILE.safetensors; a run leaves its own as runs/NAME/model.safetensors.")
+            raise ConfigError(
+                "evaluation needs weights: type --init-from FILE.safetensors; a run leaves its own as runs/NAME/model.safetensors."
+            )
         with session(settings) as group, rank_log(None, rank=group.rank):
             require_same_settings(group, settings, text=source.text)
             _evaluate(source, settings, group)

@@ -137,7 +137,9 @@ def load_recipe(spec: str) -> RecipeSource:
 
 def _refuse_settings(settings: type[Settings], spec: str) -> None:
     if "__dataclass_fields__" not in vars(settings):  # its own, not those of the class above it
-        raise ConfigError(f"{spec}: Settings is no dataclass; its fields would be no flags. Put @dataclass(frozen=True, kw_only=True) above it.")
+        raise ConfigError(
+            f"{spec}: Settings is no dataclass; its fields would be no flags. Put @dataclass(frozen=True, kw_only=True) above it."
+        )
     bare = [field.name for field in fields(settings) if field.default is MISSING and field.default_factory is MISSING]
     if bare:
         raise ConfigError(f"{spec}: Settings needs a default for {', '.join(bare)}: a recipe runs without flags.")

@@ -106,7 +106,15 @@ def _live(build: Callable[[], Recipe], settings: Settings, *, name: str, source:
 
 
 def _train(
-    build: Callable[[], Recipe], settings: Settings, group: Group, stop: StopFlag, life: _Life, stack: ExitStack, *, name: str, source: RecipeSource | None
+    build: Callable[[], Recipe],
+    settings: Settings,
+    group: Group,
+    stop: StopFlag,
+    life: _Life,
+    stack: ExitStack,
+    *,
+    name: str,
+    source: RecipeSource | None,
 ) -> Outcome:
     require_same_settings(group, settings, text=source.text if source else "")
     recipe = build()

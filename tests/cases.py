@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
 
 import ddp_kit
 from ddp_kit import Data, LossSum, Recipe
 from ddp_kit.compose import Composition, compose
-from torch.utils.data import TensorDataset
 from ddp_kit.groups import Group
 from ddp_kit.step import train_step
 

@@ -80,7 +80,9 @@ def test_a_killed_rank_ends_the_others_who_say_that_a_peer_is_gone(killed: int, 
     assert ended.codes == [-signal.SIGKILL if rank == killed else 1 for rank in range(world_size)]
     gone = "a peer is gone that left no word (killed, or out of memory)"
     lines = ended.errors.splitlines()
-    assert sorted(line.split(";")[0] for line in lines) == [f"rank {rank} on {HOST}: {gone}" for rank in range(world_size) if rank != killed]
+    assert sorted(line.split(";")[0] for line in lines) == [
+        f"rank {rank} on {HOST}: {gone}" for rank in range(world_size) if rank != killed
+    ]
     assert any(line.endswith(f"; not heard of: rank {killed}") for line in lines)
     assert ended.is_clean()  # if rank 0 is the one that died, another one has written this
     assert ended.status["status"] == "failed"
@@ -89,7 +91,9 @@ def test_a_killed_rank_ends_the_others_who_say_that_a_peer_is_gone(killed: int, 
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-@pytest.mark.parametrize(("name", "code", "status"), [("SIGTERM", 143, "preempted"), ("SIGINT", 130, "stopped"), ("SIGUSR1", 143, "preempted")])
+@pytest.mark.parametrize(
+    ("name", "code", "status"), [("SIGTERM", 143, "preempted"), ("SIGINT", 130, "stopped"), ("SIGUSR1", 143, "preempted")]
+)
 def test_a_signal_on_one_rank_stops_all_at_the_same_step(name: str, code: int, status: str, culprit: int, tmp_path: Path) -> None:
     ended = train("--fault", name, "--at-rank", str(culprit), "--max-steps", "1000", "--log-every", "500", folder=tmp_path)
     assert ended.codes == [code, code]

@@ -118,7 +118,9 @@ def test_one_step_costs_one_all_reduce_of_each_bucket(group: Group) -> None:
     synced = []
     wrapped = made.training.objectives[0].call
     plain_forward = type(wrapped).forward
-    with patch.object(type(wrapped), "forward", lambda self, *a: (synced.append(self.require_backward_grad_sync), plain_forward(self, *a))[1]):
+    with patch.object(
+        type(wrapped), "forward", lambda self, *a: (synced.append(self.require_backward_grad_sync), plain_forward(self, *a))[1]
+    ):
         with patch.object(dist, "all_reduce", side_effect=AssertionError("an all-reduce besides DDP's own")):
             for batch in made.feed.batches(start=0, end=4):
                 train_step(made.training, batch)

@@ -116,7 +116,9 @@ def test_subsets_and_tensor_sets_are_read_as_what_they_hold() -> None:
     assert {sample[0] % 2 for batch in read(Data(even), world_size=2, end=2) for sample in batch} == {0}
     noisy = Subset(Noisy(), range(20, 45))
     assert read(Data(noisy), world_size=1, end=2) == read(Data(noisy), world_size=3, end=2)
-    assert read(Data(ConcatDataset([Noisy(), Noisy()])), world_size=1, end=2) == read(Data(ConcatDataset([Noisy(), Noisy()])), world_size=2, end=2)
+    assert read(Data(ConcatDataset([Noisy(), Noisy()])), world_size=1, end=2) == read(
+        Data(ConcatDataset([Noisy(), Noisy()])), world_size=2, end=2
+    )
 
 
 def test_a_stream_without_length_goes_on_to_the_next_epoch_by_itself() -> None:
@@ -140,7 +142,10 @@ def test_the_sampler_serves_torchs_own_loader_and_moves_on_by_itself() -> None:
 
 
 def test_an_order_is_checked() -> None:
-    for order, words in ((lambda *_: [0, 1, SIZE] * 5, "indices from 0"), (lambda seed, epoch, size: list(range(size - 12 * epoch)), "has 38 samples")):
+    for order, words in (
+        (lambda *_: [0, 1, SIZE] * 5, "indices from 0"),
+        (lambda seed, epoch, size: list(range(size - 12 * epoch)), "has 38 samples"),
+    ):
         with pytest.raises(DataError, match=words):
             read(Data(Noisy(), order=order), world_size=1)
 

@@ -73,7 +73,11 @@ def test_a_recipe_named_like_an_imported_module_does_not_replace_it(tmp_path: Pa
         ("raises.py", "1 / 0", r"(?s)recipe \S*raises.py raises when it is imported:\nTraceback.*raises.py.*ZeroDivisionError"),
         ("imports.py", "import no_such_module", r"(?s)raises when it is imported:.*No module named 'no_such_module'"),
         ("empty.py", "", r"empty.py has no function `recipe\(settings\)`. `ddp-kit new my.py --from digits` writes one"),
-        ("a_class.py", GOOD.replace("def recipe(settings):", "class recipe:\n    def __init__(self, settings):").replace("    raise", "        raise"), r"a_class.py has no function `recipe\(settings\)`"),
+        (
+            "a_class.py",
+            GOOD.replace("def recipe(settings):", "class recipe:\n    def __init__(self, settings):").replace("    raise", "        raise"),
+            r"a_class.py has no function `recipe\(settings\)`",
+        ),
         ("no_settings.py", "def recipe(settings): ...", r"no_settings.py has no class `Settings\(ddp_kit.Settings\)`"),
         ("bare.py", GOOD.replace("@dataclass(frozen=True, kw_only=True)", ""), r"bare.py: Settings is no dataclass"),
         ("default.py", GOOD.replace("epochs: int = 1", "width: int"), r"default.py: Settings needs a default for width"),

@@ -67,7 +67,9 @@ def test_mnist_mlp_learns_the_same_on_two_ranks(flags: list[str], small_data: Pa
     args = ["--data-root", str(small_data), "--max-steps", "15", "--log-every", "1", "--precision", "fp64", "--dropout", "0", *flags]
     runs = []
     for world_size in (1, 2):
-        ended = train(*args, folder=folder_of(tmp_path, world_size), recipe=str(RECIPES / "mnist_mlp.py"), world_size=world_size, limit_s=60)
+        ended = train(
+            *args, folder=folder_of(tmp_path, world_size), recipe=str(RECIPES / "mnist_mlp.py"), world_size=world_size, limit_s=60
+        )
         assert ended.codes == [0] * world_size, ended.errors
         runs.append(ended)
     one, two = (losses(run.run_dir) for run in runs)
@@ -78,7 +80,19 @@ def test_mnist_mlp_learns_the_same_on_two_ranks(flags: list[str], small_data: Pa
 
 @pytest.mark.parametrize("model", ["lenet", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_cifar_learns_the_same_on_two_ranks(model: str, small_data: Path, tmp_path: Path) -> None:
-    args = ["--data-root", str(small_data), "--model", model, "--global-batch", "64", "--micro-batch", "16", "--max-steps", "4", "--per-class"]
+    args = [
+        "--data-root",
+        str(small_data),
+        "--model",
+        model,
+        "--global-batch",
+        "64",
+        "--micro-batch",
+        "16",
+        "--max-steps",
+        "4",
+        "--per-class",
+    ]
     args += ["--precision", "fp64", "--log-every", "1", "--num-workers", "0"]
     runs = []
     for world_size in (1, 2):
@@ -100,6 +114,10 @@ def test_a_run_under_torchrun_can_be_shown_evaluated_and_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("digits", "my"):  # recipes become modules of the process that runs them
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
     digits = str(RECIPES / "digits.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "ddp_kit.train", digits]
     environ = os.environ | {"OMP_NUM_THREADS": "1"}

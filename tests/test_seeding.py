@@ -10,7 +10,6 @@ from ddp_kit.data import orders
 from ddp_kit.errors import DataError
 from ddp_kit.seeding import Draws, forward_key, key, keyed_generators, permutation, seed_forward
 
-
 GOLDEN_KEYS = [16109376577732193491, 11110072706454795156, 21077252156847029, 16545586078752390967]
 GOLDEN_ORDER = [2, 8, 6, 9, 7, 4, 5, 3, 1, 0]
 GOLDEN_DRAWS = [[650, 981], [734, 981]]

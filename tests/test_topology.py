@@ -100,7 +100,13 @@ def test_a_node_outside_slurms_list_is_refused() -> None:
 
 def test_slurms_shorthands() -> None:
     assert expand_tasks("2(x3),1") == [2, 2, 2, 1]
-    assert [first_host(text) for text in ("n1", "n1,n2", "n[3-5,9],m1", "rack[07-12]-a", "a1,b[2-3]")] == ["n1", "n1", "n3", "rack07-a", "a1"]
+    assert [first_host(text) for text in ("n1", "n1,n2", "n[3-5,9],m1", "rack[07-12]-a", "a1,b[2-3]")] == [
+        "n1",
+        "n1",
+        "n3",
+        "rack07-a",
+        "a1",
+    ]
     for unreadable in ("2(xa)", "two", ""):
         with pytest.raises(ConfigError, match="cannot be read; expected something like"):
             expand_tasks(unreadable)
