@@ -73,7 +73,8 @@ class Reporter:
         totals = sums.totals(training.group.device)
         names = sorted({prefix + name for prefix, part in sums.parts for name in part})
         values = totals.tensor(names)
-        group = training.group.training
+        # Not beside DDP's own: after a collective that failed unread, gloo lets a later one of the same group wait until its timeout.
+        group = training.group.training if values.is_cuda else training.group.control
         work = None if group is None else dist.all_reduce(values, group=group, async_op=True)
         rates = {"samples_per_s": steps * training.plan.global_batch / seconds, "data_wait": self._wait_s / seconds}
         record |= learning_rates(sums) | rates | {"peak_memory_mib": peak_memory_mib(training.group.device)}

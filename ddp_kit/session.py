@@ -36,7 +36,7 @@ def session(settings: Settings, *, speaks: bool = True, on_failure: OnFailure | 
         except BaseException as error:
             verdict = group.blame.judge(error)
             text = verdict.words()
-            logger.debug("%s", redact_text(text))
+            logger.debug("%s", redact_text(text or verdict.reason))
             if speaks:
                 sys.stdout.flush()
                 sys.stderr.write(text)

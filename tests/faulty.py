@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from cases import classify, plain, vectors
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 import ddp_kit
 from ddp_kit import Data, LossSum, Recipe
@@ -66,7 +66,7 @@ class Trouble:
 
 
 class Worn(Dataset[Any]):
-    """Vectors of which one cannot be read."""
+    """Vectors that a loader worker cannot read."""
 
     def __init__(self, trouble: Trouble) -> None:
         self.trouble, self.vectors = trouble, vectors()
@@ -75,8 +75,8 @@ class Worn(Dataset[Any]):
         return len(self.vectors)
 
     def __getitem__(self, index: int) -> Any:
-        if index == 100 and self.trouble.is_here:
-            raise ValueError("sample 100 cannot be read")
+        if get_worker_info() is not None and self.trouble.is_here:
+            raise ValueError("the worker's own fault")
         return self.vectors[index]
 
 
