@@ -70,7 +70,6 @@ class RunningStatistics:
         self._group = group
         self._total = micro_batches
         layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.running_mean is not None]
-        self.names = [type(layer).__name__ for layer in layers]
         self._flat = _as_views(layers, ("running_mean", "running_var"))
         self._counters = _as_views(layers, ("num_batches_tracked",))
         self._averages = bool(layers) and (micro_batches > 1 or always)

@@ -5,8 +5,8 @@ Refuses: running anything but what the start needs (rehearsal, one evaluation mi
 """
 
 import itertools
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,23 @@ import torch
 from torch import nn
 
 from ddp_kit.auto import find_micro_batch
-from ddp_kit.batching import BatchPlan, splits_that_keep
+from ddp_kit.batching import BatchPlan, plan_batches, splits_that_keep
+from ddp_kit.buffers import buffers_put_back
 from ddp_kit.collectives import first_difference, gather_bytes
 from ddp_kit.data.data import Data, as_data
-from ddp_kit.data.loader import Feed, build_loader, evaluation_batches
+from ddp_kit.data.loader import Feed, build_loader, evaluation_batches, feed_of
 from ddp_kit.data.placement import Placement
 from ddp_kit.ema import WeightAverage
 from ddp_kit.errors import ConfigError, DataError, nearest
 from ddp_kit.evaluation import EVALUATION, evaluate, evaluating, measure_of
 from ddp_kit.fit import Pace
 from ddp_kit.groups import Group
+from ddp_kit.logs import logger
 from ddp_kit.precision import weight_dtype
 from ddp_kit.recipe import Recipe
 from ddp_kit.seeding import Purpose, forward_key, generators_put_back, key, seed_forward
 from ddp_kit.settings import Settings, digest, flag, flatten
-from ddp_kit.training import Training
+from ddp_kit.training import LossCall, Training
 from ddp_kit.tuning import wants_channels_last
 from ddp_kit.weights import load_weights
 from ddp_kit.wrapping import Part, checkpoint_activations, part_of, wrap_parts
@@ -59,6 +61,9 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
         model = recipe.model()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the recipe's model() must return an nn.Module; it returned {type(model).__name__}.")
+    lazy = [name for name, tensor in model.named_parameters() if isinstance(tensor, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ConfigError(f"the model's {lazy[0]} has no shape yet (a lazy module): run one batch through it in the recipe's model().")
     if settings.init_from:
         load_weights(model, Path(settings.init_from))
     if settings.sync_batchnorm:
@@ -81,6 +86,25 @@ def placement_of(model: nn.Module, settings: Settings, group: Group) -> Placemen
     return Placement(group.device, dtype=weight_dtype(settings.precision), channels_last=is_last)
 
 
+def settle_memory_format(model: nn.Module, placement: Placement, trial: Callable[[], object]) -> Placement:
+    """Returns the placement to use: without channels_last if the model reshapes in a way that this format does not allow.
+
+    `trial` runs the model on a batch; what it changes in buffers and generators is put back.
+    """
+    if not placement.channels_last:
+        return placement
+    try:
+        with torch.no_grad(), generators_put_back(), buffers_put_back(model):
+            trial()
+    except RuntimeError as error:
+        if "view size is not compatible" not in str(error):
+            raise
+        model.to(memory_format=torch.contiguous_format)
+        logger.info("note: channels_last is off, since the model reshapes with view(); flatten(1) or reshape() would allow it")
+        return Placement(placement.device, dtype=placement.dtype, channels_last=False)
+    return placement
+
+
 @dataclass(kw_only=True)
 class Evaluator:
     """The recipe's evaluation sets and how they are measured. `sets` is {"": data} for one, {"name/": data} for several."""
@@ -93,20 +117,24 @@ class Evaluator:
     placement: Placement
     names: dict[str, float] = field(default_factory=dict)  # what an evaluation will report, known from one micro-batch
 
-    def __call__(self, model: nn.Module, *, average: WeightAverage | None = None, limit: int | None = None) -> dict[str, float]:
-        """Returns the metrics of all sets, of the averaged weights where there are some. `limit` micro-batches: a trial."""
+    def __call__(
+        self, model: nn.Module, *, average: WeightAverage | None = None, limit: int | None = None, summarizes: bool = False
+    ) -> dict[str, float]:
+        """Returns the metrics of all sets, of the averaged weights where there are some. `limit` micro-batches: a trial,
+        which leaves `summarize` out unless told otherwise."""
         metrics: dict[str, float] = {}
         with average.applied() if average is not None else nullcontext():
             for prefix, data in self.sets.items():
-                found = evaluate(
-                    model,
-                    itertools.islice(self._batches(data), limit),
-                    group=self.group,
-                    measure=measure_of(self.recipe),
-                    summarize=self.recipe.summarize if limit is None else None,
-                    precision=self.settings.precision,
-                    seed=self.settings.seed,
-                )
+                with closing(self._batches(data)) as batches:
+                    found = evaluate(
+                        model,
+                        itertools.islice(batches, limit),
+                        group=self.group,
+                        measure=measure_of(self.recipe),
+                        summarize=self.recipe.summarize if limit is None or summarizes else None,
+                        precision=self.settings.precision,
+                        seed=self.settings.seed,
+                    )
                 metrics |= {prefix + name: value for name, value in found.items()}
         return metrics
 
@@ -135,8 +163,12 @@ class Evaluator:
         Raises: ConfigError if early stopping watches a metric that evaluation does not produce.
         """
         self.names = self(model, limit=1)
+        if self.sets and not self.names:
+            raise DataError("evaluation counted nothing: the evaluation data is empty, or `evaluate` returned nothing.")
         metric = self.settings.early_stop.metric
-        if not metric or metric in self.names or (self.recipe.summarize is not None and self.sets):
+        if metric and metric not in self.names and self.recipe.summarize is not None and self.sets:
+            self.names = self(model, limit=1, summarizes=True)
+        if not metric or metric in self.names:
             return
         near = nearest(metric, self.names)
         has = f"it produces {', '.join(self.names)}" if self.names else "the recipe has no eval_data"
@@ -166,8 +198,9 @@ class Composition:
 def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     """Calls the recipe's factories and wraps what they give. Every rank calls it."""
     model = build_model(recipe, settings, group)
-    placement = placement_of(model, settings, group)
     data = as_data(recipe.train_data())
+    placement = placement_of(model, settings, group)
+    placement = settle_memory_format(model, placement, lambda: _run_losses(model, recipe, data, placement, settings, group))
     micro_batch = settings.micro_batch
     if micro_batch == "auto":
         micro_batch = find_micro_batch(model, recipe.parts(), data, placement=placement, settings=settings, group=group)
@@ -181,6 +214,8 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
         placement=placement,
     )
     pace = _pace(settings, feed)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("the model has nothing to train: it has no parameters, or all of them are frozen.")
     parts = []
     for objective in recipe.parts():
         optimizer = objective.optimizer(part_of(model, objective.trains))
@@ -203,6 +238,14 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     evaluator = Evaluator(recipe=recipe, settings=settings, group=group, sets=sets, micro_batch=feed.plan.largest, placement=placement)
     evaluator.rehearse(model)
     return Composition(training=training, feed=feed, evaluator=evaluator, pace=pace)
+
+
+def _run_losses(model: nn.Module, recipe: Recipe, data: Data, placement: Placement, settings: Settings, group: Group) -> None:
+    """Runs the losses on two samples, as many as BatchNorm needs."""
+    plan = plan_batches(min(2, settings.global_batch), micro_batch=0, world_size=1)
+    batch = feed_of(data, plan=plan, rank=0, seed=settings.seed, placement=placement).rehearsal().batch
+    for part in recipe.parts():
+        LossCall(model, part.loss, precision=settings.precision, device=group.device)(batch)
 
 
 def _scheduled_steps(settings: Settings, feed: Feed) -> int:
@@ -228,7 +271,7 @@ def _split_notes(model: nn.Module, plan: BatchPlan, settings: Settings, group: G
     if not layers or plan.is_invariant or settings.sync_batchnorm or group.world_size == 1:
         return []
     keeps = splits_that_keep(settings.global_batch, world_size=group.world_size)
-    return [
-        f"{', '.join(layers)} see one micro-batch at a time, and at another number of ranks it would be another one: "
-        f"--micro-batch {keeps} keeps the numbers the same on 1 to {settings.global_batch // keeps} ranks"
-    ]
+    mend = f"--micro-batch {keeps} keeps the numbers the same on 1 to {settings.global_batch // keeps} ranks"
+    if keeps == 1:  # which BatchNorm cannot normalise
+        mend = "no --micro-batch mends it; a --global-batch with more divisors would"
+    return [f"{', '.join(layers)} see one micro-batch at a time, and at another number of ranks it would be another one: {mend}"]

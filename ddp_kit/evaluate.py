@@ -4,11 +4,11 @@ Owns: that command; `ddp-kit evaluate` is the same in one process.
 Refuses: optimizers and training data: they are not built.
 """
 
-import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from ddp_kit.compose import Evaluator, build_model, data_sets, placement_of, require_same_settings
+from ddp_kit.compose import Evaluator, build_model, data_sets, placement_of, require_same_settings, settle_memory_format
 from ddp_kit.errors import ConfigError
 from ddp_kit.flags import parse
 from ddp_kit.groups import Group
@@ -18,6 +18,7 @@ from ddp_kit.session import recipe_path, run_command, session
 from ddp_kit.settings import Settings
 from ddp_kit.topology import read_topology
 from ddp_kit.trackers.console import evaluation_line
+from ddp_kit.trackers.jsonl import json_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,10 +58,11 @@ def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
             micro_batch=micro_batch,
             placement=placement_of(model, settings, group),
         )
+        evaluator.placement = settle_memory_format(model, evaluator.placement, partial(evaluator, model, limit=1))
         metrics = evaluator(model)
         if group.rank == 0:
             print(evaluation_line({"kind": kind, "step": 0, **metrics}).replace("step 0  ", ""))
-            print(json.dumps({"kind": kind, **metrics}))
+            print(json_text({"kind": kind, **metrics}))
 
 
 if __name__ == "__main__":

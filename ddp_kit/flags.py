@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ddp_kit.errors import ConfigError, nearest
-from ddp_kit.settings import Settings, check, flag
+from ddp_kit.settings import Settings, check, converted, fits, flag
 
+REDACTED = "[redacted]"  # what a run writes in place of a secret (trackers)
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 PEERS = {  # the flags of Accelerate's examples, Lightning, Hugging Face's Trainer and DeepSpeed, in our words
@@ -109,27 +110,13 @@ def _replace(settings: Any, values: dict[str, Any], *, where: str, prefix: str =
 
 
 def _as_field(cls: type, name: str, value: Any, *, where: str) -> Any:
-    """Returns a TOML or JSON value as the field's type has it. Raises: ConfigError if it does not fit."""
+    """Returns a TOML or JSON value as the field's type has it. Raises: ConfigError if it does not fit, or was redacted."""
     hint = typing.get_type_hints(cls)[name]
-    if _fits(value, hint):
-        return tuple(value) if isinstance(value, list) and typing.get_origin(hint) is tuple else float(value) if hint is float else value
+    if value == REDACTED:
+        raise ConfigError(f"{where} was redacted when it was written. Remove it there and type {flag(name)} with the value.")
+    if fits(value, hint):
+        return converted(value, hint)
     raise ConfigError(f"{where} = {value!r}: expected {getattr(hint, '__name__', None) if isinstance(hint, type) else hint}.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return value in inner
-    if origin is tuple:
-        kinds = inner[:1] * len(value) if inner[1:] == (...,) and isinstance(value, list) else inner
-        return isinstance(value, list) and len(kinds) == len(value) and all(map(_fits, value, kinds))
-    if inner:  # a union
-        return any(_fits(value, kind) for kind in inner)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _refuse_peers(cls: type[Settings], args: Sequence[str]) -> None:

@@ -98,7 +98,7 @@ def process_group(
     chosen = choose_device(device, topology=topology)
     alone = Blame(rank=topology.rank, world_size=topology.world_size)
     group = Group(topology=topology, device=chosen, blame=alone, timeout_s=timeout_s)
-    group.tuned = [*(tune_process(topology, chosen) if tuning else []), f"{set_threads(topology, threads=threads)} threads a rank"]
+    group.tuned = [*(tune_process(topology, chosen) if tuning else []), f"CPU threads a rank: {set_threads(topology, threads=threads)}"]
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if topology.launcher == "none":

@@ -87,6 +87,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.objectives and (self.loss or self.optimizer or self.scheduler):
             raise ConfigError("a recipe has either `objectives` or its own loss, optimizer and scheduler, not both.")
+        parts = [part.trains for part in self.objectives]
+        if len(set(parts)) < len(parts):
+            raise ConfigError(f"two objectives train the same part of the model ({', '.join(parts)}); put their losses into one.")
         if not self.objectives and (self.loss is None or self.optimizer is None):
             raise ConfigError("a recipe needs `loss` and `optimizer`, or `objectives`.")
 
@@ -174,6 +177,8 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _from_module(name: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it; a console script does not
     if not _import(lambda: _is_found(name), name):
         raise ConfigError(
             f"recipe {name}: neither a file nor a module that can be found. Expected a path such as recipes/digits.py, or package.module."

@@ -7,6 +7,7 @@ Refuses: branching on rank: only rank 0 is given trackers, the others have none.
 import resource
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ddp_kit.collectives import first_difference
+from ddp_kit.errors import DdpKitError
 from ddp_kit.metrics import means
 from ddp_kit.trackers import RunInfo, Tracker
 from ddp_kit.training import StepSums, Training
+
+ALWAYS = "Every micro-batch must report every metric: one that does not occur in it as (0, 0)."
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Reporter:
         self._given, self._log_every, self._progress = trackers, log_every, progress
         self._trackers: list[Tracker] = []  # those that have started: only they may be told of a failure
         self._pending: _Pending | None = None
+        self._names: list[str] = []
         self._since = (0, time.perf_counter())
         self._wait_s = 0.0
 
@@ -71,7 +77,7 @@ class Reporter:
             "samples": training.step * training.plan.global_batch,
         }
         totals = sums.totals(training.group.device)
-        names = sorted({prefix + name for prefix, part in sums.parts for name in part})
+        names = self._agreed(sorted({prefix + name for prefix, part in sums.parts for name in part}), training)
         values = totals.tensor(names)
         # Not beside DDP's own: after a collective that failed unread, gloo lets a later one of the same group wait until its timeout.
         group = training.group.training if values.is_cuda else training.group.control
@@ -82,6 +88,22 @@ class Reporter:
             record |= {"loss_scale": training.objectives[0].scale.scale, "skipped": training.skipped}
         self._pending = _Pending(record, names, values, work, dict(sums.grad_norms))
         self._since, self._wait_s = (training.step, now), 0.0
+
+    def _agreed(self, names: list[str], training: Training) -> list[str]:
+        """Returns the names of a record's sums, which are those of the first record on all ranks.
+
+        Raises: DdpKitError if a batch has others: sums under different names would be added up.
+        """
+        if not self._names:
+            signature = zlib.crc32("\n".join(names).encode())
+            if first_difference(training.group, [signature]) is not None:
+                raise DdpKitError(
+                    f"the ranks' losses report different metrics; rank {training.group.rank} has {', '.join(names)}. {ALWAYS}"
+                )
+            self._names = names
+        if names != self._names:
+            raise DdpKitError(f"the loss reports {', '.join(names)}, where it reported {', '.join(self._names)} before. {ALWAYS}")
+        return names
 
     def flush(self) -> None:
         """Emits the record whose sums are on their way, if there is one. Every rank calls it before an evaluation and at the end."""

@@ -149,9 +149,10 @@ class RunDir:
                     f"--run-dir {self.path}: in use by a live run: host {owner.host}, pid {owner.pid}{job}. "
                     "Type another --run-dir, or end that run first."
                 )
-            if (self.path / "status.json").exists():
+            status = read_json(self.path / "status.json")
+            never_began = status.get("status") == "failed" and status.get("step") == 0  # mended and started again: nothing is lost
+            if (self.path / "status.json").exists() and not never_began:
                 self._lock.unlink()  # nobody's any more
-                status = read_json(self.path / "status.json")
                 raise ConfigError(
                     f"--run-dir {self.path}: already holds a run (status {status.get('status', 'unreadable')}, "
                     f"step {status.get('step', '?')}). Type another --run-dir, or none for a new name."

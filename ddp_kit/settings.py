@@ -7,7 +7,10 @@ Refuses: behaviour. What a model or a loss is belongs to the recipe's function.
 import dataclasses
 import hashlib
 import json
+import typing
 from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import PurePath
 from typing import Any, Literal
 
 from ddp_kit.errors import ConfigError
@@ -99,6 +102,11 @@ def check(settings: Settings) -> None:
     """Raises: ConfigError with every fault of the values, each with what to type."""
     counts = ("global_batch", "epochs", "max_steps", "eval_every", "num_workers", "threads", "grad_clip")
     faults = [f"{flag(name)} {getattr(settings, name)}: expected 0 or more" for name in counts if not getattr(settings, name) >= 0]
+    hints = typing.get_type_hints(type(settings))
+    chosen = {name: (getattr(settings, name), hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+    faults += [
+        f"{flag(name)} {value}: expected one of {typing.get_args(hint)}" for name, (value, hint) in chosen.items() if not fits(value, hint)
+    ]
     if settings.global_batch == 0:
         faults.append("--global-batch 0: expected at least 1 sample per optimizer step")
     if isinstance(settings.micro_batch, int) and settings.micro_batch < 0:
@@ -129,8 +137,55 @@ def flag(name: str) -> str:
 
 def to_json(settings: Settings) -> dict[str, Any]:
     """Returns the fields as JSON values; `--settings` reads them back."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=_as_text))
     return values
+
+
+def _as_text(value: object) -> str:
+    """Returns the text of what JSON does not know: a path, or an enum's name."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, PurePath):
+        return str(value)
+    raise ConfigError(f"a field of Settings holds a {type(value).__name__}; expected numbers, texts, paths, enums, or tuples of them.")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value, as TOML or JSON has it, fits a field's type."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        kinds = inner[:1] * len(value) if inner[1:] == (...,) and isinstance(value, (list, tuple)) else inner
+        return isinstance(value, (list, tuple)) and len(kinds) == len(value) and all(map(fits, value, kinds))
+    if origin in (list, dict):
+        return isinstance(value, origin)
+    if inner:  # a union
+        return any(fits(value, kind) for kind in inner)
+    if hint is float:
+        return (isinstance(value, (int, float)) and not isinstance(value, bool)) or value in ("inf", "-inf", "nan")
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return isinstance(value, hint) or value in hint.__members__
+    if isinstance(hint, type) and issubclass(hint, PurePath):
+        return isinstance(value, (str, PurePath))
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def converted(value: Any, hint: Any) -> Any:
+    """Returns a TOML or JSON value that fits as the field's type has it."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        return tuple(converted(item, kind) for item, kind in zip(value, kinds, strict=True))
+    if inner and origin not in (list, dict, Literal):
+        return converted(value, next(kind for kind in inner if fits(value, kind)))
+    if hint is float or (isinstance(hint, type) and issubclass(hint, PurePath)):
+        return hint(value)
+    if isinstance(hint, type) and issubclass(hint, Enum) and isinstance(value, str):
+        return hint[value]
+    return value
 
 
 def flatten(settings: Settings) -> dict[str, str]:

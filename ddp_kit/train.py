@@ -6,7 +6,7 @@ Refuses: doing any of it itself: it calls the parts in order.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,11 +140,11 @@ def _train(
             life.metrics = metrics
         return life.metrics
 
-    batches = composition.feed.batches(start=training.step, end=pace.end)
     stopping = EarlyStopping(settings.early_stop)
-    ending = fit(
-        training, batches, pace=pace, report=reporter, evaluate=evaluate, early_stopping=stopping, stop=stop, callbacks=recipe.callbacks
-    )
+    with closing(composition.feed.batches(start=training.step, end=pace.end)) as batches:
+        ending = fit(
+            training, batches, pace=pace, report=reporter, evaluate=evaluate, early_stopping=stopping, stop=stop, callbacks=recipe.callbacks
+        )
     training.control.close()
     if ending.status == "finished" and recipe.test_data is not None:
         life.metrics |= _test(composition.evaluator, recipe, reporter, best, composition)
@@ -226,7 +226,7 @@ def _finish(ending: Ending, composition: Composition, reporter: Reporter, best: 
     digest = from_rank(training.group, digest.encode()).decode()
     steps = composition.pace.steps_per_epoch
     if life.directory is not None:
-        with best.applied():
+        with best.applied() if best.step else composition.evaluator.weights(training):
             save_weights(training.model, path / "model.safetensors")
         status = life.directory.status(
             ending.status,

@@ -26,6 +26,7 @@ from ddp_kit.precision import LossScale, autocast
 from ddp_kit.settings import Precision
 from ddp_kit.strategies import Strategy
 
+FULL = (torch.float32, torch.float64)
 Sums = Mapping[str, tuple[Number, Number]]
 
 
@@ -44,6 +45,10 @@ class LossCall(nn.Module):
             result = self._loss(self.model, batch)
         if not isinstance(result, LossSum) or not isinstance(result.total, torch.Tensor) or result.total.dim():
             raise DdpKitError(f"the loss must return LossSum(total, count) with a scalar tensor as total; it returned {_shape(result)}.")
+        if result.total.dtype not in FULL:  # its gradient would be rounded to that type, 1 / count with it
+            raise DdpKitError(
+                f"the loss's total is {result.total.dtype}, in which a sum loses digits: LossSum(losses.float().sum(), count)."
+            )
         return result.total, result.count, result.metrics
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint
 
 from ddp_kit.buffers import Buffer, RunningStatistics, buffers_put_back
@@ -95,6 +96,7 @@ def wrap_parts(
     batch = feed.rehearsal()
     for part in parts:
         name = f"{part.trains}/" if len(parts) > 1 else ""
+        _check_scheduler(part)
         parameters = _trained(model, part, is_only=len(parts) == 1)
         own = {id(parameter) for parameter in parameters}
         frozen = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
@@ -121,6 +123,14 @@ def wrap_parts(
             )
         )
     return training
+
+
+def _check_scheduler(part: Part) -> None:
+    """Raises: ConfigError for a scheduler that would not move this optimizer's rates once per step."""
+    if isinstance(part.scheduler, ReduceLROnPlateau):
+        raise ConfigError("ReduceLROnPlateau counts evaluations, schedulers here count optimizer steps: take one of ddp_kit.schedules.")
+    if part.scheduler is not None and getattr(part.scheduler, "optimizer", part.optimizer) is not part.optimizer:
+        raise ConfigError("the scheduler belongs to another optimizer than the one it was given: build it from the function's argument.")
 
 
 def _is_deferred(optimizer: Optimizer, *, group: Group, precision: Precision, objectives: int) -> bool:
@@ -185,11 +195,16 @@ def _rehearse_bare(
     seed_forward(training.forward_key, 0, 0, device=group.device)
     with samples_named(batch, "before the first step"):
         total, count, _ = call(batch.batch)
+    beforehand = feed.data.count(batch.batch) if feed.data.count is not None else count
+    if not math.isclose(float(beforehand), float(count), rel_tol=1e-5):
+        raise ConfigError(f"Data(count=...) gives {float(beforehand):g} where the loss counts {float(count):g}; they must agree.")
     known = _count_of(count, batch.size, feed=feed, group=group)
     if not total.requires_grad:
         raise ConfigError("the loss has no gradient: total must be computed from the model's output, without detach() or no_grad().")
     (total / batch.size).backward()
     _refuse_unused(training, parameters, allows_unused=allows_unused)
+    if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
+        raise ConfigError("the model has sparse gradients (an Embedding with sparse=True), which cannot be summed here: leave sparse out.")
     return known
 
 

@@ -5,7 +5,9 @@ Refuses: order and randomness (sampler, reader). With `num_workers=0` a user's c
 """
 
 import contextlib
+import os
 import signal
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from ddp_kit.data.placement import Placement, map_tensors
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
 from ddp_kit.data.stream import TrainingStream, evaluation_stream
+from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
 
 
@@ -105,37 +108,47 @@ def build_loader(
 
 def feed_of(data: Data, *, plan: BatchPlan, rank: int, seed: int, placement: Placement, num_workers: int = 0) -> Feed:
     """Returns a rank's feed by a plan that is made already."""
+    if data.is_iterable and data.order is not None:
+        raise ConfigError("Data(order=...) has no effect on an iterable data set, which comes in its own order: leave it out.")
     sampler = None if data.is_iterable else GlobalBatchSampler(data, plan=plan, rank=rank, seed=seed, order=data.order)
     return Feed(data=data, plan=plan, rank=rank, seed=seed, placement=placement, num_workers=num_workers, sampler=sampler)
 
 
 def evaluation_batches(
     data: Any, *, group: Group, micro_batch: int, placement: Placement | None = None, num_workers: int = 0
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """Yields this rank's micro-batches of an evaluation: each sample once over all ranks, and the same number on every rank."""
     data, placement = as_data(data), placement or Placement(group.device)
-    if data.is_iterable:
+    if data.is_iterable:  # read in the training process: each worker would read the whole stream for its part of it
         stream = evaluation_stream(data, micro_batch=micro_batch, rank=group.rank, world_size=group.world_size)
         yield from placed(stream, placement)
         return
     requests = evaluation_requests(len(data), micro_batch=micro_batch, rank=group.rank, world_size=group.world_size)
     reader = Reader(data, seed=0, training=False)
-    answers = _with_workers(reader, requests, num_workers=num_workers) if num_workers else map(reader.read, requests)
-    yield from placed(answers, placement)
+    if not num_workers:
+        yield from placed(map(reader.read, requests), placement)
+        return
+    with contextlib.closing(_with_workers(reader, requests, num_workers=num_workers)) as answers:
+        yield from placed(answers, placement)
 
 
-def _with_workers(dataset: Any, requests: Iterable[Request] | None, *, num_workers: int) -> Iterable[MicroBatch]:
-    """Returns torch's DataLoader over requests, each answered by `dataset.__getitems__`, or over a stream that answers itself."""
+def _with_workers(dataset: Any, requests: Iterable[Request] | None, *, num_workers: int) -> Generator[MicroBatch, None, None]:
+    """Yields what torch's DataLoader makes of requests, each answered by `dataset.__getitems__`, or of a stream that answers itself."""
     whole: dict[str, Any] = {"batch_size": None} if requests is None else {"batch_sampler": requests}
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         **whole,
         num_workers=num_workers,
         collate_fn=_as_it_is,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_obey_the_parent_only,
         generator=torch.Generator(),  # its own: the default one belongs to the model
         pin_memory=False,  # `placed` pins: torch's pinning thread would not look into a MicroBatch
     )
+    answers: Any = iter(loader)
+    try:
+        yield from answers
+    finally:
+        answers._shutdown_workers()  # a traceback would keep it alive, and the garbage collector ends workers only after 5 s
 
 
 def grouped(micro_batches: Iterable[MicroBatch], *, per_step: int) -> Iterator[RankBatch]:
@@ -198,11 +211,23 @@ def _as_it_is(answer: Any) -> Any:
     return answer
 
 
-def _ignore_signals(worker: int) -> None:
-    """Loader workers live until the training process ends them: a signal to the whole job must not take them first."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+def _obey_the_parent_only(worker: int) -> None:
+    """Loader workers live until the training process ends them: a signal to the whole job must not take them first.
+
+    That end is a SIGTERM as well, from the parent, and Python waits for it at exit; so it is told from others by its sender.
+    """
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's own handler stays, which ends the worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_the_end, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_the_end(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def sample_indices(batch: RankBatch) -> np.ndarray[Any, np.dtype[np.int64]]:

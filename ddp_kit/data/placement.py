@@ -4,7 +4,8 @@ Owns: the copy to the device, and walking through the containers of a batch.
 Refuses: changing values other than their dtype.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ class Placement:
     """Puts a batch where the model wants it: device, floating-point dtype, memory format. A no-op costs nothing."""
 
     def __init__(self, device: torch.device, *, dtype: torch.dtype = torch.float32, channels_last: bool = False):
-        self.device, self._dtype, self.channels_last = device, dtype, channels_last
+        self.device, self.dtype, self.channels_last = device, dtype, channels_last
         self.is_needed = device.type != "cpu" or dtype != torch.float32 or channels_last
 
     def __call__(self, batch: Any) -> Any:
@@ -22,7 +23,7 @@ class Placement:
         return map_tensors(batch, self._place) if self.is_needed else batch
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
-        dtype = self._dtype if tensor.dtype == torch.float32 else tensor.dtype
+        dtype = self.dtype if tensor.dtype == torch.float32 else tensor.dtype
         if self.channels_last and tensor.dim() == 4:
             return tensor.to(self.device, dtype, non_blocking=True, memory_format=torch.channels_last)
         return tensor.to(self.device, dtype, non_blocking=True)
@@ -36,6 +37,9 @@ def map_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
         return type(batch)(*(map_tensors(value, change) for value in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)(map_tensors(value, change) for value in batch)
-    if isinstance(batch, dict):
-        return {name: map_tensors(value, change) for name, value in batch.items()}
+    if isinstance(batch, MutableMapping):
+        changed = copy.copy(batch)  # keeps what kind of mapping it is
+        for name, value in batch.items():
+            changed[name] = map_tensors(value, change)
+        return changed
     return batch

@@ -55,7 +55,9 @@ class Reader:
         """Returns the micro-batch of a request."""
         batch = self._read(request)
         if self._training and self._data.augment is not None:
-            batch = self._data.augment(batch, Draws(self._seed, request.epoch, request.indices))
+            with generators_put_back():  # an augmentation should use the draws; one that uses default generators is reproducible too
+                seed_generators(key(self._seed, Purpose.BATCH, request.epoch, int(request.indices[0])))
+                batch = self._data.augment(batch, Draws(self._seed, request.epoch, request.indices))
         return MicroBatch(request, batch)
 
     def _read(self, request: Request) -> Any:

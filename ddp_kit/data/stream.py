@@ -79,9 +79,11 @@ class TrainingStream(IterableDataset[MicroBatch]):
             epoch += 1
 
     def _micro_batch(self, request: Request, samples: list[Any]) -> MicroBatch:
-        batch = self._collate(samples)
-        if self._data.augment is not None:
-            batch = self._data.augment(batch, Draws(self._seed, request.epoch, request.indices))
+        with generators_put_back():
+            seed_generators(key(self._seed, Purpose.BATCH, request.epoch, int(request.indices[0])))
+            batch = self._collate(samples)
+            if self._data.augment is not None:
+                batch = self._data.augment(batch, Draws(self._seed, request.epoch, request.indices))
         return MicroBatch(request, batch)
 
 
