@@ -46,9 +46,7 @@ class LossCall(nn.Module):
         if not isinstance(result, LossSum) or not isinstance(result.total, torch.Tensor) or result.total.dim():
             raise DdpKitError(f"the loss must return LossSum(total, count) with a scalar tensor as total; it returned {_shape(result)}.")
         if result.total.dtype not in FULL:  # its gradient would be rounded to that type, 1 / count with it
-            raise DdpKitError(
-                f"the loss's total is {result.total.dtype}, in which a sum loses digits: LossSum(losses.float().sum(), count)."
-            )
+            raise DdpKitError(f"the loss's total is {result.total.dtype}; a sum loses digits in it: LossSum(losses.float().sum(), count).")
         return result.total, result.count, result.metrics
 
 
