@@ -114,14 +114,6 @@ def seed_generators(value: int) -> None:
     torch.default_generator.manual_seed(value)
 
 
-@contextmanager
-def keyed_generators(*parts: int) -> Iterator[None]:
-    """Seeds Python's, NumPy's and torch's default CPU generators with `key(*parts)` and puts them back at the end."""
-    with generators_put_back():
-        seed_generators(key(*parts))
-        yield
-
-
 def forward_key(seed: int) -> int:
     """Returns the key of a run's forward passes, for `seed_forward`."""
     return key(seed, Purpose.FORWARD)

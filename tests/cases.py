@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -83,7 +84,6 @@ class Trace:
 def trace(group: Group, recipe: Recipe, settings: Settings) -> Trace:
     """Runs a recipe's steps on this rank and returns what happened, losses and samples over all ranks."""
     from ddp_kit.collectives import gather_rows, sum_by_name
-    from ddp_kit.data.loader import sample_indices
 
     made: Composition = compose(recipe, settings, group)
     gradient, losses, samples = {}, [], []
@@ -93,7 +93,9 @@ def trace(group: Group, recipe: Recipe, settings: Settings) -> Trace:
             gradient = {name: p.grad.detach().clone() for name, p in made.training.model.named_parameters() if p.grad is not None}
         total, count = sum_by_name(group, sums.totals(group.device).read())["loss"]
         losses.append(total / count)
-        samples.append(torch.cat(gather_rows(group, torch.from_numpy(sample_indices(batch)))).tolist())
+        samples.append(
+            torch.cat(gather_rows(group, torch.from_numpy(np.concatenate([part.request.indices for part in batch.micro_batches])))).tolist()
+        )
     made.training.control.close()
     state = {name: tensor.detach().clone() for name, tensor in made.training.model.state_dict().items()}
     return Trace(losses, gradient, state, samples)

@@ -228,8 +228,3 @@ def _wait_for_the_end(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
-
-
-def sample_indices(batch: RankBatch) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Returns the sample indices of a rank's batch, in order."""
-    return np.concatenate([micro_batch.request.indices for micro_batch in batch.micro_batches])
