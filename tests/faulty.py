@@ -61,8 +61,6 @@ class Trouble:
             raise ValueError("the loss's own fault")
         if self.is_due("evaluation") and not model.training:
             raise ValueError("the evaluation's own fault")
-        if self.is_due("idle"):
-            return LossSum(model[2](batch[0].new_zeros(1, 16)).sum(), len(batch[1]))
         result = classify(model, batch)
         return LossSum(result.total * float("nan"), result.count) if self.is_due("nan") else result
 
