@@ -166,6 +166,7 @@ def test_thread():
     thread.join()
 """,
         "-Werror",
+        "-Wignore::pytest.PytestAssertRewriteWarning",  # of modules that this process has imported before the inner session
     )
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*PytestUnhandledThreadExceptionWarning: *ZeroDivisionError*"])
