@@ -1,11 +1,14 @@
 """One rank fails, and every rank ends: within seconds, with the culprit's words first and once, and nothing left half-written."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,12 @@ from cases import Settings, classify, normed, plain, recipe
 from launching import Ended, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, get_worker_info
 
-from ddp_kit import LossSum
+from ddp_kit import Data, LossSum
+from ddp_kit.batching import plan_batches
+from ddp_kit.data.loader import RankBatch, feed_of
+from ddp_kit.data.placement import Placement
 from ddp_kit.errors import NonFiniteError
 from ddp_kit.groups import process_group
 from ddp_kit.strategies.ddp import _release
@@ -205,3 +212,50 @@ def test_ten_normal_endings_of_four_ranks_exit_0() -> None:
 @pytest.mark.slow
 def test_fifty_normal_endings_of_four_ranks_exit_0() -> None:
     assert exit_codes(50) == [0] * 200
+
+
+class Numbers(Dataset[Any]):
+    """A data set that only a loader worker can read, or not even that."""
+
+    def __init__(self, *, is_readable: bool) -> None:
+        self.is_readable = is_readable
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> int:
+        if get_worker_info() is None or not self.is_readable:
+            raise ValueError
+        return index
+
+
+def batches_of_a_worker(*, is_readable: bool = True) -> Generator[RankBatch, None, None]:
+    plan = plan_batches(4, micro_batch=0, world_size=1)
+    feed = feed_of(Data(Numbers(is_readable=is_readable)), plan=plan, rank=0, seed=0, placement=Placement(torch.device("cpu")), num_workers=1)
+    return feed.batches(start=0, end=16)
+
+
+def test_a_loader_worker_ends_at_its_parents_word_and_at_no_others() -> None:
+    """A signal to the whole job comes from elsewhere, and must not take it before the step is done."""
+    with closing(batches_of_a_worker()) as batches:
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        for name in ("-TERM", "-INT", "-USR1"):
+            subprocess.run(["kill", name, str(worker.pid)], check=True)
+        assert len([next(batches) for _ in range(8)]) == 8
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_loader_workers_end_with_the_loop_though_a_traceback_holds_it(is_readable: bool) -> None:
+    kept: list[BaseException] = []
+    try:
+        with closing(batches_of_a_worker(is_readable=is_readable)) as batches:
+            for _ in batches:
+                raise ValueError
+    except ValueError as error:
+        kept.append(error)
+    assert kept
+    assert multiprocessing.active_children() == []
