@@ -23,7 +23,7 @@ class Profile:
         """Args: the trace begins after `after` steps and holds `steps` of them."""
         self._path = Path(folder) / f"rank-{read_topology().rank}.json"
         self._first, self._last = after, after + steps
-        self._profiler = torch.profiler.profile()
+        self._profiler = torch.profiler.profile(acc_events=True)  # one cycle; torch 2.11 warns otherwise
 
     def on_start(self, model: nn.Module) -> None:
         """Makes the folder: a name that cannot be written shows now."""

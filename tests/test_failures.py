@@ -231,7 +231,9 @@ class Numbers(Dataset[Any]):
 
 def batches_of_a_worker(*, is_readable: bool = True) -> Generator[RankBatch, None, None]:
     plan = plan_batches(4, micro_batch=0, world_size=1)
-    feed = feed_of(Data(Numbers(is_readable=is_readable)), plan=plan, rank=0, seed=0, placement=Placement(torch.device("cpu")), num_workers=1)
+    feed = feed_of(
+        Data(Numbers(is_readable=is_readable)), plan=plan, rank=0, seed=0, placement=Placement(torch.device("cpu")), num_workers=1
+    )
     return feed.batches(start=0, end=16)
 
 
