@@ -73,7 +73,7 @@ def test_a_loss_that_fails_names_step_and_samples(tmp_path: Path) -> None:
     assert "in the forward pass of step 4, micro-batch 1, samples " in ended.errors
 
 
-@pytest.mark.parametrize("culprit", [0, 1, 3])
+@pytest.mark.parametrize("culprit", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_four_ranks_end_as_two_do(culprit: int, tmp_path: Path) -> None:
     ended = train("--fault", "callback", "--at-rank", str(culprit), folder=tmp_path, world_size=4, limit_s=20)
     assert ended.codes == [1] * 4
@@ -81,7 +81,7 @@ def test_four_ranks_end_as_two_do(culprit: int, tmp_path: Path) -> None:
     assert ended.is_clean()
 
 
-@pytest.mark.parametrize(("killed", "world_size"), [(0, 2), (1, 2), (0, 4), (2, 4)])
+@pytest.mark.parametrize(("killed", "world_size"), [(0, 2), (1, 2), pytest.param(0, 4, marks=pytest.mark.slow), (2, 4)])
 def test_a_killed_rank_ends_the_others_who_say_that_a_peer_is_gone(killed: int, world_size: int, tmp_path: Path) -> None:
     ended = train("--fault", "SIGKILL", "--at-rank", str(killed), folder=tmp_path, world_size=world_size, limit_s=20)
     assert ended.codes == [-signal.SIGKILL if rank == killed else 1 for rank in range(world_size)]
@@ -97,11 +97,11 @@ def test_a_killed_rank_ends_the_others_who_say_that_a_peer_is_gone(killed: int, 
     assert ended.status["step"] == 3
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
 @pytest.mark.parametrize(
-    ("name", "code", "status"), [("SIGTERM", 143, "preempted"), ("SIGINT", 130, "stopped"), ("SIGUSR1", 143, "preempted")]
+    ("name", "culprit", "code", "status"),
+    [("SIGTERM", 0, 143, "preempted"), ("SIGTERM", 1, 143, "preempted"), ("SIGINT", 1, 130, "stopped"), ("SIGUSR1", 1, 143, "preempted")],
 )
-def test_a_signal_on_one_rank_stops_all_at_the_same_step(name: str, code: int, status: str, culprit: int, tmp_path: Path) -> None:
+def test_a_signal_on_one_rank_stops_all_at_the_same_step(name: str, culprit: int, code: int, status: str, tmp_path: Path) -> None:
     ended = train("--fault", name, "--at-rank", str(culprit), "--max-steps", "1000", "--log-every", "500", folder=tmp_path)
     assert ended.codes == [code, code]
     assert ended.errors == ""
