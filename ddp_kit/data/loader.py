@@ -220,7 +220,8 @@ def _obey_the_parent_only(worker: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's own handler stays, which ends the worker
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for a thread that was there before and does not block it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # blocked, it is kept for sigwaitinfo though it is ignored (Linux)
         threading.Thread(target=_wait_for_the_end, args=(os.getppid(),), daemon=True).start()
 
 
