@@ -144,7 +144,11 @@ def _with_workers(dataset: Any, requests: Iterable[Request] | None, *, num_worke
         generator=torch.Generator(),  # its own: the default one belongs to the model
         pin_memory=False,  # `placed` pins: torch's pinning thread would not look into a MicroBatch
     )
-    answers: Any = iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # every thread of a forked worker must inherit it
+    try:
+        answers: Any = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield from answers
     finally:
@@ -220,8 +224,7 @@ def _obey_the_parent_only(worker: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's own handler stays, which ends the worker
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for a thread that was there before and does not block it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # blocked, it is kept for sigwaitinfo though it is ignored (Linux)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_the_end, args=(os.getppid(),), daemon=True).start()
 
 
