@@ -65,7 +65,7 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
     if lazy:
         raise ConfigError(f"the model's {lazy[0]} has no shape yet (a lazy module): run one batch through it in the recipe's model().")
     if settings.init_from:
-        load_weights(model, Path(settings.init_from))
+        load_weights(model, Path(settings.init_from), group=group, rename=settings.rename)
     if settings.sync_batchnorm:
         if group.device.type != "cuda":
             raise ConfigError("--sync-batchnorm: torch's SyncBatchNorm runs on CUDA only; this rank runs on a CPU. Leave it out.")
@@ -261,7 +261,7 @@ def _pace(settings: Settings, feed: Feed) -> Pace:
         )
     whole = _scheduled_steps(settings, feed)
     end = min(whole, settings.max_steps) if settings.max_steps else whole
-    return Pace(end=end, steps_per_epoch=feed.steps_per_epoch, eval_every=settings.eval_every)
+    return Pace(end=end, steps_per_epoch=feed.steps_per_epoch, eval_every=settings.eval_every, save_every=settings.save_every)
 
 
 def _split_notes(model: nn.Module, plan: BatchPlan, settings: Settings, group: Group) -> list[str]:

@@ -28,6 +28,7 @@ class Field(IntEnum):
     STOP = 0  # signal number x 2^16 + rank
     CULPRIT = 1  # (step of a non-finite loss + 1) x 2^16 + rank
     STEP_US = 2  # longest time of a step, microseconds
+    SAVE = 3  # 1: a save is due by wall time
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Decision:
     signal_rank: int = -1
     culprit_step: int = -1
     culprit_rank: int = -1
+    saves: bool = False
 
 
 NOTHING = Decision()
@@ -58,13 +60,13 @@ class Control:
         """Notes that this rank's loss of `step` was not finite."""
         self._culprit_step = step
 
-    def boundary(self, step: int, *, signal: int) -> Decision:
+    def boundary(self, step: int, *, signal: int, saves: bool = False) -> Decision:
         """Reads the packet that is due and sends the next one. Returns an empty decision where nothing was due."""
         if step < self._next:
             return NOTHING
         decision = self._read()
         interval = self._interval()
-        self._send(step, signal=signal)
+        self._send(step, signal=signal, saves=saves)
         self._next = step + interval
         return decision
 
@@ -78,7 +80,7 @@ class Control:
         """Completes the packet in flight, so that no rank leaves another waiting."""
         self._read()
 
-    def _send(self, step: int, *, signal: int) -> None:
+    def _send(self, step: int, *, signal: int, saves: bool = False) -> None:
         now = time.perf_counter()
         steps, since = step - self._last[0], now - self._last[1]
         self._last = (step, now)
@@ -86,6 +88,7 @@ class Control:
         self._packet[Field.STOP] = (signal << SHIFT) + rank if signal else 0
         self._packet[Field.CULPRIT] = ((self._culprit_step + 1) << SHIFT) + rank if self._culprit_step >= 0 else 0
         self._packet[Field.STEP_US] = int(since / steps * 1e6) if steps > 0 else 0
+        self._packet[Field.SAVE] = int(saves)
         if self._group.control is not None:
             self._work = dist.all_reduce(self._packet, dist.ReduceOp.MAX, group=self._group.control, async_op=True)
 
@@ -93,13 +96,14 @@ class Control:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        stop, culprit, _ = self._packet.tolist()
+        stop, culprit, _, saves = self._packet.tolist()
         mask = (1 << SHIFT) - 1
         return Decision(
             signal=stop >> SHIFT,
             signal_rank=stop & mask if stop else -1,
             culprit_step=(culprit >> SHIFT) - 1,
             culprit_rank=culprit & mask if culprit else -1,
+            saves=bool(saves),
         )
 
     def _interval(self) -> int:

@@ -26,11 +26,18 @@ class Pace:
     end: int
     steps_per_epoch: int
     eval_every: int = 0
+    save_every: int = 0
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation is due after `step` steps: every `eval_every`, at every epoch's end and at the end."""
-        at_epoch = bool(self.steps_per_epoch) and step % self.steps_per_epoch == 0
-        return step == self.end or at_epoch or (bool(self.eval_every) and step % self.eval_every == 0)
+        return self._is_due(step, every=self.eval_every)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps: every `save_every`, at every epoch's end and at the end."""
+        return self._is_due(step, every=self.save_every)
+
+    def _is_due(self, step: int, *, every: int) -> bool:
+        return step == self.end or any(size and step % size == 0 for size in (self.steps_per_epoch, every))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,35 +59,53 @@ def fit(
     early_stopping: EarlyStopping,
     stop: StopFlag,
     callbacks: Sequence[Callback] = (),
+    owes_evaluation: bool = False,
 ) -> Ending:
     """Trains on `batches` to the end of `pace`, an early stop or a signal. Every rank calls it; all leave at the same step.
 
-    `evaluate(epoch)` returns the metrics of an evaluation after the current step, the same on all ranks ({} without eval data).
+    `evaluate(epoch)` returns the metrics of an evaluation after the current step, the same on all ranks ({} without eval data);
+    `owes_evaluation`: the life before was stopped at a step that should have had one. Saves go to `training.checkpoints`, if it is set.
     """
     stop.deferring = True
-    first = training.step
+    first, checkpoints, metrics = training.step, training.checkpoints, {}
+
+    def measured(epoch: int) -> bool:
+        """Evaluates. Returns whether to stop early."""
+        metrics.update(evaluate(epoch))
+        for callback in callbacks if metrics else ():
+            callback.on_evaluation(training.step, metrics)
+        report.restart_clock(training.step)
+        return bool(metrics) and early_stopping.update(metrics, step=training.step)
+
+    if owes_evaluation and measured((first - 1) // pace.steps_per_epoch if pace.steps_per_epoch else 0):
+        return Ending(status="finished", reason=f"stopped early: {early_stopping.reason}")
     for batch in batches:
         sums = train_step(training, batch)
         step = training.step
-        decision = training.control.boundary(step, signal=stop.signal)
+        decision = training.control.boundary(step, signal=stop.signal, saves=checkpoints is not None and checkpoints.is_due())
         report.step(training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=step == pace.end)
         if step == first + 1:
             training.group.settle()
+            if checkpoints is not None:
+                checkpoints.prepare()
         for callback in callbacks:
             callback.on_step(step)
-        if not decision.signal and not pace.evaluates(step):
+        if checkpoints is not None:
+            checkpoints.report()
+        evaluates = pace.evaluates(step) and not decision.signal
+        if not (decision.signal or decision.saves or evaluates or pace.saves(step)):
             continue
         look_back(training)
         report.flush()
+        metrics.clear()
+        is_over = evaluates and measured(batch.epoch)
+        is_due = decision.saves or bool(decision.signal) or pace.saves(step) or is_over
+        if checkpoints is not None and (checkpoints.improves(metrics) or is_due):
+            checkpoints.save(metrics)
         if decision.signal:
             return stopped(decision.signal, decision.signal_rank)
-        metrics = evaluate(batch.epoch)
-        if metrics:
-            for callback in callbacks:
-                callback.on_evaluation(step, metrics)
-            if early_stopping.update(metrics, step=step):
-                return Ending(status="finished", reason=f"stopped early: {early_stopping.reason}")
-        report.restart_clock(step)
+        if is_over:
+            return Ending(status="finished", reason=f"stopped early: {early_stopping.reason}")
     return Ending(status="finished", reason="")
 
 

@@ -40,6 +40,8 @@ class Group:
     tuned: list[str] = field(default_factory=list)  # what of the defaults for speed took effect
     closing: ExitStack = field(default_factory=ExitStack)
     sockets: dict[int, int] = field(default_factory=dict)  # of the gloo groups: file descriptor -> inode
+    has_failed: bool = False  # it is being left on an error: peers may be gone
+    further: list[dist.ProcessGroup] = field(default_factory=list)  # made by `gloo_group`
 
     @property
     def rank(self) -> int:
@@ -156,6 +158,17 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
     dist.all_reduce(torch.zeros(1), group=control)  # nobody leaves while a peer is still connecting: that would fail it
 
 
+def gloo_group(group: Group, *, timeout: timedelta) -> dist.ProcessGroup | None:
+    """Returns one more gloo group over all ranks, for a thread of its own; None in one process without groups. Every rank calls it."""
+    if group.control is None:
+        return None
+    made = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(made, dist.ProcessGroup)  # every rank is in it
+    dist.all_reduce(torch.zeros(1), group=made)  # see `_join`
+    group.further.append(made)
+    return made
+
+
 def _is_agents() -> bool:
     """Whether torchrun's agent holds the store."""
     return environment().get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -186,7 +199,8 @@ def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
 
 def _leave(group: Group, *, failed: bool) -> None:
     if failed:  # gloo's destructor waits for what is in flight, which may never end: its groups are kept for ever instead
-        for gloo in (group.training, group.control):
+        group.has_failed = True
+        for gloo in (group.training, group.control, *group.further):
             if gloo is not None:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(gloo))
     try:
@@ -195,6 +209,7 @@ def _leave(group: Group, *, failed: bool) -> None:
         if failed and group.device.type == "cuda" and group.training is not None:
             group.training.abort()  # destroying an NCCL group after an error can wait for ever
         group.training = group.control = None
+        group.further.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ddp_kit.checkpoint.saver import Saved
 from ddp_kit.collectives import first_difference
 from ddp_kit.errors import DdpKitError
+from ddp_kit.logs import logger
 from ddp_kit.metrics import means
 from ddp_kit.trackers import RunInfo, Tracker
 from ddp_kit.training import StepSums, Training
@@ -128,6 +130,16 @@ class Reporter:
         record = {"event": event, "step": step, "rank": rank, "time": round(time.time(), 3)} | ({"message": message} if message else {})
         for tracker in self._trackers:
             tracker.event(record)
+
+    def saved(self, save: Saved) -> None:
+        """Takes a save that has ended. A failed one is said as a warning, and training goes on."""
+        said = save.error or save.note
+        if said:
+            logger.warning("checkpoint of step %s: %s", save.step, said)
+        if save.error:
+            self.event("save_failed", step=save.step, message=save.error)
+        else:
+            self.event("save", step=save.step, message=f"{save.nbytes / 2**20:.1f} MiB in {save.seconds:.2f} s{said and '; '}{save.note}")
 
     def samples(self, values: Mapping[str, Any], *, step: int) -> None:
         """Hands texts and images to every tracker."""

@@ -1,7 +1,7 @@
 """The run directory: whose it is while a run lives, and writing its small files whole.
 
 Owns: the lock with its heartbeat, status.json, atomic JSON files, the default name of a run.
-Refuses: other ranks than 0 (they are told the path), and a directory that already holds a run.
+Refuses: other ranks than 0 (they are told the path).
 """
 
 import contextlib
@@ -21,7 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Literal, get_args
 
+from ddp_kit.collectives import max_over_ranks
 from ddp_kit.errors import ConfigError
+from ddp_kit.groups import Group
 from ddp_kit.topology import environment
 from ddp_kit.trackers import redact_text
 from ddp_kit.trackers.jsonl import json_text, read_json
@@ -31,6 +33,7 @@ Status = Literal["running", "finished", "stopped", "preempted", "failed"]
 BEAT_S = 15.0
 DEATH_S = 2.0  # from the loss of a killed process's connections to its end
 STALE_S = 60.0  # without a beat, where the owner cannot be looked up: it ran on another host
+SEEN_S = 10.0  # until another host sees a new file
 NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre mounted without it, some FUSE
 
 
@@ -59,7 +62,7 @@ class RunDir:
     def claim(self) -> None:
         """Makes the directory, takes its lock and keeps it fresh from a thread.
 
-        Raises: ConfigError if the directory cannot be written, is in use by a live run, or already holds a run.
+        Raises: ConfigError if the directory cannot be written or is in use by a live run.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,12 @@ class RunDir:
             if _read_owner(file) in (self._owner, None):
                 self._lock.unlink()
         self._owner = None
+
+    def earlier(self) -> dict[str, object]:
+        """Returns the status that an earlier life left, {} if none did anything that could be lost."""
+        status = read_json(self.path / "status.json")
+        never_began = status.get("status") == "failed" and status.get("step") == 0
+        return {} if never_began and not (self.path / "checkpoints").is_dir() else status
 
     @contextlib.contextmanager
     def inherited(self) -> Iterator[bool]:
@@ -149,14 +158,6 @@ class RunDir:
                     f"--run-dir {self.path}: in use by a live run: host {owner.host}, pid {owner.pid}{job}. "
                     "Type another --run-dir, or end that run first."
                 )
-            status = read_json(self.path / "status.json")
-            never_began = status.get("status") == "failed" and status.get("step") == 0  # mended and started again: nothing is lost
-            if (self.path / "status.json").exists() and not never_began:
-                self._lock.unlink()  # nobody's any more
-                raise ConfigError(
-                    f"--run-dir {self.path}: already holds a run (status {status.get('status', 'unreadable')}, "
-                    f"step {status.get('step', '?')}). Type another --run-dir, or none for a new name."
-                )
             self._owner = _this_process()
             file.seek(0)
             file.truncate()
@@ -167,6 +168,16 @@ class RunDir:
         while not self._stop.wait(BEAT_S):
             with contextlib.suppress(OSError):  # a file server that is away for a while; the next beat tries again
                 os.utime(self._lock)
+
+
+def require_shared(path: Path, run_id: str, *, group: Group) -> None:
+    """Raises: ConfigError on every rank if one of them does not see the settings.json that rank 0 has written."""
+    end = time.monotonic() + SEEN_S
+    while (is_missing := read_json(path / "settings.json").get("run_id") != run_id) and time.monotonic() < end:
+        time.sleep(0.1)
+    missing = max_over_ranks(group, [group.rank + 1 if is_missing else 0])[0]
+    if missing:
+        raise ConfigError(f"rank {missing - 1} does not see --run-dir {path} as rank 0 wrote it. All nodes must share that file system.")
 
 
 def is_in_use(path: Path) -> bool:

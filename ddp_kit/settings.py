@@ -70,8 +70,24 @@ class Settings:
     """optimizer steps between evaluations; also at every epoch's end; 0: only there"""
     log_every: int = 10
     """optimizer steps between training records"""
+    save_every: int = 0
+    """optimizer steps between checkpoints; also at every epoch's end; 0: only there"""
+    save_minutes: float = 30.0
+    """a checkpoint at least this often by wall time; 0 is off"""
+    keep: int = 3
+    """newest checkpoints that stay, beside the best one"""
+    keep_every: int = 0
+    """checkpoints at multiples of this step stay for ever; 0 is off"""
+    save_trainable_only: bool = False
+    """leave frozen weights out of checkpoints (adapters); their hash is recorded"""
+    resume: str = "auto"
+    """auto: the newest good checkpoint in the run directory; never: refuse a used one; or a run or checkpoint to go on from"""
+    change: tuple[str, ...] = ()
+    """settings that may differ from the checkpoint's: --change lr"""
     init_from: str = ""
-    """start from weights only: a .safetensors file or a folder of them"""
+    """start from weights only: a run, a checkpoint, a .safetensors file or a folder of them"""
+    rename: tuple[str, ...] = ()
+    """old=new: tensors of --init-from that have another name in this model"""
     early_stop: EarlyStop = field(default_factory=EarlyStop)
     compile: bool = False
     """compile the model with torch.compile"""
@@ -100,7 +116,18 @@ class Settings:
 
 def check(settings: Settings) -> None:
     """Raises: ConfigError with every fault of the values, each with what to type."""
-    counts = ("global_batch", "epochs", "max_steps", "eval_every", "num_workers", "threads", "grad_clip")
+    counts = (
+        "global_batch",
+        "epochs",
+        "max_steps",
+        "eval_every",
+        "num_workers",
+        "threads",
+        "grad_clip",
+        "save_every",
+        "save_minutes",
+        "keep_every",
+    )
     faults = [f"{flag(name)} {getattr(settings, name)}: expected 0 or more" for name in counts if not getattr(settings, name) >= 0]
     hints = typing.get_type_hints(type(settings))
     chosen = {name: (getattr(settings, name), hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
@@ -115,6 +142,11 @@ def check(settings: Settings) -> None:
         faults.append(f"--log-every {settings.log_every}: expected at least 1 step")
     if settings.epochs == 0 and settings.max_steps == 0:
         faults.append("neither epochs nor max_steps is set, so the run has no end: type --epochs N or --max-steps N")
+    if settings.keep < 1:
+        faults.append(f"--keep {settings.keep}: expected at least 1 checkpoint")
+    faults += [f"--rename {pair}: expected old=new" for pair in settings.rename if pair.count("=") != 1]
+    if settings.rename and not settings.init_from:
+        faults.append("--rename has an effect with --init-from only")
     if not 0 <= settings.ema < 1:
         faults.append(f"--ema {settings.ema}: expected a decay from 0 (off) to below 1, for instance 0.999")
     if not 0 <= settings.seed < 2**63:

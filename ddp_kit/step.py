@@ -101,6 +101,9 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
     gradients = [parameter.grad for parameter in objective.parameters if parameter.grad is not None]
     if isinstance(factor, torch.Tensor) or factor != 1:
         torch._foreach_mul_(gradients, factor)
+    if training.copied is not None:  # a snapshot still reads the weights: the device waits, the host does not
+        torch.cuda.current_stream().wait_event(training.copied)
+        training.copied = None
     found = objective.found_inf
     if not objective.is_deferred:
         found.zero_()

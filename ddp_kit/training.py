@@ -7,7 +7,7 @@ Refuses: doing anything with it: that is `step`, `evaluation` and `fit`.
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from ddp_kit.metrics import LossSum, Number, Totals
 from ddp_kit.precision import LossScale, autocast
 from ddp_kit.settings import Precision
 from ddp_kit.strategies import Strategy
+
+if TYPE_CHECKING:
+    from ddp_kit.saving import Checkpoints
 
 FULL = (torch.float32, torch.float64)
 Sums = Mapping[str, tuple[Number, Number]]
@@ -90,6 +93,8 @@ class Training:
     step: int = 0
     skipped: int = 0
     notes: list[str] = field(default_factory=list)  # what wrapping found that the user should read at start
+    copied: "torch.cuda.Event | None" = None  # of a snapshot: the optimizer may change the weights only after it
+    checkpoints: "Checkpoints | None" = None
     suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None  # a deferred step that the host has not seen yet
 
 

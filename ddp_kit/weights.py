@@ -1,19 +1,20 @@
-"""A model's weights as values: their hash, equality over ranks, reading and writing plain safetensors files.
+"""A model's weights as values: their hash, equality over ranks, reading them from runs and plain safetensors files.
 
-Owns: `weights_sha256`, `init_from`, and the file of weights that a run leaves.
+Owns: `weights_sha256`, and `init_from`.
 Refuses: optimizer state, and pickle: loading runs no code.
 """
 
 import hashlib
-import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from ddp_kit.checkpoint.find import find, is_checkpoint, origin_of, weights_of
+from ddp_kit.checkpoint.restore import require_fit
 from ddp_kit.collectives import first_difference
 from ddp_kit.errors import ConfigError, DdpKitError, nearest
 from ddp_kit.groups import Group
@@ -56,15 +57,21 @@ def require_equal(model: nn.Module, *, group: Group) -> None:
         )
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a .safetensors file, or a folder of them that together hold the tensors.
+def read_weights(path: Path, *, group: Group) -> dict[str, torch.Tensor]:
+    """Reads the weights of a run, of a checkpoint, of a .safetensors file or of a folder of them. Every rank calls it.
 
     Raises: ConfigError if there is none, or a file is damaged.
     """
+    if is_checkpoint(path):
+        opened = find(origin_of(path, flag_text="--init-from"), group=group)
+        if opened is None:
+            raise ConfigError(f"--init-from {path}: there is no good checkpoint in it.")
+        return weights_of(opened)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise ConfigError(
-            f"--init-from {path}: expected a .safetensors file or a folder of them; {'none is in it' if path.is_dir() else 'no such file'}."
+            f"--init-from {path}: expected a run, a checkpoint, a .safetensors file or a folder of them; "
+            f"{'none is in it' if path.is_dir() else 'no such file'}."
         )
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
@@ -76,52 +83,35 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Copies the tensors of `path` into the model by name; nothing is changed unless all fit.
+def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence[str] = ()) -> None:
+    """Copies the tensors of `path` into the model by name (`rename`: `old=new`); nothing is changed unless all fit.
 
     Raises: ConfigError with a table of missing, unexpected and differently shaped tensors.
     """
-    tensors = read_weights(path)
-    expected = model.state_dict()
-    twins = _tied_names(model)
-    rows = []
-    for name, own in expected.items():
-        given = next((tensors[twin] for twin in twins.get(name, (name,)) if twin in tensors), None)
-        if given is None and not name.endswith("num_batches_tracked"):
-            near = nearest(name, set(tensors) - set(expected))
-            rows.append(f"  missing     {name} {tuple(own.shape)}{f'   (the file has {near})' if near else ''}")
-        elif given is not None and given.shape != own.shape:
-            rows.append(f"  shape       {name}: the model has {tuple(own.shape)}, the file {tuple(given.shape)}")
-    rows += [f"  unexpected  {name} {tuple(tensors[name].shape)}" for name in tensors if name not in expected]
-    if rows:
-        more = f"\n  ... and {len(rows) - 20} more" if len(rows) > 20 else ""
-        raise ConfigError(f"--init-from {path} does not fit this model; nothing was loaded.\n" + "\n".join(rows[:20]) + more)
+    tensors = read_weights(path, group=group)
+    for old, new in (pair.split("=") for pair in rename):
+        if old not in tensors:
+            near = nearest(old, tensors)
+            raise ConfigError(f"--rename {old}={new}: {path} has no {old}.{f' Did you mean {near}?' if near else ''}")
+        tensors[new] = tensors.pop(old)
+    live = dict(sorted([*model.named_parameters(), *model.named_buffers()]))
+    saved = model.state_dict()
+    for alias, name in tied_names(model).items():
+        given = tensors.pop(alias, None)
+        if name not in tensors and given is not None:
+            tensors[name] = given
+    free = {name for name in live if name not in tensors and (name not in saved or name.endswith("num_batches_tracked"))}
+    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in live.items() if name not in free}
+    floats = {name for name in wanted if name in tensors and tensors[name].is_floating_point() and live[name].is_floating_point()}
+    found = {name: (tuple(tensor.shape), live[name].dtype if name in floats else tensor.dtype) for name, tensor in tensors.items()}
+    require_fit(found, wanted, where=f"--init-from {path}")
     with torch.no_grad():
-        for name, own in expected.items():
-            given = next((tensors[twin] for twin in twins.get(name, (name,)) if twin in tensors), None)
-            if given is not None:
-                own.copy_(given)
+        for name in wanted:
+            live[name].copy_(tensors[name])
 
 
-def _tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Returns, for each name of a tied tensor, all its names."""
-    by_identity: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_identity.setdefault(id(parameter), []).append(name)
-    return {name: tuple(names) for names in by_identity.values() for name in names if len(names) > 1}
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes parameters and buffers to one safetensors file, whole or not at all; a tied tensor once. One rank calls it."""
-    kept: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    persistent = model.state_dict(keep_vars=True)
-    for name, tensor in persistent.items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            kept[name] = tensor.detach().cpu().contiguous().clone()
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(kept, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Returns the further names of tied tensors, each with the first one."""
+    first: dict[int, str] = {}
+    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first[id(tensor)] for name, tensor in everything if first.setdefault(id(tensor), name) != name}

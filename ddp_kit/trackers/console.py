@@ -68,7 +68,7 @@ class Console:
 
     def event(self, event: Mapping[str, object]) -> None:
         """Prints what happens on the way. How a run starts is printed by others, how it ended by `finish`."""
-        if event.get("event") in ("start", "stop", "failure", "finish"):
+        if event.get("event") in ("start", "stop", "failure", "finish", "save"):
             return
         where = "".join(f"  {name} {event[name]}" for name in ("step", "rank") if name in event)
         message = f": {event['message']}" if event.get("message") else ""

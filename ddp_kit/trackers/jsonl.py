@@ -56,6 +56,20 @@ def read_json(path: Path) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
+def supersede(path: Path, *, step: int, owes_evaluation: bool) -> None:
+    """Drops from metrics.jsonl what a killed life wrote beyond the checkpoint of `step`: the life to come writes it again."""
+    kept = []
+    for record in read_lines(path):
+        at = record.get("step")
+        is_owed = owes_evaluation and at == step and record.get("kind") == "eval"
+        if isinstance(at, int) and at <= step and not is_owed and record.get("kind") != "test":
+            kept.append(json.dumps(record, ensure_ascii=False) + "\n")
+    if path.exists():
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+
+
 class JsonlTracker:
     """Appends records to metrics.jsonl and events.jsonl, each flushed at once, so that a killed run keeps what it logged.
 

@@ -1,0 +1,90 @@
+"""What a path means: a run, its checkpoints, one of them; and the weights in it.
+
+Owns: finding the checkpoint that a user names or that a life begins from.
+Refuses: guessing. A path that is none of these is an error that says what was expected.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ddp_kit.checkpoint.layout import FOLDER, Manifest, folder_of
+from ddp_kit.checkpoint.restore import Opened, open_checkpoint, open_newest
+from ddp_kit.checkpoint.retention import best, manifests_of
+from ddp_kit.checkpoint.storage import LocalDisk, Storage
+from ddp_kit.errors import ConfigError
+from ddp_kit.groups import Group
+from ddp_kit.logs import logger
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a life begins: a folder of checkpoints, and one of its steps (None: the newest good one)."""
+
+    folder: Path
+    step: int | None = None
+
+    @property
+    def storage(self) -> LocalDisk:
+        """The folder as storage."""
+        return LocalDisk(self.folder)
+
+
+def origin_of(path: Path, *, flag_text: str) -> Origin:
+    """Returns what a path of a run, of its checkpoints or of one checkpoint means. Raises: ConfigError if it is none of these."""
+    if match := FOLDER.fullmatch(path.name):
+        if path.is_dir():
+            return Origin(path.parent, int(match[1]))
+    elif (path / "checkpoints").is_dir():
+        return Origin(path / "checkpoints")
+    elif any(map(FOLDER.fullmatch, _names(path))):
+        return Origin(path)
+    raise ConfigError(f"{flag_text} {path}: expected a run, or one of its checkpoints such as runs/NAME/checkpoints/step-00000100.")
+
+
+def find(origin: Origin, *, group: Group) -> Opened | None:
+    """Returns the checkpoint to begin from, verified, or None if there is no good one. Every rank calls it."""
+    if origin.step is not None:
+        return open_checkpoint(origin.storage, origin.step, group=group)
+    for opened, note in open_newest(origin.storage, group=group):
+        if opened is not None:
+            return opened
+        logger.warning("%s", note)
+    return None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a run with checkpoints, a folder of them, or one of them."""
+    return bool(FOLDER.fullmatch(path.name)) or (path / "checkpoints").is_dir() or any(map(FOLDER.fullmatch, _names(path)))
+
+
+def _names(path: Path) -> list[str]:
+    return [found.name for found in path.iterdir()] if path.is_dir() else []
+
+
+def best_of(storage: Storage) -> Manifest | None:
+    """Returns the best checkpoint by the metric that the run follows; None if none was evaluated."""
+    found = manifests_of(storage)
+    mode, _, metric = found[0].best_by.partition(" ") if found else ("", "", "")
+    return best(found, metric=metric, mode=mode) if metric else None
+
+
+def path_of(path: Path, *, is_best: bool, step: int = -1, flag_text: str) -> Path:
+    """Returns the path of the best checkpoint of a run, or of that of a step. Raises: ConfigError if there is none."""
+    if not is_best and step < 0:
+        return path
+    origin = origin_of(path, flag_text=flag_text)
+    if is_best:
+        chosen = best_of(origin.storage)
+        if chosen is None:
+            raise ConfigError(f"{flag_text} {path} --best: no checkpoint in it was evaluated. Leave --best out for the newest one.")
+        step = chosen.step
+    return origin.folder / folder_of(step)
+
+
+def weights_of(opened: Opened) -> dict[str, torch.Tensor]:
+    """Returns the model's tensors by their names in the model, as evaluation used them: averaged where the run averages them."""
+    names = [name for name in opened.kinds if name.startswith("model/")]
+    averaged = {name.removeprefix("ema/") for name in opened.kinds if name.startswith("ema/")}
+    return {name[6:]: opened.tensor(f"ema/{name[6:]}" if name[6:] in averaged else name) for name in names}

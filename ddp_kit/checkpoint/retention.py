@@ -1,0 +1,89 @@
+"""Which checkpoints stay.
+
+Owns: the rule, the best one by its metric, and clearing away what killed lives left.
+Refuses: deleting the newest or the best one, and anything that is no checkpoint of ours. Rank 0 calls these.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+from ddp_kit.checkpoint.layout import (
+    FOLDER,
+    JSON_LIMIT,
+    MANIFEST,
+    DamagedError,
+    FormatError,
+    Manifest,
+    folder_of,
+    parse_manifest,
+    read_exactly,
+)
+from ddp_kit.checkpoint.storage import Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """`newest` stay beside the best by `metric` (`mode` min or max; empty: none is best); multiples of `every` steps stay for ever."""
+
+    newest: int = 3
+    every: int = 0
+    metric: str = ""
+    mode: str = "min"
+
+
+def steps(storage: Storage) -> list[int]:
+    """Returns the steps of committed checkpoints, newest first. Whether they are whole is not looked at."""
+    found = [(match, name) for name in storage.list("") if (match := FOLDER.fullmatch(name))]
+    return sorted((int(match[1]) for match, name in found if MANIFEST in storage.list(name)), reverse=True)
+
+
+def read_manifest(storage: Storage, step: int) -> Manifest:
+    """Returns the manifest of a checkpoint. Raises: DamagedError, FormatError, OSError."""
+    with storage.open(f"{folder_of(step)}/{MANIFEST}") as file:
+        size = file.seek(0, 2)
+        if size > JSON_LIMIT:
+            raise DamagedError(f"{MANIFEST} has {size} bytes")
+        file.seek(0)
+        return parse_manifest(read_exactly(file, size, name=MANIFEST), step=step)
+
+
+def best(manifests: list[Manifest], *, metric: str, mode: str) -> Manifest | None:
+    """Returns the checkpoint with the best value of a metric, the earliest of equals; None if none has it."""
+    valued = [(float(manifest.metrics[metric]), manifest) for manifest in manifests if metric in manifest.metrics]
+    valued = [(value, manifest) for value, manifest in valued if not math.isnan(value)]
+    if not valued:
+        return None
+    sign = 1 if mode == "min" else -1
+    return min(valued, key=lambda pair: (sign * pair[0], pair[1].step))[1]
+
+
+def manifests_of(storage: Storage) -> list[Manifest]:
+    """Returns all readable manifests, newest first."""
+    found = []
+    for step in steps(storage):
+        with contextlib.suppress(DamagedError, FormatError, FileNotFoundError):
+            found.append(read_manifest(storage, step))
+    return found
+
+
+def retire(storage: Storage, keep: Keep) -> None:
+    """Deletes the checkpoints that the rule lets go: renamed first, so that none is ever seen half-deleted."""
+    found = manifests_of(storage)
+    stay = {manifest.step for manifest in found[: max(keep.newest, 1)]}
+    chosen = best(found, metric=keep.metric, mode=keep.mode) if keep.metric else None
+    if chosen is not None:
+        stay.add(chosen.step)
+    for manifest in found:
+        if manifest.step not in stay and not (keep.every and manifest.step % keep.every == 0):
+            folder = folder_of(manifest.step)
+            storage.rename(folder, f"{folder}.deleted")
+            storage.remove(f"{folder}.deleted")
+
+
+def clear(storage: Storage) -> None:
+    """Removes what killed lives left: temporary folders and half-deleted ones. At start, before any save."""
+    for name in storage.list(""):
+        step, _, rest = name.partition(".")
+        if FOLDER.fullmatch(step) and (rest.startswith("tmp-") or rest == "deleted"):
+            storage.remove(name)

@@ -1,0 +1,73 @@
+"""Going on where an earlier life of a run stopped.
+
+Owns: which checkpoint a life begins from, and what may differ from the life before.
+Refuses: a difference nobody named. What is free to change changes nothing about the experiment.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ddp_kit.checkpoint.restore import Opened
+from ddp_kit.early_stopping import EarlyStopping
+from ddp_kit.errors import ConfigError, nearest
+from ddp_kit.settings import Settings, flag, flatten
+from ddp_kit.state import restore_state
+from ddp_kit.training import Training
+
+FREE = {
+    *("num_workers", "device", "threads", "compile", "tuning", "tracker", "run_dir", "resume", "change", "init_from", "rename"),
+    *("eval_every", "log_every", "save_every", "save_minutes", "keep", "keep_every", "find_unused_parameters"),
+}
+RECIPE = "recipe's text"
+
+
+def binding(settings: Settings, *, recipe: str) -> dict[str, str]:
+    """Returns what a later life must share, as {name: JSON text}: all settings but the free ones, and the recipe's hash."""
+    free = FREE | ({"max_steps"} if settings.epochs else set())
+    free -= {"threads"} if getattr(settings, "exact", False) else set()
+    fields = {name: text for name, text in flatten(settings).items() if name not in free and name.split(".")[0] != "wandb"}
+    return fields | {RECIPE: recipe}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, str]) -> list[str]:
+    """Returns the names of what differs."""
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def require_unchanged(opened: Opened, new: Mapping[str, str], *, change: tuple[str, ...]) -> list[str]:
+    """Returns the names that differ and were named. Raises: ConfigError with a table of those that were not."""
+    old = opened.values["settings"]
+    names = {name.lstrip("-").replace("-", "_") for name in change}
+    changed = differences(old, new)
+    allowed = [name for name in changed if name in names or (name == RECIPE and "recipe" in names)]
+    unknown = [name for name in names if name not in new and name != "recipe"]
+    if unknown:
+        near = nearest(unknown[0], new)
+        raise ConfigError(f"--change {unknown[0]}: the recipe has no such setting.{f' Did you mean {near}?' if near else ''}")
+    refused = [name for name in changed if name not in allowed]
+    if refused:
+        rows = [("setting", "checkpoint", "now"), *((flag(name), _shown(old.get(name)), _shown(new.get(name))) for name in refused)]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        table = "\n".join("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        words = " ".join("recipe" if name == RECIPE else name for name in refused)
+        raise ConfigError(
+            f"the run in {opened.folder} was started with other settings:\n{table}\n"
+            f"Type them as they were, or --change {words} to go on with the new ones, or another --run-dir."
+        )
+    return allowed
+
+
+def _shown(text: Any) -> str:
+    return "-" if text is None else text[:12] if isinstance(text, str) and len(text) == 64 else str(text)[:40]
+
+
+def resume(opened: Opened, training: Training, *, settings: Settings, new: Mapping[str, str], early_stopping: EarlyStopping) -> list[str]:
+    """Puts a life into the state of a checkpoint. Every rank calls it. Returns the settings that were changed on purpose.
+
+    Raises: ConfigError for a checkpoint that does not fit, with nothing changed.
+    """
+    changed = require_unchanged(opened, new, change=settings.change)
+    restore_state(opened, training, early_stopping=early_stopping, keeps_hyperparameters=not changed)
+    assert training.checkpoints is not None
+    training.checkpoints.resumed(opened)
+    return changed

@@ -1,0 +1,183 @@
+"""When a run saves, what it saves, and what it says about it.
+
+Owns: the checkpoints of one run, from a step boundary to the record of a save that has ended.
+Refuses: deciding alone: all ranks save at the same steps, by the pace, an evaluation all know, or the control packet.
+"""
+
+import hashlib
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_kit.checkpoint.commit import Ranks
+from ddp_kit.checkpoint.layout import Manifest
+from ddp_kit.checkpoint.restore import Opened, open_checkpoint
+from ddp_kit.checkpoint.retention import Keep, best, clear, manifests_of
+from ddp_kit.checkpoint.saver import Saved, Saver
+from ddp_kit.checkpoint.storage import LocalDisk, Storage
+from ddp_kit.collectives import from_rank
+from ddp_kit.early_stopping import EarlyStopping
+from ddp_kit.groups import gloo_group
+from ddp_kit.logs import logger
+from ddp_kit.state import State, model_tensors, state_of
+from ddp_kit.training import Training
+
+COMMIT_S = 1800  # a shared file system may take its time
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a checkpoint says of its run beside the state. `binding` are the settings that a later life must share."""
+
+    run_id: str
+    binding: Mapping[str, Any] = field(default_factory=dict)
+    steps_per_epoch: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every rank makes one after wrapping, and calls `save` at the same steps."""
+
+    def __init__(
+        self,
+        training: Training,
+        storage: Storage,
+        *,
+        about: About,
+        keep: Keep,
+        minutes: float = 0.0,
+        early_stopping: EarlyStopping | None = None,
+        on_end: Callable[[Saved], None] | None = None,
+    ):
+        """Args: `minutes` of wall time after which rank 0 asks for a save; `on_end` hears of each save that has ended."""
+        group = training.group
+        self._training, self._about, self._minutes, self._early_stopping = training, about, minutes, early_stopping
+        self._on_end = on_end or _warn
+        if group.rank == 0:
+            clear(storage)
+        token = from_rank(group, uuid.uuid4().hex[:12].encode()).decode()
+        ranks = Ranks(group.rank, group.world_size, gloo_group(group, timeout=timedelta(seconds=COMMIT_S)))
+        self._saver = Saver(storage, ranks, device=group.device, token=token, keep=keep)
+        group.closing.callback(lambda: self._saver.close(abandon=group.has_failed))
+        self._last_save = time.monotonic()
+        self._keep, self._best = keep, math.nan
+        self.saved_step = -1  # of the newest checkpoint begun or resumed from
+
+    def is_due(self) -> bool:
+        """Whether this rank asks for a save by wall time: rank 0's clock decides for all."""
+        return bool(self._minutes) and self._training.group.rank == 0 and time.monotonic() - self._last_save > 60 * self._minutes
+
+    def prepare(self) -> None:
+        """After the first step of a life: looks whether the state can be saved, and makes room for it in the background.
+
+        Raises: ConfigError for a state that is not tensors and plain data.
+        """
+        self._saver.reserve(self._state().tensors)
+
+    def improves(self, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation is the best so far, which it then is."""
+        value = metrics.get(self._keep.metric, math.nan)
+        is_better = value < self._best if self._keep.mode == "min" else value > self._best
+        if is_better or (math.isnan(self._best) and not math.isnan(value)):
+            self._best = value
+            return True
+        return False
+
+    def resumed(self, opened: Opened) -> None:
+        """Takes over from the life that wrote a checkpoint."""
+        self.saved_step, self._best = opened.manifest.step, float(opened.values["best"])
+
+    def save(self, metrics: Mapping[str, float]) -> None:
+        """Begins a save of the current step, unless it has one. `metrics` are of an evaluation at this step, {} without.
+
+        Raises: SaveError on every rank after three failures in a row.
+        """
+        training = self._training
+        if training.step == self.saved_step:
+            return
+        self.finish()
+        state = self._state()
+        steps = self._about.steps_per_epoch
+        cursor = {
+            "step": training.step,
+            "epoch": training.step // steps if steps else 0,
+            "samples": training.step * training.plan.global_batch,
+        }
+        manifest = Manifest(
+            run_id=self._about.run_id,
+            step=training.step,
+            world_size=training.group.world_size,
+            settings_sha256=hashlib.sha256(json.dumps(self._about.binding, sort_keys=True).encode()).hexdigest(),
+            time=time.time(),
+            best_by=f"{self._keep.mode} {self._keep.metric}" if self._keep.metric else "",
+            cursor=cursor,
+            metrics={name: value if math.isfinite(value) else repr(value) for name, value in metrics.items()},
+        )
+        copied = self._saver.save(state.tensors, state.values, manifest=manifest, first=state.buffers)
+        training.copied = copied.ready
+        self.saved_step, self._last_save = training.step, time.monotonic()
+
+    def _state(self) -> State:
+        more = {"settings": dict(self._about.binding), "run_id": self._about.run_id, "best": repr(self._best)}
+        return state_of(self._training, early_stopping=self._early_stopping, more=more)
+
+    def report(self) -> None:
+        """Tells of the save that has ended since the last call. Raises: what ended the thread, if that was no full disk and its like."""
+        ended = self._saver.ended()
+        if ended is not None:
+            self._on_end(ended)
+
+    def finish(self) -> None:
+        """Waits for the save in flight and tells of it. Raises: SaveError if it is the third failure in a row."""
+        self._saver.wait()
+        self.report()
+        self._saver.raise_repeated()
+
+
+@contextmanager
+def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterator[int]:
+    """Puts the weights of the best checkpoint, as they were evaluated, into the model, and the last ones back at the end. Yields its
+    step; without one 0, and the last weights are used as evaluation uses them. Every rank calls it.
+    """
+    group, model = training.group, training.model
+    found = best(manifests_of(storage), metric=keep.metric, mode=keep.mode) if group.rank == 0 and keep.metric else None
+    step = int(from_rank(group, str(found.step if found else 0).encode()))
+    if not step:
+        with training.average.applied() if training.average is not None else nullcontext():
+            yield 0
+        return
+    opened = open_checkpoint(storage, step, group=group)
+    live = model_tensors(model)
+    last = {name: tensor.detach().clone() for name, tensor in live.items()}
+    try:
+        opened.copy_into(live)
+        if training.average is not None:
+            opened.copy_into({f"ema/{name}": live[f"model/{name}"] for name in training.average.names})
+        yield step
+    finally:
+        with torch.no_grad():
+            for name, tensor in last.items():
+                live[name].copy_(tensor)
+
+
+def _warn(saved: Saved) -> None:
+    if saved.error or saved.note:
+        logger.warning("%s", saved.error or saved.note)
+
+
+def save(training: Training, path: Path | str) -> None:
+    """Saves the state of a loop of one's own into a folder; training waits for the copy only. Every rank calls it at the same steps.
+
+    The newest three stay. Raises: SaveError on every rank after three failures in a row.
+    """
+    if training.checkpoints is None:
+        training.checkpoints = Checkpoints(training, LocalDisk(Path(path)), about=About(run_id="own"), keep=Keep())
+    training.checkpoints.save({})

@@ -1,0 +1,164 @@
+"""All that a run must remember, as named tensors and plain values; and putting it back.
+
+Owns: which items of state there are, under which names. A later life that gets all of them back goes on bit for bit.
+Refuses: files, and randomness (a counter and the seed give every draw again).
+
+Names: `model/NAME`, `ema/NAME`, `optimizer/OBJECTIVE NAME/KEY`, with the bare model's parameter names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ddp_kit.checkpoint.encoding import decode, encode, references
+from ddp_kit.checkpoint.layout import NAMES
+from ddp_kit.checkpoint.restore import Opened, require_fit
+from ddp_kit.early_stopping import EarlyStopping
+from ddp_kit.errors import ConfigError
+from ddp_kit.training import ObjectiveState, Training
+from ddp_kit.weights import tied_names
+
+KEEPS_OWN = {"params", "foreach", "fused", "capturable", "differentiable"}  # of a parameter group: how it is computed, not what
+
+
+@dataclass(frozen=True)
+class State:
+    """Live tensors by name, and values that JSON can hold. `buffers` are the tensors that a forward pass changes."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The tensors that must be copied before the next forward pass."""
+        return {name: tensor for name, tensor in self.tensors.items() if not isinstance(tensor, nn.Parameter)}
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns parameters and all buffers as `model/NAME`, a tied one once."""
+    return {f"model/{name}": tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def state_of(training: Training, *, early_stopping: EarlyStopping | None = None, more: Mapping[str, Any] | None = None) -> State:
+    """Returns the state of a run at a step boundary; `more` are values of the caller's own.
+
+    Raises: ConfigError if an optimizer's or scheduler's state is not tensors and plain data.
+    """
+    tensors = model_tensors(training.model)
+    if training.average is not None:
+        tensors |= {f"ema/{name}": tensor for name, tensor in zip(training.average.names, training.average.averages, strict=True)}
+    names = {id(parameter): name for name, parameter in training.model.named_parameters()}
+    objectives = [_objective_values(objective, names, tensors) for objective in training.objectives]
+    values: dict[str, Any] = {"step": training.step, "skipped": training.skipped, "objectives": objectives}
+    values["tied"] = tied_names(training.model)
+    if early_stopping is not None:
+        own = {"best": early_stopping.best, "best_step": early_stopping.best_step, "stale": early_stopping.stale}
+        values["early_stopping"] = encode(own, tensors, name="early_stopping")
+    values |= more or {}
+    values["tensors"] = {name: [list(tensor.shape), NAMES[tensor.dtype]] for name, tensor in tensors.items()}
+    return State(tensors, values)
+
+
+def _objective_values(objective: ObjectiveState, names: Mapping[int, str], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    prefix = f"optimizer/{objective.name}"
+    groups, states = [], {}
+    for group in objective.optimizer.param_groups:
+        own = {key: value for key, value in group.items() if key not in KEEPS_OWN}
+        groups.append(encode(own, tensors, name=f"{prefix}group"))
+        for parameter in group["params"]:
+            kept = objective.optimizer.state.get(parameter)
+            if kept:
+                name = names[id(parameter)]
+                states[name] = {key: encode(value, tensors, name=f"{prefix}{name}/{key}") for key, value in kept.items()}
+    schedule = objective.scheduler.state_dict() if objective.scheduler is not None else None
+    encoded = encode(schedule, tensors, name=f"scheduler/{objective.name}")
+    return {"name": objective.name, "groups": groups, "state": states, "scheduler": encoded, "scale": asdict(objective.scale)}
+
+
+def restore_state(
+    opened: Opened, training: Training, *, early_stopping: EarlyStopping | None = None, keeps_hyperparameters: bool = True
+) -> None:
+    """Puts a checkpoint's state into a run that was composed alike. Every rank calls it.
+
+    Args: `keeps_hyperparameters` False: the optimizer's numbers (momentum, weight decay, ...) are this life's, and its schedule goes on
+        from the step reached, with this life's rates.
+    Raises: ConfigError with a table if the tensors do not fit, with nothing changed.
+    """
+    values = opened.values
+    names = dict(training.model.named_parameters())
+    saved = {entry["name"]: entry for entry in values["objectives"]}
+    own = {objective.name: len(objective.optimizer.param_groups) for objective in training.objectives}
+    if {name: len(entry["groups"]) for name, entry in saved.items()} != own:
+        raise ConfigError(f"{opened.folder} has other objectives or parameter groups than this recipe.")
+    targets = model_tensors(training.model)
+    if training.average is not None:
+        targets |= {f"ema/{name}": tensor for name, tensor in zip(training.average.names, training.average.averages, strict=True)}
+    states = {objective.name: _fresh(opened, objective, saved[objective.name], names) for objective in training.objectives}
+    for tensors in states.values():
+        targets |= tensors
+    loose = [part for entry in values["objectives"] for part in (entry["groups"], entry["scheduler"])]
+    targets |= {name: torch.empty(opened.kinds[name][0], dtype=opened.kinds[name][1]) for name in references(loose)}
+    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in targets.items()}
+    require_fit(opened.kinds, wanted, where=opened.folder)
+    opened.copy_into(targets)
+    for objective in training.objectives:
+        _restore_objective(objective, saved[objective.name], names, targets, keeps_hyperparameters=keeps_hyperparameters)
+    training.step, training.skipped = values["step"], values["skipped"]
+    if early_stopping is not None and "early_stopping" in values:
+        for key, value in decode(values["early_stopping"], targets).items():
+            setattr(early_stopping, key, value)
+
+
+def _fresh(
+    opened: Opened, objective: ObjectiveState, saved: Mapping[str, Any], names: Mapping[str, nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """Returns new tensors for an optimizer's state, each where torch would have it: like its parameter, a scalar on the CPU."""
+    tensors = {}
+    for name, kept in saved["state"].items():
+        like = names.get(name)
+        for reference in references(kept):
+            shape, dtype = opened.kinds[reference]
+            if like is not None and like.shape == shape:
+                tensors[reference] = torch.empty_like(like, dtype=dtype, requires_grad=False)
+            else:
+                on_device = like is not None and (bool(shape) or _steps_on_device(objective.optimizer))
+                tensors[reference] = torch.empty(shape, dtype=dtype, device=like.device if like is not None and on_device else "cpu")
+    return tensors
+
+
+def _steps_on_device(optimizer: Optimizer) -> bool:
+    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+
+
+def _restore_objective(
+    objective: ObjectiveState,
+    saved: Mapping[str, Any],
+    names: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    keeps_hyperparameters: bool,
+) -> None:
+    optimizer = objective.optimizer
+    optimizer.state.clear()
+    for name, kept in saved["state"].items():
+        optimizer.state[names[name]] = decode(kept, tensors)
+    groups = [decode(group, tensors) for group in saved["groups"]]
+    ratios = [1.0] * len(groups)
+    for i, (own, group) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        if keeps_hyperparameters:
+            own.update(group)
+            continue
+        base = "initial_lr" if "initial_lr" in group else "lr"
+        ratios[i] = own[base] / group[base] if group[base] else 1.0
+        own["lr"] = group["lr"] * ratios[i]
+    if objective.scheduler is not None:
+        state = decode(saved["scheduler"], tensors)
+        if not keeps_hyperparameters and "base_lrs" in state:
+            state["base_lrs"] = [rate * ratio for rate, ratio in zip(state["base_lrs"], ratios, strict=True)]
+        objective.scheduler.load_state_dict(state)
+    for key, value in saved["scale"].items():
+        setattr(objective.scale, key, value)
