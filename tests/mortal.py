@@ -1,0 +1,93 @@
+"""A recipe that has every item of state there is, and that dies where it is told: a life is cut short by SIGKILL on one rank."""
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from cases import classify, vectors
+from torch import nn
+
+import ddp_kit
+from ddp_kit import Data, Recipe, schedules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ddp_kit.Settings):
+    """3 epochs of 10 steps; batches that accumulate."""
+
+    global_batch: int = 24
+    micro_batch: int = 4
+    epochs: int = 3
+    device: Any = "cpu"
+    log_every: int = 1
+    eval_every: int = 4
+    grad_clip: float = 0.5
+    ema: float = 0.9
+    lr: float = 0.05
+    optimizer: str = "adamw"
+    width: int = 512  # 3 x 512 x 512: several of DDP's buckets
+    deaths: str = ""  # "step:rank step:rank", the first one not yet died
+    run_dir: str = ""
+
+
+class Net(nn.Module):
+    """Layers in another order than they are used, BatchNorm, dropout, tied weights."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.last = nn.Linear(width, 4)
+        self.middle = nn.ModuleList([nn.Linear(width, width) for _ in range(3)])
+        self.twice = self.middle[0]
+        self.norm, self.drop = nn.BatchNorm1d(width), nn.Dropout(0.2)
+        self.first = nn.Linear(6, width)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.first(inputs))
+        for layer in reversed(self.middle):
+            hidden = torch.tanh(layer(hidden))
+        return self.last(self.drop(hidden))
+
+
+def jitter(batch: Any, draws: Any) -> Any:
+    inputs, labels = batch
+    return inputs + torch.from_numpy(0.1 * draws.normal(inputs.shape[1]).astype(np.float32)), labels
+
+
+class Death:
+    """A callback that kills its rank once a step is done."""
+
+    def __init__(self, deaths: str) -> None:
+        self.deaths = [tuple(map(int, pair.split(":"))) for pair in deaths.split()]
+
+    def on_start(self, model: nn.Module) -> None:
+        """Nobody dies yet."""
+
+    def on_step(self, step: int) -> None:
+        if (step, int(os.environ.get("RANK", "0"))) in self.deaths:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nobody dies here."""
+
+    def on_end(self, reason: str) -> None:
+        """Nobody dies any more."""
+
+
+def recipe(settings: Settings) -> Recipe:
+    kinds = {
+        "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=settings.lr / 10),
+        "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9, nesterov=True),
+    }
+    return Recipe(
+        model=lambda: Net(settings.width),
+        loss=classify,
+        optimizer=kinds[settings.optimizer],
+        scheduler=lambda optimizer, total_steps: schedules.warmup_cosine(optimizer, total_steps),
+        train_data=lambda: Data(vectors(), augment=jitter),
+        eval_data=lambda: vectors(50),
+        callbacks=[Death(os.environ.get("DEATHS", ""))],
+    )

@@ -1,0 +1,46 @@
+"""A run that was killed goes on bit for bit."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import train
+
+MORTAL = str(Path(__file__).with_name("mortal.py"))
+
+
+def run(folder: Path, *args: str, deaths: str = "", world_size: int = 3) -> Any:
+    folder.mkdir(exist_ok=True)
+    return train(*args, folder=folder, recipe=MORTAL, world_size=world_size, env={"DEATHS": deaths}, limit_s=60)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    kept = ("kind", "step", "epoch", "loss", "accuracy", "lr", "grad_norm", "loss_scale")
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [{name: record.get(name) for name in kept} for record in map(json.loads, lines)]
+
+
+@pytest.mark.parametrize(
+    ("args", "deaths"),
+    [
+        (["--save-every", "3"], ["8:1", "17:0", "21:2"]),
+        (["--save-every", "5", "--optimizer", "sgd", "--num-workers", "2"], ["13:2"]),
+        (["--save-every", "7", "--precision", "bf16"], ["9:0"]),
+        pytest.param(["--save-every", "1", "--precision", "fp16"], ["6:1", "11:2"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, args: list[str], deaths: list[str]) -> None:
+    """3 ranks: with two, DDP's rebuilt buckets could not show."""
+    whole = run(tmp_path / "whole", *args)
+    assert whole.codes == [0, 0, 0], whole.errors
+    for death in deaths:
+        cut = run(tmp_path / "cut", *args, deaths=death)
+        assert -signal.SIGKILL in cut.codes, cut.errors
+        assert cut.status["status"] == "failed"
+    last = run(tmp_path / "cut", *args)
+    assert last.codes == [0, 0, 0], last.errors
+    assert last.status["weights_sha256"] == whole.status["weights_sha256"]
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    assert last.status["metrics"] == whole.status["metrics"]
