@@ -13,8 +13,9 @@ from ddp_kit.errors import ConfigError, DdpKitError, nearest
 VERBS = {
     "new": ("ddp_kit.commands.new", "start a recipe of your own from a shipped one: new my.py --from cifar"),
     "check": ("ddp_kit.commands.check", "two steps and an evaluation of a recipe: memory, rate, time to finish; leaves nothing"),
-    "evaluate": ("ddp_kit.evaluate", "evaluate weights: evaluate RECIPE.py --init-from weights.safetensors"),
+    "evaluate": ("ddp_kit.evaluate", "evaluate weights: evaluate RECIPE.py --from runs/NAME"),
     "show": ("ddp_kit.commands.show", "one screen about a run: status, metrics, curve: show runs/NAME"),
+    "ckpt": ("ddp_kit.commands.ckpt", "a run's checkpoints: ckpt ls RUN, verify, export, diff"),
     "env": ("ddp_kit.commands.env", "what to paste into a bug report"),
 }
 

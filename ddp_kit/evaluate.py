@@ -1,4 +1,4 @@
-"""`python -m ddp_kit.evaluate RECIPE.py --init-from weights.safetensors [--field value ...]`: evaluation alone, at any world size.
+"""`python -m ddp_kit.evaluate RECIPE.py --from RUN [--best] [--field value ...]`: evaluation alone, at any world size.
 
 Owns: that command; `ddp-kit evaluate` is the same in one process.
 Refuses: optimizers and training data: they are not built.
@@ -6,8 +6,11 @@ Refuses: optimizers and training data: they are not built.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+from ddp_kit.checkpoint.find import path_of
 from ddp_kit.compose import Evaluator, build_model, data_sets, placement_of, require_same_settings, settle_memory_format
 from ddp_kit.errors import ConfigError
 from ddp_kit.flags import parse
@@ -27,11 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         source = load_recipe(recipe_path(args, command="python -m ddp_kit.evaluate"))
-        settings = parse(source.settings, args[1:], prog=f"ddp_kit.evaluate {args[0]}", rank=read_topology().rank)
+        flags = ["--init-from" + flag[6:] if flag.split("=")[0] == "--from" else flag for flag in args[1:] if flag != "--best"]
+        settings = parse(source.settings, flags, prog=f"ddp_kit.evaluate {args[0]}", rank=read_topology().rank)
         if not settings.init_from:
-            raise ConfigError(
-                "evaluation needs weights: type --init-from FILE.safetensors; a run leaves its own as runs/NAME/model.safetensors."
-            )
+            raise ConfigError("evaluation needs weights: type --from runs/NAME (and --best for its best checkpoint), or --from FILE.")
+        if "--best" in args:
+            settings = replace(settings, init_from=str(path_of(Path(settings.init_from), is_best=True, flag_text="--from")))
         with session(settings) as group, rank_log(None, rank=group.rank):
             require_same_settings(group, settings, text=source.text)
             _evaluate(source, settings, group)

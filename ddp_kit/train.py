@@ -4,9 +4,7 @@ Owns: the life of a run from its flags to its exit code, and what it leaves in t
 Refuses: doing any of it itself: it calls the parts in order.
 """
 
-import json
 import sys
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -16,17 +14,15 @@ from typing import Any
 from torch import nn
 
 from ddp_kit import batching
+from ddp_kit.begin import Place, begins_from, open_directory
 from ddp_kit.blame import Verdict
-from ddp_kit.checkpoint.find import Origin, find, origin_of
-from ddp_kit.checkpoint.restore import Opened
 from ddp_kit.checkpoint.retention import Keep
 from ddp_kit.checkpoint.storage import LocalDisk
 from ddp_kit.collectives import from_rank
-from ddp_kit.compose import Composition, Evaluator, compose, data_sets, require_same_settings
+from ddp_kit.compose import Composition, Evaluator, compose, data_sets, keep_of, require_same_settings
 from ddp_kit.early_stopping import EarlyStopping
-from ddp_kit.environment import describe
 from ddp_kit.errors import ConfigError
-from ddp_kit.fit import Ending, Pace, fit, stopped
+from ddp_kit.fit import Ending, fit, stopped
 from ddp_kit.flags import parse
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger, rank_log
@@ -34,14 +30,14 @@ from ddp_kit.preemption import StopFlag, Stopped, signals_noted
 from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
 from ddp_kit.report import Reporter
 from ddp_kit.resume import binding, resume
-from ddp_kit.run_dir import RunDir, default_name, require_shared
+from ddp_kit.run_dir import RunDir
 from ddp_kit.saving import About, Checkpoints, best_weights
 from ddp_kit.session import exit_code, recipe_path, run_command, session
 from ddp_kit.settings import Settings, check, to_json
 from ddp_kit.topology import facts, read_topology
 from ddp_kit.trackers import RunInfo, Tracker, redact
 from ddp_kit.trackers.console import Console
-from ddp_kit.trackers.jsonl import JsonlTracker, json_text, read_json, supersede
+from ddp_kit.trackers.jsonl import JsonlTracker, supersede
 from ddp_kit.training import Training
 from ddp_kit.weights import weights_sha256
 
@@ -129,15 +125,20 @@ def _train(
     recipe = build()
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"the function `recipe` must return a ddp_kit.Recipe; it returned {type(recipe).__name__}.")
-    place = _open_directory(settings, group, life, stack, name=name, source=source)
+
+    def claimed(directory: RunDir) -> None:
+        stack.callback(directory.release)
+        life.directory = directory
+
+    place = open_directory(settings, group, name=name, source=source, claimed=claimed)
     path = life.path = place.path
     stack.enter_context(rank_log(path / "logs", rank=group.rank))
-    opened = _begins_from(settings, group, place)
+    opened = begins_from(settings, group, place)
     composition = life.composition = compose(recipe, settings if opened is None else replace(settings, init_from=""), group)
     reporter = life.reporter = _reporter(recipe, settings, group)
     training, pace, stopping = composition.training, composition.pace, EarlyStopping(settings.early_stop)
     new = binding(settings, recipe=source.sha256 if source else "")
-    keep = _keep(settings, composition)
+    keep = keep_of(settings, composition.evaluator)
     training.checkpoints = Checkpoints(
         training,
         LocalDisk(path / "checkpoints"),
@@ -150,7 +151,7 @@ def _train(
     owes = False
     if opened is not None:
         changed = resume(opened, training, settings=settings, new=new, early_stopping=stopping)
-        if place.earlier.get("status") == "finished" and not changed and _is_over(place, training, pace):
+        if place.is_finished and not changed and (training.step >= pace.end or place.is_stopped_early):
             return _finished_before(place, training)
         owes = pace.evaluates(training.step) and not opened.manifest.metrics
     if group.rank == 0:
@@ -192,77 +193,7 @@ def _train(
     return _finish(ending, composition, reporter, life, path, digest=digest)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """The run directory as all ranks know it."""
-
-    path: Path
-    run_id: str
-    earlier: Mapping[str, object]  # the status that an earlier life left
-
-
-def _open_directory(settings: Settings, group: Group, life: _Life, stack: ExitStack, *, name: str, source: RecipeSource | None) -> _Place:
-    """Rank 0 chooses and claims the run directory and writes the facts of the run; all ranks learn the path."""
-    path = Path(settings.run_dir) if settings.run_dir else default_name(name)
-    run_id, earlier = "", {}
-    if group.rank == 0:
-        directory = RunDir(path)
-        directory.claim()
-        stack.callback(directory.release)
-        earlier = directory.earlier()
-        if earlier and settings.resume == "never":
-            raise ConfigError(
-                f"--run-dir {path}: already holds a run (status {earlier.get('status')}, step {earlier.get('step')}), and "
-                "--resume never forbids to go on with it. Type another --run-dir, or leave --resume out."
-            )
-        life.directory = directory
-        before = read_json(path / "settings.json")
-        run_id = str(before.get("run_id") or uuid.uuid4().hex[:16]) if earlier else uuid.uuid4().hex[:16]
-        about = {"run_id": run_id, "recipe": str(source.path) if source else name} | ({"recipe_sha256": source.sha256} if source else {})
-        defaults = to_json(source.settings()) if source else {}
-        directory.write_json("settings.json", about | {"settings": redact(to_json(settings)), "defaults": redact(defaults)})
-        folder = source.path.parent if source else None
-        directory.write_json("env.json", describe(group.topology, group.device, recipe_folder=folder))
-        if not earlier:
-            directory.status("running")
-    facts_of_run = json_text({"path": path, "run_id": run_id, "earlier": earlier}).encode()
-    agreed = json.loads(from_rank(group, facts_of_run))
-    place = _Place(path=Path(agreed["path"]), run_id=agreed["run_id"], earlier=agreed["earlier"])
-    require_shared(place.path, place.run_id, group=group)
-    return place
-
-
-def _begins_from(settings: Settings, group: Group, place: _Place) -> Opened | None:
-    """Returns the checkpoint that this life goes on from, if there is one."""
-    if settings.resume not in ("auto", "never"):
-        opened = find(origin_of(Path(settings.resume), flag_text="--resume"), group=group)
-        if opened is None:
-            raise ConfigError(f"--resume {settings.resume}: there is no good checkpoint in it.")
-        return opened
-    opened = find(Origin(place.path / "checkpoints"), group=group) if settings.resume == "auto" else None
-    if opened is not None and opened.manifest.run_id != place.run_id:
-        raise ConfigError(
-            f"--run-dir {place.path}: its {opened.folder} belongs to another run ({opened.manifest.run_id}, not {place.run_id}). "
-            f"Type --resume {place.path / 'checkpoints' / opened.folder} to go on from it all the same."
-        )
-    if opened is None and place.earlier.get("step"):
-        logger.warning("no good checkpoint is in %s: the run begins again at step 0", place.path)
-    return opened
-
-
-def _is_over(place: _Place, training: Training, pace: Pace) -> bool:
-    return training.step >= pace.end or str(place.earlier.get("reason", "")).startswith("stopped early")
-
-
-def _keep(settings: Settings, composition: Composition) -> Keep:
-    """Returns which checkpoints stay; the best one by the early-stopping metric, else the first evaluation loss."""
-    losses = [name for name in composition.evaluator.names if name == "loss" or name.endswith("/loss")]
-    rule = settings.early_stop
-    metric, mode = (rule.metric, rule.mode) if rule.metric else (losses[0] if losses else "", "min")
-    return Keep(newest=settings.keep, every=settings.keep_every, metric=metric, mode=mode)
-
-
-def _finished_before(place: _Place, training: Training) -> Outcome:
+def _finished_before(place: Place, training: Training) -> Outcome:
     """The run is finished and nothing was changed: says so."""
     earlier: Any = place.earlier
     logger.info("run %s is finished already (step %s): nothing to do", place.path, earlier["step"])

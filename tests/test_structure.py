@@ -15,11 +15,11 @@ LAYERS = [
     ["topology", "tuning", "batching", "settings", "flags", "metrics", "logs"],
     ["blame", "groups", "collectives", "control", "seeding"],
     [
-        *("strategies", "data", "trackers", "precision", "early_stopping", "preemption", "ema", "schedules"),
-        *("buffers", "callbacks", "counts", "weights", "best", "run_dir", "environment"),
+        *("strategies", "data", "checkpoint", "trackers", "precision", "early_stopping", "preemption", "ema", "schedules"),
+        *("buffers", "callbacks", "counts", "weights", "run_dir", "environment"),
     ],
-    ["recipe", "training", "finite", "step", "wrapping", "evaluation", "report", "fit"],
-    ["auto", "compose", "session", "train", "evaluate", "commands", "cli"],
+    ["recipe", "training", "state", "saving", "finite", "step", "wrapping", "evaluation", "report", "fit"],
+    ["auto", "compose", "resume", "begin", "session", "train", "evaluate", "commands", "cli"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 CORE_APART = {"strategies", "trackers", "commands", "testing", "cli", "environment"}

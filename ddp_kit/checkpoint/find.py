@@ -83,8 +83,7 @@ def path_of(path: Path, *, is_best: bool, step: int = -1, flag_text: str) -> Pat
     return origin.folder / folder_of(step)
 
 
-def weights_of(opened: Opened) -> dict[str, torch.Tensor]:
-    """Returns the model's tensors by their names in the model, as evaluation used them: averaged where the run averages them."""
-    names = [name for name in opened.kinds if name.startswith("model/")]
-    averaged = {name.removeprefix("ema/") for name in opened.kinds if name.startswith("ema/")}
-    return {name[6:]: opened.tensor(f"ema/{name[6:]}" if name[6:] in averaged else name) for name in names}
+def weights_of(opened: Opened, *, averaged: bool = True) -> dict[str, torch.Tensor]:
+    """Returns the model's tensors by their names in the model; `averaged`: as evaluation used them, if the run averages them."""
+    names = [name.removeprefix("model/") for name in opened.kinds if name.startswith("model/")]
+    return {name: opened.tensor(f"ema/{name}" if averaged and f"ema/{name}" in opened.kinds else f"model/{name}") for name in names}

@@ -1,0 +1,91 @@
+"""Where a life of a run begins: its directory, and the checkpoint it goes on from.
+
+Owns: claiming the run directory, what is written there at start, and the choice between a new run, the next life and a copy of another run.
+Refuses: going on from a checkpoint of another run by accident.
+"""
+
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddp_kit.checkpoint.find import Origin, find, origin_of
+from ddp_kit.checkpoint.restore import Opened
+from ddp_kit.collectives import from_rank
+from ddp_kit.environment import describe
+from ddp_kit.errors import ConfigError
+from ddp_kit.groups import Group
+from ddp_kit.logs import logger
+from ddp_kit.recipe import RecipeSource
+from ddp_kit.run_dir import RunDir, default_name, require_shared
+from ddp_kit.settings import Settings, to_json
+from ddp_kit.trackers import redact
+from ddp_kit.trackers.jsonl import json_text, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The run directory as all ranks know it."""
+
+    path: Path
+    run_id: str
+    earlier: Mapping[str, object]  # the status that an earlier life left
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier life came to the end."""
+        return self.earlier.get("status") == "finished"
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether it was early stopping that ended it."""
+        return str(self.earlier.get("reason", "")).startswith("stopped early")
+
+
+def open_directory(settings: Settings, group: Group, *, name: str, source: RecipeSource | None, claimed: Callable[[RunDir], None]) -> Place:
+    """Rank 0 chooses and claims the run directory, hands it to `claimed` and writes the facts of the run; all ranks learn the path."""
+    path = Path(settings.run_dir) if settings.run_dir else default_name(name)
+    run_id, earlier = "", {}
+    if group.rank == 0:
+        directory = RunDir(path)
+        directory.claim()
+        claimed(directory)
+        earlier = directory.earlier()
+        if earlier and settings.resume == "never":
+            raise ConfigError(
+                f"--run-dir {path}: already holds a run (status {earlier.get('status')}, step {earlier.get('step')}), and "
+                "--resume never forbids to go on with it. Type another --run-dir, or leave --resume out."
+            )
+        before = read_json(path / "settings.json")
+        run_id = str(before.get("run_id") or uuid.uuid4().hex[:16]) if earlier else uuid.uuid4().hex[:16]
+        about = {"run_id": run_id, "recipe": str(source.path) if source else name} | ({"recipe_sha256": source.sha256} if source else {})
+        defaults = to_json(source.settings()) if source else {}
+        directory.write_json("settings.json", about | {"settings": redact(to_json(settings)), "defaults": redact(defaults)})
+        folder = source.path.parent if source else None
+        directory.write_json("env.json", describe(group.topology, group.device, recipe_folder=folder))
+        if not earlier:
+            directory.status("running")
+    facts_of_run = json_text({"path": path, "run_id": run_id, "earlier": earlier}).encode()
+    agreed = json.loads(from_rank(group, facts_of_run))
+    place = Place(path=Path(agreed["path"]), run_id=agreed["run_id"], earlier=agreed["earlier"])
+    require_shared(place.path, place.run_id, group=group)
+    return place
+
+
+def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None:
+    """Returns the checkpoint that this life goes on from, if there is one."""
+    if settings.resume not in ("auto", "never"):
+        opened = find(origin_of(Path(settings.resume), flag_text="--resume"), group=group)
+        if opened is None:
+            raise ConfigError(f"--resume {settings.resume}: there is no good checkpoint in it.")
+        return opened
+    opened = find(Origin(place.path / "checkpoints"), group=group) if settings.resume == "auto" else None
+    if opened is not None and opened.manifest.run_id != place.run_id:
+        raise ConfigError(
+            f"--run-dir {place.path}: its {opened.folder} belongs to another run ({opened.manifest.run_id}, not {place.run_id}). "
+            f"Type --resume {place.path / 'checkpoints' / opened.folder} to go on from it all the same."
+        )
+    if opened is None and place.earlier.get("step"):
+        logger.warning("no good checkpoint is in %s: the run begins again at step 0", place.path)
+    return opened
