@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ddp_kit.recipe import Callback as Callback
     from ddp_kit.recipe import Objective as Objective
     from ddp_kit.recipe import Recipe as Recipe
+    from ddp_kit.saving import restore as restore
+    from ddp_kit.saving import save as save
     from ddp_kit.settings import Settings as Settings
     from ddp_kit.step import should_stop as should_stop
     from ddp_kit.step import train_step as train_step
@@ -39,6 +41,8 @@ HOMES = {
     "Callback": "ddp_kit.recipe",
     "Objective": "ddp_kit.recipe",
     "Recipe": "ddp_kit.recipe",
+    "restore": "ddp_kit.saving",
+    "save": "ddp_kit.saving",
     "Settings": "ddp_kit.settings",
     "should_stop": "ddp_kit.step",
     "train_step": "ddp_kit.step",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ddp_kit.checkpoint.commit import Ranks
+from ddp_kit.checkpoint.find import Origin, find
 from ddp_kit.checkpoint.layout import Manifest
 from ddp_kit.checkpoint.restore import Opened, open_checkpoint
 from ddp_kit.checkpoint.retention import Keep, best, clear, manifests_of
@@ -28,7 +29,7 @@ from ddp_kit.collectives import from_rank
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.groups import gloo_group
 from ddp_kit.logs import logger
-from ddp_kit.state import State, model_tensors, state_of
+from ddp_kit.state import State, model_tensors, restore_state, state_of
 from ddp_kit.training import Training
 
 COMMIT_S = 1800  # a shared file system may take its time
@@ -178,6 +179,23 @@ def save(training: Training, path: Path | str) -> None:
 
     The newest three stay. Raises: SaveError on every rank after three failures in a row.
     """
+    _of_ones_own(training, path).save({})
+
+
+def restore(training: Training, path: Path | str) -> int:
+    """Puts a loop of one's own into the state of the newest good checkpoint in a folder. Every rank calls it, before the first step.
+
+    Returns: the steps that are done, 0 if there is no checkpoint: `feed.batches(start=training.step, ...)` goes on with the next one.
+    Raises: ConfigError with a table if it does not fit the model and optimizer, with nothing changed.
+    """
+    opened = find(Origin(Path(path)), group=training.group)
+    if opened is not None:
+        restore_state(opened, training)
+        _of_ones_own(training, path).resumed(opened)
+    return training.step
+
+
+def _of_ones_own(training: Training, path: Path | str) -> Checkpoints:
     if training.checkpoints is None:
         training.checkpoints = Checkpoints(training, LocalDisk(Path(path)), about=About(run_id="own"), keep=Keep())
-    training.checkpoints.save({})
+    return training.checkpoints

@@ -24,19 +24,23 @@ def loss(model, batch):
     return LossSum(cross_entropy(logits, labels, reduction="sum"), len(labels), metrics={"accuracy": (right, len(labels))})  # >> sums
 
 
-def main(steps: int = 400) -> None:
+def main(steps: int = 400, folder: str = "runs/own_loop") -> None:
     with ddp_kit.process_group() as group, ddp_kit.signals_noted() as stop:  # >>
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(group.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         feed = ddp_kit.build_loader(digits("train"), group=group, global_batch=64)  # >> the global batch, whatever the ranks
         training = ddp_kit.wrap(model, optimizer, loss, group=group, feed=feed)  # >>
-        for batch in feed.batches(start=0, end=steps):
+        ddp_kit.restore(training, folder)  # >> the newest good checkpoint, if there is one
+        for batch in feed.batches(start=training.step, end=steps):  # >>
             sums = ddp_kit.train_step(training, batch)  # >> forward, backward, step
             if training.step % 100 == 0 and group.rank == 0:
                 total, count = sums.totals(group.device).read()["loss"]
                 print(f"step {training.step}  loss of rank 0 {total / count:.4f}")
-            if ddp_kit.should_stop(training, stop):  # >> all ranks at the same step
+            is_stopping = ddp_kit.should_stop(training, stop)  # >> all ranks at the same step
+            if is_stopping or training.step % 100 == 0:
+                ddp_kit.save(training, folder)  # >> written beside the next steps
+            if is_stopping:
                 break
         validation = evaluation_batches(digits("validation"), micro_batch=256, group=group)
         metrics = evaluate(model, validation, group=group, measure=lambda model, batch: loss(model, batch).sums())  # >> all samples once
