@@ -34,7 +34,7 @@ from ddp_kit.seeding import Purpose, forward_key, generators_put_back, key, seed
 from ddp_kit.settings import Settings, digest, flag, flatten
 from ddp_kit.training import LossCall, Training
 from ddp_kit.tuning import wants_channels_last
-from ddp_kit.weights import load_weights
+from ddp_kit.weights import base_sha256, load_weights
 from ddp_kit.wrapping import Part, checkpoint_activations, part_of, wrap_parts
 
 
@@ -234,6 +234,10 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     )
     if settings.ema:
         training.average = WeightAverage(model, decay=settings.ema)
+    if settings.save_trainable_only:
+        if all(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError("--save-trainable-only has no effect: no parameter of the model is frozen. Leave it out.")
+        training.base_sha256 = base_sha256(model)
     training.notes += _split_notes(model, feed.plan, settings, group)
     sets = data_sets(recipe.eval_data(), what="evaluation") if recipe.eval_data else {}
     evaluator = Evaluator(recipe=recipe, settings=settings, group=group, sets=sets, micro_batch=feed.plan.largest, placement=placement)

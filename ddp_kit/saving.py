@@ -156,12 +156,13 @@ def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterato
             yield 0
         return
     opened = open_checkpoint(storage, step, group=group)
-    live = model_tensors(model)
+    live = {name: tensor for name, tensor in model_tensors(model).items() if name in opened.kinds}
     last = {name: tensor.detach().clone() for name, tensor in live.items()}
     try:
         opened.copy_into(live)
         if training.average is not None:
-            opened.copy_into({f"ema/{name}": live[f"model/{name}"] for name in training.average.names})
+            averaged = {f"ema/{name}": live.get(f"model/{name}") for name in training.average.names}
+            opened.copy_into({name: tensor for name, tensor in averaged.items() if tensor is not None})
         yield step
     finally:
         with torch.no_grad():

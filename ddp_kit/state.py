@@ -38,9 +38,18 @@ class State:
         return {name: tensor for name, tensor in self.tensors.items() if not isinstance(tensor, nn.Parameter)}
 
 
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns parameters and all buffers as `model/NAME`, a tied one once."""
-    return {f"model/{name}": tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+def model_tensors(model: nn.Module, *, trainable_only: bool = False) -> dict[str, torch.Tensor]:
+    """Returns parameters and all buffers as `model/NAME`, a tied one once; `trainable_only` leaves frozen parameters out."""
+    kept = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad or not trainable_only]
+    return {f"model/{name}": tensor for name, tensor in [*kept, *model.named_buffers()]}
+
+
+def _tensors_of(training: Training) -> dict[str, torch.Tensor]:
+    tensors = model_tensors(training.model, trainable_only=bool(training.base_sha256))
+    if training.average is not None:
+        averages = zip(training.average.names, training.average.averages, strict=True)
+        tensors |= {f"ema/{name}": tensor for name, tensor in averages if f"model/{name}" in tensors}
+    return tensors
 
 
 def state_of(training: Training, *, early_stopping: EarlyStopping | None = None, more: Mapping[str, Any] | None = None) -> State:
@@ -48,12 +57,11 @@ def state_of(training: Training, *, early_stopping: EarlyStopping | None = None,
 
     Raises: ConfigError if an optimizer's or scheduler's state is not tensors and plain data.
     """
-    tensors = model_tensors(training.model)
-    if training.average is not None:
-        tensors |= {f"ema/{name}": tensor for name, tensor in zip(training.average.names, training.average.averages, strict=True)}
+    tensors = _tensors_of(training)
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     objectives = [_objective_values(objective, names, tensors) for objective in training.objectives]
     values: dict[str, Any] = {"step": training.step, "skipped": training.skipped, "objectives": objectives}
+    values["base_sha256"] = training.base_sha256
     values["tied"] = tied_names(training.model)
     if early_stopping is not None:
         own = {"best": early_stopping.best, "best_step": early_stopping.best_step, "stale": early_stopping.stale}
@@ -94,9 +102,12 @@ def restore_state(
     own = {objective.name: len(objective.optimizer.param_groups) for objective in training.objectives}
     if {name: len(entry["groups"]) for name, entry in saved.items()} != own:
         raise ConfigError(f"{opened.folder} has other objectives or parameter groups than this recipe.")
-    targets = model_tensors(training.model)
-    if training.average is not None:
-        targets |= {f"ema/{name}": tensor for name, tensor in zip(training.average.names, training.average.averages, strict=True)}
+    if values["base_sha256"] != training.base_sha256:
+        raise ConfigError(
+            f"{opened.folder} was saved over frozen weights of SHA-256 {values['base_sha256'][:12] or '(all saved)'}; this life has "
+            f"{training.base_sha256[:12] or 'no --save-trainable-only'}. Start from the same base: --init-from as the first life had it."
+        )
+    targets = _tensors_of(training)
     states = {objective.name: _fresh(opened, objective, saved[objective.name], names) for objective in training.objectives}
     for tensors in states.values():
         targets |= tensors

@@ -134,7 +134,8 @@ def _train(
     path = life.path = place.path
     stack.enter_context(rank_log(path / "logs", rank=group.rank))
     opened = begins_from(settings, group, place)
-    composition = life.composition = compose(recipe, settings if opened is None else replace(settings, init_from=""), group)
+    needs_base = opened is None or settings.save_trainable_only
+    composition = life.composition = compose(recipe, settings if needs_base else replace(settings, init_from=""), group)
     reporter = life.reporter = _reporter(recipe, settings, group)
     training, pace, stopping = composition.training, composition.pace, EarlyStopping(settings.early_stop)
     new = binding(settings, recipe=source.sha256 if source else "")

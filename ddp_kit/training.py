@@ -94,6 +94,7 @@ class Training:
     skipped: int = 0
     notes: list[str] = field(default_factory=list)  # what wrapping found that the user should read at start
     copied: "torch.cuda.Event | None" = None  # of a snapshot: the optimizer may change the weights only after it
+    base_sha256: str = ""  # of the frozen weights, if checkpoints leave them out
     checkpoints: "Checkpoints | None" = None
     suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None  # a deferred step that the host has not seen yet
 

@@ -6,7 +6,7 @@ Refuses: optimizer state, and pickle: loading runs no code.
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,11 +33,21 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def weights_sha256(model: nn.Module) -> str:
     """Returns the SHA-256 over name, dtype, shape and bytes of each of `named_weights`: the figure by which two runs are compared."""
+    return sha256_of(named_weights(model))
+
+
+def sha256_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns the SHA-256 over name, dtype, shape and bytes of each tensor, in the order given."""
     digest = hashlib.sha256()
-    for name, tensor in named_weights(model).items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def base_sha256(model: nn.Module) -> str:
+    """Returns the hash of the frozen parameters, which a checkpoint of the trainable ones alone needs beside it."""
+    return sha256_of({name: tensor.detach() for name, tensor in sorted(model.named_parameters()) if not tensor.requires_grad})
 
 
 def require_equal(model: nn.Module, *, group: Group) -> None:
@@ -57,16 +67,17 @@ def require_equal(model: nn.Module, *, group: Group) -> None:
         )
 
 
-def read_weights(path: Path, *, group: Group) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, *, group: Group) -> tuple[dict[str, torch.Tensor], str]:
     """Reads the weights of a run, of a checkpoint, of a .safetensors file or of a folder of them. Every rank calls it.
 
+    Returns: tensors by name, and the hash of the frozen weights that a checkpoint of the trainable ones belongs to, else "".
     Raises: ConfigError if there is none, or a file is damaged.
     """
     if is_checkpoint(path):
         opened = find(origin_of(path, flag_text="--init-from"), group=group)
         if opened is None:
             raise ConfigError(f"--init-from {path}: there is no good checkpoint in it.")
-        return weights_of(opened)
+        return weights_of(opened), str(opened.values["base_sha256"])
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise ConfigError(
@@ -80,7 +91,7 @@ def read_weights(path: Path, *, group: Group) -> dict[str, torch.Tensor]:
                 tensors |= {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  it is no dict
         except SafetensorError as error:
             raise ConfigError(f"--init-from {file}: not a whole safetensors file: {error}.") from error
-    return tensors
+    return tensors, ""
 
 
 def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence[str] = ()) -> None:
@@ -88,7 +99,7 @@ def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence
 
     Raises: ConfigError with a table of missing, unexpected and differently shaped tensors.
     """
-    tensors = read_weights(path, group=group)
+    tensors, base = read_weights(path, group=group)
     for old, new in (pair.split("=") for pair in rename):
         if old not in tensors:
             near = nearest(old, tensors)
@@ -101,6 +112,8 @@ def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence
         if name not in tensors and given is not None:
             tensors[name] = given
     free = {name for name in live if name not in tensors and (name not in saved or name.endswith("num_batches_tracked"))}
+    if base and base == base_sha256(model):
+        free |= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in live.items() if name not in free}
     floats = {name for name in wanted if name in tensors and tensors[name].is_floating_point() and live[name].is_floating_point()}
     found = {name: (tuple(tensor.shape), live[name].dtype if name in floats else tensor.dtype) for name, tensor in tensors.items()}
