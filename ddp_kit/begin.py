@@ -5,8 +5,11 @@ Refuses: going on from a checkpoint of another run by accident.
 """
 
 import json
+import os
+import shlex
+import socket
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +21,9 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
 from ddp_kit.recipe import RecipeSource
-from ddp_kit.run_dir import RunDir, default_name, require_shared
+from ddp_kit.run_dir import RunDir, default_name, process_start, require_shared
 from ddp_kit.settings import Settings, to_json
+from ddp_kit.topology import Topology, environment
 from ddp_kit.trackers import redact
 from ddp_kit.trackers.jsonl import json_text, read_json
 
@@ -45,7 +49,7 @@ class Place:
 
 def open_directory(settings: Settings, group: Group, *, name: str, source: RecipeSource | None, claimed: Callable[[RunDir], None]) -> Place:
     """Rank 0 chooses and claims the run directory, hands it to `claimed` and writes the facts of the run; all ranks learn the path."""
-    path = Path(settings.run_dir) if settings.run_dir else default_name(name)
+    path = Path(settings.run_dir) if settings.run_dir else default_path(name)
     run_id, earlier = "", {}
     if group.rank == 0:
         directory = RunDir(path)
@@ -59,7 +63,8 @@ def open_directory(settings: Settings, group: Group, *, name: str, source: Recip
             )
         before = read_json(path / "settings.json")
         run_id = str(before.get("run_id") or uuid.uuid4().hex[:16]) if earlier else uuid.uuid4().hex[:16]
-        about = {"run_id": run_id, "recipe": str(source.path) if source else name} | ({"recipe_sha256": source.sha256} if source else {})
+        about = {"run_id": run_id, "agent": _agent(), "recipe": str(source.path) if source else name}
+        about |= {"recipe_sha256": source.sha256} if source else {}
         defaults = to_json(source.settings()) if source else {}
         directory.write_json("settings.json", about | {"settings": redact(to_json(settings)), "defaults": redact(defaults)})
         folder = source.path.parent if source else None
@@ -89,3 +94,30 @@ def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None
     if opened is None and place.earlier.get("step"):
         logger.warning("no good checkpoint is in %s: the run begins again at step 0", place.path)
     return opened
+
+
+def resume_command(args: Sequence[str], path: Path, topology: Topology) -> str:
+    """Returns what to type to go on with a run: this life's command with the run directory named."""
+    kept = list(args)
+    while any(arg.split("=")[0] == "--run-dir" for arg in kept):
+        at = next(i for i, arg in enumerate(kept) if arg.split("=")[0] == "--run-dir")
+        del kept[at : at + (1 if "=" in kept[at] else 2)]
+    nodes = f" --nnodes={topology.nodes}" if topology.nodes > 1 else ""
+    starts = {"none": "python", "slurm": "srun python"}
+    start = starts.get(topology.launcher, f"torchrun{nodes} --nproc_per_node={topology.local_world_size}")
+    return f"{start} -m ddp_kit.train {shlex.join([*kept, '--run-dir', str(path)])}"
+
+
+def default_path(name: str) -> Path:
+    """Returns the run directory of a run that names none: that of its first life, if torchrun's agent has restarted the ranks."""
+    environ = environment()
+    if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        for path in sorted(Path("runs").glob("*/settings.json"), reverse=True):
+            if read_json(path).get("agent") == _agent():
+                return path.parent
+    return default_name(name)
+
+
+def _agent() -> str:
+    """This process's parent, which under torchrun starts every life of a run."""
+    return f"{socket.gethostname()} {os.getppid()} {process_start(os.getppid())}"

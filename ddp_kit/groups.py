@@ -135,7 +135,8 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
     if init_method is not None:
         store, _, _ = next(dist.rendezvous(init_method, topology.rank, topology.world_size, timeout=timeout))
     else:
-        store = _store(topology, timeout=timeout)
+        life = environment().get("TORCHELASTIC_RESTART_COUNT", "0")  # the agent's store outlives the ranks, and keeps their addresses
+        store = dist.PrefixStore(f"ddp_kit_life_{life}", _store(topology, timeout=timeout))
     shared = dist.PrefixStore("ddp_kit_blame", store)
     hosts = init_method is None and _hosts_store(topology)
     group.blame = Blame(rank=topology.rank, world_size=topology.world_size, store=shared, hosts=hosts)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ddp_kit import batching
-from ddp_kit.begin import Place, begins_from, open_directory
+from ddp_kit.begin import Place, begins_from, open_directory, resume_command
 from ddp_kit.blame import Verdict
 from ddp_kit.checkpoint.retention import Keep
 from ddp_kit.checkpoint.storage import LocalDisk
@@ -65,6 +65,16 @@ class _Life:
     reporter: Reporter | None = None
     composition: Composition | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    args: Sequence[str] = ()  # of the command; none from Python
+
+    @property
+    def advice(self) -> str:
+        """What to type to go on with the run; "" if there is nothing to go on from."""
+        if self.composition is None or self.path is None or not self.args:
+            return ""
+        training = self.composition.training
+        saved = training.checkpoints.saved_step if training.checkpoints is not None else -1
+        return f"to go on from step {saved}: {resume_command(self.args, self.path, training.group.topology)}" if saved > 0 else ""
 
     def failed(self, verdict: Verdict) -> None:
         """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its peers does."""
@@ -84,6 +94,8 @@ class _Life:
         if self.reporter is not None:
             self.reporter.event("failure" if status == "failed" else "stop", step=step, rank=verdict.culprit, message=reason)
             self.reporter.finish(content)
+        if self.advice:
+            sys.stderr.write(f"{self.advice}\n")
 
 
 def run(recipe: Recipe, settings: Settings, *, name: str = "run") -> Outcome:
@@ -92,12 +104,14 @@ def run(recipe: Recipe, settings: Settings, *, name: str = "run") -> Outcome:
     Raises: ConfigError, DataError, NonFiniteError or whatever the recipe's own code raises; the run directory then says "failed".
     """
     check(settings)
-    return _live(lambda: recipe, settings, name=name, source=None)
+    return _live(lambda: recipe, settings, name=name)
 
 
-def _live(build: Callable[[], Recipe], settings: Settings, *, name: str, source: RecipeSource | None) -> Outcome:
+def _live(
+    build: Callable[[], Recipe], settings: Settings, *, name: str, source: RecipeSource | None = None, args: Sequence[str] = ()
+) -> Outcome:
     """Enters the group and trains. A command (it has a `source`) says itself what failed."""
-    life = _Life()
+    life = _Life(args=args)
     with (
         signals_noted() as stop,
         ExitStack() as stack,
@@ -276,6 +290,8 @@ def _finish(ending: Ending, composition: Composition, reporter: Reporter, life: 
         )
         reporter.event("finish" if ending.status == "finished" else "stop", step=training.step, message=ending.reason)
         reporter.finish(status)
+        if ending.status != "finished" and life.advice:
+            logger.info("%s", life.advice)
     return Outcome(
         status=ending.status,
         reason=ending.reason,
@@ -295,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         source = load_recipe(recipe_path(args, command="python -m ddp_kit.train"))
         settings = parse(source.settings, args[1:], prog=f"ddp_kit.train {args[0]}", rank=read_topology().rank)
-        return _live(lambda: source.build(settings), settings, name=source.name, source=source).exit_code
+        return _live(lambda: source.build(settings), settings, name=source.name, source=source, args=args).exit_code
 
     return run_command(command)
 
