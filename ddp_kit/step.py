@@ -66,12 +66,13 @@ def _objective_step(training: Training, objective: ObjectiveState, batch: RankBa
             statistics.capture()
             count.take(own_count, size=micro_batch.size)
             if i == last:
-                statistics.launch()
                 count.launch()
+                statistics.launch()
             _backward(total, weight / count.divisor(), objective)
         sums.parts.append((objective.name, {"loss": (total.detach(), own_count), **metrics}))
+    factor = count.factor() * left  # read in the order of the launches, so that none is waited for while a failed one is unread
     statistics.finish()
-    return _apply(training, objective, batch, sums, count.factor() * left)
+    return _apply(training, objective, batch, sums, factor)
 
 
 def _forward(objective: ObjectiveState, micro_batch: MicroBatch, step: int) -> tuple[torch.Tensor, int | torch.Tensor, Sums]:
