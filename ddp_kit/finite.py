@@ -15,7 +15,7 @@ from ddp_kit.collectives import from_rank, sum_over_ranks
 from ddp_kit.counts import EMPTY
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
-from ddp_kit.errors import DdpKitError, NonFiniteError
+from ddp_kit.errors import DdpKitError, NonFiniteError, some
 from ddp_kit.training import ObjectiveState, StepSums, Training
 
 
@@ -64,7 +64,7 @@ def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums:
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     bad = [names[id(p)] for p in objective.parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
     raise NonFiniteError(
-        f"the gradient of step {step} is not finite though the loss is, in {', '.join(bad[:5])}{' and more' if len(bad) > 5 else ''}. "
+        f"the gradient of step {step} is not finite though the loss is, in {some(bad)}. "
         "The step was not applied. A square root or logarithm of 0 does this; or lower the learning rate."
     )
 

@@ -23,7 +23,7 @@ from ddp_kit.control import Control
 from ddp_kit.counts import Count, FixedCount, FoundCount, KnownCount
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.reader import MicroBatch
-from ddp_kit.errors import ConfigError, DdpKitError, nearest
+from ddp_kit.errors import ConfigError, DdpKitError, nearest, some
 from ddp_kit.finite import samples_named
 from ddp_kit.groups import Group
 from ddp_kit.metrics import LossSum
@@ -165,7 +165,7 @@ def _trained(model: nn.Module, part: Part, *, is_only: bool) -> list[nn.Paramete
     missing = [name for identity, name in named.items() if identity not in held]
     if missing:
         raise ConfigError(
-            f"the optimizer ({kind}) does not hold {_names(missing)}, which the model would train. Give it all of them, or freeze "
+            f"the optimizer ({kind}) does not hold {some(missing)}, which the model would train. Give it all of them, or freeze "
             "these with requires_grad_(False)."
         )
     if held & everything - set(named) and not is_only:
@@ -246,7 +246,7 @@ def _refuse_unused(training: Training, parameters: Sequence[nn.Parameter], *, al
         )
     if unused and training.group.world_size > 1 and not allows_unused:
         raise ConfigError(
-            f"{_names(unused)} got no gradient, and the other ranks would wait for it. If the loss leaves parameters out in some "
+            f"{some(unused)} got no gradient, and the other ranks would wait for it. If the loss leaves parameters out in some "
             "steps, type --find-unused-parameters; if it never uses them, freeze them with requires_grad_(False) or remove them."
         )
 
@@ -261,10 +261,6 @@ def _note_buffers(training: Training, before: Sequence[tuple[Buffer, torch.Tenso
             statistics.others.append(buffer)
             if training.group.world_size > 1:
                 training.notes.append(f"buffer {buffer.name} is changed by training; it is taken from rank 0")
-
-
-def _names(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
 
 
 def checkpoint_activations(model: nn.Module, class_name: str) -> None:

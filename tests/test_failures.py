@@ -142,6 +142,19 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_at_the_same_step(culprit
     assert ended.is_clean()
 
 
+@pytest.mark.parametrize("culprit", [0, 1, -1])
+def test_a_parameter_that_only_a_later_step_leaves_out_ends_all_at_that_step(culprit: int, tmp_path: Path) -> None:
+    """DDP itself would end the run one step late, the bad step applied, or never on the ranks that used it."""
+    ended = train("--fault", "unused later", "--at-rank", str(culprit), folder=tmp_path)
+    assert ended.codes == [1, 1]
+    message = "idle.weight, idle.bias got no gradient in the last micro-batch of step 4, "
+    assert ended.errors.startswith(message)
+    assert "--find-unused-parameters" in ended.errors.splitlines()[0]
+    assert ended.errors.count(message) == (2 if culprit >= 0 else 1)  # once more by the one that follows; both fail alike with -1
+    assert (ended.status["status"], ended.status["step"]) == ("failed", 3)
+    assert ended.is_clean()
+
+
 class Poison:
     """A loss, and the callback by which it knows the step, that is infinite on rank 1 after so many steps; -1: never."""
 
