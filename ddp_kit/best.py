@@ -5,7 +5,8 @@ Refuses: files. It costs one copy of the weights, and only in runs that need one
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +14,24 @@ from torch import nn
 
 from ddp_kit.settings import EarlyStop
 from ddp_kit.weights import named_weights
+
+
+def best_metric(rule: EarlyStop, names: Iterable[str]) -> str:
+    """Returns the evaluation metric that decides: the early-stopping one, else the (first) loss; "" if there is neither."""
+    return rule.metric or next((name for name in names if name == "loss" or name.endswith("/loss")), "")
+
+
+def best_notes(rule: EarlyStop, names: Collection[str], *, has_test: bool) -> list[str]:
+    """Says at start where "best" may be another one than was meant."""
+    notes = []
+    if rule.mode == "min" and re.search(r"acc|auc|auroc|f1|top[-_]?\d", rule.metric):
+        notes.append(f"a smaller {rule.metric} counts as the better one: if it is the larger one, type --early-stop.mode max")
+    if has_test and names and not best_metric(rule, names):
+        notes.append(
+            "the last weights are the ones tested, not the best, since evaluation reports no loss: let it report one, or type "
+            f"--early-stop.metric with one of {', '.join(names)}"
+        )
+    return notes
 
 
 class BestWeights:
@@ -25,10 +44,9 @@ class BestWeights:
         self.value = math.nan
 
     @classmethod
-    def of(cls, model: nn.Module, rule: EarlyStop, names: Mapping[str, float]) -> "BestWeights":
+    def of(cls, model: nn.Module, rule: EarlyStop, names: Iterable[str]) -> "BestWeights":
         """Returns one that follows the early-stopping metric, else the (first) evaluation loss."""
-        losses = [name for name in names if name == "loss" or name.endswith("/loss")]
-        return cls(model, metric=rule.metric, mode=rule.mode) if rule.metric else cls(model, metric=losses[0] if losses else "", mode="min")
+        return cls(model, metric=best_metric(rule, names), mode=rule.mode if rule.metric else "min")
 
     def offer(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Copies the weights if an evaluation's metrics are the best so far."""

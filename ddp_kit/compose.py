@@ -16,6 +16,7 @@ from torch import nn
 
 from ddp_kit.auto import find_micro_batch
 from ddp_kit.batching import BatchPlan, plan_batches, splits_that_keep
+from ddp_kit.best import best_notes
 from ddp_kit.buffers import buffers_put_back
 from ddp_kit.collectives import first_difference, gather_bytes
 from ddp_kit.data.data import Data, as_data
@@ -237,6 +238,7 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     sets = data_sets(recipe.eval_data(), what="evaluation") if recipe.eval_data else {}
     evaluator = Evaluator(recipe=recipe, settings=settings, group=group, sets=sets, micro_batch=feed.plan.largest, placement=placement)
     evaluator.rehearse(model)
+    training.notes += best_notes(settings.early_stop, evaluator.names, has_test=recipe.test_data is not None)
     return Composition(training=training, feed=feed, evaluator=evaluator, pace=pace)
 
 
