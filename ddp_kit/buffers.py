@@ -107,8 +107,8 @@ class RunningStatistics:
 
     def launch(self) -> None:
         """Starts the sum over ranks, after the last forward pass of the step."""
-        if self._averages and self._group.training is not None:
-            self._work = dist.all_reduce(self._deltas, group=self._group.training, async_op=True)
+        if self._averages and self._group.sums is not None:
+            self._work = dist.all_reduce(self._deltas, group=self._group.sums, async_op=True)
 
     def finish(self) -> None:
         """Writes the averages, after the last backward."""
@@ -125,8 +125,8 @@ class RunningStatistics:
             torch.add(self._base_counters, self._counts > 0, out=self._counters)
         for buffer in self.others:
             tensor = buffer.settle()
-            if self._group.training is not None:
-                dist.broadcast(tensor, 0, group=self._group.training)
+            if self._group.sums is not None:
+                dist.broadcast(tensor, 0, group=self._group.sums)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -16,8 +16,8 @@ from torch import nn
 
 from ddp_kit.auto import find_micro_batch
 from ddp_kit.batching import BatchPlan, plan_batches, splits_that_keep
+from ddp_kit.best import best_notes
 from ddp_kit.buffers import buffers_put_back
-from ddp_kit.checkpoint.retention import Keep
 from ddp_kit.collectives import first_difference, gather_bytes
 from ddp_kit.data.data import Data, as_data
 from ddp_kit.data.loader import Feed, build_loader, evaluation_batches, feed_of
@@ -242,6 +242,7 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     sets = data_sets(recipe.eval_data(), what="evaluation") if recipe.eval_data else {}
     evaluator = Evaluator(recipe=recipe, settings=settings, group=group, sets=sets, micro_batch=feed.plan.largest, placement=placement)
     evaluator.rehearse(model)
+    training.notes += best_notes(settings.early_stop, evaluator.names, has_test=recipe.test_data is not None)
     return Composition(training=training, feed=feed, evaluator=evaluator, pace=pace)
 
 
@@ -280,11 +281,3 @@ def _split_notes(model: nn.Module, plan: BatchPlan, settings: Settings, group: G
     if keeps == 1:  # which BatchNorm cannot normalise
         mend = "no --micro-batch mends it; a --global-batch with more divisors would"
     return [f"{', '.join(layers)} see one micro-batch at a time, and at another number of ranks it would be another one: {mend}"]
-
-
-def keep_of(settings: Settings, evaluator: Evaluator) -> Keep:
-    """Returns which checkpoints stay; the best one by the early-stopping metric, else the first evaluation loss."""
-    losses = [name for name in evaluator.names if name == "loss" or name.endswith("/loss")]
-    rule = settings.early_stop
-    metric, mode = (rule.metric, rule.mode) if rule.metric else (losses[0] if losses else "", "min")
-    return Keep(newest=settings.keep, every=settings.keep_every, metric=metric, mode=mode)

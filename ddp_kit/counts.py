@@ -131,10 +131,10 @@ class FoundCount:
         return self._expected
 
     def launch(self) -> None:
-        """Starts the sum over ranks, on the training group: in the same order on all of them."""
+        """Starts the sum over ranks, in the same order on all of them."""
         self._sum = torch.stack(self._own).sum()
-        if self._group.training is not None:
-            self._work = dist.all_reduce(self._sum, group=self._group.training, async_op=True)
+        if self._group.sums is not None:
+            self._work = dist.all_reduce(self._sum, group=self._group.sums, async_op=True)
 
     def factor(self) -> torch.Tensor:
         """Expected over found, a tensor on the device. A count of 0 gives inf, and so a step that is not applied."""

@@ -1,12 +1,12 @@
-"""The errors that users see, and the two helpers that word them.
+"""The errors that users see, and the helpers that word them.
 
-Owns: one class per exit code, the nearest valid name, the install line of an optional package.
+Owns: one class per exit code, the nearest valid name, a list cut short, the install line of an optional package.
 Refuses: catching anything. An error of ours that is a bug is an `assert`, not one of these.
 """
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 
@@ -46,6 +46,11 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     """Returns the candidate closest to `name`, or "" if none is near."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)
     return close[0] if close else ""
+
+
+def some(names: Sequence[str]) -> str:
+    """Returns up to five names, and how many more there are."""
+    return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
 
 
 def require(module: str, *, extra: str) -> ModuleType:

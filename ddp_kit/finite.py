@@ -6,6 +6,7 @@ Refuses: going on with weights that a bad step has changed.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ddp_kit.collectives import from_rank, sum_over_ranks
 from ddp_kit.counts import EMPTY
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
-from ddp_kit.errors import DdpKitError, NonFiniteError
+from ddp_kit.errors import DdpKitError, NonFiniteError, some
 from ddp_kit.training import ObjectiveState, StepSums, Training
 
 
@@ -45,7 +46,7 @@ def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums:
     only overflowed.
     """
     training.statistics.restore()
-    step = batch.step + 1
+    step, verdict = batch.step + 1, _not_applied(training, objective)
     own = _first_bad(batch, sums)
     if own is not None:
         training.control.name_culprit(step)
@@ -53,8 +54,8 @@ def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums:
     if decision.culprit_rank >= 0:
         samples = np.frombuffer(from_rank(training.group, own or b"", source=decision.culprit_rank), dtype=np.int64)
         raise NonFiniteError(
-            f"the loss of step {decision.culprit_step} is not finite on rank {decision.culprit_rank}, samples {listed(samples)}. The step "
-            "was not applied. Look at these samples, or lower the learning rate, or type --grad-clip 1."
+            f"the loss of step {decision.culprit_step} is not finite on rank {decision.culprit_rank}, samples {listed(samples)}. "
+            f"{verdict} Look at these samples, or lower the learning rate, or type --grad-clip 1."
         )
     count = torch.tensor(float(sum(part["loss"][1] for name, part in sums.parts if name == objective.name)), dtype=torch.float64)
     if not sum_over_ranks(training.group, count):
@@ -64,9 +65,17 @@ def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums:
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     bad = [names[id(p)] for p in objective.parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
     raise NonFiniteError(
-        f"the gradient of step {step} is not finite though the loss is, in {', '.join(bad[:5])}{' and more' if len(bad) > 5 else ''}. "
-        "The step was not applied. A square root or logarithm of 0 does this; or lower the learning rate."
+        f"the gradient of step {step} is not finite though the loss is, in {some(bad)}. "
+        f"{verdict} A square root or logarithm of 0 does this; or lower the learning rate."
     )
+
+
+def _not_applied(training: Training, objective: ObjectiveState) -> str:
+    """Objectives run in order, and one may need what those before it have changed: their steps cannot be taken back."""
+    before = [other.name.rstrip("/") for other in takewhile(lambda other: other is not objective, training.objectives)]
+    if not before:
+        return "The step was not applied."
+    return f"The step of {objective.name.rstrip('/')} was not applied; that of {', '.join(before)}, which came before it, was."
 
 
 def _first_bad(batch: RankBatch, sums: StepSums) -> bytes | None:

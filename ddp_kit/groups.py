@@ -1,6 +1,6 @@
 """The process groups of a run: made, bounded in time and always destroyed here.
 
-Owns: the training group (nccl on CUDA, gloo on CPU), the gloo control group beside it, and the rank's device.
+Owns: the training group (nccl on CUDA, gloo on CPU), the gloo groups beside it, and the rank's device.
 Refuses: `dist.barrier`, default timeouts, and leaving a group behind: a gloo rank that exits without destroying it aborts.
 """
 
@@ -26,9 +26,11 @@ from ddp_kit.tuning import set_threads, tune_process
 
 @dataclass(kw_only=True)
 class Group:
-    """The ranks of a run as one of them sees them. In one process without a group, `training` and `control` are None.
+    """The ranks of a run as one of them sees them. In one process without a group, all three process groups are None.
 
-    Whoever holds the training group (a DDP wrapper) registers its release in `closing`: it must be gone before the group is.
+    `sums` is for small sums beside backward: on CUDA the training group itself. On a CPU it is one of its own, since after a collective
+    that failed unread gloo may let another one of the same group wait until its timeout. Whoever holds the training group (a DDP
+    wrapper) registers its release in `closing`: it must be gone before the group is.
     """
 
     topology: Topology
@@ -36,6 +38,7 @@ class Group:
     blame: Blame
     training: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
+    sums: dist.ProcessGroup | None = None
     timeout_s: float = 600
     tuned: list[str] = field(default_factory=list)  # what of the defaults for speed took effect
     closing: ExitStack = field(default_factory=ExitStack)
@@ -55,7 +58,7 @@ class Group:
 
     def settle(self) -> None:
         """Shortens the timeouts once the first step (compilation, first batch) is done. Every rank calls it."""
-        for group in (self.training, self.control):
+        for group in (self.training, self.control, self.sums):
             if group is not None:
                 _set_timeout(group, timeout_s=self.timeout_s)
 
@@ -153,8 +156,10 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
     assert training is not None
     group.training = training
     control = dist.new_group(backend="gloo", timeout=timeout)
+    sums = training if cuda else dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)  # every rank is in it
-    group.control = control
+    assert isinstance(sums, dist.ProcessGroup)
+    group.control, group.sums = control, sums
     group.sockets = {descriptor: inode for descriptor, inode in _sockets().items() if before.get(descriptor) != inode}
     dist.all_reduce(torch.zeros(1), group=control)  # nobody leaves while a peer is still connecting: that would fail it
 
@@ -201,7 +206,7 @@ def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
 def _leave(group: Group, *, failed: bool) -> None:
     if failed:  # gloo's destructor waits for what is in flight, which may never end: its groups are kept for ever instead
         group.has_failed = True
-        for gloo in (group.training, group.control, *group.further):
+        for gloo in (group.training, group.control, group.sums, *group.further):
             if gloo is not None:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(gloo))
     try:
@@ -209,7 +214,7 @@ def _leave(group: Group, *, failed: bool) -> None:
     finally:
         if failed and group.device.type == "cuda" and group.training is not None:
             group.training.abort()  # destroying an NCCL group after an error can wait for ever
-        group.training = group.control = None
+        group.training = group.control = group.sums = None
         group.further.clear()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -163,7 +163,8 @@ def _from_file(path: Path) -> ModuleType:
         raise ConfigError(
             f"recipe {path}: {'it is a folder' if path.is_dir() else 'not a Python file' if path.exists() else 'no such file'}.{hint}"
         )
-    name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"recipe_{abs(hash(path.resolve()))}"
+    # a spawned loader worker imports it by this name, so the file's own one wherever it can be: a dash does no harm, a dot would
+    name = path.stem if "." not in path.stem and path.stem not in sys.modules else f"recipe_{abs(hash(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None
     assert spec.loader is not None

@@ -15,11 +15,12 @@ from torch import nn
 
 from ddp_kit import batching
 from ddp_kit.begin import Place, begins_from, open_directory, resume_command
+from ddp_kit.best import keep_of
 from ddp_kit.blame import Verdict
 from ddp_kit.checkpoint.retention import Keep
 from ddp_kit.checkpoint.storage import LocalDisk
 from ddp_kit.collectives import from_rank
-from ddp_kit.compose import Composition, Evaluator, compose, data_sets, keep_of, require_same_settings
+from ddp_kit.compose import Composition, Evaluator, compose, data_sets, require_same_settings
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.errors import ConfigError
 from ddp_kit.fit import Ending, fit, stopped
@@ -153,7 +154,7 @@ def _train(
     reporter = life.reporter = _reporter(recipe, settings, group)
     training, pace, stopping = composition.training, composition.pace, EarlyStopping(settings.early_stop)
     new = binding(settings, recipe=source.sha256 if source else "")
-    keep = keep_of(settings, composition.evaluator)
+    keep = keep_of(settings, composition.evaluator.names)
     training.checkpoints = Checkpoints(
         training,
         LocalDisk(path / "checkpoints"),

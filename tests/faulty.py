@@ -81,15 +81,16 @@ class Worn(Dataset[Any]):
 
 
 class Partly(nn.Sequential):
-    """A model with a layer that no forward pass uses."""
+    """A model with a layer that not every forward pass uses."""
 
-    def __init__(self) -> None:
+    def __init__(self, trouble: Trouble) -> None:
         super().__init__(*plain())
-        self.idle = nn.Linear(6, 1)
+        self.idle, self.trouble = nn.Linear(6, 1), trouble
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self[2](self[1](self[0](inputs)))
-        return logits
+        is_idle = self.trouble.settings.fault == "unused" or self.trouble.is_due("unused later")
+        return logits if is_idle else logits + self.idle(inputs)
 
 
 def recipe(settings: Settings) -> Recipe:
@@ -113,7 +114,7 @@ def recipe(settings: Settings) -> Recipe:
         return made
 
     return Recipe(
-        model=Partly if fault == "unused" else plain,
+        model=(lambda: Partly(trouble)) if "unused" in fault else plain,
         loss=trouble.loss,
         optimizer=optimizer,
         train_data=data,

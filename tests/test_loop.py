@@ -213,6 +213,21 @@ def test_early_stopping_ends_all_ranks_at_one_step_and_the_test_uses_the_best_we
     assert not first.records[0].keys() & {"test/steps", "test/score"}
 
 
+@pytest.mark.ranks(1)
+def test_it_is_said_at_start_where_best_may_not_be_what_was_meant(group: Group) -> None:
+    def notes(rule: EarlyStop, **parts: Any) -> list[str]:
+        settings = Settings(early_stop=rule)
+        found = compose(recipe(settings, eval_data=lambda: vectors(10), **parts), settings, group).training.notes
+        return [note.split(",")[0] for note in found]
+
+    smaller = "a smaller accuracy counts as the better one: if it is the larger one"
+    assert notes(EarlyStop(metric="accuracy")) == [smaller]
+    assert notes(EarlyStop(metric="accuracy", mode="max")) == notes(EarlyStop(metric="loss")) == notes(EarlyStop()) == []
+    parts: dict[str, Any] = {"test_data": lambda: vectors(10), "evaluate": lambda model, batch: {"error": (torch.tensor(1.0), 1)}}
+    assert notes(EarlyStop(), **parts) == ["the last weights are the ones tested"]
+    assert notes(EarlyStop(metric="error"), **parts) == []
+
+
 def test_the_test_data_steer_nothing() -> None:
     settings = Settings(max_steps=6, eval_every=2, log_every=1)
     with_test, without = lives(scored, settings, world_size=2)[0], lives(_untested, settings, world_size=2)[0]

@@ -1,5 +1,6 @@
 """Several losses and optimizers on one global batch: a small GAN against a loop written by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from ddp_kit import LossSum, Objective, Recipe
 from ddp_kit.compose import build_model, compose
-from ddp_kit.errors import ConfigError
+from ddp_kit.errors import ConfigError, NonFiniteError
 from ddp_kit.groups import Group
 from ddp_kit.report import Reporter
 from ddp_kit.seeding import permutation
@@ -116,6 +117,21 @@ def test_an_objective_gives_no_gradient_to_the_other_parts(group: Group) -> None
         train_step(training, batch)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in training.model.discriminator.parameters())
     assert all(parameter.grad is not None for parameter in training.model.generator.parameters())
+
+
+def hopeless(model: Gan, batch: Any) -> LossSum:
+    return LossSum(fooled(model, batch).total * torch.nan, len(batch[0]))
+
+
+@pytest.mark.ranks(2)
+def test_where_a_later_objective_is_not_finite_it_is_said_that_the_earlier_one_was_applied(group: Group) -> None:
+    first, second = gan().objectives
+    made = compose(replace(gan(), objectives=[first, replace(second, loss=hopeless)]), Settings(), group)
+    before = {name: tensor.clone() for name, tensor in made.training.model.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=r"The step of generator was not applied; that of discriminator, .* was\."):
+        train_step(made.training, next(made.feed.batches(start=0, end=1)))
+    for name, tensor in made.training.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith("generator")
 
 
 @pytest.mark.ranks(1)

@@ -1,6 +1,7 @@
 """Finding a recipe: by file path, as a module, and every way in which it can be missing or broken."""
 
 import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_a_recipe_is_loaded_by_its_path_and_sees_the_files_beside_it(tmp_path: P
     assert (source.name, source.path, source.settings().global_batch) == ("my_recipe", tmp_path / "my_recipe.py", 8)
     assert source.text == (tmp_path / "my_recipe.py").read_text()
     assert pickle.loads(pickle.dumps(source.settings())) == source.settings()  # spawned loader workers find the module
+
+
+def test_a_spawned_loader_worker_finds_a_recipe_with_a_dash_in_its_name(tmp_path: Path) -> None:
+    """It gets sys.path and what it is to read, pickled."""
+    settings = load_recipe(write(tmp_path / "my-recipe.py", GOOD)).settings(global_batch=11)
+    code = f"import pickle, sys; sys.path[:] = {sys.path}; print(pickle.loads({pickle.dumps(settings)}).global_batch)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("11\n", "")
 
 
 def test_a_recipe_is_loaded_as_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

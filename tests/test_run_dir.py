@@ -100,6 +100,15 @@ def write_lock(path: Path, **changes: object) -> None:
     (path / "run.lock").write_text(json.dumps({**dataclasses.asdict(module._this_process()), **changes}))
 
 
+def owner_after_claim(path: Path) -> tuple[int, str]:
+    """Claims a directory and leaves it again. Returns the pid and start that its lock held in between."""
+    run = RunDir(path)
+    run.claim()
+    lock = json.loads((path / "run.lock").read_text())
+    run.release()
+    return lock["pid"], lock["start"]
+
+
 def test_claim_makes_the_directory_and_release_leaves_no_lock_and_no_thread(tmp_path):
     run = RunDir(tmp_path / "a" / "b")
     run.claim()
@@ -164,10 +173,11 @@ def test_who_waited_for_a_lock_file_that_was_then_removed_locks_the_new_one(tmp_
 
 
 def test_a_reused_pid_is_not_taken_for_the_owner(tmp_path):
+    write_lock(tmp_path)
+    assert is_in_use(tmp_path)
     write_lock(tmp_path, start="1")
-    run = RunDir(tmp_path)
-    run.claim()
-    run.release()
+    assert not is_in_use(tmp_path)
+    assert owner_after_claim(tmp_path) == (os.getpid(), process_start(os.getpid()))
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"namespace": "another container"}])
@@ -196,9 +206,8 @@ def test_the_heart_beats(tmp_path, monkeypatch):
 
 def test_a_lock_torn_by_a_crash_does_not_lock_for_ever(tmp_path):
     (tmp_path / "run.lock").write_text('{"host": "x", "pi')
-    run = RunDir(tmp_path)
-    run.claim()
-    run.release()
+    assert not is_in_use(tmp_path)
+    assert owner_after_claim(tmp_path) == (os.getpid(), process_start(os.getpid()))
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):

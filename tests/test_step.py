@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Settings, distance, normed, recipe, trace, vectors
+import torch.distributed as dist
+from cases import Settings, distance, normed, recipe, trace, vectors, weighted
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from ddp_kit import Data, LossSum
+from ddp_kit.buffers import buffers_of
 from ddp_kit.compose import Composition, build_model, compose
 from ddp_kit.errors import ConfigError, DdpKitError
 from ddp_kit.groups import Group
@@ -102,6 +104,20 @@ def test_unused_parameters_are_named_before_the_first_step_and_allowed_by_a_flag
     assert ours.gradient["used.weight"].shape == (4, 6)
     assert ours.gradient.keys() == {"used.weight", "used.bias"}
     assert distance({"w": ours.gradient["used.weight"]}, {"w": only.gradient["0.weight"]}) <= 1e-12
+
+
+@pytest.mark.ranks(2)
+def test_nothing_but_ddp_uses_its_gloo_group_in_a_step(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a collective that failed unread, gloo may let another one of the same group wait until its timeout."""
+    made = compose(recipe(Settings(micro_batch=6), model=normed, loss=weighted), Settings(micro_batch=6), group)
+    made.training.statistics.others = [buffer for buffer in buffers_of(made.training.model) if buffer.name.endswith("mean")]
+    used = []
+    for name in ("all_reduce", "broadcast"):
+        real = getattr(dist, name)
+        monkeypatch.setattr(dist, name, lambda *args, group, real=real, **more: used.append(group) or real(*args, group=group, **more))
+    steps(made, end=2)
+    assert used == [group.sums] * 6
+    assert group.sums not in (group.training, group.control)
 
 
 # Faults of a loss

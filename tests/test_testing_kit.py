@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from ddp_kit.groups import Group
 from ddp_kit.testing import RanksError, assert_same_on_all_ranks, current_group, run_ranks, start_ranks
+from ddp_kit.testing.pool import Pool
 
 ROOT = Path(__file__).parent.parent
 ALONE = """
@@ -161,6 +163,18 @@ def test_same_values_pass_and_the_first_difference_is_named(group: Group) -> Non
         assert_same_on_all_ranks([0] if group.rank else [0, 0])
     with pytest.raises(AssertionError, match=r"value = -0\.0"):
         assert_same_on_all_ranks(-0.0 if group.rank == 2 else 0.0)
+
+
+def test_a_server_that_dies_before_it_has_read_everything_is_named() -> None:
+    """Its end of the connection is then reset, not closed."""
+    dead = Pool()
+    dead.connection, theirs = socket.socketpair()
+    dead.buffer, dead.log = b"", Path("no-log")
+    with dead.connection:
+        dead.connection.sendall(b"unread")
+        theirs.close()
+        with pytest.raises(RuntimeError, match="the server of ranks has ended"):
+            dead.receive(1)
 
 
 def test_a_killed_rank_is_the_culprit_and_named_with_its_signal() -> None:

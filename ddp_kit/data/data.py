@@ -28,6 +28,8 @@ class Data:
         torch's); `augment(batch, draws)` changes a training batch, vectorised, from draws keyed by (seed, epoch, index);
         `order(seed, epoch, size)` returns the indices of an epoch, a pure function (default: a permutation); `count(batch)` the
         loss's count where it varies but is known before the forward pass.
+
+    An iterable data set is evaluated in the training process whatever `num_workers` is: each worker would read the whole stream.
     """
 
     dataset: Any

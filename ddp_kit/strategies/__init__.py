@@ -27,6 +27,9 @@ class Strategy(Protocol):
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Within it, forward and backward of `wrapped` add to this rank's gradients only."""
 
+    def left_out(self, wrapped: nn.Module) -> list[str]:
+        """Returns the parameters for whose sum the other ranks wait in vain: the backward pass that should have begun it left them out."""
+
 
 def choose_strategy(group: Group, *, find_unused_parameters: bool) -> Strategy:
     """Returns the strategy for these ranks: one process is not wrapped at all."""

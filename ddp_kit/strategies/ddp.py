@@ -5,6 +5,7 @@ Refuses: DDP's own buffer broadcasts (running statistics would be thrown away on
 """
 
 import inspect
+import re
 from contextlib import AbstractContextManager
 from typing import Any, final
 
@@ -42,6 +43,19 @@ class DataParallel:
         assert isinstance(wrapped, DistributedDataParallel)
         context: AbstractContextManager[None] = wrapped.no_sync()
         return context
+
+    def left_out(self, wrapped: nn.Module) -> list[str]:
+        """Asks DDP, which would itself complain in the next forward pass only, and with indices in place of names."""
+        assert isinstance(wrapped, DistributedDataParallel)
+        try:
+            wrapped._check_reducer_finalized()
+        except RuntimeError as error:
+            indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            if indices is None:
+                raise
+            names = [name.removeprefix("module.model.") for name, p in wrapped.named_parameters() if p.requires_grad]
+            return [names[int(index)] for index in indices[1].split()]
+        return []
 
 
 def _no_buffer_sync() -> dict[str, Any]:

@@ -19,3 +19,7 @@ class Single:
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Nothing is ever summed over ranks."""
         return nullcontext()
+
+    def left_out(self, wrapped: nn.Module) -> list[str]:
+        """Nobody waits."""
+        return []

@@ -86,6 +86,7 @@ class Pool:
         while b"\n" not in self.buffer:
             if not select.select([self.connection], [], [], max(timeout_s, 0))[0]:
                 return None
+            data = b""
             with suppress(ConnectionResetError):
                 data = self.connection.recv(65536)
             if not data:
