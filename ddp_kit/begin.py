@@ -13,19 +13,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddp_kit import batching
 from ddp_kit.checkpoint.find import Origin, find, origin_of
 from ddp_kit.checkpoint.restore import Opened
 from ddp_kit.collectives import from_rank
+from ddp_kit.compose import Composition
 from ddp_kit.environment import describe
 from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
-from ddp_kit.recipe import RecipeSource
+from ddp_kit.recipe import Recipe, RecipeSource
+from ddp_kit.report import Reporter
 from ddp_kit.run_dir import RunDir, default_name, process_start, require_shared
 from ddp_kit.settings import Settings, to_json
-from ddp_kit.topology import Topology, environment
-from ddp_kit.trackers import redact
-from ddp_kit.trackers.jsonl import json_text, read_json
+from ddp_kit.topology import Topology, environment, facts
+from ddp_kit.trackers import Tracker, redact
+from ddp_kit.trackers.console import Console
+from ddp_kit.trackers.jsonl import JsonlTracker, json_text, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,3 +125,32 @@ def default_path(name: str) -> Path:
 def _agent() -> str:
     """This process's parent, which under torchrun starts every life of a run."""
     return f"{socket.gethostname()} {os.getppid()} {process_start(os.getppid())}"
+
+
+def reporter_of(recipe: Recipe, settings: Settings, group: Group) -> Reporter:
+    """Returns the reporter of this rank; rank 0's has the trackers."""
+    if group.rank:
+        return Reporter([], log_every=settings.log_every)
+    console = Console()
+    trackers: list[Tracker] = [JsonlTracker(), console]
+    if "wandb" in settings.tracker:
+        from ddp_kit.trackers.wandb import WandbTracker
+
+        trackers.append(WandbTracker(settings.wandb))
+    if "tensorboard" in settings.tracker:
+        from ddp_kit.trackers.tensorboard import TensorBoardTracker
+
+        trackers.append(TensorBoardTracker())
+    return Reporter([*trackers, *recipe.trackers], log_every=settings.log_every, progress=[console.progress])
+
+
+def say(composition: Composition, group: Group, path: Path) -> None:
+    """The lines at start: where, the split, the defaults for speed, and what wrapping found."""
+    training = composition.training
+    logger.debug("%s", facts(group.topology))
+    tuned = [*group.tuned, *(["channels_last"] if composition.evaluator.placement.channels_last else [])]
+    logger.info("run %s on %s x %s, %d steps", path, group.world_size, group.device.type, composition.pace.end)
+    logger.info("batch: %s", batching.describe(training.plan))
+    logger.info("for speed (--no-tuning switches it off): %s", ", ".join(tuned))
+    for note in training.notes:
+        logger.info("note: %s", note)

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ddp_kit import batching
-from ddp_kit.begin import Place, begins_from, open_directory, resume_command
+from ddp_kit.begin import Place, begins_from, open_directory, reporter_of, resume_command, say
 from ddp_kit.best import keep_of
 from ddp_kit.blame import Verdict
 from ddp_kit.checkpoint.retention import Keep
@@ -35,10 +34,9 @@ from ddp_kit.run_dir import RunDir
 from ddp_kit.saving import About, Checkpoints, best_weights
 from ddp_kit.session import exit_code, recipe_path, run_command, session
 from ddp_kit.settings import Settings, check, to_json
-from ddp_kit.topology import facts, read_topology
-from ddp_kit.trackers import RunInfo, Tracker, redact
-from ddp_kit.trackers.console import Console
-from ddp_kit.trackers.jsonl import JsonlTracker, supersede
+from ddp_kit.topology import read_topology
+from ddp_kit.trackers import RunInfo, redact
+from ddp_kit.trackers.jsonl import supersede
 from ddp_kit.training import Training
 from ddp_kit.weights import weights_sha256
 
@@ -151,7 +149,7 @@ def _train(
     opened = begins_from(settings, group, place)
     needs_base = opened is None or settings.save_trainable_only
     composition = life.composition = compose(recipe, settings if needs_base else replace(settings, init_from=""), group)
-    reporter = life.reporter = _reporter(recipe, settings, group)
+    reporter = life.reporter = reporter_of(recipe, settings, group)
     training, pace, stopping = composition.training, composition.pace, EarlyStopping(settings.early_stop)
     new = binding(settings, recipe=source.sha256 if source else "")
     keep = keep_of(settings, composition.evaluator.names)
@@ -174,7 +172,7 @@ def _train(
         supersede(path / "metrics.jsonl", step=training.step, owes_evaluation=owes)
     if life.directory is not None:
         life.directory.status("running", step=training.step)
-    _say(composition, group, path)
+    say(composition, group, path)
     info = RunInfo(run_dir=path, name=name, settings=redact(to_json(settings)), total_steps=pace.end)
     reporter.start(info, step=training.step)
     reporter.event("resume" if opened is not None else "start", step=training.step)
@@ -223,34 +221,6 @@ def _finished_before(place: Place, training: Training) -> Outcome:
         run_dir=place.path,
         model=training.model,
     )
-
-
-def _reporter(recipe: Recipe, settings: Settings, group: Group) -> Reporter:
-    if group.rank:
-        return Reporter([], log_every=settings.log_every)
-    console = Console()
-    trackers: list[Tracker] = [JsonlTracker(), console]
-    if "wandb" in settings.tracker:
-        from ddp_kit.trackers.wandb import WandbTracker
-
-        trackers.append(WandbTracker(settings.wandb))
-    if "tensorboard" in settings.tracker:
-        from ddp_kit.trackers.tensorboard import TensorBoardTracker
-
-        trackers.append(TensorBoardTracker())
-    return Reporter([*trackers, *recipe.trackers], log_every=settings.log_every, progress=[console.progress])
-
-
-def _say(composition: Composition, group: Group, path: Path) -> None:
-    """The lines at start: where, the split, the defaults for speed, and what wrapping found."""
-    training = composition.training
-    logger.debug("%s", facts(group.topology))
-    tuned = [*group.tuned, *(["channels_last"] if composition.evaluator.placement.channels_last else [])]
-    logger.info("run %s on %s x %s, %d steps", path, group.world_size, group.device.type, composition.pace.end)
-    logger.info("batch: %s", batching.describe(training.plan))
-    logger.info("for speed (--no-tuning switches it off): %s", ", ".join(tuned))
-    for note in training.notes:
-        logger.info("note: %s", note)
 
 
 def _evaluate(composition: Composition, reporter: Reporter, *, epoch: int) -> dict[str, float]:
