@@ -148,7 +148,7 @@ def say(composition: Composition, group: Group, path: Path) -> None:
     """The lines at start: where, the split, the defaults for speed, and what wrapping found."""
     training = composition.training
     logger.debug("%s", facts(group.topology))
-    tuned = [*group.tuned, *(["channels_last"] if composition.evaluator.placement.channels_last else [])]
+    tuned = [*group.tuned, *training.tuned, *(["channels_last"] if composition.evaluator.placement.channels_last else [])]
     logger.info("run %s on %s x %s, %d steps", path, group.world_size, group.device.type, composition.pace.end)
     logger.info("batch: %s", batching.describe(training.plan))
     logger.info("for speed (--no-tuning switches it off): %s", ", ".join(tuned))

@@ -106,7 +106,7 @@ class Settings:
     threads: int = 0
     """CPU threads per rank; 0: cores / ranks on the node"""
     tuning: bool = True
-    """the defaults for speed that are printed at start (channels_last; on CPU: scheduling class, allocator)"""
+    """the defaults for speed that are printed at start (channels_last, fused optimizer; on CPU: scheduling class, allocator)"""
     tracker: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """where to send metrics beside the console and JSONL"""
     wandb: Wandb = field(default_factory=Wandb)

@@ -92,6 +92,7 @@ class Training:
     average: WeightAverage | None = None
     step: int = 0
     skipped: int = 0
+    tuned: list[str] = field(default_factory=list)  # defaults for speed that took effect
     notes: list[str] = field(default_factory=list)  # what wrapping found that the user should read at start
     copied: "torch.cuda.Event | None" = None  # of a snapshot: the optimizer may change the weights only after it
     base_sha256: str = ""  # of the frozen weights, if checkpoints leave them out

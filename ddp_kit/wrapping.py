@@ -27,6 +27,7 @@ from ddp_kit.seeding import forward_key
 from ddp_kit.settings import Precision
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.training import LossCall, ObjectiveState, Training
+from ddp_kit.tuning import fuse
 from ddp_kit.weights import require_equal
 
 
@@ -50,10 +51,20 @@ def wrap(
     scheduler: Any = None,
     precision: Precision = "fp32",
     grad_clip: float = 0.0,
+    find_unused_parameters: bool = False,
+    tuning: bool = True,
 ) -> Training:
     """Wraps a model, its optimizer and its loss for a loop of one's own. Every rank calls it; see `wrap_parts`."""
-    part = Part(loss=loss, optimizer=optimizer, scheduler=scheduler)
-    return wrap_parts(model, [part], group=group, feed=feed, precision=precision, grad_clip=grad_clip)
+    return wrap_parts(
+        model,
+        [Part(loss=loss, optimizer=optimizer, scheduler=scheduler)],
+        group=group,
+        feed=feed,
+        precision=precision,
+        grad_clip=grad_clip,
+        find_unused_parameters=find_unused_parameters,
+        tuning=tuning,
+    )
 
 
 def wrap_parts(
@@ -66,11 +77,12 @@ def wrap_parts(
     grad_clip: float = 0.0,
     find_unused_parameters: bool = False,
     has_checkpointed_activations: bool = False,
+    tuning: bool = True,
 ) -> Training:
     """Makes a model that lies on its device ready to train. Every rank calls it.
 
     Args: `model` on the group's device, with equal weights on all ranks; `parts` one or more objectives; `feed` this rank's
-        batches, of which one is used for rehearsal.
+        batches, of which one is used for rehearsal; `tuning` gives torch's optimizers their fused kernels.
     Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer, before the first step.
     """
     require_equal(model, group=group)
@@ -87,6 +99,9 @@ def wrap_parts(
         grad_clip=grad_clip,
     )
     rehearsal = Rehearsal(training, feed, allows_unused=find_unused_parameters)
+    fused = [fuse(part.optimizer) for part in parts] if tuning else []
+    if fused and all(fused):
+        training.tuned.append("fused optimizer")
     for part in parts:
         training.objectives.append(_objective(part, rehearsal, precision=precision, is_only=len(parts) == 1))
     return training

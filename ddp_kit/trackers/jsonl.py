@@ -6,16 +6,20 @@ Refuses: bare NaN and Infinity, which strict JSON does not know: they are the te
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
 from ddp_kit.trackers import RunInfo, redact
 
+FLUSH_S = 0.1
+_LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
+
 
 def json_text(value: object, *, indent: int | None = None) -> str:
     """Returns strict JSON. Scalars of torch and numpy become numbers, paths become texts, keys keep their order."""
-    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    return _LINE.encode(_plain(value)) if indent is None else json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
 def _plain(value: object) -> object:
@@ -71,12 +75,14 @@ def supersede(path: Path, *, step: int, owes_evaluation: bool) -> None:
 
 
 class JsonlTracker:
-    """Appends records to metrics.jsonl and events.jsonl, each flushed at once, so that a killed run keeps what it logged.
+    """Appends records to metrics.jsonl and events.jsonl. Events and evaluations are flushed at once, training records within 0.1 s if
+    another follows, so that a killed run keeps what it logged.
 
-    Flushed means handed to the operating system: a dead process loses nothing, a dead machine the last seconds.
+    Flushed means handed to the operating system: a dead process loses nothing of it, a dead machine the last seconds.
     """
 
     def __init__(self) -> None:
+        self._flushed = 0.0
         self._metrics: TextIO | None = None
         self._events: TextIO | None = None
 
@@ -88,12 +94,19 @@ class JsonlTracker:
     def log(self, record: Mapping[str, object]) -> None:
         """Writes one line to metrics.jsonl."""
         assert self._metrics is not None, "start first"
-        _write(self._metrics, record)
+        self._metrics.write(json_text(record) + "\n")
+        now = time.monotonic()
+        if now - self._flushed > FLUSH_S or record.get("kind") != "train":
+            self._metrics.flush()
+            self._flushed = now
 
     def event(self, event: Mapping[str, object]) -> None:
         """Writes one line to events.jsonl, without secrets: messages may quote what a user typed."""
         assert self._events is not None, "start first"
-        _write(self._events, redact(event))
+        self._events.write(json_text(redact(event)) + "\n")
+        self._events.flush()
+        if self._metrics is not None:
+            self._metrics.flush()  # in the order in which things happened
 
     def sample(self, name: str, value: object, *, step: int) -> None:
         """Writes nothing: images and texts do not belong into lines of numbers."""
@@ -116,8 +129,3 @@ def _open(path: Path) -> TextIO:
     if torn:
         opened.write("\n")
     return opened
-
-
-def _write(file: TextIO, record: Mapping[str, object]) -> None:
-    file.write(json_text(record) + "\n")
-    file.flush()
