@@ -230,6 +230,7 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
         grad_clip=settings.grad_clip,
         find_unused_parameters=settings.find_unused_parameters,
         has_checkpointed_activations=bool(settings.activation_checkpointing),
+        exact=settings.exact,
     )
     if settings.ema:
         training.average = WeightAverage(model, decay=settings.ema)

@@ -40,6 +40,7 @@ class Group:
     tuned: list[str] = field(default_factory=list)  # what of the defaults for speed took effect
     closing: ExitStack = field(default_factory=ExitStack)
     sockets: dict[int, int] = field(default_factory=dict)  # of the gloo groups: file descriptor -> inode
+    others: list[dist.ProcessGroup] = field(default_factory=list)  # of those who communicate beside training
 
     @property
     def rank(self) -> int:
@@ -53,9 +54,26 @@ class Group:
 
     def settle(self) -> None:
         """Shortens the timeouts once the first step (compilation, first batch) is done. Every rank calls it."""
-        for group in (self.training, self.control):
-            if group is not None:
-                _set_timeout(group, timeout_s=self.timeout_s)
+        for group in self.all:
+            _set_timeout(group, timeout_s=self.timeout_s)
+
+    @property
+    def all(self) -> list[dist.ProcessGroup]:
+        """The process groups that there are."""
+        return [group for group in (self.training, self.control, *self.others) if group is not None]
+
+    def join_another(self) -> dist.ProcessGroup:
+        """Returns one more process group of all ranks, of the training group's kind. Every rank calls it.
+
+        Who holds it registers its release in `closing`.
+        """
+        before = _sockets()
+        another = dist.new_group()
+        assert isinstance(another, dist.ProcessGroup)  # every rank is in it
+        dist.all_reduce(torch.zeros(1, device=self.device), group=another)  # as in `_join`
+        self.others.append(another)
+        self.sockets |= {descriptor: inode for descriptor, inode in _sockets().items() if before.get(descriptor) != inode}
+        return another
 
 
 def _set_timeout(group: dist.ProcessGroup, *, timeout_s: float) -> None:
@@ -186,15 +204,16 @@ def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
 
 def _leave(group: Group, *, failed: bool) -> None:
     if failed:  # gloo's destructor waits for what is in flight, which may never end: its groups are kept for ever instead
-        for gloo in (group.training, group.control):
-            if gloo is not None:
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(gloo))
+        for gloo in group.all:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(gloo))
     try:
         group.closing.close()
     finally:
-        if failed and group.device.type == "cuda" and group.training is not None:
-            group.training.abort()  # destroying an NCCL group after an error can wait for ever
+        for nccl in group.all if failed and group.device.type == "cuda" else []:
+            if nccl is not group.control:
+                nccl.abort()  # destroying an NCCL group after an error can wait for ever
         group.training = group.control = None
+        group.others.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 

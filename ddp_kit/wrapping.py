@@ -24,6 +24,7 @@ from ddp_kit.counts import Count, FixedCount, FoundCount, KnownCount
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import ConfigError, DdpKitError, nearest
+from ddp_kit.exactness import require_fit
 from ddp_kit.finite import samples_named
 from ddp_kit.groups import Group
 from ddp_kit.metrics import LossSum
@@ -55,10 +56,11 @@ def wrap(
     scheduler: Any = None,
     precision: Precision = "fp32",
     grad_clip: float = 0.0,
+    exact: bool = False,
 ) -> Training:
     """Wraps a model, its optimizer and its loss for a loop of one's own. Every rank calls it; see `wrap_parts`."""
     part = Part(loss=loss, optimizer=optimizer, scheduler=scheduler)
-    return wrap_parts(model, [part], group=group, feed=feed, precision=precision, grad_clip=grad_clip)
+    return wrap_parts(model, [part], group=group, feed=feed, precision=precision, grad_clip=grad_clip, exact=exact)
 
 
 def wrap_parts(
@@ -71,6 +73,7 @@ def wrap_parts(
     grad_clip: float = 0.0,
     find_unused_parameters: bool = False,
     has_checkpointed_activations: bool = False,
+    exact: bool = False,
 ) -> Training:
     """Makes a model that lies on its device ready to train. Every rank calls it.
 
@@ -80,8 +83,10 @@ def wrap_parts(
     """
     require_equal(model, group=group)
     micro_batches = feed.plan.micro_batches
-    statistics = RunningStatistics(model, group, micro_batches=micro_batches, always=has_checkpointed_activations)
-    strategy = choose_strategy(group, find_unused_parameters=find_unused_parameters)
+    if exact:
+        require_fit(feed, group)
+    statistics = RunningStatistics(model, group, micro_batches=micro_batches, always=has_checkpointed_activations, exact=exact)
+    strategy = choose_strategy(group, find_unused_parameters=find_unused_parameters, exact=exact)
     training = Training(
         group=group,
         control=Control(group),
@@ -103,10 +108,10 @@ def wrap_parts(
         call = LossCall(model, part.loss, precision=precision, device=group.device)
         with _only(parameters, frozen), generators_put_back(), buffers_put_back(model) as buffers:
             count = _rehearse_bare(training, call, batch, parameters, feed=feed, allows_unused=find_unused_parameters)
-            _note_buffers(training, buffers)
+            _note_buffers(training, buffers, exact=exact)
             wrapped = strategy.wrap(call)
             if group.world_size > 1:
-                _rehearse_wrapped(wrapped, batch, parameters)
+                _rehearse_wrapped(training, wrapped, batch, parameters)
         training.objectives.append(
             ObjectiveState(
                 name=name,
@@ -208,15 +213,16 @@ def _rehearse_bare(
     return known
 
 
-def _rehearse_wrapped(wrapped: nn.Module, batch: MicroBatch, parameters: Sequence[nn.Parameter]) -> None:
+def _rehearse_wrapped(training: Training, wrapped: nn.Module, batch: MicroBatch, parameters: Sequence[nn.Parameter]) -> None:
     """Runs until DDP's buckets are final: they are rebuilt after the first backward pass, and a later life of the run, which
     rebuilds them again, would otherwise sum in another order than the one it continues.
     """
     for _ in range(2):
         for parameter in parameters:
             parameter.grad = None
-        total, _, _ = wrapped(batch.batch)
-        (total / batch.size).backward()
+        with training.strategy.micro_batch(wrapped, is_last=True):
+            total, _, _ = wrapped(batch.batch)
+            (total / batch.size).backward()
 
 
 def _count_of(count: int | torch.Tensor, size: int, *, feed: Feed, group: Group) -> Count:
@@ -231,10 +237,10 @@ def _count_of(count: int | torch.Tensor, size: int, *, feed: Feed, group: Group)
     if first_difference(group, [int(is_fixed), int(count) if is_fixed else 0, exponent]) is not None:
         raise DdpKitError("the ranks' losses return different counts for the same samples; the loss must not depend on the rank.")
     if feed.data.count is not None:
-        return KnownCount(feed.data.count, group=group)
+        return KnownCount(feed.data.count, group=group, slots=feed.plan.micro_batches)
     if is_fixed:
         return FixedCount(per_sample=int(count) // size, global_batch=feed.plan.global_batch)
-    return FoundCount(expected=2.0**exponent, group=group)
+    return FoundCount(expected=2.0**exponent, group=group, slots=feed.plan.micro_batches)
 
 
 def _refuse_unused(training: Training, parameters: Sequence[nn.Parameter], *, allows_unused: bool) -> None:
@@ -251,13 +257,21 @@ def _refuse_unused(training: Training, parameters: Sequence[nn.Parameter], *, al
         )
 
 
-def _note_buffers(training: Training, before: Sequence[tuple[Buffer, torch.Tensor]]) -> None:
-    """Notes the buffers outside normalisation layers that a forward pass changed; they are taken from rank 0 at every step."""
+def _note_buffers(training: Training, before: Sequence[tuple[Buffer, torch.Tensor]], *, exact: bool) -> None:
+    """Notes the buffers outside normalisation layers that a forward pass changed; they are taken from rank 0 at every step.
+
+    Raises: ConfigError where that would have to be exact.
+    """
     statistics = training.statistics
     known = {id(buffer.tensor) for buffer in statistics.others}
     for buffer, value in before:
         is_ours = buffer.tensor.untyped_storage().data_ptr() in statistics.owned or id(buffer.tensor) in known
         if not is_ours and not torch.equal(buffer.settle(), value):
+            if exact:
+                raise ConfigError(
+                    f"--exact: training changes the buffer {buffer.name}, which only normalisation layers may: rank 0's depends on the "
+                    "number of ranks. Leave out --exact, or make it no buffer of training."
+                )
             statistics.others.append(buffer)
             if training.group.world_size > 1:
                 training.notes.append(f"buffer {buffer.name} is changed by training; it is taken from rank 0")
