@@ -3,7 +3,8 @@
 Owns: each micro-batch's gradients as leaves of the fixed tree, kept per parameter: DDP's buckets may change.
 Refuses: averaging; the leaves must have the same bits at any world size, so nothing is divided.
 
-A parameter that a micro-batch does not use is a leaf of zeros; one that no micro-batch of the step uses has no gradient, as in one process.
+A parameter that a micro-batch does not use is a leaf of -0.0, which added to any number leaves its bits; one that no micro-batch of the
+step uses has no gradient, as in one process.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from ddp_kit.groups import Group
 from ddp_kit.strategies.ddp import DataParallel
 from ddp_kit.strategies.exchange import Exchange, Future
 from ddp_kit.tree import Fold, Leaf
+
+NOTHING = -0.0
 
 
 class _Leaves:
@@ -36,7 +39,7 @@ class _Leaves:
         leaf: Leaf = []
         for i, parameter in enumerate(self.parameters):
             if parameter.grad is None:
-                leaf.append(torch.zeros_like(parameter))
+                leaf.append(torch.full_like(parameter, NOTHING))
             else:
                 self.used.add(i)
                 leaf.append(parameter.grad)
@@ -97,6 +100,9 @@ class ExactDataParallel:
             at = [leaves.number[id(parameter)] for parameter in parameters]
             flat = zip(bucket.gradients(), parameters, strict=True)  # in the bucket a gradient lies as its parameter does
             gradients = [view.as_strided(own.shape, own.stride(), view.storage_offset()) for view, own in flat]
+            for view, own in zip(gradients, parameters, strict=True):
+                if own.grad is None:
+                    view.fill_(NOTHING)
             leaves.views |= zip(at, gradients, strict=True)
             return exchange.sum(bucket.buffer(), before=lambda: leaves.fold.add_to(gradients, at=at))
 
@@ -112,6 +118,9 @@ class ExactDataParallel:
                 yield
             leaves.take()
             return
+        if self._find_unused:  # DDP has seen them used, and does not expect them to have no gradient
+            for i in leaves.used:
+                leaves.parameters[i].grad = torch.full_like(leaves.parameters[i], NOTHING)
         yield
         self._exchange.check()
         if self._find_unused:
