@@ -24,6 +24,7 @@ class BatchPlan:
     bounds: tuple[int, ...]
     firsts: tuple[int, ...]
     is_invariant: bool  # the same micro-batches at any world size up to their number
+    stated: int = 0  # the size of a micro-batch that was asked for
 
     @property
     def micro_batches(self) -> int:
@@ -63,7 +64,7 @@ def plan_batches(global_batch: int, *, micro_batch: int, world_size: int) -> Bat
         total = global_batch // micro_batch
         bounds = tuple(range(0, global_batch + 1, micro_batch))
         firsts = tuple(_cut(total, parts=world_size))
-        return BatchPlan(global_batch=global_batch, bounds=bounds, firsts=firsts, is_invariant=True)
+        return BatchPlan(global_batch=global_batch, bounds=bounds, firsts=firsts, is_invariant=True, stated=micro_batch)
     share = -(-global_batch // world_size)
     each = -(-share // micro_batch) if micro_batch else 1
     cuts = _cut(global_batch, parts=world_size)
@@ -71,7 +72,8 @@ def plan_batches(global_batch: int, *, micro_batch: int, world_size: int) -> Bat
     for start, stop in pairwise(cuts):
         marks += [start + cut for cut in _cut(stop - start, parts=min(each, stop - start))[1:]]
     starts = {mark: i for i, mark in enumerate(marks)}
-    return BatchPlan(global_batch=global_batch, bounds=tuple(marks), firsts=tuple(starts[cut] for cut in cuts), is_invariant=False)
+    firsts = tuple(starts[cut] for cut in cuts)
+    return BatchPlan(global_batch=global_batch, bounds=tuple(marks), firsts=firsts, is_invariant=False, stated=micro_batch)
 
 
 def _cut(size: int, *, parts: int) -> list[int]:

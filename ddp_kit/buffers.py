@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ddp_kit.groups import Group
+from ddp_kit.tree import Fold, fold
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class RunningStatistics:
     `begin`, then per micro-batch `rewind` and `capture`, `launch` after the last forward pass, `finish` after the last backward.
     """
 
-    def __init__(self, model: nn.Module, group: Group, *, micro_batches: int, always: bool = False):
-        """Args: `micro_batches` of all ranks in a step; `always` averages one micro-batch too (checkpointed activations run twice)."""
+    def __init__(self, model: nn.Module, group: Group, *, micro_batches: int, always: bool = False, exact: bool = False):
+        """Args: `micro_batches` of all ranks in a step; `always` averages one micro-batch too (checkpointed activations run twice);
+        `exact` sums them along the fixed tree."""
         self._group = group
         self._total = micro_batches
         layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.running_mean is not None]
@@ -79,6 +81,8 @@ class RunningStatistics:
         self._base_others: list[torch.Tensor] = []
         self._deltas = self._flat.new_zeros(self._flat.numel() + self._counters.numel())
         self._changes, self._counts = self._deltas.split([self._flat.numel(), self._counters.numel()])
+        self._tree = Fold() if exact else None
+        self._nodes: list[torch.Tensor] = []  # of all ranks
 
     @property
     def owned(self) -> set[int]:
@@ -101,14 +105,25 @@ class RunningStatistics:
 
     def capture(self) -> None:
         """Adds what a forward pass changed, before its backward."""
-        if self._averages:
-            self._changes.add_(self._flat).sub_(self._base)
-            self._counts.add_(self._counters).sub_(self._base_counters)
+        if not self._averages:
+            return
+        self._changes.add_(self._flat).sub_(self._base)
+        self._counts.add_(self._counters).sub_(self._base_counters)
+        if self._tree is not None:
+            self._tree.push([self._deltas.clone()])
+            self._deltas.zero_()
 
     def launch(self) -> None:
         """Starts the sum over ranks, after the last forward pass of the step."""
-        if self._averages and self._group.sums is not None:
-            self._work = dist.all_reduce(self._deltas, group=self._group.sums, async_op=True)
+        if not self._averages:
+            return
+        group = self._group.sums
+        if self._tree is not None:
+            own = self._tree.total()[0]
+            self._nodes = [torch.empty_like(own) for _ in range(self._group.world_size)] if group is not None else [own]
+            self._work = dist.all_gather(self._nodes, own, group=group, async_op=True) if group is not None else None
+        elif group is not None:
+            self._work = dist.all_reduce(self._deltas, group=group, async_op=True)
 
     def finish(self) -> None:
         """Writes the averages, after the last backward."""
@@ -121,6 +136,8 @@ class RunningStatistics:
             if self._work is not None:
                 self._work.wait()
                 self._work = None
+            if self._nodes:
+                self._deltas.copy_(fold(self._nodes))
             torch.add(self._base, self._changes, alpha=1 / self._total, out=self._flat)
             torch.add(self._base_counters, self._counts > 0, out=self._counters)
         for buffer in self.others:

@@ -6,7 +6,7 @@ In one process without a group each function returns what it was given.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -39,22 +39,17 @@ def sum_over_ranks(group: Group, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def sum_by_name(group: Group, sums: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Adds up named rows of floats (for instance (sum, count)) in float64 over all ranks.
+def sum_by_name(group: Group, rows: torch.Tensor, *, names: Sequence[str], order: Sequence[int]) -> dict[str, list[float]]:
+    """Adds up rows (k, len(names), values) of all ranks in float64, in an order that does not depend on who has which.
 
+    Args: `order` one number for each row, by which the rows of all ranks are sorted.
     Raises: DdpKitError on every rank if the names differ between ranks.
     """
-    names = sorted(sums)
-    signature = zlib.crc32("\n".join(f"{name} {len(sums[name])}" for name in names).encode())
-    if first_difference(group, [signature]) is not None:
+    if first_difference(group, [zlib.crc32("\n".join(names).encode())]) is not None:
         raise DdpKitError(f"the ranks report different metrics; rank {group.rank} has {', '.join(names)}.")
-    flat = torch.tensor([value for name in names for value in sums[name]], dtype=torch.float64)
-    values: list[float] = sum_over_ranks(group, flat).tolist()
-    result, at = {}, 0
-    for name in names:
-        result[name] = values[at : at + len(sums[name])]
-        at += len(sums[name])
-    return result
+    at = torch.argsort(torch.cat(gather_rows(group, torch.tensor(order, dtype=torch.int64))))
+    sums = torch.cat(gather_rows(group, rows.cpu()))[at].sum(0)  # host-device synchronisation
+    return dict(zip(names, sums.tolist(), strict=True))
 
 
 def from_rank(group: Group, data: bytes, *, source: int = 0) -> bytes:

@@ -232,6 +232,7 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
         find_unused_parameters=settings.find_unused_parameters,
         has_checkpointed_activations=bool(settings.activation_checkpointing),
         tuning=settings.tuning,
+        exact=settings.exact,
     )
     if settings.ema:
         training.average = WeightAverage(model, decay=settings.ema)

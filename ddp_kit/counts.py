@@ -2,6 +2,9 @@
 
 Owns: three cases behind one protocol: fixed, known before the forward pass, and found in the losses.
 Refuses: waiting where it need not. Only a count that the losses alone know is summed while training, beside the last backward pass.
+
+What is summed over ranks has one slot for each micro-batch of the global batch, zero in those of others: the order of the sum does
+not depend on the number of ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,18 +75,20 @@ class FixedCount:
 class KnownCount:
     """`Data.count` tells the count of a batch before its forward pass; the sum over ranks runs beside that pass."""
 
-    def __init__(self, count: Callable[[Any], float], *, group: Group):
+    def __init__(self, count: Callable[[Any], float], *, group: Group, slots: int):
         self._count, self._group = count, group
-        self._sum = torch.zeros((), dtype=torch.float64)
+        self._slots = torch.zeros(slots, dtype=torch.float64)
         self._work: dist.Work | None = None
         self._step = 0
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Counts this rank's batches and starts the sum over ranks."""
         self._step = micro_batches[0].request.step + 1
-        self._sum = torch.tensor(float(sum(self._count(micro_batch.batch) for micro_batch in micro_batches)), dtype=torch.float64)
+        self._slots.zero_()
+        for micro_batch in micro_batches:
+            self._slots[micro_batch.request.micro_batch] = float(self._count(micro_batch.batch))
         if self._group.control is not None:
-            self._work = dist.all_reduce(self._sum, group=self._group.control, async_op=True)
+            self._work = dist.all_reduce(self._slots, group=self._group.control, async_op=True)
 
     def take(self, count: int | torch.Tensor, *, size: int) -> None:
         """Nothing to do: what was counted beforehand holds."""
@@ -93,9 +98,10 @@ class KnownCount:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        if not self._sum:
+        whole = float(self._slots.sum())
+        if not whole:
             raise DdpKitError(f"step {self._step}: {EMPTY}: Data(count=...) counts nothing in any rank's batch.")
-        return float(self._sum)
+        return whole
 
     def launch(self) -> None:
         """Nothing to do."""
@@ -112,15 +118,17 @@ class FoundCount:
     `expected` is a power of two, so that dividing by it and multiplying again changes no bits.
     """
 
-    def __init__(self, *, expected: float, group: Group):
+    def __init__(self, *, expected: float, group: Group, slots: int):
         self._expected, self._group = expected, group
         self._own: list[torch.Tensor] = []
-        self._sum = torch.zeros(())
+        self._first = 0
+        self._slots = torch.zeros(slots, dtype=torch.float64, device=group.device)
         self._work: dist.Work | None = None
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Forgets the step before."""
         self._own.clear()
+        self._first = micro_batches[0].request.micro_batch
 
     def take(self, count: int | torch.Tensor, *, size: int) -> None:
         """Notes a micro-batch's count."""
@@ -132,13 +140,14 @@ class FoundCount:
 
     def launch(self) -> None:
         """Starts the sum over ranks, in the same order on all of them."""
-        self._sum = torch.stack(self._own).sum()
+        self._slots.zero_()
+        self._slots[self._first : self._first + len(self._own)] = torch.stack(self._own)
         if self._group.sums is not None:
-            self._work = dist.all_reduce(self._sum, group=self._group.sums, async_op=True)
+            self._work = dist.all_reduce(self._slots, group=self._group.sums, async_op=True)
 
     def factor(self) -> torch.Tensor:
         """Expected over found, a tensor on the device. A count of 0 gives inf, and so a step that is not applied."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return self._expected / self._sum
+        return self._expected / self._slots.sum()

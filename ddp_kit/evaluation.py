@@ -74,8 +74,9 @@ def evaluate(
     the rows of all samples in sample order, and its metrics are added to the means.
     """
     with evaluating(model), autocast(precision, group.device):
-        totals, rows, indices = _pass(model, micro_batches, group=group, measure=measure, seed=seed)
-    metrics = means(sum_by_name(group, totals))
+        totals, names, rows, indices = _pass(model, micro_batches, group=group, measure=measure, seed=seed)
+    blocks = [int(own[0]) for own in indices]
+    metrics = means(sum_by_name(group, totals.tensor(names), names=names, order=blocks))
     if rows or summarize is not None:
         collected = _in_sample_order(group, rows, indices)
         if summarize is not None:
@@ -85,7 +86,7 @@ def evaluate(
 
 def _pass(
     model: nn.Module, micro_batches: Iterable[MicroBatch], *, group: Group, measure: Measure, seed: int
-) -> tuple[dict[str, tuple[float, float]], dict[str, list[torch.Tensor]], list[np.ndarray[Any, Any]]]:
+) -> tuple[Totals, list[str], dict[str, list[torch.Tensor]], list[np.ndarray[Any, Any]]]:
     totals, names = Totals(group.device), set[str]()
     rows: dict[str, list[torch.Tensor]] = {}
     indices = []
@@ -107,8 +108,7 @@ def _pass(
         if not request.is_padding:
             totals.add(sums)
             indices.append(request.indices)
-    found = totals.read()  # host-device synchronisation, once a pass
-    return {name: found.get(name, (0.0, 0.0)) for name in names}, rows, indices
+    return totals, sorted(names), rows, indices
 
 
 def _in_sample_order(group: Group, rows: dict[str, list[torch.Tensor]], indices: list[np.ndarray[Any, Any]]) -> Rows:

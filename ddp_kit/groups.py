@@ -44,7 +44,7 @@ class Group:
     closing: ExitStack = field(default_factory=ExitStack)
     sockets: dict[int, int] = field(default_factory=dict)  # of the gloo groups: file descriptor -> inode
     has_failed: bool = False  # it is being left on an error: peers may be gone
-    further: list[dist.ProcessGroup] = field(default_factory=list)  # made by `gloo_group`
+    others: list[dist.ProcessGroup] = field(default_factory=list)  # of those who communicate beside training
 
     @property
     def rank(self) -> int:
@@ -58,9 +58,26 @@ class Group:
 
     def settle(self) -> None:
         """Shortens the timeouts once the first step (compilation, first batch) is done. Every rank calls it."""
-        for group in (self.training, self.control, self.sums):
-            if group is not None:
-                _set_timeout(group, timeout_s=self.timeout_s)
+        for group in self.all:
+            _set_timeout(group, timeout_s=self.timeout_s)
+
+    @property
+    def all(self) -> list[dist.ProcessGroup]:
+        """The process groups that there are."""
+        return [group for group in (self.training, self.control, self.sums, *self.others) if group is not None]
+
+    def join_another(self, *, backend: str | None = None) -> dist.ProcessGroup:
+        """Returns one more process group of all ranks, of the training group's kind or of `backend`. Every rank calls it.
+
+        Who holds it registers its release in `closing`.
+        """
+        before = _sockets()
+        another = dist.new_group(backend=backend)
+        assert isinstance(another, dist.ProcessGroup)  # every rank is in it
+        dist.all_reduce(torch.zeros(1, device="cpu" if backend == "gloo" else self.device), group=another)  # as in `_join`
+        self.others.append(another)
+        self.sockets |= {descriptor: inode for descriptor, inode in _sockets().items() if before.get(descriptor) != inode}
+        return another
 
 
 def _set_timeout(group: dist.ProcessGroup, *, timeout_s: float) -> None:
@@ -164,17 +181,6 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
     dist.all_reduce(torch.zeros(1), group=control)  # nobody leaves while a peer is still connecting: that would fail it
 
 
-def gloo_group(group: Group, *, timeout: timedelta) -> dist.ProcessGroup | None:
-    """Returns one more gloo group over all ranks, for a thread of its own; None in one process without groups. Every rank calls it."""
-    if group.control is None:
-        return None
-    made = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(made, dist.ProcessGroup)  # every rank is in it
-    dist.all_reduce(torch.zeros(1), group=made)  # see `_join`
-    group.further.append(made)
-    return made
-
-
 def _is_agents() -> bool:
     """Whether torchrun's agent holds the store."""
     return environment().get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -206,16 +212,16 @@ def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
 def _leave(group: Group, *, failed: bool) -> None:
     if failed:  # gloo's destructor waits for what is in flight, which may never end: its groups are kept for ever instead
         group.has_failed = True
-        for gloo in (group.training, group.control, group.sums, *group.further):
-            if gloo is not None:
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(gloo))
+        for gloo in group.all:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(gloo))
     try:
         group.closing.close()
     finally:
-        if failed and group.device.type == "cuda" and group.training is not None:
-            group.training.abort()  # destroying an NCCL group after an error can wait for ever
+        for nccl in group.all if failed and group.device.type == "cuda" else []:
+            if nccl is not group.control and nccl is not group.sums:
+                nccl.abort()  # destroying an NCCL group after an error can wait for ever
         group.training = group.control = group.sums = None
-        group.further.clear()
+        group.others.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -35,31 +35,36 @@ class LossSum:
 
 
 class Totals:
-    """Adds up named (sum, count) pairs in float64 on a device; reads nothing back until `read`."""
+    """Keeps named (sum, count) pairs of micro-batches in float64 on a device; reads nothing back until `read`.
+
+    One row each, and not their sum: ranks put the rows of all in order and then add, so that the sum does not depend on who had which.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._pairs: dict[str, torch.Tensor] = {}
+        self._rows: list[tuple[list[str], torch.Tensor]] = []
 
     def add(self, sums: Mapping[str, tuple[Number, Number]]) -> None:
         """Adds one micro-batch's pairs."""
-        for name, pair in sums.items():
-            both = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self._device).detach() for value in pair])
-            if name in self._pairs:
-                self._pairs[name] += both
-            else:
-                self._pairs[name] = both
+        names = sorted(sums)
+        values = [torch.as_tensor(value, dtype=torch.float64, device=self._device).detach() for name in names for value in sums[name]]
+        self._rows.append((names, torch.stack(values).view(-1, 2) if values else self._blank(0, 2)))
 
     def tensor(self, names: Sequence[str]) -> torch.Tensor:
-        """Returns the pairs of `names` as one float64 tensor (len(names), 2)."""
-        return torch.stack([self._pairs[name] for name in names])
+        """Returns the pairs as one float64 tensor (micro-batches, len(names), 2), (0, 0) where a micro-batch has none of a name."""
+        rows = [
+            row if own == names else torch.stack([row[own.index(name)] if name in own else self._blank(2) for name in names])
+            for own, row in self._rows
+        ]
+        return torch.stack(rows) if rows else self._blank(0, len(names), 2)
 
     def read(self) -> dict[str, tuple[float, float]]:
-        """Returns the pairs as floats. Waits for the device."""
-        if not self._pairs:
-            return {}
-        names = list(self._pairs)
-        return {name: (row[0], row[1]) for name, row in zip(names, self.tensor(names).tolist(), strict=True)}
+        """Returns the sums of the pairs as floats. Waits for the device."""
+        names = sorted({name for own, _ in self._rows for name in own})
+        return {name: (row[0], row[1]) for name, row in zip(names, self.tensor(names).sum(0).tolist(), strict=True)} if names else {}
+
+    def _blank(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=torch.float64, device=self._device)
 
 
 def means(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import Precision
+from ddp_kit.topology import environment_default
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,6 +75,23 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def deterministic(is_on: bool, device: torch.device) -> Iterator[None]:
+    """Switches CUDA's deterministic algorithms on, and puts the switches back. On a CPU one thread is enough."""
+    if not is_on or device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        with environment_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8"):  # which cuBLAS wants to see in this mode
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def _refuse_unsupported(precision: Precision, device: torch.device) -> None:

@@ -25,9 +25,9 @@ from ddp_kit.training import LossCall, Training
 class Rehearsal:
     """One per run. Every rank runs each objective's loss in it, in the same order."""
 
-    def __init__(self, training: Training, feed: Feed, *, allows_unused: bool):
-        """Args: `allows_unused` whether parameters may stay without a gradient."""
-        self.training, self._feed, self._allows_unused = training, feed, allows_unused
+    def __init__(self, training: Training, feed: Feed, *, allows_unused: bool, exact: bool = False):
+        """Args: `allows_unused` whether parameters may stay without a gradient; `exact` whether bits must not depend on the ranks."""
+        self.training, self._feed, self._allows_unused, self._exact = training, feed, allows_unused, exact
         self._batch = feed.rehearsal()
 
     def run(self, call: LossCall, parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]) -> tuple[nn.Module, Count]:
@@ -37,7 +37,7 @@ class Rehearsal:
         """
         with _only(parameters, frozen), generators_put_back(), buffers_put_back(self.training.model) as buffers:
             count = self._run_bare(call, parameters)
-            _note_buffers(self.training, buffers)
+            _note_buffers(self.training, buffers, exact=self._exact)
             wrapped = self.training.strategy.wrap(call)
             if self.training.group.world_size > 1:
                 self._run_wrapped(wrapped, parameters)
@@ -68,8 +68,9 @@ class Rehearsal:
         for _ in range(2):
             for parameter in parameters:
                 parameter.grad = None
-            total, _, _ = wrapped(self._batch.batch)
-            (total / self._batch.size).backward()
+            with self.training.strategy.micro_batch(wrapped, is_last=True):
+                total, _, _ = wrapped(self._batch.batch)
+                (total / self._batch.size).backward()
 
 
 @contextmanager
@@ -98,10 +99,10 @@ def _count_of(count: int | torch.Tensor, size: int, *, feed: Feed, group: Group)
     if first_difference(group, [int(is_fixed), int(count) if is_fixed else 0, exponent]) is not None:
         raise DdpKitError("the ranks' losses return different counts for the same samples; the loss must not depend on the rank.")
     if feed.data.count is not None:
-        return KnownCount(feed.data.count, group=group)
+        return KnownCount(feed.data.count, group=group, slots=feed.plan.micro_batches)
     if is_fixed:
         return FixedCount(per_sample=int(count) // size, global_batch=feed.plan.global_batch)
-    return FoundCount(expected=2.0**exponent, group=group)
+    return FoundCount(expected=2.0**exponent, group=group, slots=feed.plan.micro_batches)
 
 
 def _refuse_unused(training: Training, parameters: Sequence[nn.Parameter], *, allows_unused: bool) -> None:
@@ -118,13 +119,21 @@ def _refuse_unused(training: Training, parameters: Sequence[nn.Parameter], *, al
         )
 
 
-def _note_buffers(training: Training, before: Sequence[tuple[Buffer, torch.Tensor]]) -> None:
-    """Notes the buffers outside normalisation layers that a forward pass changed; they are taken from rank 0 at every step."""
+def _note_buffers(training: Training, before: Sequence[tuple[Buffer, torch.Tensor]], *, exact: bool) -> None:
+    """Notes the buffers outside normalisation layers that a forward pass changed; they are taken from rank 0 at every step.
+
+    Raises: ConfigError where that would have to be exact.
+    """
     statistics = training.statistics
     known = {id(buffer.tensor) for buffer in statistics.others}
     for buffer, value in before:
         is_ours = buffer.tensor.untyped_storage().data_ptr() in statistics.owned or id(buffer.tensor) in known
         if not is_ours and not torch.equal(buffer.settle(), value):
+            if exact:
+                raise ConfigError(
+                    f"--exact: training changes the buffer {buffer.name}, which only normalisation layers may: rank 0's depends on the "
+                    "number of ranks. Leave out --exact, or make it no buffer of training."
+                )
             statistics.others.append(buffer)
             if training.group.world_size > 1:
                 training.notes.append(f"buffer {buffer.name} is changed by training; it is taken from rank 0")

@@ -80,7 +80,8 @@ class Reporter:
         }
         totals = sums.totals(training.group.device)
         names = self._agreed(sorted({prefix + name for prefix, part in sums.parts for name in part}), training)
-        values = totals.tensor(names)
+        values = torch.zeros(training.plan.micro_batches, len(names), 2, dtype=torch.float64, device=training.group.device)
+        values[sums.first : sums.first + sums.size] = totals.tensor(names)  # x + 0 is exact, and the slots are summed in order
         # Not beside DDP's own: after a collective that failed unread, gloo lets a later one of the same group wait until its timeout.
         group = training.group.training if values.is_cuda else training.group.control
         work = None if group is None else dist.all_reduce(values, group=group, async_op=True)
@@ -114,7 +115,7 @@ class Reporter:
             return
         if pending.work is not None:
             pending.work.wait()
-        rows = pending.sums.tolist() if self._trackers else []  # host-device synchronisation, one step late
+        rows = pending.sums.sum(0).tolist() if self._trackers else []  # host-device synchronisation, one step late
         found = means(dict(zip(pending.names, rows, strict=True))) if rows else {}
         norms = {f"{name}grad_norm": float(norm) for name, norm in pending.norms.items()} if self._trackers else {}
         head = {name: pending.record[name] for name in ("kind", "step", "epoch", "samples")}

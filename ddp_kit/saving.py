@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,9 @@ from ddp_kit.checkpoint.saver import Saved, Saver
 from ddp_kit.checkpoint.storage import LocalDisk, Storage
 from ddp_kit.collectives import from_rank
 from ddp_kit.early_stopping import EarlyStopping
-from ddp_kit.groups import gloo_group
 from ddp_kit.logs import logger
 from ddp_kit.state import State, model_tensors, restore_state, state_of
 from ddp_kit.training import Training
-
-COMMIT_S = 1800  # a shared file system may take its time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +61,8 @@ class Checkpoints:
         if group.rank == 0:
             clear(storage)
         token = from_rank(group, uuid.uuid4().hex[:12].encode()).decode()
-        ranks = Ranks(group.rank, group.world_size, gloo_group(group, timeout=timedelta(seconds=COMMIT_S)))
+        own_group = group.join_another(backend="gloo") if group.control is not None else None
+        ranks = Ranks(group.rank, group.world_size, own_group)
         self._saver = Saver(storage, ranks, device=group.device, token=token, keep=keep)
         group.closing.callback(lambda: self._saver.close(abandon=group.has_failed))
         self._last_save = time.monotonic()

@@ -13,7 +13,7 @@ from ddp_kit.blame import Verdict
 from ddp_kit.errors import ConfigError, DdpKitError
 from ddp_kit.groups import Group, process_group
 from ddp_kit.logs import logger
-from ddp_kit.precision import arithmetic
+from ddp_kit.precision import arithmetic, deterministic
 from ddp_kit.settings import Settings
 from ddp_kit.topology import is_first_rank
 from ddp_kit.trackers import redact_text
@@ -29,9 +29,10 @@ def session(settings: Settings, *, speaks: bool = True, on_failure: OnFailure | 
     On an error each rank finds out who the culprit is, `on_failure(verdict)` may write it down, and with `speaks` the culprit's
     message goes to stderr, first and once, and the error becomes a SystemExit with its exit code.
     """
-    with process_group(device=settings.device, threads=settings.threads, tuning=settings.tuning) as group:
+    threads = settings.threads or int(settings.exact)  # a convolution's gradient has other bits on two threads than on one
+    with process_group(device=settings.device, threads=threads, tuning=settings.tuning) as group:
         try:
-            with arithmetic(settings.precision, group.device):
+            with arithmetic(settings.precision, group.device), deterministic(settings.exact, group.device):
                 yield group
         except BaseException as error:
             verdict = group.blame.judge(error)

@@ -89,6 +89,8 @@ class Settings:
     rename: tuple[str, ...] = ()
     """old=new: tensors of --init-from that have another name in this model"""
     early_stop: EarlyStop = field(default_factory=EarlyStop)
+    exact: bool = False
+    """the same bits at any number of ranks that fits; needs a stated micro_batch"""
     compile: bool = False
     """compile the model with torch.compile"""
     activation_checkpointing: str = ""
@@ -138,6 +140,8 @@ def check(settings: Settings) -> None:
         faults.append("--global-batch 0: expected at least 1 sample per optimizer step")
     if isinstance(settings.micro_batch, int) and settings.micro_batch < 0:
         faults.append(f"--micro-batch {settings.micro_batch}: expected at least 1 sample, or 0 for a rank's whole share")
+    if settings.exact:
+        faults += _inexact(settings)
     if settings.log_every < 1:
         faults.append(f"--log-every {settings.log_every}: expected at least 1 step")
     if settings.epochs == 0 and settings.max_steps == 0:
@@ -160,6 +164,21 @@ def check(settings: Settings) -> None:
         faults.append("--wandb.* is set without --tracker wandb: type --tracker wandb too")
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _inexact(settings: Settings) -> list[str]:
+    """Returns what of the settings cannot be had exactly."""
+    micro, whole = settings.micro_batch, settings.global_batch
+    faults = []
+    if not isinstance(micro, int) or micro < 1 or whole % micro:
+        parts = next(parts for parts in (8, 4, 2, 1) if whole % parts == 0)
+        faults.append(
+            f"--exact with --micro-batch {micro}: expected a stated size that divides --global-batch {whole}, since the micro-batches are "
+            f"what is the same at any number of ranks. Type --micro-batch {max(1, whole // parts)} for up to {parts} ranks"
+        )
+    if settings.sync_batchnorm:
+        faults.append("--exact with --sync-batchnorm: it sums over ranks inside the forward pass. Leave one of them out")
+    return faults
 
 
 def flag(name: str) -> str:

@@ -10,7 +10,6 @@ no rank can miss it.
 """
 
 import math
-from contextlib import nullcontext
 
 import torch
 
@@ -28,7 +27,7 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
 
     Raises: NonFiniteError on every rank, with the weights as they were before the step, if a loss or gradient is not finite.
     """
-    sums = StepSums()
+    sums = StepSums(first=batch.micro_batches[0].request.micro_batch, size=len(batch.micro_batches))
     look_back(training)
     for objective in training.objectives:
         sums.rates[objective.name] = [group["lr"] for group in objective.optimizer.param_groups]  # before the scheduler moves on
@@ -60,7 +59,7 @@ def _objective_step(training: Training, objective: ObjectiveState, batch: RankBa
     count.begin(batch.micro_batches)
     statistics.begin()
     for i, micro_batch in enumerate(batch.micro_batches):
-        with training.strategy.no_sync(objective.call) if i < last else nullcontext():
+        with training.strategy.micro_batch(objective.call, is_last=i == last):
             seed_forward(training.forward_key, training.step, micro_batch.request.micro_batch, device=training.group.device)
             statistics.rewind()
             total, own_count, metrics = _forward(objective, micro_batch, training.step)

@@ -104,13 +104,15 @@ class Training:
 class StepSums:
     """What a step leaves for the records: each micro-batch's sums, still on the device, rates, and the gradient norm if it was taken."""
 
-    parts: list[tuple[str, Sums]] = field(default_factory=list)
+    first: int = 0  # this rank's first micro-batch in the global batch
+    size: int = 1  # this rank's micro-batches
+    parts: list[tuple[str, Sums]] = field(default_factory=list)  # objective by objective
     grad_norms: dict[str, torch.Tensor] = field(default_factory=dict)
     rates: dict[str, list[Any]] = field(default_factory=dict)  # of each objective's parameter groups, as the step used them
 
     def totals(self, device: torch.device) -> Totals:
-        """Returns this rank's sums by name, in float64."""
+        """Returns this rank's sums by name, in float64, a row each micro-batch."""
         totals = Totals(device)
-        for prefix, sums in self.parts:
-            totals.add({prefix + name: pair for name, pair in sums.items()})
+        for i in range(self.size):
+            totals.add({prefix + name: pair for prefix, sums in self.parts[i :: self.size] for name, pair in sums.items()})
         return totals

@@ -19,6 +19,7 @@ from ddp_kit.buffers import RunningStatistics
 from ddp_kit.control import Control
 from ddp_kit.data.loader import Feed
 from ddp_kit.errors import ConfigError, nearest, some
+from ddp_kit.exactness import require_fit
 from ddp_kit.groups import Group
 from ddp_kit.metrics import LossSum
 from ddp_kit.precision import LossScale
@@ -52,6 +53,7 @@ def wrap(
     precision: Precision = "fp32",
     grad_clip: float = 0.0,
     find_unused_parameters: bool = False,
+    exact: bool = False,
     tuning: bool = True,
 ) -> Training:
     """Wraps a model, its optimizer and its loss for a loop of one's own. Every rank calls it; see `wrap_parts`."""
@@ -63,6 +65,7 @@ def wrap(
         precision=precision,
         grad_clip=grad_clip,
         find_unused_parameters=find_unused_parameters,
+        exact=exact,
         tuning=tuning,
     )
 
@@ -78,6 +81,7 @@ def wrap_parts(
     find_unused_parameters: bool = False,
     has_checkpointed_activations: bool = False,
     tuning: bool = True,
+    exact: bool = False,
 ) -> Training:
     """Makes a model that lies on its device ready to train. Every rank calls it.
 
@@ -87,18 +91,20 @@ def wrap_parts(
     """
     require_equal(model, group=group)
     micro_batches = feed.plan.micro_batches
+    if exact:
+        require_fit(feed, group)
     training = Training(
         group=group,
         control=Control(group),
-        strategy=choose_strategy(group, find_unused_parameters=find_unused_parameters),
+        strategy=choose_strategy(group, find_unused_parameters=find_unused_parameters, exact=exact),
         model=model,
         objectives=[],
-        statistics=RunningStatistics(model, group, micro_batches=micro_batches, always=has_checkpointed_activations),
+        statistics=RunningStatistics(model, group, micro_batches=micro_batches, always=has_checkpointed_activations, exact=exact),
         plan=feed.plan,
         forward_key=forward_key(feed.seed),
         grad_clip=grad_clip,
     )
-    rehearsal = Rehearsal(training, feed, allows_unused=find_unused_parameters)
+    rehearsal = Rehearsal(training, feed, allows_unused=find_unused_parameters, exact=exact)
     fused = [fuse(part.optimizer) for part in parts] if tuning else []
     if fused and all(fused):
         training.tuned.append("fused optimizer")

@@ -91,7 +91,8 @@ def trace(group: Group, recipe: Recipe, settings: Settings) -> Trace:
         sums = train_step(made.training, batch)
         if not samples:
             gradient = {name: p.grad.detach().clone() for name, p in made.training.model.named_parameters() if p.grad is not None}
-        total, count = sum_by_name(group, sums.totals(group.device).read())["loss"]
+        numbers = range(sums.first, sums.first + sums.size)
+        total, count = sum_by_name(group, sums.totals(group.device).tensor(["loss"]), names=["loss"], order=numbers)["loss"]
         losses.append(total / count)
         samples.append(
             torch.cat(gather_rows(group, torch.from_numpy(np.concatenate([part.request.indices for part in batch.micro_batches])))).tolist()

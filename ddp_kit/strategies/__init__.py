@@ -11,6 +11,7 @@ from torch import nn
 
 from ddp_kit.groups import Group
 from ddp_kit.strategies.ddp import DataParallel
+from ddp_kit.strategies.exact import ExactDataParallel, ExactSingle
 from ddp_kit.strategies.single import Single
 
 
@@ -24,18 +25,19 @@ class Strategy(Protocol):
     def wrap(self, call: nn.Module) -> nn.Module:
         """Returns the module whose forward is to be called in place of `call`."""
 
-    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """Within it, forward and backward of `wrapped` add to this rank's gradients only."""
+    def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+        """Within it go forward and backward of one micro-batch. After the last one of a rank gradients are those of all ranks."""
 
     def left_out(self, wrapped: nn.Module) -> list[str]:
         """Returns the parameters for whose sum the other ranks wait in vain: the backward pass that should have begun it left them out."""
 
 
-def choose_strategy(group: Group, *, find_unused_parameters: bool) -> Strategy:
+def choose_strategy(group: Group, *, find_unused_parameters: bool, exact: bool = False) -> Strategy:
     """Returns the strategy for these ranks: one process is not wrapped at all."""
     if group.world_size == 1:
-        return Single()
-    return DataParallel(group, find_unused_parameters=find_unused_parameters)
+        return ExactSingle() if exact else Single()
+    kind = ExactDataParallel if exact else DataParallel
+    return kind(group, find_unused_parameters=find_unused_parameters)
 
 
-__all__ = ["DataParallel", "Single", "Strategy", "choose_strategy"]
+__all__ = ["DataParallel", "ExactDataParallel", "ExactSingle", "Single", "Strategy", "choose_strategy"]

@@ -6,7 +6,7 @@ Refuses: DDP's own buffer broadcasts (running statistics would be thrown away on
 
 import inspect
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 from torch import nn
@@ -38,10 +38,10 @@ class DataParallel:
         self._group.closing.callback(_release, wrapped)
         return wrapped
 
-    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """DDP's own."""
+    def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+        """DDP's `no_sync` for all but the last."""
         assert isinstance(wrapped, DistributedDataParallel)
-        context: AbstractContextManager[None] = wrapped.no_sync()
+        context: AbstractContextManager[None] = nullcontext() if is_last else wrapped.no_sync()
         return context
 
     def left_out(self, wrapped: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ class Single:
         """Returns `call` itself."""
         return call
 
-    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+    def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """Nothing is ever summed over ranks."""
         return nullcontext()
 

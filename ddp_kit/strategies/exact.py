@@ -1,0 +1,146 @@
+"""`--exact`: gradients whose bits do not depend on the number of ranks.
+
+Owns: each micro-batch's gradients as leaves of the fixed tree, kept per parameter: DDP's buckets may change.
+Refuses: averaging; the leaves must have the same bits at any world size, so nothing is divided.
+
+A parameter that a micro-batch does not use is a leaf of -0.0, which added to any number leaves its bits; one that no micro-batch of the
+step uses has no gradient, as in one process.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_kit.groups import Group
+from ddp_kit.strategies.ddp import DataParallel
+from ddp_kit.strategies.exchange import Exchange, Future
+from ddp_kit.tree import Fold, Leaf
+
+NOTHING = -0.0
+
+
+class _Leaves:
+    """The leaves of one loss call's parameters in a step."""
+
+    def __init__(self, call: nn.Module):
+        self.parameters = [parameter for parameter in call.parameters() if parameter.requires_grad]
+        self.number = {id(parameter): i for i, parameter in enumerate(self.parameters)}
+        self.fold = Fold()
+        self.used: set[int] = set()
+        self.views: dict[int, torch.Tensor] = {}  # of DDP's buckets
+
+    def take(self) -> None:
+        """Moves the gradients of a micro-batch into the sum."""
+        leaf: Leaf = []
+        for i, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                leaf.append(torch.full_like(parameter, NOTHING))
+            else:
+                self.used.add(i)
+                leaf.append(parameter.grad)
+                parameter.grad = None
+        self.fold.push(leaf)
+
+    def give(self) -> None:
+        """Puts the sum into the parameters' gradients."""
+        for i, total in enumerate(self.fold.total()):
+            self.parameters[i].grad = total if i in self.used else None
+        self.used.clear()
+
+
+@final
+class ExactSingle:
+    """One process: the same tree."""
+
+    divisor = 1
+
+    def __init__(self) -> None:
+        self._leaves: dict[nn.Module, _Leaves] = {}
+
+    def wrap(self, call: nn.Module) -> nn.Module:
+        """Returns `call` itself."""
+        self._leaves[call] = _Leaves(call)
+        return call
+
+    @contextmanager
+    def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:
+        """Takes the gradients as a leaf; after the last one they are the sum of all."""
+        yield
+        leaves = self._leaves[wrapped]
+        leaves.take()
+        if is_last:
+            leaves.give()
+
+    def left_out(self, wrapped: nn.Module) -> list[str]:
+        """Nobody waits."""
+        return []
+
+
+@final
+class ExactDataParallel:
+    """DDP with a hook in place of its all-reduce. A rank holds a whole subtree, and the hook sums those of all ranks."""
+
+    divisor = 1
+
+    def __init__(self, group: Group, *, find_unused_parameters: bool = False):
+        self._group, self._find_unused = group, find_unused_parameters
+        self._ddp = DataParallel(group, find_unused_parameters=find_unused_parameters)
+        self._exchange = Exchange(group)
+        self._leaves: dict[nn.Module, _Leaves] = {}
+
+    def wrap(self, call: nn.Module) -> nn.Module:
+        """Returns `call` in a DDP wrapper with the hook."""
+        wrapped = self._ddp.wrap(call)
+        assert isinstance(wrapped, DistributedDataParallel)
+        leaves = self._leaves[wrapped] = _Leaves(call)
+
+        def hook(exchange: Exchange, bucket: dist.GradBucket) -> Future:
+            parameters = bucket.parameters()
+            at = [leaves.number[id(parameter)] for parameter in parameters]
+            flat = zip(bucket.gradients(), parameters, strict=True)  # in the bucket a gradient lies as its parameter does
+            gradients = [view.as_strided(own.shape, own.stride(), view.storage_offset()) for view, own in flat]
+            for view, own in zip(gradients, parameters, strict=True):
+                if own.grad is None:
+                    view.fill_(NOTHING)
+            leaves.views |= zip(at, gradients, strict=True)
+            return exchange.sum(bucket.buffer(), before=lambda: leaves.fold.add_to(gradients, at=at))
+
+        wrapped.register_comm_hook(self._exchange, hook)
+        return wrapped
+
+    @contextmanager
+    def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:
+        """Takes the gradients as a leaf; those of the last one are summed with all leaves of all ranks beside backward."""
+        leaves = self._leaves[wrapped]
+        if not is_last:
+            with self._ddp.micro_batch(wrapped, is_last=False):
+                yield
+            leaves.take()
+            return
+        if self._find_unused:  # DDP has seen them used, and does not expect them to have no gradient
+            for i in leaves.used:
+                leaves.parameters[i].grad = torch.full_like(leaves.parameters[i], NOTHING)
+        yield
+        self._exchange.check()
+        if self._find_unused:
+            self._find(leaves)
+        leaves.fold.clear()
+        leaves.used.clear()
+
+    def left_out(self, wrapped: nn.Module) -> list[str]:
+        """DDP's own answer."""
+        return self._ddp.left_out(wrapped)
+
+    def _find(self, leaves: _Leaves) -> None:
+        """Gives gradients to the parameters that any micro-batch of any rank has used; DDP has looked at the last ones alone."""
+        used = torch.zeros(len(leaves.parameters), dtype=torch.int32, device=self._group.device)
+        for i, parameter in enumerate(leaves.parameters):
+            used[i] = i in leaves.used or parameter.grad is not None
+        dist.all_reduce(used, dist.ReduceOp.MAX, group=self._group.training)
+        for i, is_used in enumerate(used.tolist()):  # host-device synchronisation
+            leaves.parameters[i].grad = leaves.views[i] if is_used else None
