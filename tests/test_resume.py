@@ -44,3 +44,16 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, args: list[str], death
     assert last.status["weights_sha256"] == whole.status["weights_sha256"]
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
     assert last.status["metrics"] == whole.status["metrics"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_exact_runs_have_the_same_bits_across_kills_and_numbers_of_ranks(tmp_path: Path, optimizer: str) -> None:
+    args = ["--exact", "--global-batch", "24", "--micro-batch", "6", "--save-every", "3", "--optimizer", optimizer, "--width", "64"]
+    whole = run(tmp_path / "whole", *args, world_size=1)
+    assert whole.codes == [0], whole.errors
+    for world_size, death in ((4, "7:2"), (2, "16:0"), (1, "22:0")):
+        cut = run(tmp_path / "cut", *args, deaths=death, world_size=world_size)
+        assert -signal.SIGKILL in cut.codes, cut.errors
+    last = run(tmp_path / "cut", *args, world_size=2)
+    assert last.status["weights_sha256"] == whole.status["weights_sha256"]
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
