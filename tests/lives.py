@@ -3,15 +3,18 @@
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from cases import Settings
-from safetensors.torch import load_file
 
 from ddp_kit import Recipe
+from ddp_kit.blame import Blame
+from ddp_kit.checkpoint.find import Origin, best_of, find, weights_of
+from ddp_kit.groups import Group
 from ddp_kit.testing import run_ranks
-from ddp_kit.topology import read_topology
+from ddp_kit.topology import Topology, read_topology
 from ddp_kit.train import run
 
 
@@ -82,8 +85,22 @@ def _live(make: Callable[[Settings], Recipe], settings: Settings) -> Life:
     outcome = run(replace(make(settings), trackers=[notes], callbacks=[notes]), settings)
     life.reason, life.step, life.metrics = outcome.reason, outcome.step, dict(outcome.metrics)
     life.state = {name: tensor.detach().clone() for name, tensor in outcome.model.state_dict().items()}
-    life.files = load_file(outcome.run_dir / "model.safetensors")
+    life.files = left(outcome.run_dir)
     return life
+
+
+def alone() -> Group:
+    """This process, as what all ranks call together wants it."""
+    return Group(topology=Topology(), device=torch.device("cpu"), blame=Blame(rank=0, world_size=1))
+
+
+def left(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights that a run leaves: those of its best checkpoint, as they were evaluated, else of the newest."""
+    origin = Origin(run_dir / "checkpoints")
+    best = best_of(origin.storage)
+    opened = find(replace(origin, step=best.step if best else None), group=alone())
+    assert opened is not None
+    return weights_of(opened)
 
 
 def lives(make: Callable[[Settings], Recipe], settings: Settings, *, world_size: int) -> list[Life]:

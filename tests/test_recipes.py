@@ -128,23 +128,24 @@ def test_a_run_under_torchrun_can_be_shown_evaluated_and_copied(
     assert "2 ranks x 32 micro-batch" in done.stdout
     assert "\x1b" not in done.stdout  # a pipe gets no control characters
     status = json.loads(Path("runs/a/status.json").read_text())
-    assert load_file("runs/a/model.safetensors")
 
     def said(*args: str) -> str:
         assert cli.main(args) == 0
         return capsys.readouterr().out
 
-    evaluated = json.loads(said("evaluate", digits, "--init-from", "runs/a/model.safetensors").splitlines()[-1])
+    said("ckpt", "export", "runs/a", "--out", "model.safetensors")
+    assert load_file("model.safetensors")
+    evaluated = json.loads(said("evaluate", digits, "--init-from", "model.safetensors").splitlines()[-1])
     assert evaluated["accuracy"] == pytest.approx(status["metrics"]["accuracy"])
     assert "finished" in said("show", "runs/a")
     said("new", "my.py", "--from", "digits")
     assert "It runs. Nothing was written." in said("check", "my.py")
-    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"my.py", "runs"}
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"model.safetensors", "my.py", "runs"}
     assert [path.name for path in Path("runs").iterdir()] == ["a"]
 
 
 @pytest.mark.ranks(2)
-def test_the_loop_of_ones_own_reaches_95_percent(group) -> None:
+def test_the_loop_of_ones_own_reaches_95_percent(group, tmp_path) -> None:
     import contextlib
     import io
     import runpy
@@ -154,6 +155,6 @@ def test_the_loop_of_ones_own_reaches_95_percent(group) -> None:
 
     printed = io.StringIO()
     with patch.object(ddp_kit, "process_group", lambda: contextlib.nullcontext(group)), contextlib.redirect_stdout(printed):
-        runpy.run_path(str(RECIPES / "own_loop.py"))["main"](steps=200)
+        runpy.run_path(str(RECIPES / "own_loop.py"))["main"](steps=200, folder=str(tmp_path))
     if group.rank == 0:
         assert float(printed.getvalue().split()[-1]) >= 0.95

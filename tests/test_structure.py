@@ -55,7 +55,7 @@ def test_imports_go_downward_only() -> None:
 
 
 def test_only_layer_two_strategies_and_their_users_of_works_import_torch_distributed() -> None:
-    """Beside layer 2 and the strategies: those that launch an asynchronous sum and read it later."""
+    """Beside layer 2 and the strategies: those that launch an asynchronous sum and read it later, and the saving thread."""
     users = {part(path) for path in FILES if "import torch.distributed as dist" in path.read_text()}
     assert users <= {"blame", "groups", "collectives", "control", "strategies", "testing", "buffers", "counts", "report", "checkpoint"}
 
