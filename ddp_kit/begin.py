@@ -10,7 +10,7 @@ import shlex
 import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ddp_kit import batching
@@ -36,9 +36,15 @@ from ddp_kit.trackers.jsonl import JsonlTracker, json_text, read_json
 class Place:
     """The run directory as all ranks know it."""
 
+    name: str
     path: Path
     run_id: str
     earlier: Mapping[str, object]  # the status that an earlier life left
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
 
     @property
     def is_finished(self) -> bool:
@@ -52,34 +58,41 @@ class Place:
 
 
 def open_directory(settings: Settings, group: Group, *, name: str, source: RecipeSource | None, claimed: Callable[[RunDir], None]) -> Place:
-    """Rank 0 chooses and claims the run directory, hands it to `claimed` and writes the facts of the run; all ranks learn the path."""
+    """Rank 0 chooses and claims the run directory, hands it to `claimed`, and writes the facts of a new run; all ranks learn the path."""
     path = Path(settings.run_dir) if settings.run_dir else default_path(name)
-    run_id, earlier = "", {}
+    place = Place(name=name, path=path, run_id=uuid.uuid4().hex[:16], earlier={})
     if group.rank == 0:
         directory = RunDir(path)
         directory.claim()
-        claimed(directory)
         earlier = directory.earlier()
         if earlier and settings.resume == "never":
+            directory.release()
             raise ConfigError(
                 f"--run-dir {path}: already holds a run (status {earlier.get('status')}, step {earlier.get('step')}), and "
                 "--resume never forbids to go on with it. Type another --run-dir, or leave --resume out."
             )
-        before = read_json(path / "settings.json")
-        run_id = str(before.get("run_id") or uuid.uuid4().hex[:16]) if earlier else uuid.uuid4().hex[:16]
-        about = {"run_id": run_id, "agent": _agent(), "recipe": str(source.path) if source else name}
-        about |= {"recipe_sha256": source.sha256} if source else {}
-        defaults = to_json(source.settings()) if source else {}
-        directory.write_json("settings.json", about | {"settings": redact(to_json(settings)), "defaults": redact(defaults)})
-        folder = source.path.parent if source else None
-        directory.write_json("env.json", describe(group.topology, group.device, recipe_folder=folder))
+        claimed(directory)
+        run_id = str(read_json(path / "settings.json").get("run_id", "")) if earlier else ""
+        place = replace(place, run_id=run_id or place.run_id, earlier=earlier)
+        if not run_id:
+            write_facts(directory, settings, group, place=place, source=source)
         if not earlier:
             directory.status("running")
-    facts_of_run = json_text({"path": path, "run_id": run_id, "earlier": earlier}).encode()
+    facts_of_run = json_text({"path": path, "run_id": place.run_id, "earlier": place.earlier}).encode()
     agreed = json.loads(from_rank(group, facts_of_run))
-    place = Place(path=Path(agreed["path"]), run_id=agreed["run_id"], earlier=agreed["earlier"])
+    place = Place(name=name, path=Path(agreed["path"]), run_id=agreed["run_id"], earlier=agreed["earlier"])
     require_shared(place.path, place.run_id, group=group)
     return place
+
+
+def write_facts(directory: RunDir, settings: Settings, group: Group, *, place: Place, source: RecipeSource | None) -> None:
+    """Writes settings.json and env.json. Those of an earlier life stay until this one has begun."""
+    about = {"run_id": place.run_id, "agent": _agent(), "recipe": str(source.path) if source else place.name}
+    about |= {"recipe_sha256": source.sha256} if source else {}
+    defaults = to_json(source.settings()) if source else {}
+    directory.write_json("settings.json", about | {"settings": redact(to_json(settings)), "defaults": redact(defaults)})
+    folder = source.path.parent if source else None
+    directory.write_json("env.json", describe(group.topology, group.device, recipe_folder=folder))
 
 
 def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None:
@@ -89,7 +102,7 @@ def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None
         if opened is None:
             raise ConfigError(f"--resume {settings.resume}: there is no good checkpoint in it.")
         return opened
-    opened = find(Origin(place.path / "checkpoints"), group=group) if settings.resume == "auto" else None
+    opened = find(Origin(place.checkpoints), group=group) if settings.resume == "auto" else None
     if opened is not None and opened.manifest.run_id != place.run_id:
         raise ConfigError(
             f"--run-dir {place.path}: its {opened.folder} belongs to another run ({opened.manifest.run_id}, not {place.run_id}). "

@@ -42,7 +42,7 @@ def claim_at(path, begin):
         run.claim()
     except ConfigError:
         return 1
-    time.sleep(0.5)
+    time.sleep(3)  # until all the others have tried, on a busy machine too
     return 0
 
 def fork(function, *arguments):

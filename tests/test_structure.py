@@ -19,7 +19,7 @@ LAYERS = [
         *("buffers", "callbacks", "counts", "weights", "best", "run_dir", "environment"),
     ],
     ["recipe", "training", "state", "saving", "finite", "step", "exactness", "rehearsal", "wrapping", "evaluation", "report", "fit"],
-    ["auto", "compose", "resume", "begin", "session", "train", "evaluate", "commands", "cli"],
+    ["auto", "compose", "resume", "begin", "life", "session", "train", "evaluate", "commands", "cli"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 CORE_APART = {"strategies", "trackers", "commands", "testing", "cli", "environment"}

@@ -1,0 +1,123 @@
+"""What one life of a run leaves behind, however it ends.
+
+Owns: what was asked for, the parts of the run as they come to be, and status.json at the end; a failure finds here what to write down.
+Refuses: running anything.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from ddp_kit.begin import Place, resume_command
+from ddp_kit.blame import Verdict
+from ddp_kit.compose import Composition
+from ddp_kit.fit import Ending, stopped
+from ddp_kit.logs import logger
+from ddp_kit.preemption import Stopped
+from ddp_kit.recipe import RecipeSource
+from ddp_kit.report import Reporter
+from ddp_kit.run_dir import RunDir
+from ddp_kit.session import exit_code
+from ddp_kit.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended, the same on every rank; `model` holds the last weights."""
+
+    status: str
+    reason: str
+    exit_code: int
+    step: int
+    metrics: Mapping[str, float]
+    weights_sha256: str
+    run_dir: Path
+    model: nn.Module
+
+
+@dataclass(kw_only=True)
+class Life:
+    """A life of a run on this rank. `source` and `args` are those of a command; there are none from Python."""
+
+    settings: Settings
+    name: str
+    source: RecipeSource | None = None
+    args: Sequence[str] = ()
+    directory: RunDir | None = None  # rank 0 only
+    place: Place | None = None
+    composition: Composition | None = None
+    reporter: Reporter | None = None  # once this life has begun
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def advice(self) -> str:
+        """What to type to go on with the run; "" if there is nothing to go on from."""
+        if self.composition is None or self.place is None or not self.args:
+            return ""
+        training = self.composition.training
+        saved = training.checkpoints.saved_step if training.checkpoints is not None else -1
+        command = resume_command(self.args, self.place.path, training.group.topology)
+        return f"to go on from step {saved}: {command}" if saved > 0 else ""
+
+    def failed(self, verdict: Verdict) -> None:
+        """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its peers does. What an earlier life left
+        stays until this one has begun."""
+        if self.place is not None and self.place.earlier and self.reporter is None:
+            return
+        if self.directory is not None:
+            self._write(self.directory, verdict)
+        elif verdict.is_silent and self.place is not None:
+            directory = RunDir(self.place.path)
+            with directory.inherited() as is_heir:
+                if is_heir:
+                    self._write(directory, verdict)
+
+    def _write(self, directory: RunDir, verdict: Verdict) -> None:
+        error, reason = verdict.error, verdict.reason
+        status = stopped(error.number, verdict.rank).status if isinstance(error, Stopped) and verdict.is_own else "failed"
+        step = self.composition.training.step if self.composition else 0
+        content = directory.status(status, reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error))
+        if self.reporter is not None:
+            self.reporter.event("failure" if status == "failed" else "stop", step=step, rank=verdict.culprit, message=reason)
+            self.reporter.finish(content)
+        if self.advice:
+            sys.stderr.write(f"{self.advice}\n")
+
+    def ended(self, ending: Ending, *, digest: str) -> Outcome:
+        """Leaves an ending that all ranks agreed on."""
+        assert self.composition is not None
+        assert self.reporter is not None
+        training, steps = self.composition.training, self.composition.pace.steps_per_epoch
+        if self.directory is not None:
+            status = self.directory.status(
+                ending.status,
+                reason=ending.reason,
+                step=training.step,
+                epoch=training.step // steps if steps else 0,
+                metrics=self.metrics,
+                weights_sha256=digest,
+                exit_code=ending.exit_code,
+            )
+            self.reporter.event("finish" if ending.status == "finished" else "stop", step=training.step, message=ending.reason)
+            self.reporter.finish(status)
+            if ending.status != "finished" and self.advice:
+                logger.info("%s", self.advice)
+        return self.outcome(ending, metrics=self.metrics, digest=digest)
+
+    def outcome(self, ending: Ending, *, metrics: Mapping[str, float], digest: str) -> Outcome:
+        """Returns an ending as `run` hands it to its caller."""
+        assert self.composition is not None
+        assert self.place is not None
+        return Outcome(
+            status=ending.status,
+            reason=ending.reason,
+            exit_code=ending.exit_code,
+            step=self.composition.training.step,
+            metrics=dict(metrics),
+            weights_sha256=digest,
+            run_dir=self.place.path,
+            model=self.composition.training.model,
+        )
