@@ -86,7 +86,8 @@ def wrap_parts(
     """Makes a model that lies on its device ready to train. Every rank calls it.
 
     Args: `model` on the group's device, with equal weights on all ranks; `parts` one or more objectives; `feed` this rank's
-        batches, of which one is used for rehearsal; `tuning` gives torch's optimizers their fused kernels.
+        batches, of which one is used for rehearsal; `tuning` gives torch's optimizers their fused kernels; `exact` as in `exactness`,
+        with as many CPU threads at any number of ranks.
     Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer, before the first step.
     """
     require_equal(model, group=group)

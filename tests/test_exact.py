@@ -1,14 +1,18 @@
 """`--exact`: one run, whatever the number of ranks, bit for bit."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import Settings, plain, recipe, vectors, weighted
+from launching import train
 from lives import Life, lives
 from test_buffers import Counting
 from test_objectives import gan
@@ -21,6 +25,7 @@ from ddp_kit.compose import compose
 from ddp_kit.errors import ConfigError
 from ddp_kit.exactness import fitting_world_sizes
 from ddp_kit.groups import Group
+from ddp_kit.precision import deterministic
 from ddp_kit.session import session
 from ddp_kit.settings import check
 from ddp_kit.testing import run_ranks
@@ -143,26 +148,31 @@ def test_without_exact_they_are_other_bits() -> None:
     assert {"8.weight", "5.running_mean", "record 5"} <= set(names)
 
 
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(vectors())
+
+
 def class_weights(settings: Settings) -> Recipe:
     """A count that is found in the losses, of weights whose sums are rounded."""
 
     def uneven(model: nn.Module, batch: Any) -> LossSum:
         found = weighted(model, batch)
-        share = batch[0].abs().sum()
+        share = batch[0].abs().sqrt().sum()
         return replace(found, count=found.count + share, metrics={"share": (share, 1.0)})
 
     data = Data(vectors())
-    return recipe(settings, model=plain, loss=uneven, train_data=lambda: data, eval_data=lambda: vectors(50))
+    return recipe(settings, model=plain, loss=uneven, train_data=lambda: data, eval_data=lambda: {"kept": vectors(50), "read": Stream()})
 
 
 def known_weights(settings: Settings) -> Recipe:
     """The same count, told before the forward pass."""
 
     def count(batch: Any) -> float:
-        return float(batch[0].abs().sum())
+        return float(batch[0].abs().sqrt().sum())
 
     def shared(model: nn.Module, batch: Any) -> LossSum:
-        return LossSum(cross_entropy(model(batch[0]), batch[1], reduction="sum"), batch[0].abs().sum())
+        return LossSum(cross_entropy(model(batch[0]), batch[1], reduction="sum"), batch[0].abs().sqrt().sum())
 
     return recipe(settings, model=plain, loss=shared, train_data=lambda: Data(vectors(), count=count))
 
@@ -218,6 +228,28 @@ def test_a_rank_has_one_thread_unless_another_number_is_asked_for(monkeypatch: p
     assert [run_ranks(threads_in_a_session, 1, settings, group=False)[0] for settings in asked] == [1, 3, 2]
 
 
+@pytest.mark.parametrize(("world_size", "culprit"), [(2, 0), (2, 1), (4, 2)])
+def test_a_failing_or_killed_rank_ends_all_though_another_thread_waits_for_it(world_size: int, culprit: int, tmp_path: Path) -> None:
+    flags = ["--exact", "--global-batch", "8", "--micro-batch", str(8 // world_size), "--at-rank", str(culprit)]
+    (tmp_path / "killed").mkdir()
+    failed = train("--fault", "loss", *flags, folder=tmp_path, world_size=world_size)
+    assert failed.codes == [1] * world_size
+    assert failed.status["reason"] == f"rank {culprit}: ValueError: the loss's own fault"
+    killed = train("--fault", "SIGKILL", *flags, folder=tmp_path / "killed", world_size=world_size)
+    assert killed.codes == [-signal.SIGKILL if rank == culprit else 1 for rank in range(world_size)]
+    assert killed.status["reason"] == f"a peer is gone that left no word (killed, or out of memory); not heard of: rank {culprit}"
+
+
+def test_cuda_is_deterministic_meanwhile_and_the_switches_are_put_back() -> None:
+    def switches() -> tuple[Any, ...]:
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+    before = switches()
+    with deterministic(True, torch.device("cuda")):
+        assert switches() == (True, False, ":4096:8")
+    assert switches() == before
+
+
 # Refusals
 
 
@@ -249,11 +281,6 @@ def test_world_sizes_that_do_not_fit_are_refused_with_those_that_do(group: Group
 
 def test_the_world_sizes_that_fit_hold_a_power_of_two_of_micro_batches_each() -> None:
     assert [fitting_world_sizes(number) for number in (1, 7, 8, 12)] == [[1], [1, 7], [1, 2, 4, 8], [1, 3, 6, 12]]
-
-
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(vectors())
 
 
 @pytest.mark.ranks(1)

@@ -32,7 +32,6 @@ class _Leaves:
         self.number = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         self.fold = Fold()
         self.used: set[int] = set()
-        self.views: dict[int, torch.Tensor] = {}  # of DDP's buckets
 
     def take(self) -> None:
         """Moves the gradients of a micro-batch into the sum."""
@@ -88,7 +87,7 @@ class ExactDataParallel:
     divisor = 1
 
     def __init__(self, group: Group, *, find_unused_parameters: bool = False):
-        self._group, self._find_unused = group, find_unused_parameters
+        self._find_unused = find_unused_parameters
         self._ddp = DataParallel(group, find_unused_parameters=find_unused_parameters)
         self._exchange = Exchange(group)
         self._leaves: dict[nn.Module, _Leaves] = {}
@@ -102,12 +101,11 @@ class ExactDataParallel:
         def hook(exchange: Exchange, bucket: dist.GradBucket) -> Future:
             parameters = bucket.parameters()
             at = [leaves.number[id(parameter)] for parameter in parameters]
-            flat = zip(bucket.gradients(), parameters, strict=True)  # in the bucket a gradient lies as its parameter does
-            gradients = [view.as_strided(own.shape, own.stride(), view.storage_offset()) for view, own in flat]
-            for view, own in zip(gradients, parameters, strict=True):
+            gradients = []
+            for view, own in zip(bucket.gradients(), parameters, strict=True):
+                gradients.append(view.as_strided(own.shape, own.stride(), view.storage_offset()))  # as DDP lays it into the bucket
                 if own.grad is None:
                     view.fill_(NOTHING)
-            leaves.views |= zip(at, gradients, strict=True)
             return exchange.sum(bucket.buffer(), before=lambda: leaves.fold.add_to(gradients, at=at))
 
         wrapped.register_comm_hook(self._exchange, hook)
@@ -122,25 +120,14 @@ class ExactDataParallel:
                 yield
             leaves.take()
             return
-        if self._find_unused:  # DDP has seen them used, and does not expect them to have no gradient
+        if self._find_unused:  # DDP has seen them used, and expects a gradient; it gives one to all that any rank has used
             for i in leaves.used:
                 leaves.parameters[i].grad = torch.full_like(leaves.parameters[i], NOTHING)
         yield
         self._exchange.check()
-        if self._find_unused:
-            self._find(leaves)
         leaves.fold.clear()
         leaves.used.clear()
 
     def left_out(self, wrapped: nn.Module) -> list[str]:
         """DDP's own answer."""
         return self._ddp.left_out(wrapped)
-
-    def _find(self, leaves: _Leaves) -> None:
-        """Gives gradients to the parameters that any micro-batch of any rank has used; DDP has looked at the last ones alone."""
-        used = torch.zeros(len(leaves.parameters), dtype=torch.int32, device=self._group.device)
-        for i, parameter in enumerate(leaves.parameters):
-            used[i] = i in leaves.used or parameter.grad is not None
-        dist.all_reduce(used, dist.ReduceOp.MAX, group=self._group.training)
-        for i, is_used in enumerate(used.tolist()):  # host-device synchronisation
-            leaves.parameters[i].grad = leaves.views[i] if is_used else None

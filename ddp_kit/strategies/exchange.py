@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ddp_kit.groups import Group
 from ddp_kit.tree import fold
 
-WHOLE = 1 << 20  # bytes over all ranks up to which a buffer travels whole; measured on gloo, where a round costs 0.15 to 0.5 ms
+WHOLE = 1 << 21  # bytes over all ranks up to which a buffer travels whole; measured on gloo, where a round costs 0.15 to 0.5 ms
 Future = torch.futures.Future[torch.Tensor]
 Job = tuple[Callable[[], None], torch.Tensor, Future, "torch.cuda.Event | None"]
 
