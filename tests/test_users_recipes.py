@@ -83,7 +83,7 @@ def test_the_file_of_weights_holds_what_was_evaluated(tmp_path: Path) -> None:
     settings = Settings(precision="fp32", ema=0.9, max_steps=20, run_dir=str(tmp_path / "run"))
     ended = ddp_kit.run(recipe(settings, eval_data=lambda: vectors(50)), settings)
     model = plain()
-    assert ckpt.main(["export", str(tmp_path / "run"), "--best", "--out", str(tmp_path / "model.safetensors")]) == 0
+    assert ckpt.main(["export", str(tmp_path / "run"), "--ema", "--out", str(tmp_path / "model.safetensors")]) == 0
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     inputs, labels = vectors(50).tensors
     assert cross_entropy(model(inputs), labels).item() == pytest.approx(ended.metrics["loss"], rel=1e-5)

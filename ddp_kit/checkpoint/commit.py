@@ -63,10 +63,10 @@ def commit(storage: Storage, ranks: Ranks, *, shard: memoryview, state: bytes, m
     rows = ranks.gather(size.to_bytes(8, "little") + digest + _fixed(error))
     files = {f"rank-{rank}.safetensors": (int.from_bytes(row[:8], "little"), row[8:40].hex()) for rank, row in enumerate(rows)}
     _raise_first(rows, storage, temporary, ranks)
+    files[STATE] = (len(state), hashlib.sha256(state).hexdigest())
     error = ""
     if ranks.rank == 0:
         try:
-            files[STATE] = (len(state), hashlib.sha256(state).hexdigest())
             _publish(storage, temporary, replace(manifest, files=files), state=state)
         except OSError as failure:
             error = _words(failure)

@@ -8,6 +8,7 @@ end first, the header as JSON padded with spaces, then the bytes of the tensors 
 whole tensor each piece begins.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -30,11 +31,16 @@ DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "C64": torch.complex64},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
+SEAL = b',\n "sha256": "'
+NOT_FINITE = ("nan", "inf", "-inf")  # metrics as texts
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class DamagedError(DdpKitError):
     """A checkpoint is not whole: a file is missing, torn, changed or foreign. It is set aside and an older one is used."""
+
+    def __init__(self, message: str):
+        super().__init__(message.encode(errors="backslashreplace").decode())  # a damaged name may be no text that can be written
 
 
 class FormatError(DdpKitError):
@@ -62,8 +68,14 @@ class Manifest:
         return sum(size for size, _ in self.files.values())
 
     def text(self) -> bytes:
-        """Returns the file's content."""
-        return json.dumps(asdict(self), indent=1).encode()
+        """Returns the file's content, sealed by its own hash."""
+        return seal(json.dumps(asdict(self), indent=1).encode())
+
+
+def seal(text: bytes) -> bytes:
+    """Returns a manifest that ends with the SHA-256 of all before it: in every format version, so that a later one is not called damaged."""
+    head = text.removesuffix(b"\n}")
+    return head + SEAL + hashlib.sha256(head).hexdigest().encode() + b'"\n}'
 
 
 def folder_of(step: int) -> str:
@@ -73,13 +85,18 @@ def folder_of(step: int) -> str:
 
 def parse_manifest(content: bytes, *, step: int) -> Manifest:
     """Returns the manifest of the checkpoint of `step`. Raises: DamagedError, FormatError."""
+    if seal(content.rpartition(SEAL)[0]) != content:
+        raise DamagedError(f"{MANIFEST} does not have its own SHA-256")
     found = parse_json(content, MANIFEST)
+    found.pop("sha256", None)
     version = found.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise FormatError(f"it has format version {version}, this ddp_kit reads up to {FORMAT}. Install a later ddp_kit.")
     kinds: dict[type, tuple[str, ...]] = {int: ("format", "step", "world_size"), dict: ("cursor", "metrics", "files")}
     kinds |= {str: ("run_id", "settings_sha256", "best_by"), float: ("time",)}
     wrong = [name for kind, names in kinds.items() for name in names if not isinstance(found.get(name), kind)]
+    if not wrong and not all(map(_is_metric, found["metrics"].values())):
+        wrong = ["metrics"]
     if wrong or set(found) != {field.name for field in fields(Manifest)}:
         raise DamagedError(f"{MANIFEST} is not one of ours: {', '.join(wrong) or 'other fields'}")
     manifest = Manifest(**{**found, "files": {name: tuple(pair) for name, pair in found["files"].items() if isinstance(pair, list)}})
@@ -94,6 +111,10 @@ def parse_manifest(content: bytes, *, step: int) -> Manifest:
     if STATE not in manifest.files or not any(SHARD.fullmatch(name) for name in manifest.files):
         raise DamagedError(f"{MANIFEST} lists no {STATE} or no shard")
     return manifest
+
+
+def _is_metric(value: Any) -> bool:
+    return value in NOT_FINITE if isinstance(value, str) else isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def parse_json(content: bytes, name: str) -> dict[str, Any]:

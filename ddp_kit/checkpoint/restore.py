@@ -11,12 +11,14 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any, BinaryIO, TypeVar
 
 import torch
 
 from ddp_kit.checkpoint.layout import (
     DTYPES,
+    JSON_LIMIT,
     STATE,
     DamagedError,
     FormatError,
@@ -154,6 +156,8 @@ def verify_file(storage: Storage, path: str, size: int, sha256: str) -> None:
 
 def describe(storage: Storage, folder: str, manifest: Manifest) -> Opened:
     """Returns a checkpoint whose headers agree with each other and with state.json. Raises: DamagedError."""
+    if manifest.files[STATE][0] > JSON_LIMIT:
+        raise DamagedError(f"{STATE} has {manifest.files[STATE][0]} bytes")
     with storage.open(f"{folder}/{STATE}") as file:
         values = parse_json(read_exactly(file, manifest.files[STATE][0], name=STATE), STATE)
     pieces: dict[str, list[tuple[str, Stored]]] = {}
@@ -163,11 +167,12 @@ def describe(storage: Storage, folder: str, manifest: Manifest) -> Opened:
                 for stored in read_header(file, size=size, name=name):
                     pieces.setdefault(stored.piece.name, []).append((name, stored))
     try:
-        kinds = {name: (tuple(map(int, shape)), DTYPES[dtype]) for name, (shape, dtype) in values.pop("tensors").items()}
+        kinds = {name: (tuple(map(index, shape)), DTYPES[dtype]) for name, (shape, dtype) in values.pop("tensors").items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{STATE} does not say which tensors there are") from error
     shapes = {name: Shape(shape, dtype.itemsize) for name, (shape, dtype) in kinds.items()}
-    wrong = covers([stored.piece for items in pieces.values() for _, stored in items], shapes)
+    wrong = [name for name, shape in shapes.items() if min(shape.shape, default=0) < 0]
+    wrong += covers([stored.piece for items in pieces.values() for _, stored in items], shapes)
     for name in set(pieces) & set(kinds):
         shape, dtype = kinds[name]
         wrong += [name for _, stored in pieces[name] if stored.shape[1:] != shape[1:] or stored.dtype != dtype]

@@ -34,8 +34,7 @@ class Keep:
 
 def steps(storage: Storage) -> list[int]:
     """Returns the steps of committed checkpoints, newest first. Whether they are whole is not looked at."""
-    found = [(match, name) for name in storage.list("") if (match := FOLDER.fullmatch(name))]
-    return sorted((int(match[1]) for match, name in found if MANIFEST in storage.list(name)), reverse=True)
+    return sorted((int(match[1]) for name in storage.list("") if (match := FOLDER.fullmatch(name))), reverse=True)
 
 
 def read_manifest(storage: Storage, step: int) -> Manifest:
@@ -78,6 +77,7 @@ def retire(storage: Storage, keep: Keep) -> None:
         if manifest.step not in stay and not (keep.every and manifest.step % keep.every == 0):
             folder = folder_of(manifest.step)
             storage.rename(folder, f"{folder}.deleted")
+            storage.sync("")
             storage.remove(f"{folder}.deleted")
 
 

@@ -53,6 +53,8 @@ class LocalDisk:
     def write(self, path: str, content: memoryview) -> None:
         """See Storage. `content` that starts on a page boundary is written with O_DIRECT."""
         target = self.root / path
+        if target.parent.is_symlink():
+            raise OSError(errno.ELOOP, "a link may lead elsewhere: nothing is written through it", str(target.parent))
         if not target.parent.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)
         with _created(target, direct=len(content) >= CHUNK) as (file, is_direct):
@@ -65,6 +67,8 @@ class LocalDisk:
 
     def open(self, path: str) -> BinaryIO:
         """See Storage."""
+        if not (self.root / path).is_file():  # a pipe would wait for ever
+            raise FileNotFoundError(errno.ENOENT, "no regular file", path)
         return (self.root / path).open("rb", buffering=0)
 
     def list(self, folder: str) -> list[str]:
