@@ -47,8 +47,14 @@ class Totals:
     def add(self, sums: Mapping[str, tuple[Number, Number]]) -> None:
         """Adds one micro-batch's pairs."""
         names = sorted(sums)
-        values = [torch.as_tensor(value, dtype=torch.float64, device=self._device).detach() for name in names for value in sums[name]]
-        self._rows.append((names, torch.stack(values).view(-1, 2) if values else self._blank(0, 2)))
+        values = [value for name in names for value in sums[name]]
+        if self._device.type == "cpu":  # a number costs less than a tensor
+            numbers = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+            row = torch.tensor(numbers, dtype=torch.float64)
+        else:
+            tensors = [torch.as_tensor(value, dtype=torch.float64, device=self._device).detach() for value in values]
+            row = torch.stack(tensors) if tensors else self._blank(0)
+        self._rows.append((names, row.view(-1, 2)))
 
     def tensor(self, names: Sequence[str]) -> torch.Tensor:
         """Returns the pairs as one float64 tensor (micro-batches, len(names), 2), (0, 0) where a micro-batch has none of a name."""

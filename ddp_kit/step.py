@@ -111,8 +111,6 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
         torch.cuda.current_stream().wait_event(training.copied)
         training.copied = None
     found = objective.found_inf
-    if not objective.is_deferred:
-        found.zero_()
     find_non_finite(gradients, found, one=objective.one)
     if training.grad_clip:
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -128,6 +126,7 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
     is_bad = bool(found)  # host-device synchronisation on CUDA
     objective.scale.update(overflowed=is_bad)
     if is_bad:
+        found.zero_()
         judge(training, objective, batch, sums)
         return False
     objective.optimizer.step()
