@@ -7,7 +7,10 @@ Refuses: a difference nobody named. What is free to change changes nothing about
 from collections.abc import Mapping
 from typing import Any
 
+from ddp_kit.checkpoint.encoding import decode
 from ddp_kit.checkpoint.restore import Opened
+from ddp_kit.data.loader import Feed
+from ddp_kit.data.stream import Place
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.settings import Settings, flag, flatten
@@ -15,7 +18,20 @@ from ddp_kit.state import restore_state
 from ddp_kit.training import Training
 
 FREE = {
-    *("num_workers", "device", "threads", "compile", "tuning", "tracker", "run_dir", "resume", "change", "init_from", "rename"),
+    *(
+        "num_workers",
+        "device",
+        "threads",
+        "compile",
+        "tuning",
+        "tracker",
+        "run_dir",
+        "resume",
+        "resume_data",
+        "change",
+        "init_from",
+        "rename",
+    ),
     *("eval_every", "log_every", "save_every", "save_minutes", "keep", "keep_every", "find_unused_parameters"),
 }
 RECIPE = "recipe's text"
@@ -71,3 +87,22 @@ def resume(opened: Opened, training: Training, *, settings: Settings, new: Mappi
     assert training.checkpoints is not None
     training.checkpoints.resumed(opened)
     return changed
+
+
+def resume_data(opened: Opened, feed: Feed, *, world_size: int, restarts: bool) -> None:
+    """Puts a data set with a state of its own where the checkpoint's ranks had it. Every rank calls it.
+
+    Raises: ConfigError at another number of ranks, unless the stream may begin again from its start.
+    """
+    if feed.course is None:
+        return
+    places = opened.values.get("data")
+    if restarts or not places:
+        return
+    if len(places) != world_size:
+        raise ConfigError(
+            f"{opened.folder} holds the training data's own state on {len(places)} ranks, and there are {world_size} now. "
+            f"Start {len(places)} ranks, or type --resume-data restart to read the data from its start."
+        )
+    place = places[feed.rank]
+    feed.course.begin = Place(place["epoch"], place["position"], decode(place["state"], {}))

@@ -18,14 +18,17 @@ from typing import Any
 import torch
 
 from ddp_kit.checkpoint.commit import Ranks
+from ddp_kit.checkpoint.encoding import encode
 from ddp_kit.checkpoint.find import Origin, find
 from ddp_kit.checkpoint.layout import Manifest
 from ddp_kit.checkpoint.restore import Opened, open_checkpoint
 from ddp_kit.checkpoint.retention import Keep, best, clear, manifests_of
 from ddp_kit.checkpoint.saver import Saved, Saver
 from ddp_kit.checkpoint.storage import LocalDisk, Storage
-from ddp_kit.collectives import from_rank
+from ddp_kit.collectives import from_rank, gather_bytes
+from ddp_kit.data.stream import Course, Place
 from ddp_kit.early_stopping import EarlyStopping
+from ddp_kit.errors import ConfigError
 from ddp_kit.logs import logger
 from ddp_kit.state import State, model_tensors, restore_state, state_of
 from ddp_kit.training import Training
@@ -52,12 +55,15 @@ class Checkpoints:
         keep: Keep,
         minutes: float = 0.0,
         early_stopping: EarlyStopping | None = None,
+        course: Course | None = None,
         on_end: Callable[[Saved], None] | None = None,
     ):
-        """Args: `minutes` of wall time after which rank 0 asks for a save; `on_end` hears of each save that has ended."""
+        """Args: `minutes` of wall time after which rank 0 asks for a save; `course` of data with a state of its own; `on_end` hears of
+        each save that has ended.
+        """
         group = training.group
         self._training, self._about, self._minutes, self._early_stopping = training, about, minutes, early_stopping
-        self._on_end = on_end or _warn
+        self._on_end, self._course = on_end or _warn, course
         if group.rank == 0:
             clear(storage)
         token = from_rank(group, uuid.uuid4().hex[:12].encode()).decode()
@@ -125,7 +131,18 @@ class Checkpoints:
 
     def _state(self) -> State:
         more = {"settings": dict(self._about.binding), "run_id": self._about.run_id, "best": repr(self._best)}
+        if self._course is not None:
+            more["data"] = self._places(self._course)
         return state_of(self._training, early_stopping=self._early_stopping, more=more)
+
+    def _places(self, course: Course) -> list[Any]:
+        """Returns where each rank's data stand after the current step."""
+        place = course.after.get(self._training.step, Place())
+        tensors: dict[str, torch.Tensor] = {}
+        own = encode(vars(place), tensors, name="the training data's state_dict")
+        if tensors:
+            raise ConfigError("the training data's state_dict holds tensors; a checkpoint takes plain data of it: numbers, texts, lists.")
+        return [json.loads(row) for row in gather_bytes(self._training.group, json.dumps(own).encode())]
 
     def report(self) -> None:
         """Tells of the save that has ended since the last call. Raises: what ended the thread, if that was no full disk and its like."""

@@ -82,6 +82,8 @@ class Settings:
     """leave frozen weights out of checkpoints (adapters); their hash is recorded"""
     resume: str = "auto"
     """auto: the newest good checkpoint in the run directory; never: refuse a used one; or a run or checkpoint to go on from"""
+    resume_data: Literal["state", "restart"] = "state"
+    """iterable data with a state of its own: go on from it, or read from the start again (any number of ranks)"""
     change: tuple[str, ...] = ()
     """settings that may differ from the checkpoint's: --change lr"""
     init_from: str = ""

@@ -26,7 +26,7 @@ from ddp_kit.logs import logger, rank_log
 from ddp_kit.preemption import StopFlag, signals_noted
 from ddp_kit.recipe import Recipe, load_recipe
 from ddp_kit.report import Reporter
-from ddp_kit.resume import binding, resume
+from ddp_kit.resume import binding, resume, resume_data
 from ddp_kit.run_dir import RunDir
 from ddp_kit.saving import About, Checkpoints, best_weights
 from ddp_kit.session import recipe_path, run_command, session
@@ -118,10 +118,12 @@ def _take_over(opened: Opened | None, life: Life, composition: Composition, repo
         keep=keep_of(settings, composition.evaluator.names),
         minutes=settings.save_minutes,
         early_stopping=stopping,
+        course=composition.feed.course,
         on_end=reporter.saved,
     )
     if opened is None:
         return []
+    resume_data(opened, composition.feed, world_size=training.group.world_size, restarts=settings.resume_data == "restart")
     return resume(opened, training, settings=settings, new=new, early_stopping=stopping)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from cases import classify, vectors
 from torch import nn
+from torch.utils.data import IterableDataset
 
 import ddp_kit
 from ddp_kit import Data, Recipe, schedules
@@ -30,8 +31,7 @@ class Settings(ddp_kit.Settings):
     lr: float = 0.05
     optimizer: str = "adamw"
     width: int = 512  # 3 x 512 x 512: several of DDP's buckets
-    deaths: str = ""  # "step:rank step:rank", the first one not yet died
-    run_dir: str = ""
+    counted: bool = False  # an iterable data set with a state of its own
 
 
 class Net(nn.Module):
@@ -87,7 +87,30 @@ def recipe(settings: Settings) -> Recipe:
         loss=classify,
         optimizer=kinds[settings.optimizer],
         scheduler=lambda optimizer, total_steps: schedules.warmup_cosine(optimizer, total_steps),
-        train_data=lambda: Data(vectors(), augment=jitter),
+        train_data=lambda: Data(Counted() if settings.counted else vectors(), augment=jitter),
         eval_data=lambda: vectors(50),
         callbacks=[Death(os.environ.get("DEATHS", ""))],
     )
+
+
+class Counted(IterableDataset[Any]):
+    """Vectors in an order that only the data set's own state knows: how many were read, and by which stride."""
+
+    def __init__(self) -> None:
+        self.read, self.vectors = 0, vectors()
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.read < len(self.vectors):
+            self.read += 1
+            yield self.vectors[(self.read * 7) % len(self.vectors)]
+        self.read = 0
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"read": self.read, "seen": (self.read // 2, float("inf"))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["seen"] == (state["read"] // 2, float("inf"))
+        self.read = state["read"]

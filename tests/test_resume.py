@@ -57,3 +57,16 @@ def test_exact_runs_have_the_same_bits_across_kills_and_numbers_of_ranks(tmp_pat
     last = run(tmp_path / "cut", *args, world_size=2)
     assert last.status["weights_sha256"] == whole.status["weights_sha256"]
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
+
+
+def test_data_with_a_state_of_their_own_go_on_from_it_on_as_many_ranks(tmp_path: Path) -> None:
+    args = ["--counted", "--save-every", "4", "--width", "64"]
+    whole = run(tmp_path / "whole", *args, world_size=2)
+    assert whole.codes == [0, 0], whole.errors
+    assert -signal.SIGKILL in run(tmp_path / "cut", *args, deaths="14:1", world_size=2).codes
+    refused = run(tmp_path / "cut", *args, world_size=1)
+    assert refused.codes == [2]
+    assert "type --resume-data restart" in refused.errors
+    last = run(tmp_path / "cut", *args, world_size=2)
+    assert last.status["weights_sha256"] == whole.status["weights_sha256"], last.errors
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")

@@ -5,6 +5,7 @@ Refuses: order and randomness (sampler, reader). With `num_workers=0` a user's c
 """
 
 import contextlib
+import copy
 import os
 import signal
 import threading
@@ -22,7 +23,7 @@ from ddp_kit.data.data import Data, as_data
 from ddp_kit.data.placement import Placement, map_tensors
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
-from ddp_kit.data.stream import TrainingStream, evaluation_stream
+from ddp_kit.data.stream import Course, TrainingStream, evaluation_stream, is_stateful
 from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
 
@@ -47,6 +48,7 @@ class Feed:
     placement: Placement
     num_workers: int = 0
     sampler: GlobalBatchSampler | None = None  # None for an iterable data set
+    course: Course | None = None  # of an iterable data set with a state of its own
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,7 +67,7 @@ class Feed:
 
     def _read(self, *, start: int, end: int) -> Generator[MicroBatch, None, None]:
         if self.sampler is None:
-            stream = TrainingStream(self.data, plan=self.plan, rank=self.rank, seed=self.seed, start=start, end=end)
+            stream = TrainingStream(self.data, plan=self.plan, rank=self.rank, seed=self.seed, start=start, end=end, course=self.course)
             yield from _with_workers(stream, None, num_workers=self.num_workers) if self.num_workers else stream
             return
         reader = Reader(self.data, seed=self.seed, training=True)
@@ -80,7 +82,10 @@ class Feed:
         size = self.plan.largest
         if self.sampler is None:
             whole = replace(self.plan, global_batch=size, bounds=(0, size), firsts=(0, 1))
+            state = copy.deepcopy(self.data.dataset.state_dict()) if self.course is not None else None
             answer = next(iter(TrainingStream(self.data, plan=whole, rank=0, seed=self.seed, start=0, end=1)))
+            if state is not None:
+                self.data.dataset.load_state_dict(state)
         else:
             request = Request(0, 0, 0, self.sampler.epoch_order(0)[:size])
             answer = Reader(self.data, seed=self.seed, training=True).read(request)
@@ -110,8 +115,11 @@ def feed_of(data: Data, *, plan: BatchPlan, rank: int, seed: int, placement: Pla
     """Returns a rank's feed by a plan that is made already."""
     if data.is_iterable and data.order is not None:
         raise ConfigError("Data(order=...) has no effect on an iterable data set, which comes in its own order: leave it out.")
+    course = Course() if data.is_iterable and is_stateful(data.dataset) else None
+    if course is not None and num_workers:
+        raise ConfigError("the training data keeps its own state, which only the training process can save: type --num-workers 0.")
     sampler = None if data.is_iterable else GlobalBatchSampler(data, plan=plan, rank=rank, seed=seed, order=data.order)
-    return Feed(data=data, plan=plan, rank=rank, seed=seed, placement=placement, num_workers=num_workers, sampler=sampler)
+    return Feed(data=data, plan=plan, rank=rank, seed=seed, placement=placement, num_workers=num_workers, sampler=sampler, course=course)
 
 
 def evaluation_batches(

@@ -2,10 +2,13 @@
 
 Owns: cutting a stream into the same global batches for every split.
 Refuses: promises it cannot keep. Weaker than a map-style data set: each reader pays for the whole stream, starting later replays it,
-and the stream must be the same for every reader (`set_epoch(epoch)` is called where the data set has it).
+and the stream must be the same for every reader (`set_epoch(epoch)` is called where the data set has it). A data set with a state of its
+own (`state_dict`, `load_state_dict`, plain data) is not replayed: a checkpoint holds its state on each rank, for the same number of ranks.
 """
 
+import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,13 +21,42 @@ from ddp_kit.errors import DataError
 from ddp_kit.seeding import Draws, Purpose, generators_put_back, key, seed_generators
 
 
-def _samples(data: Data, *, seed: int, epoch: int) -> Iterator[Any]:
-    """Yields the samples of an epoch, each read under generators keyed by its position."""
+@dataclass(frozen=True)
+class Place:
+    """Where a stream stands: its epoch, the position of the next sample in it, and the data set's own state (None: its start)."""
+
+    epoch: int = 0
+    position: int = 0
+    state: Any = None
+
+
+class Course:
+    """The places of a stream after the last few global batches: a loader may have read ahead of training."""
+
+    def __init__(self) -> None:
+        self.begin: Place | None = None  # from which a resumed life reads on
+        self.after: dict[int, Place] = {}  # steps done -> place
+
+    def note(self, steps: int, place: Place) -> None:
+        """Notes where the stream stands once the batches of `steps` steps are read."""
+        self.after[steps] = place
+        self.after.pop(steps - 8, None)
+
+
+def is_stateful(dataset: Any) -> bool:
+    """Whether an iterable data set keeps its own state."""
+    return hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+
+
+def _samples(data: Data, *, seed: int, epoch: int, begin: Place = Place()) -> Iterator[Any]:
+    """Yields the samples of an epoch from a place on, each read under generators keyed by its position."""
     set_epoch = getattr(data.dataset, "set_epoch", None)
     if set_epoch is not None:
         set_epoch(epoch)
+    if begin.state is not None:
+        data.dataset.load_state_dict(begin.state)
     samples = iter(data.dataset)
-    position = 0
+    position = begin.position
     while True:
         with generators_put_back():
             seed_generators(key(seed, Purpose.STREAM, epoch, position))
@@ -39,8 +71,10 @@ def _samples(data: Data, *, seed: int, epoch: int) -> Iterator[Any]:
 class TrainingStream(IterableDataset[MicroBatch]):
     """This rank's micro-batches of a run over an iterable data set; in a loader worker, every n-th of them."""
 
-    def __init__(self, data: Data, *, plan: BatchPlan, rank: int, seed: int, start: int, end: int):
+    def __init__(self, data: Data, *, plan: BatchPlan, rank: int, seed: int, start: int, end: int, course: Course | None = None):
+        """Args: `course` of a data set with a state of its own."""
         super().__init__()
+        self._course = course
         self._data, self._plan, self._seed, self._start, self._end = data, plan, seed, start, end
         self._runs = plan.of_rank(rank)
         self._collate = data.collate or default_collate
@@ -59,24 +93,28 @@ class TrainingStream(IterableDataset[MicroBatch]):
     def _global_batches(self) -> Iterator[tuple[int, int, int, list[Any]]]:
         """Yields (step, epoch, position of the global batch in the stream, this rank's samples); a ragged tail is dropped."""
         begin, finish = self._runs[0][1], self._runs[-1][2]
-        step = epoch = 0
+        place = self._course.begin if self._course is not None and self._course.begin is not None else Place()
+        step = 0 if place == Place() else self._start
+        epoch = place.epoch
         while step < self._end:
             size, kept, before = 0, [], step
-            for position, sample in enumerate(_samples(self._data, seed=self._seed, epoch=epoch)):
+            for position, sample in enumerate(_samples(self._data, seed=self._seed, epoch=epoch, begin=place), place.position):
                 if begin <= size < finish:
                     kept.append(sample)
                 size += 1
                 if size == self._plan.global_batch:
+                    if self._course is not None:
+                        self._course.note(step + 1, Place(epoch, position + 1, copy.deepcopy(self._data.dataset.state_dict())))
                     yield step, epoch, position + 1 - size, kept
                     step, size, kept = step + 1, 0, []
                     if step >= self._end:
                         return
-            if step == before:
+            if step == before and not place.position:
                 raise DataError(
                     f"the training stream ended after {size} samples, less than one global batch of {self._plan.global_batch}. "
                     "Type a smaller --global-batch, or give the stream more samples."
                 )
-            epoch += 1
+            epoch, place = epoch + 1, Place()
 
     def _micro_batch(self, request: Request, samples: list[Any]) -> MicroBatch:
         with generators_put_back():
