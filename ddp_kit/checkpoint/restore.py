@@ -30,7 +30,7 @@ from ddp_kit.checkpoint.layout import (
     read_exactly,
     read_header,
 )
-from ddp_kit.checkpoint.retention import read_manifest, steps
+from ddp_kit.checkpoint.retention import free_name, read_manifest, steps
 from ddp_kit.checkpoint.sharding import Shape, covers
 from ddp_kit.checkpoint.storage import Storage
 from ddp_kit.collectives import from_rank, gather_bytes
@@ -206,11 +206,7 @@ def open_newest(storage: Storage, *, group: Group) -> Iterator[tuple[Opened | No
 
 
 def _set_aside(storage: Storage, folder: str, reason: str) -> None:
-    target, number = f"{folder}.corrupt", 1
-    taken = storage.list("")
-    while target in taken:
-        number += 1
-        target = f"{folder}.corrupt-{number}"
+    target = free_name(storage, f"{folder}.corrupt")
     storage.rename(folder, target)
     with contextlib.suppress(OSError):
         storage.write(f"{target}/REASON", memoryview(f"{reason}\n".encode()))

@@ -87,3 +87,20 @@ def clear(storage: Storage) -> None:
         step, _, rest = name.partition(".")
         if FOLDER.fullmatch(step) and (rest.startswith("tmp-") or rest == "deleted"):
             storage.remove(name)
+
+
+def set_aside_newer(storage: Storage, step: int) -> None:
+    """Renames the checkpoints after `step` to `*.superseded`: the run goes back, and will write these steps again."""
+    for newer in steps(storage):
+        if newer > step:
+            storage.rename(folder_of(newer), free_name(storage, f"{folder_of(newer)}.superseded"))
+
+
+def free_name(storage: Storage, name: str) -> str:
+    """Returns `name`, or with a number behind it if it is taken."""
+    taken, number = storage.list(""), 1
+    free = name
+    while free in taken:
+        number += 1
+        free = f"{name}-{number}"
+    return free
