@@ -23,7 +23,7 @@ from ddp_kit.checkpoint.find import Origin, find
 from ddp_kit.checkpoint.layout import Manifest
 from ddp_kit.checkpoint.restore import Opened, open_checkpoint
 from ddp_kit.checkpoint.retention import Keep, best, clear, manifests_of
-from ddp_kit.checkpoint.saver import Saved, Saver
+from ddp_kit.checkpoint.saver import FAILURES, Saved, Saver
 from ddp_kit.checkpoint.storage import LocalDisk, Storage
 from ddp_kit.collectives import from_rank, gather_bytes
 from ddp_kit.data.stream import Course, Place
@@ -150,11 +150,11 @@ class Checkpoints:
         if ended is not None:
             self._on_end(ended)
 
-    def finish(self) -> None:
-        """Waits for the save in flight and tells of it. Raises: SaveError if it is the third failure in a row."""
+    def finish(self, *, failures: int = FAILURES) -> None:
+        """Waits for the save in flight and tells of it. Raises: SaveError if it is the third failure in a row (`failures`)."""
         self._saver.wait()
         self.report()
-        self._saver.raise_repeated()
+        self._saver.raise_repeated(failures)
 
 
 @contextmanager

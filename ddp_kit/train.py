@@ -156,7 +156,7 @@ def _end(ending: Ending, life: Life, place: Place, composition: Composition, rep
     training = composition.training
     assert training.checkpoints is not None
     training.control.close()
-    training.checkpoints.finish()
+    training.checkpoints.finish(failures=1)  # the last one holds the result
     has_time = ending.status != "preempted"  # hashing belongs into no grace period
     digest = weights_sha256(training.model) if has_time and training.group.rank == 0 else ""
     digest = from_rank(training.group, digest.encode()).decode()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import sick_disk
 import torch
 from cases import classify, vectors
 from torch import nn
@@ -67,6 +68,7 @@ class Death:
         """Nobody dies yet."""
 
     def on_step(self, step: int) -> None:
+        print(f"step {step} is done")
         if (step, int(os.environ.get("RANK", "0"))) in self.deaths:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -78,6 +80,7 @@ class Death:
 
 
 def recipe(settings: Settings) -> Recipe:
+    sick_disk.install(os.environ.get("DISK", ""))
     kinds = {
         "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=settings.lr / 10),
         "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9, nesterov=True),

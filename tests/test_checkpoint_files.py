@@ -96,8 +96,7 @@ def test_three_ranks_read_what_one_two_or_four_wrote_and_all_hear_of_damage_that
             write(LocalDisk(tmp_path), step, world_size=writers)
         from_rank(group, b"written")
         assert is_equal(open_checkpoint(LocalDisk(tmp_path), step, group=group), state(step))
-    for name in sorted(os.listdir(tmp_path / OLD)):
-        file = tmp_path / OLD / name
+    for file in sorted((tmp_path / OLD).iterdir()):
         content = file.read_bytes()
         if group.rank == 0:
             file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

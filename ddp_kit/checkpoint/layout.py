@@ -73,7 +73,7 @@ class Manifest:
 
 
 def seal(text: bytes) -> bytes:
-    """Returns a manifest that ends with the SHA-256 of all before it: in every format version, so that a later one is not called damaged."""
+    """Returns a manifest that ends with the SHA-256 of all before it: in every format, so that a later one is not called damaged."""
     head = text.removesuffix(b"\n}")
     return head + SEAL + hashlib.sha256(head).hexdigest().encode() + b'"\n}'
 

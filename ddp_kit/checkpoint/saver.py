@@ -79,10 +79,11 @@ class Saver:
             raise outcome
         return outcome
 
-    def raise_repeated(self) -> None:
-        """Raises: SaveError on every rank if the last three saves failed."""
-        if len(self._failures) >= FAILURES:
-            raise SaveError(f"{FAILURES} checkpoints in a row could not be written. The last error: {self._failures[-1]}")
+    def raise_repeated(self, failures: int) -> None:
+        """Raises: SaveError on every rank if the last so many saves failed."""
+        if len(self._failures) >= failures:
+            what = f"{failures} checkpoints in a row" if failures > 1 else "the last checkpoint"
+            raise SaveError(f"{what} could not be written. The last error: {self._failures[-1]}")
 
     def close(self, *, abandon: bool = False) -> None:
         """Ends the thread, after the save in flight unless that is to be abandoned (peers may be gone)."""
