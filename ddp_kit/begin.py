@@ -16,7 +16,7 @@ from pathlib import Path
 from ddp_kit import batching
 from ddp_kit.checkpoint.find import Origin, find, origin_of
 from ddp_kit.checkpoint.restore import Opened, candidates
-from ddp_kit.checkpoint.retention import set_aside_newer
+from ddp_kit.checkpoint.retention import clear
 from ddp_kit.checkpoint.storage import LocalDisk
 from ddp_kit.collectives import from_rank
 from ddp_kit.compose import Composition
@@ -99,6 +99,8 @@ def write_facts(directory: RunDir, settings: Settings, group: Group, *, place: P
 
 def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None:
     """Returns the checkpoint that this life goes on from, if there is one. Every rank calls it."""
+    if group.rank == 0:
+        clear(LocalDisk(place.checkpoints))
     if settings.resume not in ("auto", "never"):
         origin = origin_of(Path(settings.resume), flag_text="--resume")
         opened = find(origin, group=group)
@@ -107,8 +109,6 @@ def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None
         is_here = origin.folder.resolve() == place.checkpoints.resolve()
         if not is_here and candidates(LocalDisk(place.checkpoints), group=group):
             raise ConfigError(f"--resume {settings.resume}: --run-dir {place.path} has checkpoints of its own. Type another --run-dir.")
-        if is_here and group.rank == 0:
-            set_aside_newer(origin.storage, opened.manifest.step)
         return opened
     opened = find(Origin(place.checkpoints), group=group) if settings.resume == "auto" else None
     if opened is not None and opened.manifest.run_id != place.run_id:

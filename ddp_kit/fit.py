@@ -77,8 +77,13 @@ def fit(
         report.restart_clock(training.step)
         return bool(metrics) and early_stopping.update(metrics, step=training.step)
 
-    if owes_evaluation and measured((first - 1) // pace.steps_per_epoch if pace.steps_per_epoch else 0):
-        return Ending(status="finished", reason=f"stopped early: {early_stopping.reason}")
+    if owes_evaluation:
+        is_over = measured((first - 1) // pace.steps_per_epoch if pace.steps_per_epoch else 0)
+        if checkpoints is not None:
+            checkpoints.improves(metrics)
+            checkpoints.save(metrics, again=True)
+        if is_over:
+            return Ending(status="finished", reason=f"stopped early: {early_stopping.reason}")
     for batch in batches:
         sums = train_step(training, batch)
         step = training.step

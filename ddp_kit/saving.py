@@ -22,7 +22,7 @@ from ddp_kit.checkpoint.encoding import encode
 from ddp_kit.checkpoint.find import Origin, find
 from ddp_kit.checkpoint.layout import Manifest
 from ddp_kit.checkpoint.restore import Opened, open_checkpoint
-from ddp_kit.checkpoint.retention import Keep, best, clear, manifests_of
+from ddp_kit.checkpoint.retention import Keep, best, clear, manifests_of, set_aside_newer
 from ddp_kit.checkpoint.saver import FAILURES, Saved, Saver
 from ddp_kit.checkpoint.storage import LocalDisk, Storage
 from ddp_kit.collectives import from_rank, gather_bytes
@@ -63,17 +63,23 @@ class Checkpoints:
         """
         group = training.group
         self._training, self._about, self._minutes, self._early_stopping = training, about, minutes, early_stopping
-        self._on_end, self._course = on_end or _warn, course
+        self._on_end, self._course, self._storage = on_end or _warn, course, storage
         if group.rank == 0:
             clear(storage)
         token = from_rank(group, uuid.uuid4().hex[:12].encode()).decode()
         own_group = group.join_another(backend="gloo") if group.control is not None else None
         ranks = Ranks(group.rank, group.world_size, own_group)
         self._saver = Saver(storage, ranks, device=group.device, token=token, keep=keep)
-        group.closing.callback(lambda: self._saver.close(abandon=group.has_failed))
+        group.closing.callback(self._close)
         self._last_save = time.monotonic()
         self._keep, self._best = keep, math.nan
         self.saved_step = -1  # of the newest checkpoint begun or resumed from
+
+    def _close(self) -> None:
+        has_failed = self._training.group.has_failed
+        self._saver.close(abandon=has_failed)
+        if not has_failed:
+            self.report()  # of the last save of a loop of one's own
 
     def is_due(self) -> bool:
         """Whether this rank asks for a save by wall time: rank 0's clock decides for all."""
@@ -96,16 +102,18 @@ class Checkpoints:
         return False
 
     def resumed(self, opened: Opened) -> None:
-        """Takes over from the life that wrote a checkpoint."""
+        """Takes over from the life that wrote a checkpoint. Later ones are of a future that this life does not go on from."""
         self.saved_step, self._best = opened.manifest.step, float(opened.values["best"])
+        if self._training.group.rank == 0:
+            set_aside_newer(self._storage, self.saved_step)
 
-    def save(self, metrics: Mapping[str, float]) -> None:
-        """Begins a save of the current step, unless it has one. `metrics` are of an evaluation at this step, {} without.
+    def save(self, metrics: Mapping[str, float], *, again: bool = False) -> None:
+        """Begins a save of the current step, unless it has one (`again` replaces it). `metrics` are of an evaluation at this step, or {}.
 
         Raises: SaveError on every rank after three failures in a row.
         """
         training = self._training
-        if training.step == self.saved_step:
+        if training.step == self.saved_step and not again:
             return
         self.finish()
         state = self._state()
@@ -203,6 +211,7 @@ def restore(training: Training, path: Path | str) -> int:
     Returns: the steps that are done, 0 if there is no checkpoint: `feed.batches(start=training.step, ...)` goes on with the next one.
     Raises: ConfigError with a table if it does not fit the model and optimizer, with nothing changed.
     """
+    _of_ones_own(training, path)  # clears away what a killed life left
     opened = find(Origin(Path(path)), group=training.group)
     if opened is not None:
         restore_state(opened, training)

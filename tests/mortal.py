@@ -1,4 +1,5 @@
-"""A recipe that has every item of state there is, and that dies where it is told: a life is cut short by SIGKILL on one rank."""
+"""A recipe that has every item of state there is, and that dies where it is told: `DEATHS="8:1 12:0:SIGTERM"` in the environment cuts a
+life short after a step, by SIGKILL or another signal to one rank. `EVERY_STEP`: ranks agree on signals at every step, so two steps later."""
 
 import os
 import signal
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 import ddp_kit
-from ddp_kit import Data, Recipe, schedules
+from ddp_kit import Data, Recipe, control, schedules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +60,19 @@ def jitter(batch: Any, draws: Any) -> Any:
 
 
 class Death:
-    """A callback that kills its rank once a step is done."""
+    """A callback that sends its rank a signal once a step is done."""
 
     def __init__(self, deaths: str) -> None:
-        self.deaths = [tuple(map(int, pair.split(":"))) for pair in deaths.split()]
+        self.deaths = [(*death.split(":"), "SIGKILL")[:3] for death in deaths.split()]
 
     def on_start(self, model: nn.Module) -> None:
         """Nobody dies yet."""
 
     def on_step(self, step: int) -> None:
         print(f"step {step} is done")
-        if (step, int(os.environ.get("RANK", "0"))) in self.deaths:
-            os.kill(os.getpid(), signal.SIGKILL)
+        for at, rank, name in self.deaths:
+            if (at, rank) == (str(step), os.environ.get("RANK", "0")):
+                os.kill(os.getpid(), getattr(signal, name))
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Nobody dies here."""
@@ -81,6 +83,8 @@ class Death:
 
 def recipe(settings: Settings) -> Recipe:
     sick_disk.install(os.environ.get("DISK", ""))
+    if "EVERY_STEP" in os.environ:
+        control.INTERVAL_S = 0.0
     kinds = {
         "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=settings.lr / 10),
         "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9, nesterov=True),

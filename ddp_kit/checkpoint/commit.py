@@ -79,8 +79,13 @@ def _publish(storage: Storage, temporary: str, manifest: Manifest, *, state: byt
     _see_all(storage, temporary, manifest)
     storage.write(f"{temporary}/{MANIFEST}", memoryview(manifest.text()))
     storage.sync(temporary)
-    storage.rename(temporary, folder_of(manifest.step))
+    folder = folder_of(manifest.step)
+    if is_again := bool(storage.list(folder)):
+        storage.rename(folder, f"{folder}.replaced")  # `clear` puts it back if this is the end
+    storage.rename(temporary, folder)
     storage.sync("")
+    if is_again:
+        storage.remove(f"{folder}.replaced")
 
 
 def _see_all(storage: Storage, temporary: str, manifest: Manifest) -> None:

@@ -82,10 +82,13 @@ def retire(storage: Storage, keep: Keep) -> None:
 
 
 def clear(storage: Storage) -> None:
-    """Removes what killed lives left: temporary folders and half-deleted ones. At start, before any save."""
-    for name in storage.list(""):
+    """Removes what killed lives left: temporary folders, half-deleted and replaced ones. At start, before anything is read or saved."""
+    names = storage.list("")
+    for name in names:
         step, _, rest = name.partition(".")
-        if FOLDER.fullmatch(step) and (rest.startswith("tmp-") or rest == "deleted"):
+        if rest == "replaced" and step not in names:
+            storage.rename(name, step)
+        elif FOLDER.fullmatch(step) and (rest.startswith("tmp-") or rest in ("deleted", "replaced")):
             storage.remove(name)
 
 
