@@ -92,9 +92,15 @@ class Exchange:
 
     def _trade(self, *, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor]) -> None:
         peers = [rank for rank in range(self._world_size) if rank != self._rank]
-        operations = [dist.P2POp(dist.irecv, receive[peer], peer, self._group) for peer in peers]
-        operations += [dist.P2POp(dist.isend, send[peer], peer, self._group) for peer in peers]
-        for work in dist.batch_isend_irecv(operations):
+        if self._stream is None:
+            works: list[dist.Work | None] = [dist.irecv(receive[peer], peer, group=self._group) for peer in peers]
+            works += [dist.isend(send[peer], peer, group=self._group) for peer in peers]
+        else:  # NCCL would wait for ever unless it gets them all at once
+            operations = [dist.P2POp(dist.irecv, receive[peer], peer, self._group) for peer in peers]
+            operations += [dist.P2POp(dist.isend, send[peer], peer, self._group) for peer in peers]
+            works = [*dist.batch_isend_irecv(operations)]
+        for work in works:
+            assert work is not None  # every rank is in the group
             work.wait()
 
     def _room(self, like: torch.Tensor, *, count: int) -> list[torch.Tensor]:
