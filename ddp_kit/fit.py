@@ -67,32 +67,30 @@ def fit(
     `owes_evaluation`: the life before was stopped at a step that should have had one. Saves go to `training.checkpoints`, if it is set.
     """
     stop.deferring = True
-    first, checkpoints, metrics = training.step, training.checkpoints, {}
+    first, checkpoints = training.step, training.checkpoints
 
-    def measured(epoch: int) -> bool:
-        """Evaluates. Returns whether to stop early."""
-        metrics.update(evaluate(epoch))
+    def measured(epoch: int) -> tuple[dict[str, float], Ending | None]:
+        """Evaluates. Returns the metrics, and how the run ends if it stops early."""
+        metrics = evaluate(epoch)
         for callback in callbacks if metrics else ():
             callback.on_evaluation(training.step, metrics)
         report.restart_clock(training.step)
-        return bool(metrics) and early_stopping.update(metrics, step=training.step)
+        is_over = bool(metrics) and early_stopping.update(metrics, step=training.step)
+        return metrics, Ending(status="finished", reason=f"stopped early: {early_stopping.reason}") if is_over else None
 
     if owes_evaluation:
-        is_over = measured((first - 1) // pace.steps_per_epoch if pace.steps_per_epoch else 0)
+        metrics, ending = measured((first - 1) // pace.steps_per_epoch if pace.steps_per_epoch else 0)
         if checkpoints is not None:
-            checkpoints.improves(metrics)
             checkpoints.save(metrics, again=True)
-        if is_over:
-            return Ending(status="finished", reason=f"stopped early: {early_stopping.reason}")
+        if ending is not None:
+            return ending
     for batch in batches:
         sums = train_step(training, batch)
         step = training.step
         decision = training.control.boundary(step, signal=stop.signal, saves=checkpoints is not None and checkpoints.is_due())
         report.step(training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=step == pace.end)
         if step == first + 1:
-            training.group.settle()
-            if checkpoints is not None:
-                checkpoints.prepare()
+            training.settle()
         for callback in callbacks:
             callback.on_step(step)
         if checkpoints is not None:
@@ -102,15 +100,13 @@ def fit(
             continue
         look_back(training)
         report.flush()
-        metrics.clear()
-        is_over = evaluates and measured(batch.epoch)
-        is_due = decision.saves or bool(decision.signal) or pace.saves(step) or is_over
-        if checkpoints is not None and (checkpoints.improves(metrics) or is_due):
-            checkpoints.save(metrics)
+        metrics, ending = measured(batch.epoch) if evaluates else ({}, None)
         if decision.signal:
-            return stopped(decision.signal, decision.signal_rank)
-        if is_over:
-            return Ending(status="finished", reason=f"stopped early: {early_stopping.reason}")
+            ending = stopped(decision.signal, decision.signal_rank)
+        if checkpoints is not None:
+            checkpoints.after(metrics, is_due=decision.saves or ending is not None or pace.saves(step))
+        if ending is not None:
+            return ending
     return Ending(status="finished", reason="")
 
 

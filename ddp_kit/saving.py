@@ -92,8 +92,12 @@ class Checkpoints:
         """
         self._saver.reserve(self._state().tensors)
 
-    def improves(self, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation is the best so far, which it then is."""
+    def after(self, metrics: Mapping[str, float], *, is_due: bool) -> None:
+        """Saves if that is due or an evaluation's `metrics` are the best so far."""
+        if self._improves(metrics) or is_due:
+            self._save(metrics)
+
+    def _improves(self, metrics: Mapping[str, float]) -> bool:
         value = metrics.get(self._keep.metric, math.nan)
         is_better = value < self._best if self._keep.mode == "min" else value > self._best
         if is_better or (math.isnan(self._best) and not math.isnan(value)):
@@ -112,6 +116,10 @@ class Checkpoints:
 
         Raises: SaveError on every rank after three failures in a row.
         """
+        self._improves(metrics)
+        self._save(metrics, again=again)
+
+    def _save(self, metrics: Mapping[str, float], *, again: bool = False) -> None:
         training = self._training
         if training.step == self.saved_step and not again:
             return

@@ -99,6 +99,12 @@ class Training:
     checkpoints: "Checkpoints | None" = None
     suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None  # a deferred step that the host has not seen yet
 
+    def settle(self) -> None:
+        """After the first step of a life: shorter timeouts, and room for the first save. Every rank calls it."""
+        self.group.settle()
+        if self.checkpoints is not None:
+            self.checkpoints.prepare()
+
 
 @dataclass(slots=True)
 class StepSums:
