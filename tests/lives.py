@@ -82,7 +82,8 @@ def _live(make: Callable[[Settings], Recipe], settings: Settings) -> Life:
     outcome = run(replace(make(settings), trackers=[notes], callbacks=[notes]), settings)
     life.reason, life.step, life.metrics = outcome.reason, outcome.step, dict(outcome.metrics)
     life.state = {name: tensor.detach().clone() for name, tensor in outcome.model.state_dict().items()}
-    life.files = load_file(outcome.run_dir / "model.safetensors")
+    if life.rank == 0:  # who has written it; the others do not wait for that
+        life.files = load_file(outcome.run_dir / "model.safetensors")
     return life
 
 
