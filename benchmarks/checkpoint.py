@@ -3,10 +3,14 @@
     torchrun --nproc_per_node=2 benchmarks/checkpoint.py        # 1, 2 or 4 ranks
 
 100 million fp32 parameters and AdamW's moments on every rank, 1.2 GB, as plain DDP has them. All contenders write the same tensors.
-`block` is the time that the call takes, and `durable` the time until all of it is on disk, both with nothing beside; torch.save and Accelerate
-do not fsync. `slowdown` is what a save costs training as a whole: the call, and how much longer the steps take until it is
-done; a step is a few matrix products and an all-reduce, on all cores. `load` is warm: the second one in a row. A figure is that of the slowest
-rank, the median over rounds; a ratio is taken round by round.
+
+block      the time that the call takes, with nothing beside
+durable    the time until all of it is on disk, with nothing beside; torch.save and Accelerate do not fsync
+slowdown   what a save costs training as a whole: the call, and how much longer the steps take until it is done; a step is a few matrix
+           products on all cores and an all-reduce
+load       the second one in a row, so warm; only ddp_kit verifies (SHA-256 of all bytes), and it alone makes the optimizer's state anew
+
+A figure is that of the slowest rank, the median over rounds; a ratio is taken round by round. Wants 12 GB of memory and of disk.
 """
 
 import argparse
@@ -269,7 +273,7 @@ def measure(
                     figures[kind][name].append(value)
     for contender in contenders.values():
         contender.close()
-    for round_ in range(rounds):
+    for _ in range(rounds):
         for name, contender in contenders.items():
             if contender.load is None:
                 continue
@@ -313,7 +317,7 @@ def main() -> None:
             shutil.rmtree(place[0], ignore_errors=True)
         if group.rank == 0:
             print(
-                f"{group.world_size} ranks, torch {torch.__version__}, {options.rounds} rounds, disk of {place[0]}, load {os.getloadavg()[0]:.1f}"
+                f"{group.world_size} ranks, torch {torch.__version__}, {options.rounds} rounds, load {os.getloadavg()[0]:.1f}, in {place[0]}"
             )
             show(figures, sizes)
 
