@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ddp_kit.checkpoint.layout import Stored, shard_header
-from ddp_kit.checkpoint.sharding import Shape, cut
+from ddp_kit.checkpoint.layout import shard_header
+from ddp_kit.checkpoint.sharding import Piece, Shape, cut
 
 
 @dataclass
@@ -22,30 +22,39 @@ class Copied:
     ready: "torch.cuda.Event | None" = None
 
 
-def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
-    """Returns shapes and element sizes by name."""
-    return {name: Shape(tuple(tensor.shape), tensor.element_size()) for name, tensor in tensors.items()}
-
-
 class Staging:
     """A rank's buffer for its shard."""
 
     def __init__(self, *, rank: int, world_size: int, device: torch.device):
         self._rank, self._world_size, self._device = rank, world_size, device
-        self._buffer = torch.empty(0, dtype=torch.uint8)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._kinds: list[tuple[str, torch.Size, torch.dtype]] = []  # of the tensors that the buffer is laid out for
+        self._places: list[tuple[Piece, torch.Tensor]] = []
+        self._size = 0
 
     def reserve(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Makes room for this rank's part of `tensors` and touches it: fresh memory is six times slower to write."""
-        shapes = shapes_of(tensors)
+        """Lays the buffer out for this rank's part of `tensors`, unless it is, and touches it: fresh memory is six times slower to write.
+
+        The header takes longer than the copy where tensors are many and small: training waits for neither if this was called before.
+        """
+        kinds = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+        if kinds == self._kinds:
+            return
+        self._kinds = []  # until the new layout is whole
+        shapes = {name: Shape(tuple(shape), dtype.itemsize) for name, shape, dtype in kinds}
         pieces = cut(shapes, rank=self._rank, world_size=self._world_size)
-        header, stored = shard_header(pieces, shapes, {name: tensor.dtype for name, tensor in tensors.items()})
-        self._make_room(len(header) + sum(item.nbytes for item in stored))
+        header, stored = shard_header(pieces, shapes, {name: dtype for name, _, dtype in kinds})
+        self._size = len(header) + sum(item.nbytes for item in stored)
+        self._make_room(self._size)
+        self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        views = [self._buffer[item.offset : item.offset + item.nbytes].view(item.dtype).view(item.shape) for item in stored]
+        self._kinds, self._places = kinds, list(zip((item.piece for item in stored), views, strict=True))
 
     def _make_room(self, size: int) -> None:
         if self._buffer.numel() >= size:
             return
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._places, self._buffer = [], torch.empty(0, dtype=torch.uint8)  # the old one goes first: there is room for one
         if self._stream is not None:
             self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             return
@@ -60,29 +69,23 @@ class Staging:
         """Copies this rank's part of `tensors`. On CUDA it only starts the copies, after what the current stream has still to do, and
         makes that stream wait for those of `first` (buffers, which the next forward pass changes).
         """
-        shapes = shapes_of(tensors)
-        pieces = cut(shapes, rank=self._rank, world_size=self._world_size)
-        header, stored = shard_header(pieces, shapes, {name: tensor.dtype for name, tensor in tensors.items()})
-        size = len(header) + sum(item.nbytes for item in stored)
-        self._make_room(size)
-        self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        early = [item for item in stored if item.piece.name in first]
-        late = [item for item in stored if item.piece.name not in first]
-        content = memoryview(self._buffer.numpy())[:size]  # type: ignore[arg-type]  # NumPy's stubs lack the buffer protocol before Python 3.12
+        self.reserve(tensors)
+        content = memoryview(self._buffer.numpy())[: self._size]  # type: ignore[arg-type]  # NumPy's stubs lack the buffer protocol before Python 3.12
+        early = [place for place in self._places if place[0].name in first]
+        late = [place for place in self._places if place[0].name not in first]
         if self._stream is None:
-            self._copy_all([*early, *late], tensors)
+            _copy_all([*early, *late], tensors)
             return Copied(content)
         training = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(training)
         with torch.cuda.stream(self._stream):
-            self._copy_all(early, tensors)
+            _copy_all(early, tensors)
             training.wait_event(self._stream.record_event())
-            self._copy_all(late, tensors)
+            _copy_all(late, tensors)
             return Copied(content, self._stream.record_event())
 
-    def _copy_all(self, items: Sequence[Stored], tensors: Mapping[str, torch.Tensor]) -> None:
-        for item in items:
-            tensor = tensors[item.piece.name]
-            rows = tensor[item.piece.start : item.piece.stop] if tensor.dim() else tensor
-            place = self._buffer[item.offset : item.offset + item.nbytes]
-            place.view(item.dtype).view(item.shape).copy_(rows, non_blocking=True)
+
+def _copy_all(places: Sequence[tuple[Piece, torch.Tensor]], tensors: Mapping[str, torch.Tensor]) -> None:
+    for piece, place in places:
+        tensor = tensors[piece.name]
+        place.copy_(tensor[piece.start : piece.stop] if tensor.dim() else tensor, non_blocking=True)
