@@ -1,7 +1,8 @@
 """A disk that goes wrong on request, for the thread that writes checkpoints: `install("kill 0 8 5")` in the rank's own process.
 
 A fault is "WHAT RANK STEP MORE", several are separated by commas; STEP is the checkpoint's, 0 means each:
-    kill R S N            SIGKILL before the N-th file operation of that save and its retention; a write is half done
+    kill R S N            SIGKILL before the N-th file operation, from the first open of that save to the end of its retention;
+                          a write is half done
     ENOSPC R S write      the operation fails with that error (any name of errno, any of OPERATIONS)
     stall R S seconds     the first fsync of that save takes so long
 """
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-OPERATIONS = ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate")
+OPERATIONS = ("open", "write", "fsync", "rename", "unlink", "rmdir", "ftruncate")
 FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -32,7 +33,7 @@ class Disk:
         if threading.current_thread().name != "checkpoint":
             return real(*args, **more)
         found = FOLDER.search(str(args[0]))
-        if found and ".tmp-" in str(args[0]) and int(found[1]) not in self.begun:
+        if name == "open" and found and ".tmp-" in str(args[0]) and int(found[1]) not in self.begun:
             self.step, self.count = int(found[1]), 0
             self.begun.add(self.step)
         self.count += 1
@@ -44,7 +45,7 @@ class Disk:
                 if name == "write":
                     real(args[0], bytes(args[1])[: len(args[1]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            if what == "stall" and name == "fsync" and self.count <= 4:
+            if what == "stall" and name == "fsync" and self.count == 3:
                 print("the stall begins", flush=True)
                 time.sleep(float(detail))
                 print("the stall ends", flush=True)
