@@ -38,6 +38,12 @@ from ddp_kit.trackers.console import Console
 from ddp_kit.trackers.jsonl import JsonlTracker
 
 BATCH, LOG_EVERY = 64, 10
+TARGETS = {  # (base, contender): ratio
+    ("bare loop", "ddp_kit, its own loader"): 1.00,
+    ("bare loop", "ddp_kit, the same DataLoader"): 1.02,
+    ("bare DDP, default class", "ddp_kit, its defaults (SCHED_BATCH)"): 0.50,
+    ("bare DDP, SCHED_BATCH", "ddp_kit, its defaults (SCHED_BATCH)"): 1.03,
+}
 
 
 def model() -> nn.Module:
@@ -225,7 +231,8 @@ def show(times: dict[str, list[float]], world_size: int, options: argparse.Names
         for name, own in times.items():
             ratios = [a / b for a, b in zip(own, times[base], strict=True)]
             spread = f"{statistics.median(own):.0f} ({min(own):.0f}-{max(own):.0f})"
-            print(f"{name:44} {spread:28} {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})")
+            target = f"  target {TARGETS[base, name]:.2f}" if (base, name) in TARGETS else ""
+            print(f"{name:44} {spread:28} {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f}){target}")
 
 
 if __name__ == "__main__":

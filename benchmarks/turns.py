@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 
 def serve(run: Callable[[int], None]) -> None:
@@ -82,12 +82,13 @@ def compare(
     return times
 
 
-def show(times: dict[str, list[float]], *, unit: str = "ms/step") -> None:
-    """Prints medians with their spread, and ratios to the first row, taken round by round."""
+def show(times: dict[str, list[float]], *, unit: str = "ms/step", targets: Mapping[str, float] | None = None) -> None:
+    """Prints medians with their spread, and ratios to the first row, taken round by round, beside the most they should be."""
     base = next(iter(times))
     print(f"{'contender':48} {f'{unit}: median (min-max)':30} ratio to {base!r}: median (min-max)")
     for name, own in times.items():
         ratios = [a / b for a, b in zip(own, times[base], strict=True)]
         spread = f"{statistics.median(own):.4g} ({min(own):.4g}-{max(own):.4g})"
-        print(f"{name:48} {spread:30} {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})")
+        target = f"  target {targets[name]:.2f}" if targets and name in targets else ""
+        print(f"{name:48} {spread:30} {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f}){target}")
     print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}")
