@@ -301,6 +301,7 @@ def show(figures: dict[str, dict[str, list[float]]], sizes: dict[str, int]) -> N
             ratios = [a / b for a, b in zip(figures[kind][OURS], figures[kind][other], strict=False)]
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
             print(f"{kind:10} of ddp_kit / {other:26} {spread:20} target <= {target}")
+    print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}")
 
 
 def main() -> None:
@@ -317,9 +318,7 @@ def main() -> None:
         finally:
             shutil.rmtree(place[0], ignore_errors=True)
         if group.rank == 0:
-            print(
-                f"{group.world_size} ranks, torch {torch.__version__}, {options.rounds} rounds, load {os.getloadavg()[0]:.1f}, in {place[0]}"
-            )
+            print(f"{group.world_size} ranks, torch {torch.__version__}, {options.rounds} rounds in {place[0]}")
             show(figures, sizes)
 
 
