@@ -10,7 +10,7 @@ slowdown   what a save costs training as a whole: the call, and how much longer 
            products on all cores and an all-reduce
 load       the second one in a row, so warm; only ddp_kit verifies (SHA-256 of all bytes), and it alone makes the optimizer's state anew
 
-A figure is that of the slowest rank, the median over rounds; a ratio is taken round by round. Wants 12 GB of memory and of disk.
+A figure is that of the slowest rank, the median over rounds; a ratio is taken round by round. Wants 12 GB of memory at 2 ranks and 24 at 4.
 """
 
 import argparse
