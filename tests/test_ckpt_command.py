@@ -73,7 +73,7 @@ def test_ls_says_step_size_ranks_completeness_and_the_best(copy: Ran, said: Call
     (copy.path / "checkpoints/step-00000006/rank-0.safetensors").unlink()
     (copy.path / "checkpoints/step-00000012.tmp-abc").mkdir()
     rows = {row.split()[0]: row for row in said("ls", copy.path).splitlines()}
-    assert rows["6"].split()[-8:] == "no rank-0.safetensors is missing or has another size".split()
+    assert rows["6"].split()[-8:] == ["no", "rank-0.safetensors", "is", "missing", "or", "has", "another", "size"]
     assert " yes" in rows["20"]
     assert [step for step, row in rows.items() if " best " in row] == [str(copy.best)]
     assert " 1 " in rows["20"]
@@ -142,6 +142,13 @@ def test_diff_says_which_tensors_differ_and_by_how_much(copy: Ran, ran: Ran, sai
     (row,) = [row for row in rows if row.startswith("model/first.weight ")]
     assert f"max |a-b| {float((a - b).abs().max()):.3g}" in row
     assert f"||a-b||/||b|| {float((a - b).norm() / b.norm()):.3g}" in row
+
+
+def test_looking_passes_over_what_is_damaged_and_leaves_it(copy: Ran, tmp_path: Path, said: Callable[..., str]) -> None:
+    (copy.path / "checkpoints/step-00000020/state.json").write_bytes(b"")
+    before = sorted(path.name for path in (copy.path / "checkpoints").iterdir())
+    assert "step-00000018" in said("export", copy.path, "--out", tmp_path / "model.safetensors")
+    assert sorted(path.name for path in (copy.path / "checkpoints").iterdir()) == before
 
 
 # Starting from weights
