@@ -110,7 +110,7 @@ def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None
         if not is_here and candidates(LocalDisk(place.checkpoints), group=group):
             raise ConfigError(f"--resume {settings.resume}: --run-dir {place.path} has checkpoints of its own. Type another --run-dir.")
         return opened
-    opened = find(Origin(place.checkpoints), group=group) if settings.resume == "auto" else None
+    opened = find(Origin(place.checkpoints), group=group, sets_aside=True) if settings.resume == "auto" else None
     if opened is not None and opened.manifest.run_id != place.run_id:
         raise ConfigError(
             f"--run-dir {place.path}: its {opened.folder} belongs to another run ({opened.manifest.run_id}, not {place.run_id}). "

@@ -220,7 +220,7 @@ def restore(training: Training, path: Path | str) -> int:
     Raises: ConfigError with a table if it does not fit the model and optimizer, with nothing changed.
     """
     _of_ones_own(training, path)  # clears away what a killed life left
-    opened = find(Origin(Path(path)), group=training.group)
+    opened = find(Origin(Path(path)), group=training.group, sets_aside=True)
     if opened is not None:
         restore_state(opened, training)
         _of_ones_own(training, path).resumed(opened)

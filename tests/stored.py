@@ -81,7 +81,7 @@ def write(storage: Storage, step: int, *, world_size: int = 2, tensors: Mapping[
 def newest(storage: Storage) -> tuple[Opened | None, list[str]]:
     """Returns the newest good checkpoint, and what was said about the damaged ones before it."""
     found, notes = None, []
-    for opened, note in open_newest(storage, group=alone()):
+    for opened, note in open_newest(storage, group=alone(), sets_aside=True):
         found = opened
         notes += [note] if note else []
     return found, notes

@@ -67,6 +67,7 @@ def test_a_rank_killed_at_any_file_operation_of_a_save_costs_no_more_than_steps(
     assert steps(LocalDisk(cut.run_dir / "checkpoints"))[0] == (4 if rank or at <= 12 else 8)
     ended = run(tmp_path, "--keep", "1")
     assert ended.codes == [0, 0], ended.errors
+    assert events(ended, "resume")[-1]["step"] == (4 if rank or at <= 12 else 8)
     assert ended.status["weights_sha256"] == whole.status["weights_sha256"]
     assert names(ended) == ["step-00000010"]
 

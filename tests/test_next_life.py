@@ -66,6 +66,11 @@ def test_a_run_goes_on_at_any_number_of_ranks_with_the_same_batches(tmp_path: Pa
     assert [(record["kind"], record["step"], record["epoch"]) for record in other] == [
         (record["kind"], record["step"], record["epoch"]) for record in one
     ]
+    resumed = [
+        event["step"] for event in map(json.loads, (last.run_dir / "events.jsonl").read_text().splitlines()) if event["event"] == "resume"
+    ]
+    assert len(resumed) == 4
+    assert all(0 < step < death for step, death in zip(resumed, (7, 13, 20, 24), strict=True))
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, other, strict=True)) <= 1e-9
     manifest = open_checkpoint(storage_of(last.run_dir), 30, group=alone()).manifest
     assert (manifest.world_size, dict(manifest.cursor)) == (4, {"step": 30, "epoch": 3, "samples": 720})
@@ -74,17 +79,19 @@ def test_a_run_goes_on_at_any_number_of_ranks_with_the_same_batches(tmp_path: Pa
 # A loop of one's own
 
 
-def own_loop(folder: str, death: int, number: int) -> tuple[int, str]:
-    """Runs the recipe on this rank, which gets a signal after a step. Returns steps and weights at the end."""
+def own_loop(folder: str, death: int, number: int) -> tuple[int, str, int]:
+    """Runs the recipe on this rank; rank 1 gets a signal after a step. Returns the step and weights at the end, and steps of this life."""
     import ddp_kit
     from ddp_kit import control
 
     control.INTERVAL_S = 0.0
     kept: list[Any] = []
+    done: list[int] = []
     step, wrap = ddp_kit.train_step, ddp_kit.wrap
 
     def mortal_step(training: Any, batch: Any) -> Any:
         sums = step(training, batch)
+        done.append(training.step)
         if training.step == death and os.environ["RANK"] == "1":
             os.kill(os.getpid(), number)
         return sums
@@ -95,7 +102,7 @@ def own_loop(folder: str, death: int, number: int) -> tuple[int, str]:
 
     with patch.object(ddp_kit, "train_step", mortal_step), patch.object(ddp_kit, "wrap", wrapped):
         runpy.run_path(OWN_LOOP)["main"](steps=250, folder=folder)
-    return kept[0].step, weights_sha256(kept[0].model)
+    return kept[0].step, weights_sha256(kept[0].model), len(done)
 
 
 def test_a_loop_of_ones_own_reaches_the_same_weights_through_sigkill_and_sigterm(tmp_path: Path) -> None:
@@ -107,13 +114,17 @@ def test_a_loop_of_ones_own_reaches_the_same_weights_through_sigkill_and_sigterm
             return []
 
     whole = life("whole")
-    assert [step for step, _ in whole] == [250, 250]
+    assert [(step, steps) for step, _, steps in whole] == [(250, 250)] * 2
     life("cut", 150, signal.SIGKILL)
     assert steps(LocalDisk(tmp_path / "cut")) == [100]
     stopped = life("cut", 170, signal.SIGTERM)
-    assert [step for step, _ in stopped] == [171, 171]  # the flag was set before that step's boundary: all agreed at the next one
+    assert [(step, steps) for step, _, steps in stopped] == [
+        (171, 71)
+    ] * 2  # the flag was set before that step's boundary: all agreed at the next one
     assert steps(LocalDisk(tmp_path / "cut")) == [171, 100]  # no step is lost
-    assert life("cut") == whole
+    last = life("cut")
+    assert [ended[:2] for ended in last] == [ended[:2] for ended in whole]
+    assert [ended[2] for ended in last] == [79, 79]
 
 
 def test_a_loop_of_ones_own_hears_of_its_last_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -43,11 +43,11 @@ def origin_of(path: Path, *, flag_text: str) -> Origin:
     raise ConfigError(f"{flag_text} {path}: expected a run, or one of its checkpoints such as runs/NAME/checkpoints/step-00000100.")
 
 
-def find(origin: Origin, *, group: Group) -> Opened | None:
-    """Returns the checkpoint to begin from, verified, or None if there is no good one. Every rank calls it."""
+def find(origin: Origin, *, group: Group, sets_aside: bool = False) -> Opened | None:
+    """Returns the checkpoint to begin from, verified, or None if there is no good one. Every rank calls it. See `open_newest`."""
     if origin.step is not None:
         return open_checkpoint(origin.storage, origin.step, group=group)
-    for opened, note in open_newest(origin.storage, group=group):
+    for opened, note in open_newest(origin.storage, group=group, sets_aside=sets_aside):
         if opened is not None:
             return opened
         logger.warning("%s", note)

@@ -188,8 +188,10 @@ def candidates(storage: Storage, *, group: Group) -> list[int]:
     return found
 
 
-def open_newest(storage: Storage, *, group: Group) -> Iterator[tuple[Opened | None, str]]:
+def open_newest(storage: Storage, *, group: Group, sets_aside: bool) -> Iterator[tuple[Opened | None, str]]:
     """Yields the newest good checkpoint and stops; before it, for each damaged one, (None, what became of it). Every rank iterates.
+
+    Args: `sets_aside` renames what is damaged: for the life that holds the run's directory; others only pass it over.
 
     Raises: FormatError if one that a later ddp_kit wrote comes first.
     """
@@ -198,9 +200,10 @@ def open_newest(storage: Storage, *, group: Group) -> Iterator[tuple[Opened | No
             yield open_checkpoint(storage, step, group=group), ""
             return
         except DamagedError as error:
-            if group.rank == 0:
+            if group.rank == 0 and sets_aside:
                 _set_aside(storage, folder_of(step), str(error))
-            yield None, f"{folder_of(step)} is damaged ({error}); it is set aside as {folder_of(step)}.corrupt"
+            fate = f"set aside as {folder_of(step)}.corrupt" if sets_aside else "passed over"
+            yield None, f"{folder_of(step)} is damaged ({error}); it is {fate}"
         except FormatError as error:
             raise FormatError(f"{folder_of(step)}: {error}") from error
 

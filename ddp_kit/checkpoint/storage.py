@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol, final
 
+import numpy as np
+
 PAGE = 4096
 CHUNK = 16 << 20  # bytes in one write: large enough to keep a disk busy, small enough to notice an error soon
 NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP}  # tmpfs, some network file systems
@@ -57,7 +59,7 @@ class LocalDisk:
             raise OSError(errno.ELOOP, "a link may lead elsewhere: nothing is written through it", str(target.parent))
         if not target.parent.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)
-        with _created(target, direct=len(content) >= CHUNK) as (file, is_direct):
+        with _created(target, direct=_is_direct(content)) as (file, is_direct):
             whole = len(content) // PAGE * PAGE if is_direct else len(content)
             _write_all(file, content[:whole])
             if whole < len(content):  # the tail fills no page
@@ -97,6 +99,11 @@ class LocalDisk:
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
+
+
+def _is_direct(content: memoryview) -> bool:
+    """Whether content is worth bypassing the page cache, and lies in memory as O_DIRECT wants it."""
+    return len(content) >= CHUNK and np.frombuffer(content, dtype=np.uint8).ctypes.data % PAGE == 0
 
 
 @contextmanager
