@@ -58,7 +58,7 @@ class Life:
         if self.composition is None or self.place is None or not self.args:
             return ""
         training = self.composition.training
-        saved = training.checkpoints.saved_step if training.checkpoints is not None else -1
+        saved = training.checkpoints.committed_step if training.checkpoints is not None else -1
         command = resume_command(self.args, self.place.path, training.group.topology)
         return f"to go on from step {saved}: {command}" if saved > 0 else ""
 

@@ -74,6 +74,7 @@ class Checkpoints:
         self._last_save = time.monotonic()
         self._keep, self._best = keep, math.nan
         self.saved_step = -1  # of the newest checkpoint begun or resumed from
+        self.committed_step = -1  # of the newest one that is known to be whole
 
     def _close(self) -> None:
         has_failed = self._training.group.has_failed
@@ -108,6 +109,7 @@ class Checkpoints:
     def resumed(self, opened: Opened) -> None:
         """Takes over from the life that wrote a checkpoint. Later ones are of a future that this life does not go on from."""
         self.saved_step, self._best = opened.manifest.step, float(opened.values["best"])
+        self.committed_step = self.saved_step
         if self._training.group.rank == 0:
             set_aside_newer(self._storage, self.saved_step)
 
@@ -164,6 +166,7 @@ class Checkpoints:
         """Tells of the save that has ended since the last call. Raises: what ended the thread, if that was no full disk and its like."""
         ended = self._saver.ended()
         if ended is not None:
+            self.committed_step = self.committed_step if ended.error else ended.step
             self._on_end(ended)
 
     def finish(self, *, failures: int = FAILURES) -> None:

@@ -46,7 +46,7 @@ OWN_FAULTS = {
 
 def follows(ended: Ended, *, culprit: int, message: str) -> bool:
     """Whether each rank but the culprit said one line, after the culprit's own words."""
-    lines = ended.errors.splitlines()
+    lines = [line for line in ended.errors.splitlines() if not line.startswith("to go on from step ")]
     followers = [rank for rank in range(len(ended.codes)) if rank != culprit]
     expected = {f"rank {rank} on {HOST}: ended because rank {culprit} failed: {message}" for rank in followers}
     return set(lines[-len(followers) :]) == expected
@@ -112,7 +112,7 @@ def test_a_signal_on_one_rank_stops_all_at_the_same_step(name: str, culprit: int
     assert 3 < step < 1000
     assert all(f"ended after step {step}: {name} on rank {culprit}\n" in output for output in ended.outputs)
     assert (ended.status["status"], ended.status["exit_code"], ended.status["reason"]) == (status, code, f"{name} on rank {culprit}")
-    assert ended.status["weights_sha256"]
+    assert bool(ended.status["weights_sha256"]) == (status == "stopped")  # a grace period is for saving
     assert ended.is_clean()
 
 

@@ -27,7 +27,7 @@ def refused(argv, capsys):
 def test_help_lists_every_verb_with_one_line(capsys):
     assert cli.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:-2]] == ["new", "check", "evaluate", "show", "env"]
+    assert [line.split()[0] for line in lines[2:-2]] == ["new", "check", "evaluate", "show", "ckpt", "env"]
     assert all(len(line) <= 120 for line in lines)
     assert cli.main([]) == 2
 
@@ -39,7 +39,7 @@ def test_every_verb_has_its_module(verb):
 
 def test_an_unknown_verb_is_answered_with_the_nearest(capsys):
     assert refused(["shwo", "runs/x"], capsys) == (
-        "ddp-kit: unknown verb shwo. Did you mean show? The verbs are: new, check, evaluate, show, env.\n"
+        "ddp-kit: unknown verb shwo. Did you mean show? The verbs are: new, check, evaluate, show, ckpt, env.\n"
     )
     assert "Did you mean" not in refused(["zzz"], capsys)
 
