@@ -32,7 +32,7 @@ class _Pending:
 
     record: dict[str, Any]
     names: list[str]
-    sums: torch.Tensor
+    sums: torch.Tensor | list[list[list[float]]]  # [micro-batch of all ranks][name] -> (sum, count)
     work: "dist.Work | None"
     norms: Mapping[str, torch.Tensor]
 
@@ -80,11 +80,16 @@ class Reporter:
         }
         totals = sums.totals(training.group.device)
         names = self._agreed(sorted({prefix + name for prefix, part in sums.parts for name in part}), training)
-        values = torch.zeros(training.plan.micro_batches, len(names), 2, dtype=torch.float64, device=training.group.device)
-        values[sums.first : sums.first + sums.size] = totals.tensor(names)  # x + 0 is exact, and the slots are summed in order
+        device, plan, work = training.group.device, training.plan, None
+        values: torch.Tensor | list[list[list[float]]]
         # Not beside DDP's own: after a collective that failed unread, gloo lets a later one of the same group wait until its timeout.
-        group = training.group.training if values.is_cuda else training.group.control
-        work = None if group is None else dist.all_reduce(values, group=group, async_op=True)
+        group = training.group.training if device.type == "cuda" else training.group.control
+        if group is None and device.type == "cpu":
+            values = totals.rows(names)
+        else:
+            values = torch.zeros(plan.micro_batches, len(names), 2, dtype=torch.float64, device=device)
+            values[sums.first : sums.first + sums.size] = totals.tensor(names)  # x + 0 is exact, and the slots are summed in order
+            work = None if group is None else dist.all_reduce(values, group=group, async_op=True)
         rates = {"samples_per_s": steps * training.plan.global_batch / seconds, "data_wait": self._wait_s / seconds}
         record |= learning_rates(sums) | rates | {"peak_memory_mib": peak_memory_mib(training.group.device)}
         if training.objectives[0].scale.is_on:
@@ -115,8 +120,10 @@ class Reporter:
             return
         if pending.work is not None:
             pending.work.wait()
-        rows = pending.sums.sum(0).tolist() if self._trackers else []  # host-device synchronisation, one step late
-        found = means(dict(zip(pending.names, rows, strict=True))) if rows else {}
+        found: dict[str, float] = {}
+        if self._trackers:
+            rows = pending.sums.tolist() if isinstance(pending.sums, torch.Tensor) else pending.sums  # host-device sync., one step late
+            found = means({name: [sum(row[i][k] for row in rows) for k in (0, 1)] for i, name in enumerate(pending.names)})
         norms = {f"{name}grad_norm": float(norm) for name, norm in pending.norms.items()} if self._trackers else {}
         head = {name: pending.record[name] for name in ("kind", "step", "epoch", "samples")}
         self.log({**head, **found, **norms, **{name: value for name, value in pending.record.items() if name not in head}})
