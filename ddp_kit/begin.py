@@ -152,8 +152,8 @@ def reporter_of(recipe: Recipe, settings: Settings, group: Group) -> Reporter:
     """Returns the reporter of this rank; rank 0's has the trackers."""
     if group.rank:
         return Reporter([], log_every=settings.log_every)
-    console = Console()
-    trackers: list[Tracker] = [JsonlTracker(), console]
+    console, lines = Console(), JsonlTracker()
+    trackers: list[Tracker] = [lines, console]
     if "wandb" in settings.tracker:
         from ddp_kit.trackers.wandb import WandbTracker
 
@@ -162,7 +162,8 @@ def reporter_of(recipe: Recipe, settings: Settings, group: Group) -> Reporter:
         from ddp_kit.trackers.tensorboard import TensorBoardTracker
 
         trackers.append(TensorBoardTracker())
-    return Reporter([*trackers, *recipe.trackers], log_every=settings.log_every, progress=[console.progress])
+    given = [*trackers, *recipe.trackers]
+    return Reporter(given, log_every=settings.log_every, progress=[console.progress], on_boundary=[lines.flush])
 
 
 def say(composition: Composition, group: Group, path: Path) -> None:

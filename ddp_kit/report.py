@@ -40,9 +40,16 @@ class _Pending:
 class Reporter:
     """Hands records to the trackers. Every rank calls it alike; ranks without trackers only take part in the sums."""
 
-    def __init__(self, trackers: Sequence[Tracker], *, log_every: int, progress: Sequence[Callable[[int], None]] = ()):
-        """Args: `progress` are called with the step after each step, and must be cheap."""
-        self._given, self._log_every, self._progress = trackers, log_every, progress
+    def __init__(
+        self,
+        trackers: Sequence[Tracker],
+        *,
+        log_every: int,
+        progress: Sequence[Callable[[int], None]] = (),
+        on_boundary: Sequence[Callable[[], None]] = (),
+    ):
+        """Args: `progress` are called with the step after each step, and must be cheap; `on_boundary` before evaluations and saves."""
+        self._given, self._log_every, self._progress, self._on_boundary = trackers, log_every, progress, on_boundary
         self._trackers: list[Tracker] = []  # those that have started: only they may be told of a failure
         self._pending: _Pending | None = None
         self._names: list[str] = []
@@ -127,6 +134,12 @@ class Reporter:
         norms = {f"{name}grad_norm": float(norm) for name, norm in pending.norms.items()} if self._trackers else {}
         head = {name: pending.record[name] for name in ("kind", "step", "epoch", "samples")}
         self.log({**head, **found, **norms, **{name: value for name, value in pending.record.items() if name not in head}})
+
+    def boundary(self) -> None:
+        """Emits what is on its way and lets go of it: a checkpoint that follows may be the last thing that this life does."""
+        self.flush()
+        for lets_go in self._on_boundary:
+            lets_go()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Hands a record of metrics.jsonl to every tracker."""

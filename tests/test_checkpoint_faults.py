@@ -70,6 +70,8 @@ def test_a_rank_killed_at_any_file_operation_of_a_save_costs_no_more_than_steps(
     assert events(ended, "resume")[-1]["step"] == (4 if rank or at <= 12 else 8)
     assert ended.status["weights_sha256"] == whole.status["weights_sha256"]
     assert names(ended) == ["step-00000010"]
+    records = map(json.loads, (ended.run_dir / "metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 11)), "each once, none lost"
 
 
 def test_the_positions_are_all_that_there_are(tmp_path: Path) -> None:

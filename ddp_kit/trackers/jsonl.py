@@ -97,8 +97,13 @@ class JsonlTracker:
         self._metrics.write(json_text(record) + "\n")
         now = time.monotonic()
         if now - self._flushed > FLUSH_S or record.get("kind") != "train":
-            self._metrics.flush()
             self._flushed = now
+            self.flush()
+
+    def flush(self) -> None:
+        """Hands the records so far to the operating system."""
+        if self._metrics is not None:
+            self._metrics.flush()
 
     def event(self, event: Mapping[str, object]) -> None:
         """Writes one line to events.jsonl, without secrets: messages may quote what a user typed."""
