@@ -49,7 +49,7 @@ class Disk:
                 print("the stall begins", flush=True)
                 time.sleep(float(detail))
                 print("the stall ends", flush=True)
-            if hasattr(errno, what) and name == detail:
+            if hasattr(errno, what) and name == detail and (name != "open" or args[1] & os.O_CREAT):
                 number = getattr(errno, what)
                 raise OSError(number, os.strerror(number))
         return real(*args, **more)
