@@ -1,13 +1,10 @@
 """The next life of a run: at other numbers of ranks, after a signal, with other settings, in other places."""
 
 import json
-import os
-import runpy
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,14 +19,11 @@ from ddp_kit.checkpoint.retention import steps
 from ddp_kit.checkpoint.storage import LocalDisk
 from ddp_kit.compose import compose
 from ddp_kit.errors import ConfigError
-from ddp_kit.saving import save
 from ddp_kit.state import restore_state, state_of
-from ddp_kit.testing import start_ranks
 from ddp_kit.train import main
 from ddp_kit.weights import weights_sha256
 
 MORTAL = str(Path(__file__).with_name("mortal.py"))
-OWN_LOOP = str(Path(__file__).parents[1] / "recipes" / "own_loop.py")
 SMALL = ["--width", "16", "--save-every", "3"]
 
 
@@ -74,66 +68,6 @@ def test_a_run_goes_on_at_any_number_of_ranks_with_the_same_batches(tmp_path: Pa
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, other, strict=True)) <= 1e-9
     manifest = open_checkpoint(storage_of(last.run_dir), 30, group=alone()).manifest
     assert (manifest.world_size, dict(manifest.cursor)) == (4, {"step": 30, "epoch": 3, "samples": 720})
-
-
-# A loop of one's own
-
-
-def own_loop(folder: str, death: int, number: int) -> tuple[int, str, int]:
-    """Runs the recipe on this rank; rank 1 gets a signal after a step. Returns the step and weights at the end, and steps of this life."""
-    import ddp_kit
-    from ddp_kit import control
-
-    control.INTERVAL_S = 0.0
-    kept: list[Any] = []
-    done: list[int] = []
-    step, wrap = ddp_kit.train_step, ddp_kit.wrap
-
-    def mortal_step(training: Any, batch: Any) -> Any:
-        sums = step(training, batch)
-        done.append(training.step)
-        if training.step == death and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), number)
-        return sums
-
-    def wrapped(*args: Any, **more: Any) -> Any:
-        kept.append(wrap(*args, **more))
-        return kept[0]
-
-    with patch.object(ddp_kit, "train_step", mortal_step), patch.object(ddp_kit, "wrap", wrapped):
-        runpy.run_path(OWN_LOOP)["main"](steps=250, folder=folder)
-    return kept[0].step, weights_sha256(kept[0].model), len(done)
-
-
-def test_a_loop_of_ones_own_reaches_the_same_weights_through_sigkill_and_sigterm(tmp_path: Path) -> None:
-    def life(folder: str, death: int = -1, number: int = 0) -> list[Any]:
-        with start_ranks(own_loop, 2, str(tmp_path / folder), death, number, group=False, deadline_s=60) as ranks:
-            if number != signal.SIGKILL:
-                return ranks.values()
-            assert -signal.SIGKILL in [report.exit_code for report in ranks.wait()]
-            return []
-
-    whole = life("whole")
-    assert [(step, steps) for step, _, steps in whole] == [(250, 250)] * 2
-    life("cut", 150, signal.SIGKILL)
-    assert steps(LocalDisk(tmp_path / "cut")) == [100]
-    stopped = life("cut", 170, signal.SIGTERM)
-    assert [(step, steps) for step, _, steps in stopped] == [
-        (171, 71)
-    ] * 2  # the flag was set before that step's boundary: all agreed at the next one
-    assert steps(LocalDisk(tmp_path / "cut")) == [171, 100]  # no step is lost
-    last = life("cut")
-    assert [ended[:2] for ended in last] == [ended[:2] for ended in whole]
-    assert [ended[2] for ended in last] == [79, 79]
-
-
-def test_a_loop_of_ones_own_hears_of_its_last_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").touch()
-    with caplog.at_level("WARNING"), process_group(device="cpu") as group:
-        training = compose(recipe(Settings()), Settings(), group).training
-        save(training, tmp_path / "file")
-        training.control.close()
-    assert "Not a directory" in caplog.text
 
 
 # Signals
