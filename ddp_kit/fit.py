@@ -37,7 +37,8 @@ class Pace:
         return self._is_due(step, every=self.save_every)
 
     def _is_due(self, step: int, *, every: int) -> bool:
-        return step == self.end or any(size and step % size == 0 for size in (self.steps_per_epoch, every))
+        at_epoch = self.steps_per_epoch > 0 and step % self.steps_per_epoch == 0
+        return step == self.end or at_epoch or (every > 0 and step % every == 0)
 
 
 @dataclass(frozen=True, kw_only=True)

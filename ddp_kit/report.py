@@ -55,6 +55,7 @@ class Reporter:
         self._names: list[str] = []
         self._since = (0, time.perf_counter())
         self._wait_s = 0.0
+        self._asked = (0.0, 0.0)  # when for the peak memory, and the answer
 
     def start(self, info: RunInfo, *, step: int) -> None:
         """Starts the trackers and the clock."""
@@ -98,11 +99,17 @@ class Reporter:
             values[sums.first : sums.first + sums.size] = totals.tensor(names)  # x + 0 is exact, and the slots are summed in order
             work = None if group is None else dist.all_reduce(values, group=group, async_op=True)
         rates = {"samples_per_s": steps * training.plan.global_batch / seconds, "data_wait": self._wait_s / seconds}
-        record |= learning_rates(sums) | rates | {"peak_memory_mib": peak_memory_mib(training.group.device)}
+        record |= learning_rates(sums) | rates | {"peak_memory_mib": self._peak(now, training.group.device)}
         if training.objectives[0].scale.is_on:
             record |= {"loss_scale": training.objectives[0].scale.scale, "skipped": training.skipped}
         self._pending = _Pending(record, names, values, work, dict(sums.grad_norms))
         self._since, self._wait_s = (training.step, now), 0.0
+
+    def _peak(self, now: float, device: torch.device) -> float:
+        """Returns the peak memory, asked for once a second: 20 microseconds for the system's answer."""
+        if now - self._asked[0] > 1:
+            self._asked = (now, peak_memory_mib(device))
+        return self._asked[1]
 
     def _agreed(self, names: list[str], training: Training) -> list[str]:
         """Returns the names of a record's sums, which are those of the first record on all ranks.

@@ -20,6 +20,7 @@ from ddp_kit.finite import find_non_finite, judge, listed, look_back
 from ddp_kit.preemption import StopFlag
 from ddp_kit.seeding import seed_forward
 from ddp_kit.training import ObjectiveState, StepSums, Sums, Training
+from ddp_kit.tuning import step_quietly
 
 
 def train_step(training: Training, batch: RankBatch) -> StepSums:
@@ -118,7 +119,7 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
         torch.nn.utils.clip_grads_with_norm_(objective.parameters, training.grad_clip, norm)
     if objective.is_deferred:
         objective.optimizer.found_inf = found  # type: ignore[attr-defined]  # fused optimizers read it, as GradScaler has it
-        objective.optimizer.step()
+        step_quietly(objective.optimizer)
         seen = torch.empty_like(found, device="cpu", pin_memory=found.is_cuda)
         seen.copy_(found, non_blocking=True)
         training.suspect = (batch, sums, seen)
@@ -129,7 +130,7 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
         found.zero_()
         judge(training, objective, batch, sums)
         return False
-    objective.optimizer.step()
+    step_quietly(objective.optimizer)
     return True
 
 

@@ -13,7 +13,9 @@ import os
 
 import torch
 from torch import nn
+from torch._C._autograd import _profiler_enabled
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ddp_kit.topology import Topology, environment
 
@@ -79,3 +81,15 @@ def fuse(optimizer: Optimizer) -> bool:
         group["fused"] = True
     optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # as its constructor has it for fused=True
     return True
+
+
+def step_quietly(optimizer: Optimizer) -> None:
+    """Steps an optimizer without the wrapper in which torch announces it to profiler and hooks, if neither is there: 20 to 30 us less."""
+    announced = type(optimizer).step
+    own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    is_heard = own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled()
+    if is_heard or not getattr(announced, "hooked", False):
+        optimizer.step()
+        return
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # as torch's schedulers note a step
+    announced.__wrapped__(optimizer)  # type: ignore[attr-defined]  # functools.wraps sets it

@@ -48,6 +48,8 @@ class Console:
 
     def progress(self, step: int) -> None:
         """Says that `step` optimizer steps are done. Costs a clock reading unless the live line is due."""
+        if self._live is None:
+            return
         now = time.monotonic()
         if now >= self._due:
             self._draw(step, now)
