@@ -8,6 +8,7 @@ time when rank 0 has taken its first step.
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ inputs, labels = next(iter(DataLoader(data, batch_size=64, sampler=DistributedSa
 nn.functional.cross_entropy(wrapped(inputs), labels).backward()
 optimizer.step()
 if dist.get_rank() == 0:
-    print("first step", time.time(), flush=True)
+    print(f"first step {time.time()}\\n", end="", flush=True)
 del wrapped
 dist.destroy_process_group()
 """
@@ -52,7 +53,7 @@ class Settings(ddp_kit.Settings):
 
 class FirstStep:
     def on_start(self, model): pass
-    def on_step(self, step): print("first step", time.time(), flush=True)
+    def on_step(self, step): print(f"first step {time.time()}\\n", end="", flush=True)
     def on_evaluation(self, step, metrics): pass
     def on_end(self, reason): pass
 
@@ -76,7 +77,7 @@ def first_step(command: list[str], folder: Path) -> float:
     begin = time.time()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *command]
     done = subprocess.run(launch, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    steps = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("first step")]
+    steps = [float(found) for found in re.findall(r"first step (\d+\.\d+)", done.stdout)]
     if not steps:  # what comes after it does not count: a bare gloo script may abort when one rank leaves before the other
         raise SystemExit(done.stdout + done.stderr)
     return steps[0] - begin
