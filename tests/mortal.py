@@ -33,6 +33,7 @@ class Settings(ddp_kit.Settings):
     lr: float = 0.05
     optimizer: str = "adamw"
     width: int = 512  # 3 x 512 x 512: several of DDP's buckets
+    frozen: bool = False  # the middle is not trained
     counted: bool = False  # an iterable data set with a state of its own
 
 
@@ -81,18 +82,24 @@ class Death:
         """Nobody dies any more."""
 
 
+def built(settings: Settings) -> Net:
+    net = Net(settings.width)
+    net.middle.requires_grad_(not settings.frozen)
+    return net
+
+
 def recipe(settings: Settings) -> Recipe:
     sick_disk.install(os.environ.get("DISK", ""))
     if "EVERY_STEP" in os.environ:
         control.INTERVAL_S = 0.0
     kinds = {
-        "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=settings.lr / 10),
-        "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9, nesterov=True),
+        "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=settings.lr / 10),
+        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=settings.lr, momentum=0.9, nesterov=True),
     }
     return Recipe(
-        model=lambda: Net(settings.width),
+        model=lambda: built(settings),
         loss=classify,
-        optimizer=kinds[settings.optimizer],
+        optimizer=lambda model: kinds[settings.optimizer]([p for p in model.parameters() if p.requires_grad]),
         scheduler=lambda optimizer, total_steps: schedules.warmup_cosine(optimizer, total_steps),
         train_data=lambda: Data(Counted() if settings.counted else vectors(), augment=jitter),
         eval_data=lambda: vectors(50),

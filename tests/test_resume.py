@@ -70,3 +70,18 @@ def test_data_with_a_state_of_their_own_go_on_from_it_on_as_many_ranks(tmp_path:
     last = run(tmp_path / "cut", *args, world_size=2)
     assert last.status["weights_sha256"] == whole.status["weights_sha256"], last.errors
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
+
+
+def test_frozen_weights_stay_out_of_checkpoints_on_request_and_the_run_goes_on_over_the_same_ones(tmp_path: Path) -> None:
+    args = ["--frozen", "--save-trainable-only", "--save-every", "4", "--width", "64"]
+    whole = run(tmp_path / "whole", *args, world_size=1)
+    assert whole.codes == [0], whole.errors
+    state = json.loads((tmp_path / "whole/run/checkpoints/step-00000030/state.json").read_text())
+    assert "model/last.weight" in state["tensors"]
+    assert not any("middle" in name for name in state["tensors"])
+    assert len(state["base_sha256"]) == 64
+    assert run(tmp_path / "cut", *args, deaths="14:0", world_size=1).codes == [-signal.SIGKILL]
+    last = run(tmp_path / "cut", *args, world_size=1)
+    assert last.status["weights_sha256"] == whole.status["weights_sha256"], last.errors
+    other = run(tmp_path / "cut", *args, "--seed", "1", "--change", "seed", world_size=1)
+    assert "was saved over frozen weights of SHA-256" in other.errors
