@@ -63,9 +63,7 @@ class Checkpoints:
         """
         group = training.group
         self._training, self._about, self._minutes, self._early_stopping = training, about, minutes, early_stopping
-        self._on_end, self._course, self._storage = on_end or _warn, course, storage
-        if group.rank == 0:
-            clear(storage)
+        self._on_end, self._course, self.storage = on_end or _warn, course, storage
         token = from_rank(group, uuid.uuid4().hex[:12].encode()).decode()
         own_group = group.join_another(backend="gloo") if group.control is not None else None
         ranks = Ranks(group.rank, group.world_size, own_group)
@@ -111,7 +109,7 @@ class Checkpoints:
         self.saved_step, self._best = opened.manifest.step, float(opened.values["best"])
         self.committed_step = self.saved_step
         if self._training.group.rank == 0:
-            set_aside_newer(self._storage, self.saved_step)
+            set_aside_newer(self.storage, self.saved_step)
 
     def save(self, metrics: Mapping[str, float], *, again: bool = False) -> None:
         """Begins a save of the current step, unless it has one (`again` replaces it). `metrics` are of an evaluation at this step, or {}.
@@ -231,6 +229,11 @@ def restore(training: Training, path: Path | str) -> int:
 
 
 def _of_ones_own(training: Training, path: Path | str) -> Checkpoints:
+    storage = LocalDisk(Path(path))
     if training.checkpoints is None:
-        training.checkpoints = Checkpoints(training, LocalDisk(Path(path)), about=About(run_id="own"), keep=Keep())
+        if training.group.rank == 0:
+            clear(storage)
+        training.checkpoints = Checkpoints(training, storage, about=About(run_id="own"), keep=Keep())
+    if training.checkpoints.storage != storage:
+        raise ConfigError(f"this run's checkpoints are in another folder than {path}: save and restore take one folder for one training.")
     return training.checkpoints

@@ -74,9 +74,9 @@ def state_of(training: Training, *, early_stopping: EarlyStopping | None = None,
 def _objective_values(objective: ObjectiveState, names: Mapping[int, str], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     prefix = f"optimizer/{objective.name}"
     groups, states = [], {}
-    for group in objective.optimizer.param_groups:
+    for i, group in enumerate(objective.optimizer.param_groups):
         own = {key: value for key, value in group.items() if key not in KEEPS_OWN}
-        groups.append(encode(own, tensors, name=f"{prefix}group"))
+        groups.append(encode(own, tensors, name=f"{prefix}group.{i}"))
         for parameter in group["params"]:
             kept = objective.optimizer.state.get(parameter)
             if kept:

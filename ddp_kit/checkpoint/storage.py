@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, final
 
@@ -44,13 +45,13 @@ class Storage(Protocol):
 
 
 @final
+@dataclass(frozen=True)
 class LocalDisk:
     """A folder of this machine or of a shared file system. Large files bypass the page cache where the file system allows it: copying
     through it would take the CPU from training, and flushing it would stall.
     """
 
-    def __init__(self, root: Path):
-        self.root = root
+    root: Path
 
     def write(self, path: str, content: memoryview) -> None:
         """See Storage. `content` that starts on a page boundary is written with O_DIRECT."""

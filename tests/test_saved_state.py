@@ -1,0 +1,53 @@
+"""Corners of what a checkpoint holds."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cases import classify, plain, vectors
+from torch import nn
+
+import ddp_kit
+from ddp_kit.checkpoint.layout import DamagedError, read_header
+from ddp_kit.errors import ConfigError
+from ddp_kit.groups import Group
+from ddp_kit.training import Training
+
+
+def two_rates(group: Group, *, rates: tuple[float, float]) -> Training:
+    model = plain()
+    layers = [module for module in model if isinstance(module, nn.Linear)]
+    groups = [{"params": layer.parameters(), "lr": torch.tensor(rate)} for layer, rate in zip(layers, rates, strict=True)]
+    feed = ddp_kit.build_loader(vectors(), group=group, global_batch=8)
+    return ddp_kit.wrap(model, torch.optim.AdamW(groups, foreach=True, capturable=False), classify, group=group, feed=feed)
+
+
+def test_rates_that_are_tensors_come_back_to_the_group_they_belong_to(tmp_path: Path) -> None:
+    with ddp_kit.process_group(device="cpu") as group:
+        ddp_kit.save(two_rates(group, rates=(0.25, 0.5)), tmp_path)
+    with ddp_kit.process_group(device="cpu") as group:
+        training = two_rates(group, rates=(1.0, 2.0))
+        ddp_kit.restore(training, tmp_path)
+        assert [float(own["lr"]) for own in training.objectives[0].optimizer.param_groups] == [0.25, 0.5]
+
+
+def test_one_training_has_one_folder(tmp_path: Path) -> None:
+    with ddp_kit.process_group(device="cpu") as group:
+        training = two_rates(group, rates=(0.25, 0.5))
+        ddp_kit.save(training, tmp_path / "a")
+        with pytest.raises(ConfigError, match="one folder for one training"):
+            ddp_kit.save(training, tmp_path / "b")
+
+
+@pytest.mark.parametrize("second", [(4, 8), (12, 16)], ids=["overlap", "gap"])
+def test_tensors_of_a_shard_lie_one_behind_the_other(second: tuple[int, int]) -> None:
+    entries = {
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "b": {"dtype": "F32", "shape": [1], "data_offsets": list(second)},
+    }
+    text = json.dumps(entries).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(second[1])
+    with pytest.raises(DamagedError, match="overlap or leave gaps"):
+        read_header(io.BytesIO(content), size=len(content), name="rank-0.safetensors")
