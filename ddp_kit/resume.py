@@ -12,7 +12,7 @@ from ddp_kit.checkpoint.restore import Opened
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.stream import Place
 from ddp_kit.early_stopping import EarlyStopping
-from ddp_kit.errors import ConfigError, nearest
+from ddp_kit.errors import ConfigError
 from ddp_kit.settings import Settings, flag, flatten
 from ddp_kit.state import restore_state
 from ddp_kit.training import Training
@@ -56,10 +56,6 @@ def require_unchanged(opened: Opened, new: Mapping[str, str], *, change: tuple[s
     names = {name.lstrip("-").replace("-", "_") for name in change}
     changed = differences(old, new)
     allowed = [name for name in changed if name in names or (name == RECIPE and "recipe" in names)]
-    unknown = [name for name in names if name not in new and name != "recipe"]
-    if unknown:
-        near = nearest(unknown[0], new)
-        raise ConfigError(f"--change {unknown[0]}: the recipe has no such setting.{f' Did you mean {near}?' if near else ''}")
     refused = [name for name in changed if name not in allowed]
     if refused:
         rows = [("setting", "checkpoint", "now"), *((flag(name), _shown(old.get(name)), _shown(new.get(name))) for name in refused)]

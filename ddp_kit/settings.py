@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any, Literal
 
-from ddp_kit.errors import ConfigError
+from ddp_kit.errors import ConfigError, nearest
 
 Precision = Literal["fp32", "fp64", "tf32", "bf16", "fp16"]
 
@@ -150,6 +150,13 @@ def check(settings: Settings) -> None:
         faults.append("neither epochs nor max_steps is set, so the run has no end: type --epochs N or --max-steps N")
     if settings.keep < 1:
         faults.append(f"--keep {settings.keep}: expected at least 1 checkpoint")
+    named = {name: name.lstrip("-").replace("-", "_") for name in settings.change}
+    known = [*flatten(settings), "recipe"] if settings.change else []
+    faults += [
+        f"--change {name}: there is no such setting. Near: {nearest(own, known) or 'none'}"
+        for name, own in named.items()
+        if own not in known
+    ]
     faults += [f"--rename {pair}: expected old=new" for pair in settings.rename if pair.count("=") != 1]
     if settings.rename and not settings.init_from:
         faults.append("--rename has an effect with --init-from only")

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import classify, plain, vectors
+from cases import Settings, classify, plain, vectors
 from torch import nn
 
 import ddp_kit
 from ddp_kit.checkpoint.layout import DamagedError, read_header
 from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
+from ddp_kit.settings import check
 from ddp_kit.training import Training
 
 
@@ -51,3 +52,8 @@ def test_tensors_of_a_shard_lie_one_behind_the_other(second: tuple[int, int]) ->
     content = len(text).to_bytes(8, "little") + text + bytes(second[1])
     with pytest.raises(DamagedError, match="overlap or leave gaps"):
         read_header(io.BytesIO(content), size=len(content), name="rank-0.safetensors")
+
+
+def test_a_setting_that_does_not_exist_cannot_be_changed() -> None:
+    with pytest.raises(ConfigError, match="--change lrr: there is no such setting. Near: lr"):
+        check(Settings(change=("lrr", "--early-stop.patience", "recipe")))
