@@ -55,5 +55,5 @@ def test_tensors_of_a_shard_lie_one_behind_the_other(second: tuple[int, int]) ->
 
 
 def test_a_setting_that_does_not_exist_cannot_be_changed() -> None:
-    with pytest.raises(ConfigError, match="--change lrr: there is no such setting. Near: lr"):
+    with pytest.raises(ConfigError, match=r"--change lrr: there is no such setting\. Near: lr"):
         check(Settings(change=("lrr", "--early-stop.patience", "recipe")))
