@@ -145,7 +145,10 @@ def ours(group: Group, dataset: TensorDataset, *, loader: bool, folder: Path) ->
     feed = build_loader(dataset, group=group, global_batch=BATCH * group.world_size)
     training = wrap(net, optimizer, summed, group=group, feed=feed)
     console = Console(stream=io.StringIO())
-    reporter = Reporter([JsonlTracker(), console] if group.rank == 0 else [], log_every=LOG_EVERY, progress=[console.progress])
+    lines = JsonlTracker()
+    reporter = Reporter(
+        [lines, console] if group.rank == 0 else [], log_every=LOG_EVERY, progress=[console.progress], on_burst=[lines.flush]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     reporter.start(RunInfo(run_dir=folder, name="overhead"), step=0)
     pace = Pace(end=10**9, steps_per_epoch=0)

@@ -163,7 +163,7 @@ def reporter_of(recipe: Recipe, settings: Settings, group: Group) -> Reporter:
 
         trackers.append(TensorBoardTracker())
     given = [*trackers, *recipe.trackers]
-    return Reporter(given, log_every=settings.log_every, progress=[console.progress], on_boundary=[lines.flush])
+    return Reporter(given, log_every=settings.log_every, progress=[console.progress], on_burst=[lines.flush])
 
 
 def say(composition: Composition, group: Group, path: Path) -> None:

@@ -20,9 +20,9 @@ from ddp_kit.errors import DdpKitError, NonFiniteError, some
 from ddp_kit.training import ObjectiveState, StepSums, Training
 
 
-def find_non_finite(gradients: list[torch.Tensor], found: torch.Tensor, *, one: torch.Tensor) -> None:
-    """Sets `found` to 1 if a gradient is not finite: GradScaler's kernel, multiplying by `one`."""
-    if len({gradient.dtype for gradient in gradients}) == 1:
+def find_non_finite(gradients: list[torch.Tensor], found: torch.Tensor, *, one: torch.Tensor, is_mixed: bool) -> None:
+    """Sets `found` to 1 if a gradient is not finite: GradScaler's kernel, multiplying by `one`; `is_mixed`: they have several dtypes."""
+    if not is_mixed:
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one)
         return
     for gradient in gradients:

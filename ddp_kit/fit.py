@@ -100,7 +100,7 @@ def fit(
         if not (decision.signal or decision.saves or evaluates or pace.saves(step)):
             continue
         look_back(training)
-        report.boundary()
+        report.flush()
         metrics, ending = measured(batch.epoch) if evaluates else ({}, None)
         if decision.signal:
             ending = stopped(decision.signal, decision.signal_rank)

@@ -1,6 +1,7 @@
 """What a run says while it trains: records for metrics.jsonl, events, and who receives them.
 
-Owns: the form of a record, the sum of a step's loss over ranks (launched at one boundary, read at the next), and the fan-out.
+Owns: the form of a record, the sum of a step's loss over ranks (launched at one boundary, read at the next), and the fan-out, in bursts:
+between short steps a record costs three times what it costs after another one.
 Refuses: branching on rank: only rank 0 is given trackers, the others have none.
 """
 
@@ -23,6 +24,7 @@ from ddp_kit.metrics import means
 from ddp_kit.trackers import RunInfo, Tracker
 from ddp_kit.training import StepSums, Training
 
+BURST_S = 0.1  # how long a record may wait for others
 ALWAYS = "Every micro-batch must report every metric: one that does not occur in it as (0, 0)."
 
 
@@ -30,7 +32,8 @@ ALWAYS = "Every micro-batch must report every metric: one that does not occur in
 class _Pending:
     """A train record whose sums are on their way."""
 
-    record: dict[str, Any]
+    head: dict[str, Any]
+    tail: dict[str, Any]
     names: list[str]
     sums: torch.Tensor | list[list[list[float]]]  # [micro-batch of all ranks][name] -> (sum, count)
     work: "dist.Work | None"
@@ -46,12 +49,14 @@ class Reporter:
         *,
         log_every: int,
         progress: Sequence[Callable[[int], None]] = (),
-        on_boundary: Sequence[Callable[[], None]] = (),
+        on_burst: Sequence[Callable[[], None]] = (),
     ):
-        """Args: `progress` are called with the step after each step, and must be cheap; `on_boundary` before evaluations and saves."""
-        self._given, self._log_every, self._progress, self._on_boundary = trackers, log_every, progress, on_boundary
+        """Args: `progress` are called with the step after each step, and must be cheap; `on_burst` after records have gone out."""
+        self._given, self._log_every, self._progress, self._on_burst = trackers, log_every, progress, on_burst
         self._trackers: list[Tracker] = []  # those that have started: only they may be told of a failure
         self._pending: _Pending | None = None
+        self._arrived: list[_Pending] = []
+        self._burst = 0.0  # when the last one was
         self._names: list[str] = []
         self._since = (0, time.perf_counter())
         self._wait_s = 0.0
@@ -73,22 +78,20 @@ class Reporter:
         self._wait_s += wait_s
         for progress in self._progress:
             progress(training.step)
-        self.flush()
+        self._receive()
+        if self._arrived and time.perf_counter() - self._burst > BURST_S:
+            self._emit()
         if training.step % self._log_every == 0 or is_last:
             self._begin(training, sums, epoch=epoch)
 
     def _begin(self, training: Training, sums: StepSums, *, epoch: int) -> None:
         now = time.perf_counter()
-        steps, seconds = training.step - self._since[0], max(now - self._since[1], 1e-9)
-        record: dict[str, Any] = {
-            "kind": "train",
-            "step": training.step,
-            "epoch": epoch,
-            "samples": training.step * training.plan.global_batch,
-        }
-        totals = sums.totals(training.group.device)
+        seconds = max(now - self._since[1], 1e-9)
+        step, plan, device = training.step, training.plan, training.group.device
+        head = {"kind": "train", "step": step, "epoch": epoch, "samples": step * plan.global_batch}
+        totals = sums.totals(device)
         names = self._agreed(sorted({prefix + name for prefix, part in sums.parts for name in part}), training)
-        device, plan, work = training.group.device, training.plan, None
+        work = None
         values: torch.Tensor | list[list[list[float]]]
         # Not beside DDP's own: after a collective that failed unread, gloo lets a later one of the same group wait until its timeout.
         group = training.group.training if device.type == "cuda" else training.group.control
@@ -98,12 +101,12 @@ class Reporter:
             values = torch.zeros(plan.micro_batches, len(names), 2, dtype=torch.float64, device=device)
             values[sums.first : sums.first + sums.size] = totals.tensor(names)  # x + 0 is exact, and the slots are summed in order
             work = None if group is None else dist.all_reduce(values, group=group, async_op=True)
-        rates = {"samples_per_s": steps * training.plan.global_batch / seconds, "data_wait": self._wait_s / seconds}
-        record |= learning_rates(sums) | rates | {"peak_memory_mib": self._peak(now, training.group.device)}
+        rates = {"samples_per_s": (step - self._since[0]) * plan.global_batch / seconds, "data_wait": self._wait_s / seconds}
+        tail = learning_rates(sums) | rates | {"peak_memory_mib": self._peak(now, device)}
         if training.objectives[0].scale.is_on:
-            record |= {"loss_scale": training.objectives[0].scale.scale, "skipped": training.skipped}
-        self._pending = _Pending(record, names, values, work, dict(sums.grad_norms))
-        self._since, self._wait_s = (training.step, now), 0.0
+            tail |= {"loss_scale": training.objectives[0].scale.scale, "skipped": training.skipped}
+        self._pending = _Pending(head, tail, names, values, work, dict(sums.grad_norms))
+        self._since, self._wait_s = (step, now), 0.0
 
     def _peak(self, now: float, device: torch.device) -> float:
         """Returns the peak memory, asked for once a second: 20 microseconds for the system's answer."""
@@ -128,25 +131,31 @@ class Reporter:
         return names
 
     def flush(self) -> None:
-        """Emits the record whose sums are on their way, if there is one. Every rank calls it before an evaluation and at the end."""
+        """Emits all records, that whose sums are on their way too. Every rank calls it before evaluations and saves, and at the end: a
+        checkpoint that follows may be the last thing that this life does."""
+        self._receive()
+        self._emit()
+
+    def _receive(self) -> None:
+        """Waits for the sums on their way: one step after they set out, so that none is unread if a later sum fails."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         if pending.work is not None:
             pending.work.wait()
-        found: dict[str, float] = {}
         if self._trackers:
-            rows = pending.sums.tolist() if isinstance(pending.sums, torch.Tensor) else pending.sums  # host-device sync., one step late
-            found = means({name: [sum(row[i][k] for row in rows) for k in (0, 1)] for i, name in enumerate(pending.names)})
-        norms = {f"{name}grad_norm": float(norm) for name, norm in pending.norms.items()} if self._trackers else {}
-        head = {name: pending.record[name] for name in ("kind", "step", "epoch", "samples")}
-        self.log({**head, **found, **norms, **{name: value for name, value in pending.record.items() if name not in head}})
+            self._arrived.append(pending)
 
-    def boundary(self) -> None:
-        """Emits what is on its way and lets go of it: a checkpoint that follows may be the last thing that this life does."""
-        self.flush()
-        for lets_go in self._on_boundary:
+    def _emit(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        for pending in arrived:
+            rows = pending.sums.tolist() if isinstance(pending.sums, torch.Tensor) else pending.sums  # host-device sync., steps late
+            found = means({name: [sum(row[i][k] for row in rows) for k in (0, 1)] for i, name in enumerate(pending.names)})
+            norms = {f"{name}grad_norm": float(norm) for name, norm in pending.norms.items()}
+            self.log({**pending.head, **found, **norms, **pending.tail})
+        for lets_go in self._on_burst:
             lets_go()
+        self._burst = time.perf_counter()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Hands a record of metrics.jsonl to every tracker."""
@@ -155,6 +164,7 @@ class Reporter:
 
     def event(self, event: str, *, step: int, rank: int = 0, message: str = "") -> None:
         """Hands a record of events.jsonl to every tracker."""
+        self._emit()  # in the order in which things happened
         record = {"event": event, "step": step, "rank": rank, "time": round(time.time(), 3)} | ({"message": message} if message else {})
         for tracker in self._trackers:
             tracker.event(record)

@@ -112,7 +112,7 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
         torch.cuda.current_stream().wait_event(training.copied)
         training.copied = None
     found = objective.found_inf
-    find_non_finite(gradients, found, one=objective.one)
+    find_non_finite(gradients, found, one=objective.one, is_mixed=objective.is_mixed)
     if training.grad_clip:
         norm = torch.nn.utils.get_total_norm(gradients)
         sums.grad_norms[objective.name] = norm

@@ -70,6 +70,7 @@ class ObjectiveState:
     count: Count
     scheduler: Any = None
     scale: LossScale = field(default_factory=lambda: LossScale(is_on=False))
+    is_mixed: bool = False  # parameters of several dtypes
     is_deferred: bool = False  # the optimizer reads `found_inf` on the device, and the host one step later
     found_inf: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     weight: tuple[float, torch.Tensor] = field(default_factory=lambda: (0.0, torch.zeros(())))  # of the last backward pass, kept ready

@@ -134,6 +134,7 @@ def _objective(part: Part, rehearsal: Rehearsal, *, precision: Precision, is_onl
         scale=LossScale.of(precision),
         found_inf=torch.zeros((), device=group.device),
         one=torch.ones((), device=group.device),
+        is_mixed=len({parameter.dtype for parameter in parameters}) > 1,
         is_deferred=on_device and is_only and precision != "fp16",  # the host need not wait for each step's verdict
     )
 

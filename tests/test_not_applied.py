@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from ddp_kit import LossSum
+from ddp_kit import LossSum, build_loader, wrap
 from ddp_kit.compose import Composition, compose
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.errors import NonFiniteError
@@ -69,6 +69,28 @@ class Noting(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         self.seen += inputs.detach().sum(0)
         return self.net(inputs)
+
+
+class TwoDtypes(nn.Module):
+    """A float64 layer before a float32 one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8).double(), nn.Linear(8, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(inputs.double()).relu().float())
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_bad_gradient_is_found_among_parameters_of_two_dtypes(group: Group) -> None:
+    """A recipe's model is cast to one; that of a loop of one's own is not."""
+    model, feed = TwoDtypes(), build_loader(with_bad_sample(30), group=group, global_batch=24)
+    training = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), nan_at_9, group=group, feed=feed)
+    batches = feed.batches(start=0, end=2)
+    train_step(training, next(batches))
+    with pytest.raises(NonFiniteError, match="step 2"):
+        train_step(training, next(batches))
 
 
 @pytest.mark.ranks(1, 2, 3)

@@ -5,12 +5,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cases import Settings, recipe
 
+import ddp_kit
 from ddp_kit.errors import MissingPackageError
 from ddp_kit.trackers import REDACTED, RunInfo, redact
 from ddp_kit.trackers.jsonl import JsonlTracker, json_text, read_lines
@@ -61,6 +64,35 @@ def test_a_later_life_appends_and_a_torn_line_costs_only_itself(tmp_path):
 def test_what_is_no_number_or_text_is_refused_rather_than_written(tmp_path):
     with pytest.raises(TypeError):
         json_text({"model": object()})
+
+
+def test_records_of_long_steps_are_in_the_file_one_step_later_and_those_of_short_ones_are_not_lost(tmp_path):
+    """The second run is ended by an error: what was logged until then stands before the failure's event."""
+    seen = []
+
+    class Looking:
+        def __init__(self, pause_s: float, fails_at: int = 0):
+            self.pause_s, self.fails_at = pause_s, fails_at
+
+        def on_start(self, model: object) -> None: ...
+
+        def on_step(self, step: int) -> None:
+            seen.append((step, [record["step"] for record in read_lines(tmp_path / "long/metrics.jsonl")]))
+            time.sleep(self.pause_s)
+            if step == self.fails_at:
+                raise RuntimeError("the observer's own")
+
+        def on_evaluation(self, step: int, metrics: object) -> None: ...
+
+        def on_end(self, reason: str) -> None: ...
+
+    settings = Settings(max_steps=4, log_every=1, run_dir=str(tmp_path / "long"))
+    ddp_kit.run(recipe(settings, callbacks=[Looking(0.12)]), settings)
+    assert seen[1:] == [(2, [1]), (3, [1, 2]), (4, [1, 2, 3])]
+    settings = Settings(max_steps=9, log_every=1, run_dir=str(tmp_path / "short"))
+    with pytest.raises(RuntimeError, match="observer"):
+        ddp_kit.run(recipe(settings, callbacks=[Looking(0, fails_at=6)]), settings)
+    assert [record["step"] for record in read_lines(tmp_path / "short/metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
 # secrets

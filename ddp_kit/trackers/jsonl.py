@@ -6,14 +6,12 @@ Refuses: bare NaN and Infinity, which strict JSON does not know: they are the te
 
 import json
 import math
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
 from ddp_kit.trackers import RunInfo, redact
 
-FLUSH_S = 0.1
 _LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 
 
@@ -75,14 +73,13 @@ def supersede(path: Path, *, step: int, owes_evaluation: bool) -> None:
 
 
 class JsonlTracker:
-    """Appends records to metrics.jsonl and events.jsonl. Events and evaluations are flushed at once, training records within 0.1 s if
-    another follows, so that a killed run keeps what it logged.
+    """Appends records to metrics.jsonl and events.jsonl. Events and evaluations are flushed at once, training records when `flush` is
+    called, which `Reporter` does after each burst, so that a killed run keeps what it logged.
 
     Flushed means handed to the operating system: a dead process loses nothing of it, a dead machine the last seconds.
     """
 
     def __init__(self) -> None:
-        self._flushed = 0.0
         self._metrics: TextIO | None = None
         self._events: TextIO | None = None
 
@@ -95,9 +92,7 @@ class JsonlTracker:
         """Writes one line to metrics.jsonl."""
         assert self._metrics is not None, "start first"
         self._metrics.write(json_text(record) + "\n")
-        now = time.monotonic()
-        if now - self._flushed > FLUSH_S or record.get("kind") != "train":
-            self._flushed = now
+        if record.get("kind") != "train":
             self.flush()
 
     def flush(self) -> None:
