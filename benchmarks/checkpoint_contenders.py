@@ -24,6 +24,7 @@ from ddp_kit.training import Training
 
 WIDTH, LAYERS = 2048, 24
 OURS, MEMCPY, DCP, PROCESS = "ddp_kit", "memcpy of a rank's share", "DCP save", "DCP async_save, process"
+READ = "read of all, unverified"
 THREAD, TORCH, ACCELERATE = "DCP async_save, thread", "torch.save on rank 0", "Accelerate save_state"
 
 
@@ -83,6 +84,24 @@ def memcpy(training: Training) -> Contender:
         return lambda: True
 
     return Contender(begin)
+
+
+def read(training: Training) -> Contender:
+    """The yardstick of loading: every rank reads all bytes into memory that it has, and looks at none of them."""
+    own, ranks = training.group.rank, range(training.group.world_size)
+    memory = torch.zeros(state_bytes(training) // len(ranks), dtype=torch.uint8)
+
+    def begin(folder: Path) -> Callable[[], bool]:
+        memory.numpy().tofile(folder / f"{own}.bin")
+        together()
+        return lambda: True
+
+    def load(folder: Path) -> None:
+        for rank in ranks:
+            with (folder / f"{rank}.bin").open("rb", buffering=0) as file:
+                file.readinto(memory.numpy())
+
+    return Contender(begin, load)
 
 
 def torch_save(training: Training) -> Contender:
@@ -149,6 +168,7 @@ def make(name: str, training: Training, place: Path) -> Contender:
     makers: dict[str, Callable[[], Contender]] = {
         OURS: lambda: ours(training, place / OURS),
         MEMCPY: lambda: memcpy(training),
+        READ: lambda: read(training),
         DCP: lambda: dcp_save(training),
         PROCESS: lambda: dcp_async(training, AsyncCheckpointerType.PROCESS),
         THREAD: lambda: dcp_async(training, AsyncCheckpointerType.THREAD),

@@ -220,11 +220,12 @@ def restore(training: Training, path: Path | str) -> int:
     Returns: the steps that are done, 0 if there is no checkpoint: `feed.batches(start=training.step, ...)` goes on with the next one.
     Raises: ConfigError with a table if it does not fit the model and optimizer, with nothing changed.
     """
-    _of_ones_own(training, path)  # clears away what a killed life left
+    checkpoints = _of_ones_own(training, path)  # clears away what a killed life left
+    checkpoints.finish()  # this life's own save may be in flight
     opened = find(Origin(Path(path)), group=training.group, sets_aside=True)
     if opened is not None:
         restore_state(opened, training)
-        _of_ones_own(training, path).resumed(opened)
+        checkpoints.resumed(opened)
     return training.step
 
 

@@ -108,7 +108,7 @@ def restore_state(
             f"{training.base_sha256[:12] or 'no --save-trainable-only'}. Start from the same base: --init-from as the first life had it."
         )
     targets = _tensors_of(training)
-    states = {objective.name: _fresh(opened, objective, saved[objective.name], names) for objective in training.objectives}
+    states = {objective.name: _places(opened, objective, saved[objective.name], names) for objective in training.objectives}
     for tensors in states.values():
         targets |= tensors
     loose = [part for entry in values["objectives"] for part in (entry["groups"], entry["scheduler"])]
@@ -124,16 +124,22 @@ def restore_state(
             setattr(early_stopping, key, value)
 
 
-def _fresh(
+def _places(
     opened: Opened, objective: ObjectiveState, saved: Mapping[str, Any], names: Mapping[str, nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """Returns new tensors for an optimizer's state, each where torch would have it: like its parameter, a scalar on the CPU."""
-    tensors = {}
+    """Returns tensors for an optimizer's state: those that it has, else new ones where torch would have them: like the parameter, a
+    scalar on the CPU."""
+    tensors: dict[str, torch.Tensor] = {}
+    live: dict[str, torch.Tensor] = {}  # new memory takes longer to come by than its content
+    _objective_values(objective, {id(parameter): name for name, parameter in names.items()}, live)
     for name, kept in saved["state"].items():
         like = names.get(name)
         for reference in references(kept):
             shape, dtype = opened.kinds[reference]
-            if like is not None and like.shape == shape:
+            has = live.get(reference)
+            if has is not None and has.shape == shape and has.dtype == dtype:
+                tensors[reference] = has
+            elif like is not None and like.shape == shape:
                 tensors[reference] = torch.empty_like(like, dtype=dtype, requires_grad=False)
             else:
                 on_device = like is not None and (bool(shape) or _steps_on_device(objective.optimizer))

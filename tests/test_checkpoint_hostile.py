@@ -1,7 +1,6 @@
 """Checkpoints that somebody wrote on purpose: they run no code, take no memory, write nowhere, and are refused in words."""
 
 import ast
-import hashlib
 import json
 import math
 import os
@@ -22,7 +21,17 @@ from stored import is_equal, newest, state, write
 from test_checkpoint_files import FILES, NEW, Payload, resealed
 
 from ddp_kit.checkpoint import restore
-from ddp_kit.checkpoint.layout import MANIFEST, STATE, DamagedError, FormatError, Manifest, parse_manifest, seal
+from ddp_kit.checkpoint.layout import (
+    MANIFEST,
+    STATE,
+    DamagedError,
+    Fingerprint,
+    FormatError,
+    Manifest,
+    fingerprint,
+    parse_manifest,
+    seal,
+)
 from ddp_kit.checkpoint.restore import describe, open_checkpoint
 from ddp_kit.checkpoint.retention import best
 from ddp_kit.checkpoint.storage import LocalDisk, Memory
@@ -35,8 +44,7 @@ def sealed(files: dict[str, bytes], folder: str = NEW) -> None:
     """Gives every file of a checkpoint in memory its right size and hash in the manifest: what was changed, was changed on purpose."""
     path = f"{folder}/{MANIFEST}"
     listed = {name: content for name, content in ((name.partition("/")[2], content) for name, content in files.items()) if name != MANIFEST}
-    pairs = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in listed.items()}
-    files[path] = resealed(files[path], files=pairs)
+    files[path] = resealed(files[path], files={name: fingerprint(memoryview(content)) for name, content in listed.items()})
 
 
 def made(**facts: Any) -> Memory:
@@ -131,7 +139,7 @@ def test_a_large_file_without_content_takes_no_memory(tmp_path: Path) -> None:
     for name, step in ((STATE, 4), ("rank-0.safetensors", 4)):
         os.truncate(tmp_path / NEW / name, size)
         manifest = parse_manifest((tmp_path / NEW / MANIFEST).read_bytes(), step=step)
-        files = {**manifest.files, name: (size, "0" * 64)}
+        files = {**manifest.files, name: Fingerprint(size, "0" * 64, 0)}
         with bounded_memory(), pytest.raises(DamagedError):  # its hash is not looked at here
             describe(storage, NEW, Manifest(**{**vars(manifest), "files": files}))
         os.truncate(tmp_path / NEW / name, 100)

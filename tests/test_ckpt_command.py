@@ -13,6 +13,7 @@ from lives import alone
 from mortal import Net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_checkpoint_files import resealed
 from torch.nn.functional import cross_entropy
 
 from ddp_kit import evaluate
@@ -95,6 +96,15 @@ def test_verify_names_the_file_that_differs_and_ends_with_1(copy: Ran, said: Cal
     assert said("verify", copy.path / "checkpoints/step-00000020").count(" good ") == 1
     assert said("verify", file.parent, code=1)
     assert file.read_bytes() == content, "looking changes nothing"
+
+
+def test_verify_compares_sha256_too_where_a_restore_is_content_with_crc32(copy: Ran, said: Callable[..., str]) -> None:
+    manifest = copy.path / "checkpoints/step-00000012/manifest.json"
+    files = json.loads(manifest.read_text())["files"]
+    files["state.json"][1] = "0" * 64
+    manifest.write_bytes(resealed(manifest.read_bytes(), files=files))
+    assert open_checkpoint(copy.storage, 12, group=alone()).manifest.step == 12
+    assert "state.json does not have the SHA-256" in said("verify", copy.path, code=1)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
 from ddp_kit.settings import check
 from ddp_kit.training import Training
+from ddp_kit.weights import weights_sha256
 
 
 def two_rates(group: Group, *, rates: tuple[float, float]) -> Training:
@@ -57,3 +58,23 @@ def test_tensors_of_a_shard_lie_one_behind_the_other(second: tuple[int, int]) ->
 def test_a_setting_that_does_not_exist_cannot_be_changed() -> None:
     with pytest.raises(ConfigError, match=r"--change lrr: there is no such setting\. Near: lr"):
         check(Settings(change=("lrr", "--early-stop.patience", "recipe")))
+
+
+@pytest.mark.ranks(2)
+def test_a_restore_into_a_life_that_has_trained_fills_the_optimizers_own_memory(tmp_path: Path, group: Group) -> None:
+    """New memory takes longer to come by than its content."""
+
+    def memory(training: Training) -> dict[int, int]:
+        moments = [state for own in training.objectives[0].optimizer.state.values() for state in own.values()]
+        return {moment.data_ptr(): i for i, moment in enumerate(moments)}
+
+    model, feed = plain(), ddp_kit.build_loader(vectors(), group=group, global_batch=8)
+    training = ddp_kit.wrap(model, torch.optim.AdamW(model.parameters()), classify, group=group, feed=feed)
+    batches = feed.batches(start=0, end=2)
+    ddp_kit.train_step(training, next(batches))
+    ddp_kit.save(training, tmp_path)
+    before, at = weights_sha256(training.model), memory(training)
+    ddp_kit.train_step(training, next(batches))
+    ddp_kit.restore(training, tmp_path)
+    assert weights_sha256(training.model) == before
+    assert memory(training) == at

@@ -8,7 +8,7 @@ more, writes manifest.json last, syncs the folder, renames it and syncs the pare
 """
 
 import contextlib
-import hashlib
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from ddp_kit.checkpoint.layout import MANIFEST, STATE, Manifest, folder_of
+from ddp_kit.checkpoint.layout import MANIFEST, STATE, Fingerprint, Manifest, fingerprint, folder_of
 from ddp_kit.checkpoint.storage import Storage
 from ddp_kit.errors import DdpKitError
 
 SEEN_S = 60.0  # how long a file that a rank has written may stay invisible to rank 0 (a network file system's caches)
+ROW = struct.Struct("<Q32sI")  # size, SHA-256 and CRC-32 of a rank's shard
 WORDS = 400  # bytes of an error's text that travel
 
 
@@ -57,23 +58,25 @@ def commit(storage: Storage, ranks: Ranks, *, shard: memoryview, state: bytes, m
     name = f"rank-{ranks.rank}.safetensors"
     error = ""
     with ThreadPoolExecutor(1, "sha256") as beside:  # the disk writes while a core hashes: durable in the time of the slower one
-        digest = beside.submit(lambda: hashlib.sha256(shard).digest())
+        found = beside.submit(fingerprint, shard)
         try:
             storage.write(f"{temporary}/{name}", shard)
         except OSError as failure:
             error = _words(failure)
-    rows = ranks.gather(len(shard).to_bytes(8, "little") + digest.result() + _fixed(error))
-    files = {f"rank-{rank}.safetensors": (int.from_bytes(row[:8], "little"), row[8:40].hex()) for rank, row in enumerate(rows)}
+    size, sha256, crc32 = found.result()
+    rows = ranks.gather(ROW.pack(size, bytes.fromhex(sha256), crc32) + _fixed(error))
+    own = [ROW.unpack_from(row) for row in rows]
+    files = {f"rank-{rank}.safetensors": Fingerprint(size, sha256.hex(), crc32) for rank, (size, sha256, crc32) in enumerate(own)}
     _raise_first(rows, storage, temporary, ranks)
-    files[STATE] = (len(state), hashlib.sha256(state).hexdigest())
+    files[STATE] = fingerprint(memoryview(state))
     error = ""
     if ranks.rank == 0:
         try:
             _publish(storage, temporary, replace(manifest, files=files), state=state)
         except OSError as failure:
             error = _words(failure)
-    _raise_first(ranks.gather(bytes(40) + _fixed(error)), storage, temporary, ranks)
-    return sum(size for size, _ in files.values())
+    _raise_first(ranks.gather(bytes(ROW.size) + _fixed(error)), storage, temporary, ranks)
+    return sum(file.size for file in files.values())
 
 
 def _publish(storage: Storage, temporary: str, manifest: Manifest, *, state: bytes) -> None:
@@ -93,7 +96,7 @@ def _publish(storage: Storage, temporary: str, manifest: Manifest, *, state: byt
 def _see_all(storage: Storage, temporary: str, manifest: Manifest) -> None:
     """Opens every file: other hosts' files may need a while to be seen, and a cached `stat` would not tell. Raises: OSError."""
     end = time.monotonic() + SEEN_S
-    for name, (size, _) in manifest.files.items():
+    for name, (size, *_) in manifest.files.items():
         while True:
             try:
                 with storage.open(f"{temporary}/{name}") as file:
@@ -116,7 +119,7 @@ def _fixed(text: str) -> bytes:
 
 def _raise_first(rows: list[bytes], storage: Storage, temporary: str, ranks: Ranks) -> None:
     for rank, row in enumerate(rows):
-        text = row[40:].rstrip(b"\0").decode(errors="replace")
+        text = row[ROW.size :].rstrip(b"\0").decode(errors="replace")
         if text:
             if ranks.rank == 0:
                 with contextlib.suppress(OSError):  # the next start of the run clears it away

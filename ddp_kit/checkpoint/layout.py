@@ -11,9 +11,10 @@ whole tensor each piece begins.
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -31,6 +32,7 @@ DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "C64": torch.complex64},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
+PIECE = 1 << 20  # bytes that are read and hashed at a time: they stay in a core's cache
 SEAL = b',\n "sha256": "'
 NOT_FINITE = ("nan", "inf", "-inf")  # metrics as texts
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -47,9 +49,27 @@ class FormatError(DdpKitError):
     """A checkpoint was written by a later version of ddp_kit. It is whole, so it is left where it is."""
 
 
+class Fingerprint(NamedTuple):
+    """What a file's content is told by. A restore compares size and CRC-32, `ckpt verify` the SHA-256 too: on one core they take 0.14 and
+    0.37 s for 0.6 GB in the page cache."""
+
+    size: int
+    sha256: str
+    crc32: int
+
+
+def fingerprint(content: memoryview) -> Fingerprint:
+    """Returns the fingerprint of a file's content."""
+    digest, crc = hashlib.sha256(), 0
+    for at in range(0, len(content), PIECE):
+        digest.update(content[at : at + PIECE])
+        crc = zlib.crc32(content[at : at + PIECE], crc)
+    return Fingerprint(len(content), digest.hexdigest(), crc)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a committed checkpoint consists of. `files` maps each name to [size, SHA-256]; `metrics` are of an evaluation at that step."""
+    """What a committed checkpoint consists of; `metrics` are of an evaluation at that step."""
 
     format: int = FORMAT
     run_id: str
@@ -60,12 +80,12 @@ class Manifest:
     best_by: str = ""  # "min loss": how the run tells its best checkpoint; empty if it evaluates nothing
     cursor: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, float | str] = field(default_factory=dict)
-    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    files: Mapping[str, Fingerprint] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(size for size, _ in self.files.values())
+        return sum(file.size for file in self.files.values())
 
     def text(self) -> bytes:
         """Returns the file's content, sealed by its own hash."""
@@ -99,18 +119,21 @@ def parse_manifest(content: bytes, *, step: int) -> Manifest:
         wrong = ["metrics"]
     if wrong or set(found) != {field.name for field in fields(Manifest)}:
         raise DamagedError(f"{MANIFEST} is not one of ours: {', '.join(wrong) or 'other fields'}")
-    manifest = Manifest(**{**found, "files": {name: tuple(pair) for name, pair in found["files"].items() if isinstance(pair, list)}})
-    if manifest.step != step:
-        raise DamagedError(f"{MANIFEST} is that of step {manifest.step}")
-    for name, pair in found["files"].items():
-        if not (name == STATE or SHARD.fullmatch(name)):
-            raise DamagedError(f"{MANIFEST} lists {name[:80]!r}, which is no file of a checkpoint")
-        is_whole = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], int) and pair[0] >= 0 and isinstance(pair[1], str)
-        if not is_whole or not re.fullmatch(r"[0-9a-f]{64}", pair[1]):
-            raise DamagedError(f"{MANIFEST} has no size and SHA-256 for {name}")
+    if found["step"] != step:
+        raise DamagedError(f"{MANIFEST} is that of step {found['step']}")
+    manifest = Manifest(**{**found, "files": {name: _listed(name, content) for name, content in found["files"].items()}})
     if STATE not in manifest.files or not any(SHARD.fullmatch(name) for name in manifest.files):
         raise DamagedError(f"{MANIFEST} lists no {STATE} or no shard")
     return manifest
+
+
+def _listed(name: str, content: Any) -> Fingerprint:
+    if not (name == STATE or SHARD.fullmatch(name)):
+        raise DamagedError(f"{MANIFEST} lists {name[:80]!r}, which is no file of a checkpoint")
+    kinds = [type(item) for item in content] if isinstance(content, list) else []
+    if kinds != [int, str, int] or content[0] < 0 or not re.fullmatch(r"[0-9a-f]{64}", content[1]) or not 0 <= content[2] < 2**32:
+        raise DamagedError(f"{MANIFEST} has no size, SHA-256 and CRC-32 for {name}")
+    return Fingerprint(*content)
 
 
 def _is_metric(value: Any) -> bool:

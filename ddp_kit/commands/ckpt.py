@@ -64,7 +64,7 @@ def _row(storage: LocalDisk, step: int, best: Manifest | None) -> tuple[str, ...
     except (DamagedError, FormatError) as error:
         return str(step), "", "", "", "no", str(error)
     sizes = {file: (storage.root / folder / file).stat().st_size for file in storage.list(folder)}
-    wrong = [file for file, (size, _) in manifest.files.items() if sizes.get(file) != size]
+    wrong = [file for file, (size, *_) in manifest.files.items() if sizes.get(file) != size]
     note = "  ".join(f"{name} {float(value):.4g}" for name, value in manifest.metrics.items())
     if best is not None and best.step == step:
         note = f"best  {note}"
@@ -94,8 +94,8 @@ def verify(run: Path, /) -> int:
         folder = folder_of(step)
         try:
             manifest = retried(lambda step=step: read_manifest(storage, step))  # type: ignore[misc]  # mypy: lambda's default
-            for name, (size, sha256) in manifest.files.items():
-                verify_file(storage, f"{folder}/{name}", size, sha256)
+            for name, wanted in manifest.files.items():
+                verify_file(storage, f"{folder}/{name}", wanted, thorough=True)
             describe(storage, folder, manifest)
             print(f"{folder}  good  {len(manifest.files)} files, {manifest.nbytes / 2**20:.1f} MiB")
         except (DdpKitError, OSError) as error:
