@@ -59,12 +59,8 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint(content: memoryview) -> Fingerprint:
-    """Returns the fingerprint of a file's content."""
-    digest, crc = hashlib.sha256(), 0
-    for at in range(0, len(content), PIECE):
-        digest.update(content[at : at + PIECE])
-        crc = zlib.crc32(content[at : at + PIECE], crc)
-    return Fingerprint(len(content), digest.hexdigest(), crc)
+    """Returns the fingerprint of a file's content. Each hash in one call: the thread does not ask for Python's lock in between."""
+    return Fingerprint(len(content), hashlib.sha256(content).hexdigest(), zlib.crc32(content))
 
 
 @dataclass(frozen=True, kw_only=True)
