@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shipped
 from launching import train
 from safetensors.numpy import load_file
 
@@ -60,6 +61,12 @@ def test_digits_reach_97_percent(world_size: int, tmp_path: Path) -> None:
     assert ended.codes == [0] * world_size, ended.errors
     assert ended.status["metrics"]["accuracy"] >= 0.97
     assert ended.is_clean()
+
+
+def test_digits_give_the_same_numbers_and_go_on_bit_for_bit(tmp_path: Path) -> None:
+    shipped.assert_same_numbers("digits", "--max-steps", "12", "--precision", "fp64", tmp_path=tmp_path)
+    shipped.assert_goes_on_bit_for_bit("digits", "--max-steps", "12", "--save-every", "3", tmp_path=tmp_path, deaths="7:1")
+    shipped.assert_exact("digits", "--max-steps", "6", "--micro-batch", "16", tmp_path=tmp_path)
 
 
 @pytest.mark.parametrize("flags", [["--hidden", "32"], ["--optimizer", "adam", "--lr", "0.003", "--activation", "tanh"]])
