@@ -79,7 +79,11 @@ class Life:
         error, reason = verdict.error, verdict.reason
         status = stopped(error.number, verdict.rank).status if isinstance(error, Stopped) and verdict.is_own else "failed"
         step = self.composition.training.step if self.composition else 0
-        content = directory.status(status, reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error))
+        content: Mapping[str, object] = {"status": status, "reason": reason, "step": step}
+        try:
+            content = directory.status(status, reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error))
+        except OSError as failure:  # a full disk, which may be why this life failed
+            logger.warning("status.json could not be written: %s", failure)
         if self.reporter is not None:
             self.reporter.event("failure" if status == "failed" else "stop", step=step, rank=verdict.culprit, message=reason)
             self.reporter.finish(content)

@@ -20,7 +20,7 @@ import torch
 from ddp_kit.checkpoint.commit import Ranks
 from ddp_kit.checkpoint.encoding import encode
 from ddp_kit.checkpoint.find import Origin, find
-from ddp_kit.checkpoint.layout import Manifest
+from ddp_kit.checkpoint.layout import DamagedError, Manifest
 from ddp_kit.checkpoint.restore import Opened, open_checkpoint
 from ddp_kit.checkpoint.retention import Keep, best, clear, manifests_of, set_aside_newer
 from ddp_kit.checkpoint.saver import FAILURES, Saved, Saver
@@ -29,6 +29,7 @@ from ddp_kit.collectives import from_rank, gather_bytes
 from ddp_kit.data.stream import Course, Place
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.errors import ConfigError
+from ddp_kit.groups import Group
 from ddp_kit.logs import logger
 from ddp_kit.state import State, model_tensors, restore_state, state_of
 from ddp_kit.training import Training
@@ -180,13 +181,11 @@ def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterato
     step; without one 0, and the last weights are used as evaluation uses them. Every rank calls it.
     """
     group, model = training.group, training.model
-    found = best(manifests_of(storage), metric=keep.metric, mode=keep.mode) if group.rank == 0 and keep.metric else None
-    step = int(from_rank(group, str(found.step if found else 0).encode()))
-    if not step:
+    opened = _open_best(storage, keep, group=group) if keep.metric else None
+    if opened is None:
         with training.average.applied() if training.average is not None else nullcontext():
             yield 0
         return
-    opened = open_checkpoint(storage, step, group=group)
     live = {name: tensor for name, tensor in model_tensors(model).items() if name in opened.kinds}
     last = {name: tensor.detach().clone() for name, tensor in live.items()}
     try:
@@ -194,11 +193,27 @@ def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterato
         if training.average is not None:
             averaged = {f"ema/{name}": live.get(f"model/{name}") for name in training.average.names}
             opened.copy_into({name: tensor for name, tensor in averaged.items() if tensor is not None})
-        yield step
+        yield opened.manifest.step
     finally:
         with torch.no_grad():
             for name, tensor in last.items():
                 live[name].copy_(tensor)
+
+
+def _open_best(storage: Storage, keep: Keep, *, group: Group) -> Opened | None:
+    """Returns the best checkpoint that is whole, None without one. Every rank calls it."""
+    damaged: set[int] = set()
+    while True:
+        manifests = [manifest for manifest in manifests_of(storage) if manifest.step not in damaged] if group.rank == 0 else []
+        found = best(manifests, metric=keep.metric, mode=keep.mode)
+        step = int(from_rank(group, str(found.step if found else 0).encode()))
+        if not step:
+            return None
+        try:
+            return open_checkpoint(storage, step, group=group)
+        except DamagedError as error:
+            logger.warning("the best checkpoint, of step %d, is damaged (%s): the next best one is used", step, error)
+            damaged.add(step)
 
 
 def _warn(saved: Saved) -> None:

@@ -6,10 +6,12 @@ Refuses: bare NaN and Infinity, which strict JSON does not know: they are the te
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import final
 
+from ddp_kit.logs import logger
 from ddp_kit.trackers import RunInfo, redact
 
 _LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
@@ -72,6 +74,37 @@ def supersede(path: Path, *, step: int, owes_evaluation: bool) -> None:
         temporary.replace(path)
 
 
+class _Lines:
+    """A file to which lines are appended. A full disk ends no run: what cannot be written waits in memory for the next attempt."""
+
+    def __init__(self, path: Path):
+        """A torn last line of an earlier life is closed off first."""
+        self._path, self._is_failing = path, False
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        size = os.fstat(self._file).st_size
+        self._waiting = bytearray(b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b"")
+
+    def add(self, value: object) -> None:
+        self._waiting += json_text(value).encode() + b"\n"
+
+    def flush(self) -> None:
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(self._file, self._waiting)]
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                logger.warning("%s: %s; its lines wait in memory until they can be written", self._path, error.strerror)
+            self._is_failing = True
+
+    def close(self) -> None:
+        self.flush()
+        if self._waiting:
+            logger.warning("%s: the last %d lines could not be written", self._path, self._waiting.count(b"\n"))
+        os.close(self._file)
+
+
+@final
 class JsonlTracker:
     """Appends records to metrics.jsonl and events.jsonl. Events and evaluations are flushed at once, training records when `flush` is
     called, which `Reporter` does after each burst, so that a killed run keeps what it logged.
@@ -80,20 +113,19 @@ class JsonlTracker:
     """
 
     def __init__(self) -> None:
-        self._metrics: TextIO | None = None
-        self._events: TextIO | None = None
+        self._metrics: _Lines | None = None
+        self._events: _Lines | None = None
 
     def start(self, info: RunInfo) -> None:
-        """Opens both files for appending; a torn last line of an earlier life is closed off first."""
-        self._metrics = _open(info.run_dir / "metrics.jsonl")
-        self._events = _open(info.run_dir / "events.jsonl")
+        """Opens both files for appending."""
+        self._metrics, self._events = _Lines(info.run_dir / "metrics.jsonl"), _Lines(info.run_dir / "events.jsonl")
 
     def log(self, record: Mapping[str, object]) -> None:
-        """Writes one line to metrics.jsonl."""
+        """Adds one line to metrics.jsonl."""
         assert self._metrics is not None, "start first"
-        self._metrics.write(json_text(record) + "\n")
+        self._metrics.add(record)
         if record.get("kind") != "train":
-            self.flush()
+            self._metrics.flush()
 
     def flush(self) -> None:
         """Hands the records so far to the operating system."""
@@ -101,12 +133,11 @@ class JsonlTracker:
             self._metrics.flush()
 
     def event(self, event: Mapping[str, object]) -> None:
-        """Writes one line to events.jsonl, without secrets: messages may quote what a user typed."""
+        """Adds one line to events.jsonl, without secrets: messages may quote what a user typed."""
         assert self._events is not None, "start first"
-        self._events.write(json_text(redact(event)) + "\n")
+        self.flush()  # in the order in which things happened
+        self._events.add(redact(event))
         self._events.flush()
-        if self._metrics is not None:
-            self._metrics.flush()  # in the order in which things happened
 
     def sample(self, name: str, value: object, *, step: int) -> None:
         """Writes nothing: images and texts do not belong into lines of numbers."""
@@ -117,15 +148,3 @@ class JsonlTracker:
             if file is not None:
                 file.close()
         self._metrics = self._events = None
-
-
-def _open(path: Path) -> TextIO:
-    torn = False
-    if path.exists() and path.stat().st_size:
-        with path.open("rb") as file:
-            file.seek(-1, 2)
-            torn = file.read(1) != b"\n"
-    opened = path.open("a", encoding="utf-8")
-    if torn:
-        opened.write("\n")
-    return opened
