@@ -11,6 +11,7 @@ from ddp_kit.errors import ConfigError, DdpKitError, nearest
 
 # verb: (module with `main(argv) -> int`, one line of help)
 VERBS = {
+    "run": ("launch.run", "train a recipe on this machine: run --nproc-per-node 8 RECIPE.py [recipe flags]"),
     "new": ("ddp_kit.commands.new", "start a recipe of your own from a shipped one: new my.py --from cifar"),
     "check": ("ddp_kit.commands.check", "two steps and an evaluation of a recipe: memory, rate, time to finish; leaves nothing"),
     "evaluate": ("ddp_kit.evaluate", "evaluate weights: evaluate RECIPE.py --from runs/NAME"),
@@ -43,7 +44,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "ddp-kit VERB --help tells a verb's flags. Training: torchrun -m ddp_kit.train --help",
+            "ddp-kit VERB --help tells a verb's flags, RECIPE.py --help a recipe's",
         ]
     )
 

@@ -198,7 +198,7 @@ def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
     host = "127.0.0.1" if topology.nodes == 1 else topology.master
     listener = None
     if is_host and topology.nodes == 1:  # torch's own listener would be open to every interface
-        listener = socket.create_server((host, topology.port))
+        listener = _given_listener(topology.port) or socket.create_server((host, topology.port))
     return dist.TCPStore(
         host,
         topology.port,
@@ -207,6 +207,17 @@ def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
         timeout=timeout,
         master_listen_fd=listener.detach() if listener else None,
     )
+
+
+def _given_listener(port: int) -> socket.socket | None:
+    """Returns the listener that `ddp-kit run` has opened for rank 0, so that nobody else could take the port; None if it was used."""
+    given = environment().get("DDP_KIT_LISTENER", "")
+    with contextlib.suppress(OSError):
+        listener = socket.socket(fileno=os.dup(int(given))) if given else None
+        if listener is not None and listener.getsockname()[1] == port:
+            os.close(int(given))
+            return listener
+    return None
 
 
 def _leave(group: Group, *, failed: bool) -> None:

@@ -115,7 +115,7 @@ def _torchrun(environ: Mapping[str, str]) -> Topology:
         local_world_size=local_world_size,
         node_rank=node_rank,
         nodes=nodes,
-        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environ else "environment",
+        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environ else environ.get("DDP_KIT_LAUNCHER", "environment"),
         master=environ["MASTER_ADDR"],
         port=_integer(environ, "MASTER_PORT"),
         source=source,

@@ -1,0 +1,172 @@
+"""The launcher of our own: real ranks, real signals, and the exit code of the one that failed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.local import PEERS_S
+from launch.plan import LaunchError, Plan, processes_of
+
+ROOT = Path(__file__).parents[1]
+DIGITS = str(ROOT / "recipes" / "digits.py")
+LIMIT_S = 60
+
+
+class Started:
+    """`ddp-kit run` on 2 ranks, and what it leaves."""
+
+    def __init__(self, run_dir: Path, *words: str, launcher: str = "local"):
+        self.run_dir = run_dir
+        command = [sys.executable, "-m", "launch.run", "--nproc-per-node", "2", "--launcher", launcher, *words, "--run-dir", str(run_dir)]
+        environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1", "EVERY_STEP": "1"}
+        self.process = subprocess.Popen(
+            command, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def until(self, text: str) -> None:
+        """Reads the output up to a line with `text`."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if text in line:
+                return
+        raise AssertionError(f"no line with {text!r}; exit code {self.process.wait()}")
+
+    def ended(self) -> tuple[int, str]:
+        """Returns the exit code and what was still printed."""
+        output, _ = self.process.communicate(timeout=LIMIT_S)
+        return self.process.returncode, output
+
+    @property
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks."""
+        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.run_dir / "status.json").read_text())
+        return found
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Any]:
+    made: list[Started] = []
+
+    def start(*words: str, name: str = "run", **more: str) -> Started:
+        made.append(Started(tmp_path / name, *words, **more))
+        return made[-1]
+
+    yield start
+    for run in made:
+        if run.process.poll() is None:
+            run.process.kill()
+        run.process.wait()
+        assert run.process.stdout is not None
+        run.process.stdout.close()
+
+
+def are_gone(pids: list[int], *, within_s: float) -> bool:
+    end = time.monotonic() + within_s
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_the_launchers_import_neither_torch_nor_ddp_kit() -> None:
+    code = "import launch.run, sys; print([name for name in ('torch', 'ddp_kit', 'numpy', 'tyro') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_says_all_faults_at_once_and_what_to_type() -> None:
+    with pytest.raises(LaunchError, match=r"no_such\.py is not there \(looked in .*\); --nproc-per-node 0: expected 1 or more"):
+        Plan(words=("no_such.py",), processes=0)
+    with pytest.raises(LaunchError, match="--lr is no flag of the launcher, and the recipe comes before its own flags"):
+        Plan(words=("--lr", "1"))
+    with pytest.raises(LaunchError, match="expected a number or auto"):
+        processes_of("many")
+
+
+def test_auto_is_one_rank_for_each_visible_gpu(tmp_path: Path) -> None:
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / "gpus" / name).mkdir(parents=True)
+    assert processes_of("auto", environ={}, driver=tmp_path / "gpus") == 2
+    assert processes_of("auto", environ={"CUDA_VISIBLE_DEVICES": "0,3,5"}, driver=tmp_path / "gpus") == 3
+    assert processes_of("auto", environ={"CUDA_VISIBLE_DEVICES": ""}, driver=tmp_path / "gpus") == 1
+    assert processes_of("auto", environ={}, driver=tmp_path / "none") == 1
+
+
+def test_two_ranks_train_to_the_end_and_nothing_is_left(started: Any) -> None:
+    run = started(DIGITS, "--max-steps", "4")
+    run.until("batch: 64 global = 2 ranks")
+    ranks = run.ranks
+    assert len(ranks) == 2
+    code, output = run.ended()
+    assert code == 0, output
+    assert run.status["status"] == "finished"
+    assert are_gone(ranks, within_s=0)
+    facts = (run.run_dir / "env.json").read_text()
+    assert "ddp-kit run" in facts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_every_launcher_gives_the_same_weights(started: Any, launcher: str) -> None:
+    args = (DIGITS, "--max-steps", "4", "--exact", "--micro-batch", "16")
+    digests = []
+    for name in ("local", launcher):
+        run = started(*args, name=name, launcher=name)
+        code, output = run.ended()
+        assert code == 0, output
+        digests.append(run.status["weights_sha256"])
+    assert digests[0] == digests[1]
+
+
+def test_usage_errors_are_said_once_and_end_with_2(started: Any) -> None:
+    code, output = started(DIGITS, "--lerning-rate", "1").ended()
+    assert code == 2
+    assert output.count("--lerning-rate is not a flag") == 1
+
+
+@pytest.mark.parametrize(("number", "code", "status"), [(signal.SIGTERM, 143, "preempted"), (signal.SIGINT, 130, "stopped")])
+def test_a_signal_to_the_launcher_stops_all_ranks_after_a_save(started: Any, number: int, code: int, status: str) -> None:
+    run = started(DIGITS, "--max-steps", "100000", "--epochs", "0", "--log-every", "1")
+    run.until("step 3/")
+    ranks = run.ranks
+    run.process.send_signal(number)
+    found, output = run.ended()
+    assert found == code, output
+    assert run.status["status"] == status
+    assert (run.run_dir / "checkpoints" / f"step-{run.status['step']:08d}").is_dir()
+    assert are_gone(ranks, within_s=0)
+
+
+def test_a_killed_rank_ends_the_others_and_its_signal_is_the_exit_code(started: Any) -> None:
+    run = started(DIGITS, "--max-steps", "100000", "--epochs", "0", "--log-every", "1")
+    run.until("step 3/")
+    ranks = run.ranks
+    os.kill(ranks[1], signal.SIGKILL)
+    begin = time.monotonic()
+    code, output = run.ended()
+    assert time.monotonic() - begin < PEERS_S
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 was ended by SIGKILL" in output
+    assert run.status["status"] == "failed"
+    assert are_gone(ranks, within_s=0)
+
+
+def test_ranks_whose_launcher_is_killed_save_and_leave(started: Any) -> None:
+    run = started(DIGITS, "--max-steps", "100000", "--epochs", "0", "--log-every", "1")
+    run.until("step 3/")
+    ranks = run.ranks
+    run.process.kill()
+    assert are_gone(ranks, within_s=20)
+    assert run.status["status"] == "preempted"
+    assert (run.run_dir / "checkpoints" / f"step-{run.status['step']:08d}").is_dir()
