@@ -1,4 +1,4 @@
-"""From the command to the first optimizer step: ddp_kit under torchrun against a bare script under torchrun, taking turns.
+"""From the command to the first optimizer step: ddp_kit under torchrun and under its own launcher, against a bare script under torchrun.
 
     python benchmarks/startup.py
 
@@ -75,8 +75,8 @@ def recipe(settings):
 def first_step(command: list[str], folder: Path) -> float:
     """Returns the seconds from the command to its line "first step"."""
     begin = time.time()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *command]
-    done = subprocess.run(launch, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, env=environ, capture_output=True, text=True, check=False)
     steps = [float(found) for found in re.findall(r"first step (\d+\.\d+)", done.stdout)]
     if not steps:  # what comes after it does not count: a bare gloo script may abort when one rank leaves before the other
         raise SystemExit(done.stdout + done.stderr)
@@ -87,17 +87,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    times: dict[str, list[float]] = {"bare script, torchrun": [], "ddp_kit.train, torchrun": []}
+    torchrun = ["torch.distributed.run", "--nproc_per_node=2"]
+    commands = {
+        "bare script, torchrun": [*torchrun, "bare.py"],
+        "ddp_kit.train, torchrun": [*torchrun, "-m", "ddp_kit.train", "recipe.py"],
+        "ddp-kit run": ["ddp_kit.cli", "run", "--nproc-per-node", "2", "recipe.py"],
+    }
+    times: dict[str, list[float]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "bare.py").write_text(BARE)
         (folder / "recipe.py").write_text(RECIPE)
         for round_ in range(rounds + 1):
-            for contender, command in zip(times, (["bare.py"], ["-m", "ddp_kit.train", "recipe.py"]), strict=True):
+            for contender, command in commands.items():
                 seconds = first_step(command, folder)
                 if round_:  # the first round fills the page cache
                     times[contender].append(seconds)
-    show(times, unit="s", targets={"ddp_kit.train, torchrun": 1.05})
+    show(times, unit="s", targets={"ddp_kit.train, torchrun": 1.05, "ddp-kit run": 0.75})
 
 
 if __name__ == "__main__":
