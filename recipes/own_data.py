@@ -88,7 +88,7 @@ def network(settings: Settings, classes: int) -> nn.Module:
     parameters = dict(model.named_parameters())
     for pattern in settings.freeze:
         if not (found := matching(parameters, pattern)):
-            parts = {f"{name.rsplit('.', depth)[0]}.*" for name in parameters for depth in (1, 2, 3)}
+            parts = {f"{name.rsplit('.', depth)[0]}.*" for name in parameters for depth in range(1, 6)}
             raise ConfigError(f"--freeze {pattern}: no parameter has such a name. Near: {nearest(pattern, parts) or sorted(parts)}")
         for name in found:
             parameters[name].requires_grad_(False)
