@@ -17,6 +17,7 @@ Points = list[tuple[float, float]]
 WIDTH, HEIGHT = 560, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 504, 30, 206  # the frame's sides, in pixels
 COLUMNS = 150  # points that a line is thinned to
+LOG_FROM = 20.0  # ratio of largest to smallest value from which an axis is logarithmic, as in `ddp-kit show`
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bc4c00", "#57606a")
 
 
@@ -36,11 +37,13 @@ def thinned(points: Points) -> Points:
 def axis(series: dict[str, Points], *, x: int, anchor: str, last: float, colours: Sequence[str]) -> list[str]:
     """Returns the lines of several metrics on one axis at `x`, evaluations with a dot each, and the axis's labels."""
     values = [y for points in series.values() for _, y in points]
-    low, high = min(values), max(values)
+    is_log = min(values) > 0 and max(values) / min(values) > LOG_FROM
+    scale = math.log10 if is_log else float
+    low, high = scale(min(values)), scale(max(values))
     top = BOTTOM - TOP
 
     def place(step: float, value: float) -> tuple[float, float]:
-        return LEFT + (RIGHT - LEFT) * step / last, BOTTOM - top * ((value - low) / (high - low) if high > low else 0.5)
+        return LEFT + (RIGHT - LEFT) * step / last, BOTTOM - top * ((scale(value) - low) / (high - low) if high > low else 0.5)
 
     parts = []
     for (name, points), colour in zip(series.items(), colours, strict=False):
@@ -50,7 +53,8 @@ def axis(series: dict[str, Points], *, x: int, anchor: str, last: float, colours
         if name.startswith("eval"):
             parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.2" fill="{colour}"/>' for a, b in places]
     for share in (0, 0.5, 1):
-        label = f"{low + share * (high - low):.3g}"
+        value = low + share * (high - low)
+        label = f"{10**value if is_log else value:.3g}"
         parts.append(f'<text x="{x}" y="{BOTTOM - share * top + 4:.0f}" text-anchor="{anchor}">{label}</text>')
     return parts
 
@@ -68,9 +72,9 @@ def drawn(run: Path, *, losses: Sequence[str], metrics: Sequence[str]) -> str:
     if right:
         parts += axis(right, x=RIGHT + 6, anchor="start", last=last, colours=COLOURS[len(left) :])
     at = LEFT
-    for name, colour in zip([*left, *(f"{name} (right)" for name in right)], COLOURS, strict=False):
+    for name, colour in zip([*left, *(f"{name} →" for name in right)], COLOURS, strict=False):
         parts.append(f'<text x="{at}" y="18" fill="{colour}">{escape(name)}</text>')
-        at += 7 * len(name) + 14
+        at += 6 * len(name) + 14
     parts.append(f'<text x="{LEFT}" y="{BOTTOM + 18}">0</text>')
     parts.append(f'<text x="{RIGHT}" y="{BOTTOM + 18}" text-anchor="end">step {last:g}</text>')
     frame = f'<rect x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" height="{BOTTOM - TOP}" fill="none" stroke="#d0d7de"/>'
