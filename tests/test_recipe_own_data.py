@@ -230,6 +230,7 @@ def test_exact_gives_the_same_bits_on_one_two_and_four_ranks(photos: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The default weight initialization")  # of GoogLeNet and Inception, which torchvision will change
 def test_the_head_is_found_in_every_model_of_torchvision(photos: Path) -> None:
     from torchvision import models
 
