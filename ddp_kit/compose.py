@@ -66,7 +66,7 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
     if lazy:
         raise ConfigError(f"the model's {lazy[0]} has no shape yet (a lazy module): run one batch through it in the recipe's model().")
     if settings.init_from:
-        load_weights(model, Path(settings.init_from), group=group, rename=settings.rename)
+        load_weights(model, Path(settings.init_from), group=group, rename=settings.rename, partial=settings.init_partial)
     if settings.sync_batchnorm:
         if group.device.type != "cuda":
             raise ConfigError("--sync-batchnorm: torch's SyncBatchNorm runs on CUDA only; this rank runs on a CPU. Leave it out.")

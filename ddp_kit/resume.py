@@ -30,6 +30,7 @@ FREE = {
         "resume_data",
         "change",
         "init_from",
+        "init_partial",
         "rename",
     ),
     *("eval_every", "log_every", "save_every", "save_minutes", "keep", "keep_every", "find_unused_parameters"),

@@ -88,6 +88,8 @@ class Settings:
     """settings that may differ from the checkpoint's: --change lr"""
     init_from: str = ""
     """start from weights only: a run, a checkpoint, a .safetensors file or a folder of them"""
+    init_partial: bool = False
+    """take of --init-from what fits, and show a table of what does not; the rest keeps its initial values"""
     rename: tuple[str, ...] = ()
     """old=new: tensors of --init-from that have another name in this model"""
     early_stop: EarlyStop = field(default_factory=EarlyStop)
@@ -158,8 +160,8 @@ def check(settings: Settings) -> None:
         if own not in known
     ]
     faults += [f"--rename {pair}: expected old=new" for pair in settings.rename if pair.count("=") != 1]
-    if settings.rename and not settings.init_from:
-        faults.append("--rename has an effect with --init-from only")
+    if not settings.init_from:
+        faults += [f"{flag(name)} has an effect with --init-from only" for name in ("rename", "init_partial") if getattr(settings, name)]
     if not 0 <= settings.ema < 1:
         faults.append(f"--ema {settings.ema}: expected a decay from 0 (off) to below 1, for instance 0.999")
     if not 0 <= settings.seed < 2**63:

@@ -14,10 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ddp_kit.checkpoint.find import find, is_checkpoint, origin_of, weights_of
-from ddp_kit.checkpoint.restore import require_fit
+from ddp_kit.checkpoint.restore import misfits, require_fit, table
 from ddp_kit.collectives import first_difference
-from ddp_kit.errors import ConfigError, DdpKitError, nearest
+from ddp_kit.errors import ConfigError, DdpKitError, nearest, some
 from ddp_kit.groups import Group
+from ddp_kit.logs import logger
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+CONVERT = """ It looks like a pickle, and loading one may run code. Convert a file that you trust, once:
+  python -c "import sys, torch; from safetensors.torch import save_file; \
+    save_file({n: t.clone() for n, t in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])" %s %s"""
 
 
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -90,14 +96,17 @@ def read_weights(path: Path, *, group: Group) -> tuple[dict[str, torch.Tensor], 
             with safe_open(file, framework="pt") as content:
                 tensors |= {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  it is no dict
         except SafetensorError as error:
-            raise ConfigError(f"--init-from {file}: not a whole safetensors file: {error}.") from error
+            hint = CONVERT % (file, file.with_suffix(".safetensors")) if file.suffix in PICKLES else ""
+            raise ConfigError(f"--init-from {file}: not a whole safetensors file: {error}.{hint}") from error
     return tensors, ""
 
 
-def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence[str] = ()) -> None:
+def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence[str] = (), partial: bool = False) -> None:
     """Copies the tensors of `path` into the model by name (`rename`: `old=new`); nothing is changed unless all fit.
 
-    Raises: ConfigError with a table of missing, unexpected and differently shaped tensors.
+    `partial` takes those that fit and logs a table of the others, none of which may be frozen.
+
+    Raises: ConfigError with a table of missing, unexpected and differently shaped tensors; if `partial`, when none fits.
     """
     tensors, base = read_weights(path, group=group)
     for old, new in (pair.split("=") for pair in rename):
@@ -117,9 +126,17 @@ def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in live.items() if name not in free}
     floats = {name for name in wanted if name in tensors and tensors[name].is_floating_point() and live[name].is_floating_point()}
     found = {name: (tuple(tensor.shape), live[name].dtype if name in floats else tensor.dtype) for name, tensor in tensors.items()}
-    require_fit(found, wanted, where=f"--init-from {path}")
+    unfit = misfits(found, wanted)
+    fitting = [name for name in wanted if name not in unfit]
+    frozen = [name for name, parameter in model.named_parameters() if name in unfit and not parameter.requires_grad]
+    if frozen or not (partial and fitting):  # a frozen tensor that is not loaded would stay random for good
+        hint = "\nType --init-partial to take what fits and leave the rest at its initial values." if fitting and not partial else ""
+        hint = f"\nFrozen, and so needed from it: {some(frozen)}." if frozen else hint
+        require_fit(found, wanted, where=f"--init-from {path}", hint=hint)
+    elif unfit:
+        logger.info("--init-from %s: took %d of the model's %d tensors; not these:\n%s", path, len(fitting), len(wanted), table(unfit))
     with torch.no_grad():
-        for name in wanted:
+        for name in fitting:
             live[name].copy_(tensors[name])
 
 

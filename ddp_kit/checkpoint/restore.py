@@ -226,19 +226,28 @@ def _set_aside(storage: Storage, folder: str, reason: str) -> None:
         storage.write(f"{target}/REASON", memoryview(f"{reason}\n".encode()))
 
 
-def require_fit(found: Mapping[str, Kind], wanted: Mapping[str, Kind], *, where: str) -> None:
-    """Raises: ConfigError with a table of what is missing, unexpected or of another shape or dtype; nothing has been applied then."""
-    rows = []
+def misfits(found: Mapping[str, Kind], wanted: Mapping[str, Kind]) -> dict[str, str]:
+    """Returns a row of a table for each tensor that is missing, unexpected or of another shape or dtype, by its name."""
+    rows = {}
     for name in sorted({*found, *wanted}):
         if name not in found:
             near = nearest(name, set(found) - set(wanted))
-            rows.append(f"  missing     {name} {wanted[name][0]}{f'   (the same? type --rename {near}={name})' if near else ''}")
+            rows[name] = f"  missing     {name} {wanted[name][0]}{f'   (the same? type --rename {near}={name})' if near else ''}"
         elif name not in wanted:
-            rows.append(f"  unexpected  {name} {found[name][0]}")
+            rows[name] = f"  unexpected  {name} {found[name][0]}"
         elif found[name][0] != wanted[name][0]:
-            rows.append(f"  shape       {name}: here {wanted[name][0]}, there {found[name][0]}")
+            rows[name] = f"  shape       {name}: here {wanted[name][0]}, there {found[name][0]}"
         elif found[name][1] != wanted[name][1]:
-            rows.append(f"  dtype       {name}: here {wanted[name][1]}, there {found[name][1]}")
-    if rows:
-        more = f"\n  ... and {len(rows) - 20} more" if len(rows) > 20 else ""
-        raise ConfigError(f"{where} does not fit; nothing was loaded.\n" + "\n".join(rows[:20]) + more)
+            rows[name] = f"  dtype       {name}: here {wanted[name][1]}, there {found[name][1]}"
+    return rows
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """Returns the first twenty rows, and how many more there are."""
+    return "\n".join([*list(rows.values())[:20], *([f"  ... and {len(rows) - 20} more"] if len(rows) > 20 else [])])
+
+
+def require_fit(found: Mapping[str, Kind], wanted: Mapping[str, Kind], *, where: str, hint: str = "") -> None:
+    """Raises: ConfigError with a table of what does not fit, and the hint; nothing has been applied then."""
+    if rows := misfits(found, wanted):
+        raise ConfigError(f"{where} does not fit; nothing was loaded.\n{table(rows)}{hint}")
