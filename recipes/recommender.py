@@ -30,8 +30,7 @@ class Settings(ddp_kit.Settings):
     global_batch: int = 1024
     epochs: int = 10
     early_stop: EarlyStop = field(default_factory=lambda: EarlyStop(metric="ndcg@10", mode="max"))
-    lr: float = 5e-3  # peak learning rate
-    weight_decay: float = 0.1  # AdamW's, without which the embeddings learn the log by heart
+    lr: float = 1e-2  # peak learning rate
     dimension: int = 32  # of the embeddings
     negatives: int = 4  # items that a user has not met, drawn anew for each interaction and epoch
     users: int = 3000  # in the log
@@ -115,7 +114,7 @@ def ranked(model: Recommender, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str
     own = scores.gather(1, held_out.unsqueeze(1))
     rank = (~(scores < own)).sum(1) - 1  # a tie counts against the model: else one that scores all alike would be perfect
     is_hit = rank < TOP
-    gain = is_hit / torch.log2(rank + 2.0)
+    gain = is_hit / torch.log2(rank.double() + 2)
     return {f"hr@{TOP}": (is_hit.sum(), len(users)), f"ndcg@{TOP}": (gain.sum(), len(users))}
 
 
@@ -140,7 +139,7 @@ def recipe(settings: Settings) -> Recipe:
     return Recipe(
         model=lambda: Recommender(settings),
         loss=loss,
-        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay),
+        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=settings.lr),
         scheduler=lambda optimizer, total_steps: schedules.warmup_cosine(optimizer, total_steps),
         train_data=lambda: Data(TensorDataset(torch.from_numpy(log.users), torch.from_numpy(log.met)), augment=add_negatives),
         eval_data=lambda: to_rank(log, log.validation),
