@@ -164,11 +164,12 @@ class Evaluator:
         Raises: ConfigError if early stopping watches a metric that evaluation does not produce.
         """
         self.names = self(model, limit=1)
+        metric = self.settings.early_stop.metric
+        is_wanted = not self.names or (metric and metric not in self.names)  # rows alone have no metrics without it
+        if is_wanted and self.recipe.summarize is not None and self.sets:
+            self.names = self(model, limit=1, summarizes=True)
         if self.sets and not self.names:
             raise DataError("evaluation counted nothing: the evaluation data is empty, or `evaluate` returned nothing.")
-        metric = self.settings.early_stop.metric
-        if metric and metric not in self.names and self.recipe.summarize is not None and self.sets:
-            self.names = self(model, limit=1, summarizes=True)
         if not metric or metric in self.names:
             return
         near = nearest(metric, self.names)
