@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ddp_kit.recipe import Recipe as Recipe
     from ddp_kit.saving import restore as restore
     from ddp_kit.saving import save as save
+    from ddp_kit.seeding import Draws as Draws
     from ddp_kit.settings import Settings as Settings
     from ddp_kit.step import should_stop as should_stop
     from ddp_kit.step import train_step as train_step
@@ -43,6 +44,7 @@ HOMES = {
     "Recipe": "ddp_kit.recipe",
     "restore": "ddp_kit.saving",
     "save": "ddp_kit.saving",
+    "Draws": "ddp_kit.seeding",
     "Settings": "ddp_kit.settings",
     "should_stop": "ddp_kit.step",
     "train_step": "ddp_kit.step",
