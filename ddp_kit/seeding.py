@@ -63,11 +63,18 @@ class Draws:
     """Random numbers for the samples of a batch, one row a sample.
 
     A row depends on (seed, epoch, sample index) and on how many numbers were drawn before, not on the batch, rank or worker.
+    `epoch` counts from 0, for an augmentation that changes in the course of training.
     """
 
     def __init__(self, seed: int, epoch: int, indices: NDArray[np.integer] | Sequence[int]):
+        self.epoch = epoch
+        self._seed, self._indices = seed, indices
         self._keys = keys(key(seed, Purpose.SAMPLE, epoch), indices)
         self._drawn = 0
+
+    def of_every_epoch(self) -> "Draws":
+        """Returns draws for the same samples that are the same in every epoch: what a sample keeps all through training."""
+        return Draws(self._seed, -1, self._indices)
 
     def _bits(self, shape: tuple[int, ...]) -> NDArray[np.uint64]:
         width = 1

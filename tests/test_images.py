@@ -127,3 +127,12 @@ def test_what_does_not_fit_is_refused(change, said):
     given = {"images": some_images(), "labels": np.arange(40) % 10, "mean": MEAN, "std": STD} | change
     with pytest.raises(DataError, match=said):
         ImageArray(given.pop("images"), given.pop("labels"), **given)
+
+
+def test_pixels_of_a_subset_are_those_of_its_rows() -> None:
+    images = np.random.default_rng(0).integers(256, size=(10, 4, 4, 3)).astype(np.uint8)
+    data = array(images)
+    pixels, labels = data.subset([7, 2]).pixels()
+    assert (pixels == images[[7, 2]]).all()
+    assert labels.tolist() == data.labels[[7, 2]].tolist()
+    assert data.pixels()[0] is images

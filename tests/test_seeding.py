@@ -98,3 +98,10 @@ def test_mixtures_take_from_parts_in_proportion_without_repeats_before_all_were_
     assert abs(len(second) - 100) < 40
     assert len(set(first[:100].tolist())) == len(first[:100])
     assert sorted(second[:10].tolist()) == list(range(100, 110))
+
+
+def test_draws_of_every_epoch_are_the_same_in_each_and_others_than_those_of_any() -> None:
+    first, later = (Draws(1, epoch, [3, 4]).of_every_epoch().integers(1000, 5).tolist() for epoch in (0, 7))
+    assert first == later
+    assert first not in [Draws(1, epoch, [3, 4]).integers(1000, 5).tolist() for epoch in range(8)]
+    assert Draws(1, 7, [3]).epoch == 7

@@ -12,8 +12,9 @@ LOG_FROM = 20.0  # ratio of largest to smallest value from which the axis is log
 LABEL = 9
 
 
-def draw(line: Sequence[Point], marks: Mapping[str, Sequence[Point]], *, width: int, height: int) -> list[str]:
+def draw(line: Sequence[Point], marks: Mapping[str, Sequence[Point]], *, width: int, height: int, across: str = "step") -> list[str]:
     """Returns a frame of `height` + 2 rows, `width` characters wide: `line` in dots, `marks` as {character: points} over it.
+    `across` names the horizontal axis.
 
     Values are means over a column of dots; what is not finite is left out. Returns no rows if nothing is left.
     """
@@ -42,7 +43,7 @@ def draw(line: Sequence[Point], marks: Mapping[str, Sequence[Point]], *, width: 
     labels = {0: high, height // 2: middle, height - 1: low}
     rows = [f"{_label(labels.get(at)):>{LABEL}} ┤{''.join(row_cells)}" for at, row_cells in enumerate(cells)]
     left, right = f"{first:g}", f"{last:g}"
-    title = f"step{', logarithmic loss' if scale is math.log10 else ''}".center(columns - len(left) - len(right))
+    title = f"{across}{', logarithmic loss' if scale is math.log10 else ''}".center(columns - len(left) - len(right))
     return [*rows, f"{'':{LABEL}} └{'─' * columns}", f"{'':{LABEL}}  {left}{title}{right}"]
 
 

@@ -84,6 +84,10 @@ class ImageArray:
         part._rows = rows if self._rows is None else self._rows[rows]
         return part
 
+    def pixels(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Returns the images, uint8 (N, H, W, C), and the labels, int64 (N,), for a data set of one's own. A subset's are copied."""
+        return (self.images, self.labels) if self._rows is None else (self.images[self._rows], self.labels[self._rows])
+
     def __getitems__(self, indices: Indices, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
         """Returns the batch of the samples `indices` in fresh memory; without `draws`, as in evaluation, nothing random."""
         rows = np.asarray(indices, np.int64)

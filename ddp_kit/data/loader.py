@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ddp_kit.batching import BatchPlan, plan_batches
 from ddp_kit.data.data import Data, as_data
-from ddp_kit.data.placement import Placement, map_tensors
+from ddp_kit.data.placement import Placement, has_cuda_tensors, map_tensors
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
 from ddp_kit.data.stream import Course, TrainingStream, evaluation_stream, is_stateful
@@ -189,7 +189,10 @@ def batches_of(loader: Iterable[Any], *, group: Group, size: int) -> Iterator[Ra
 
 
 def placed(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterator[MicroBatch]:
-    """Yields micro-batches on the device; on CUDA through pinned memory and a stream of its own, one ahead."""
+    """Yields micro-batches on the device; on CUDA through pinned memory and a stream of its own, one ahead.
+
+    What a data set has put on the device itself stays in the stream that made it.
+    """
     if placement.device.type != "cuda":
         for micro_batch in micro_batches:
             yield MicroBatch(micro_batch.request, placement(micro_batch.batch)) if placement.is_needed else micro_batch
@@ -197,6 +200,9 @@ def placed(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterato
     stream = torch.cuda.Stream(placement.device)
     ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
     for micro_batch in micro_batches:
+        if has_cuda_tensors(micro_batch.batch):
+            yield MicroBatch(micro_batch.request, placement(micro_batch.batch))
+            continue
         with torch.cuda.stream(stream):
             copied = placement(map_tensors(micro_batch.batch, torch.Tensor.pin_memory))
             done = stream.record_event()

@@ -43,3 +43,15 @@ def map_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
             changed[name] = map_tensors(value, change)
         return changed
     return batch
+
+
+def has_cuda_tensors(batch: Any) -> bool:
+    """Whether a tensor of the batch lies on a CUDA device already: it cannot be pinned, and needs no copy."""
+    found: list[bool] = []
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor.is_cuda)
+        return tensor
+
+    map_tensors(batch, look)
+    return any(found)
