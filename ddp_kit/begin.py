@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ddp_kit import batching
 from ddp_kit.checkpoint.find import Origin, find, origin_of
 from ddp_kit.checkpoint.restore import Opened, candidates
@@ -24,6 +26,7 @@ from ddp_kit.environment import describe
 from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
+from ddp_kit.peak import peak_flops
 from ddp_kit.recipe import Recipe, RecipeSource
 from ddp_kit.report import Reporter
 from ddp_kit.run_dir import RunDir, default_name, process_start, require_shared
@@ -163,7 +166,15 @@ def reporter_of(recipe: Recipe, settings: Settings, group: Group) -> Reporter:
 
         trackers.append(TensorBoardTracker())
     given = [*trackers, *recipe.trackers]
-    return Reporter(given, log_every=settings.log_every, progress=[console.progress], on_burst=[lines.flush])
+    peak = peak_rate(recipe, settings, group)
+    return Reporter(given, log_every=settings.log_every, peak_rate=peak, progress=[console.progress], on_burst=[lines.flush])
+
+
+def peak_rate(recipe: Recipe, settings: Settings, group: Group) -> float:
+    """Returns the samples/s of a recipe if every rank's device, taken to be alike, ran at its peak; 0 if that is not known."""
+    if not recipe.flops_per_sample or group.device.type != "cuda":
+        return 0.0
+    return group.world_size * peak_flops(torch.cuda.get_device_name(group.device), precision=settings.precision) / recipe.flops_per_sample
 
 
 def say(composition: Composition, group: Group, path: Path) -> None:

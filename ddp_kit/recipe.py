@@ -67,7 +67,8 @@ class Recipe:
     Args: `model()`; `loss(model, batch) -> LossSum`; `optimizer(model)`; `scheduler(optimizer, total_steps)`, stepped once per
         optimizer step; `train_data()`, `eval_data()` (one data set, or several by name) and `test_data()`, each a `Data` or a bare
         data set; `evaluate(model, batch) -> {name: (sum, count) or rows}` (default: the loss's sums); `summarize(means, rows) ->
-        {name: float}`; `samples(model) -> {name: image or text}`, on all ranks; `objectives` in place of loss and optimizer.
+        {name: float}`; `samples(model) -> {name: image or text}`, on all ranks; `objectives` in place of loss and optimizer;
+        `flops_per_sample` of its forward and backward pass, from which train records on known CUDA devices have `mfu`.
     """
 
     model: Callable[[], nn.Module]
@@ -83,6 +84,7 @@ class Recipe:
     objectives: Sequence[Objective] = ()
     callbacks: Sequence[Callback] = ()
     trackers: Sequence[Tracker] = ()
+    flops_per_sample: float = 0.0
 
     def __post_init__(self) -> None:
         if self.objectives and (self.loss or self.optimizer or self.scheduler):

@@ -48,11 +48,14 @@ class Reporter:
         trackers: Sequence[Tracker],
         *,
         log_every: int,
+        peak_rate: float = 0.0,
         progress: Sequence[Callable[[int], None]] = (),
         on_burst: Sequence[Callable[[], None]] = (),
     ):
-        """Args: `progress` are called with the step after each step, and must be cheap; `on_burst` after records have gone out."""
+        """Args: `peak_rate` in samples/s, of which `mfu` is the share (0: not known); `progress` are called with the step after each
+        step, and must be cheap; `on_burst` after records have gone out."""
         self._given, self._log_every, self._progress, self._on_burst = trackers, log_every, progress, on_burst
+        self._peak_rate = peak_rate
         self._trackers: list[Tracker] = []  # those that have started: only they may be told of a failure
         self._pending: _Pending | None = None
         self._arrived: list[_Pending] = []
@@ -102,6 +105,7 @@ class Reporter:
             values[sums.first : sums.first + sums.size] = totals.tensor(names)  # x + 0 is exact, and the slots are summed in order
             work = None if group is None else dist.all_reduce(values, group=group, async_op=True)
         rates = {"samples_per_s": (step - self._since[0]) * plan.global_batch / seconds, "data_wait": self._wait_s / seconds}
+        rates |= {"mfu": rates["samples_per_s"] / self._peak_rate} if self._peak_rate else {}
         tail = learning_rates(sums) | rates | {"peak_memory_mib": self._peak(now, device)}
         if training.objectives[0].scale.is_on:
             tail |= {"loss_scale": training.objectives[0].scale.scale, "skipped": training.skipped}

@@ -12,7 +12,7 @@ import ddp_kit
 ROOT = Path(ddp_kit.__file__).parent
 LAYERS = [
     ["errors"],
-    ["topology", "tuning", "batching", "settings", "flags", "metrics", "logs", "tree"],
+    ["topology", "tuning", "batching", "settings", "flags", "metrics", "logs", "tree", "peak"],
     ["blame", "groups", "collectives", "control", "seeding"],
     [
         *("strategies", "data", "checkpoint", "trackers", "precision", "early_stopping", "preemption", "ema", "schedules"),
