@@ -251,3 +251,20 @@ def test_several_objectives_are_evaluated_under_their_names(group: Group) -> Non
     assert sorted(found) == ["one/accuracy", "one/loss", "two/accuracy", "two/loss"]
     inputs, labels = vectors(17).tensors
     assert found["two/loss"] == pytest.approx(cross_entropy(built["two"](inputs.double()), labels).item(), abs=1e-12)
+
+
+@pytest.mark.ranks(2)
+def test_an_evaluation_of_rows_alone_has_the_metrics_of_summarize_from_the_start(group: Group) -> None:
+    settings = Settings(micro_batch=4)
+
+    def evaluated(summary: dict[str, float]) -> Evaluator:
+        made = recipe(
+            settings, evaluate=lambda model, batch: {"row": batch[1]}, summarize=lambda means, rows: summary, eval_data=lambda: vectors(9)
+        )
+        model, evaluation = evaluator(group, made, settings)
+        evaluation.rehearse(model)
+        return evaluation
+
+    assert set(evaluated({"distance": 1.0}).names) == {"distance"}
+    with pytest.raises(DdpKitError, match="counted nothing"):
+        evaluated({})

@@ -9,6 +9,7 @@ import shipped
 import torch
 from small_mnist import write_small_mnist
 
+from ddp_kit.errors import ConfigError
 from ddp_kit.recipe import load_recipe
 
 SMALL = ("--width", "8", "--lr", "0.006", "--ema", "0.9", "--global-batch", "32", "--micro-batch", "8")
@@ -55,3 +56,32 @@ def test_a_killed_run_goes_on_bit_for_bit(root: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_exact_gives_the_same_bits(root: str, tmp_path: Path) -> None:
     shipped.assert_exact("gan", "--data-root", root, *SMALL, "--max-steps", "12", tmp_path=tmp_path, metric="generator/loss")
+
+
+def test_the_distance_is_that_of_normal_distributions() -> None:
+    """For covariances that commute: the squared distance of the means and of the deviations."""
+    generator = torch.Generator().manual_seed(0)
+    whitened = torch.randn(500, 3, generator=generator, dtype=torch.float64)
+    whitened = torch.linalg.qr(whitened - whitened.mean(0))[0] * 499**0.5  # covariance: exactly 1
+    one, two = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([3.0, 2.5, 1.0])
+    found = made().summarize({}, {"real": whitened * one, "fake": whitened * two + 2.0})
+    assert found["frechet"] == pytest.approx((one - two).square().sum().item() + 3 * 4)
+
+
+def test_the_grid_shows_64_images_row_by_row() -> None:
+    recipe = made(width=4)
+    model = recipe.model()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        grid = recipe.samples(model)["digits"]
+        torch.manual_seed(1)
+        images = model.images(64)
+    assert grid.shape == (1, 224, 224)
+    assert grid.min() >= 0
+    assert grid.max() <= 1
+    assert torch.equal(grid[0, 28:56, 2 * 28 : 3 * 28], images[8 + 2, 0])
+
+
+def test_a_width_that_the_groups_do_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        made(width=6)

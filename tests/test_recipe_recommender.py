@@ -16,7 +16,7 @@ from ddp_kit.recipe import load_recipe
 from ddp_kit.seeding import Draws
 
 SIZES = {"users": 501, "items": 100, "dimension": 16}  # 501: no number of ranks divides it
-SMALL = ("--users", "501", "--items", "100", "--dimension", "16", "--global-batch", "128", "--lr", "0.02", "--epochs", "4")
+SMALL = ("--users", "501", "--items", "100", "--dimension", "16", "--global-batch", "128", "--lr", "0.03", "--epochs", "4")
 
 
 def made(**changes: Any) -> Any:
