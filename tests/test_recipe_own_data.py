@@ -234,9 +234,10 @@ def test_exact_gives_the_same_bits_on_one_two_and_four_ranks(photos: Path, tmp_p
 def test_the_head_is_found_in_every_model_of_torchvision(photos: Path) -> None:
     from torchvision import models
 
-    for name in models.list_models(module=models):
+    regnets = ["regnet_x_400mf", "regnet_y_400mf"]  # they compute their widths with tensors: real ones, and the small ones of a family
+    for name in [*(name for name in models.list_models(module=models) if not name.startswith("regnet")), *regnets]:
         chosen = settings(photos, architecture=name, lr=0.5, backbone_lr=0.1)
-        with torch.device("meta"):
+        with torch.device("cpu" if name in regnets else "meta"):
             model = own_data().network(chosen, 17)
         head, backbone = own_data().recipe(chosen).optimizer(model).param_groups
         assert {parameter.shape[0] for parameter in head["params"]} == {17}, name

@@ -15,7 +15,7 @@ from pathlib import Path
 
 Points = list[tuple[float, float]]
 WIDTH, HEIGHT = 560, 240
-LEFT, RIGHT, TOP, BOTTOM = 56, 504, 30, 206  # the frame's sides, in pixels
+LEFT, RIGHT, TOP, BOTTOM = 68, 508, 30, 206  # the frame's sides, in pixels
 COLUMNS = 150  # points that a line is thinned to
 LOG_FROM = 20.0  # ratio of largest to smallest value from which an axis is logarithmic, as in `ddp-kit show`
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bc4c00", "#57606a")
