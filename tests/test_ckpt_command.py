@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 import torch
 from lives import alone
@@ -14,8 +15,10 @@ from mortal import Net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint_files import resealed
+from torch import nn
 from torch.nn.functional import cross_entropy
 
+import ddp_kit
 from ddp_kit import evaluate
 from ddp_kit.checkpoint.find import best_of
 from ddp_kit.checkpoint.restore import open_checkpoint
@@ -105,6 +108,23 @@ def test_verify_compares_sha256_too_where_a_restore_is_content_with_crc32(copy: 
     manifest.write_bytes(resealed(manifest.read_bytes(), files=files))
     assert open_checkpoint(copy.storage, 12, group=alone()).manifest.step == 12
     assert "state.json does not have the SHA-256" in said("verify", copy.path, code=1)
+
+
+def test_an_export_of_trainable_weights_alone_leaves_frozen_tied_ones_out(tmp_path: Path, said: Callable[..., str]) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+            self.first.requires_grad_(False)
+            self.second.weight = self.first.weight
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.head(self.second(self.first(inputs)))
+
+    settings = cases.Settings(run_dir=str(tmp_path / "run"), save_trainable_only=True)
+    ddp_kit.run(cases.recipe(settings, model=Tied), settings)
+    said("export", tmp_path / "run", "--out", tmp_path / "model.safetensors")
+    assert sorted(load_file(tmp_path / "model.safetensors")) == ["head.bias", "head.weight", "second.bias"]
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def export(run: Path, /, *, out: Path, best: bool = False, step: int = -1, ema: 
         raise ConfigError(f"--ema: {opened.folder} has no averaged weights, since the run was without --ema.")
     tensors = weights_of(opened, averaged=ema or best)
     for alias, name in opened.values.get("tied", {}).items():
-        tensors[alias] = tensors[name].clone()
+        if name in tensors:  # a checkpoint of the trainable weights leaves frozen ones out
+            tensors[alias] = tensors[name].clone()
     temporary = out.with_name(f"{out.name}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(out)
