@@ -40,7 +40,7 @@ class Settings(ddp_kit.Settings):
     blocks: int = 3  # convolutions in the trunk, each of which halves the image
     weights: Literal["fixed", "learned"] = "fixed"  # of the tasks; learned: from each task's uncertainty
     task_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of digit, parity and mass, where they are fixed
-    absent: float = 0.0  # share of the training images, another one for each task, that carry no label of it
+    absent: float = 0.0  # share of the training images, another one for each task, that carry no label of it, drawn anew each epoch
     data_root: str = "data"  # folder that holds MNIST/raw
     download: bool = False  # fetch MNIST if it is not there
 
