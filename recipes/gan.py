@@ -6,7 +6,7 @@ The grid goes to the trackers that show images: view it with tensorboard --logdi
 
 After 1,716 steps (4 epochs) digits can be read. The Frechet distance of 5,000 new images to the 5,000 for validation falls to 0.095:
 untrained 7.7, all images alike (their mean) 1.4, as many real ones instead 0.005. It is one of means of 4 x 4 pixels, and cannot be
-compared with those that an Inception network gives. 165 s of processor time over both ranks. 2 ranks on 2 CPU cores, torch 2.15.
+compared with those that an Inception network gives. 167 s of processor time over both ranks. 2 ranks on 2 CPU cores, torch 2.15.
 """
 
 from collections.abc import Mapping

@@ -1,14 +1,14 @@
 """Three tasks on one trunk: a MNIST image's digit, its parity, and how much ink it holds, with fixed or learned weights.
 
-torchrun --nproc_per_node=2 -m ddp_kit.train recipes/multitask.py --data-root data
-torchrun --nproc_per_node=2 -m ddp_kit.train recipes/multitask.py --data-root data --weights learned
-torchrun --nproc_per_node=2 -m ddp_kit.train recipes/multitask.py --data-root data --absent 0.9 --find-unused-parameters
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/multitask.py --data-root data
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/multitask.py --data-root data --weights learned
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/multitask.py --data-root data --absent 0.9 --find-unused-parameters
 
 2,145 steps (5 epochs); of the 10,000 test images, mass in white pixels, of which an image has 102 on average:
 fixed weights    digit 99.25 %, parity 99.11 %, mass off by 1.98
 learned weights  digit 99.27 %, parity 99.37 %, mass off by 1.87; they end at 4.3, 9.5 and 9.3
 --absent 0.9     digit 98.67 %, parity 98.98 %, mass off by 2.34, of a tenth of the labels in each epoch, another tenth each time
-95 s of processor time over both ranks, the command's start included. 2 ranks on 2 CPU cores, torch 2.15.
+100 s of processor time over both ranks, the command's start included. 2 ranks on 2 CPU cores, torch 2.15.
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ class Settings(ddp_kit.Settings):
     blocks: int = 3  # convolutions in the trunk, each of which halves the image
     weights: Literal["fixed", "learned"] = "fixed"  # of the tasks; learned: from each task's uncertainty
     task_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of digit, parity and mass, where they are fixed
-    absent: float = 0.0  # share of the training images, another one for each task, that carry no label of it
+    absent: float = 0.0  # share of the training images, another one for each task, that carry no label of it, drawn anew each epoch
     data_root: str = "data"  # folder that holds MNIST/raw
     download: bool = False  # fetch MNIST if it is not there
 
