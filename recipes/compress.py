@@ -1,11 +1,14 @@
 """What comes after training: a ResNet's knowledge in a LeNet (distillation), then in int8, then in a file that needs no recipe.
 
-torchrun --nproc_per_node=2 -m ddp_kit.train recipes/cifar.py --data-root data --model resnet --run-dir runs/resnet
-ddp-kit ckpt export runs/resnet --best --out resnet.safetensors
-torchrun --nproc_per_node=2 -m ddp_kit.train recipes/compress.py --data-root data --teacher resnet.safetensors --run-dir runs/lenet
-ddp-kit ckpt export runs/lenet --best --out lenet.safetensors
-python recipes/compress.py --data-root data --teacher resnet.safetensors --student lenet.safetensors
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/cifar.py --blocks 3 --epochs 12 --precision bf16 --run-dir runs/resnet
+    ddp-kit ckpt export runs/resnet --best --out resnet.safetensors
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/compress.py --teacher resnet.safetensors --run-dir runs/lenet
+    ddp-kit ckpt export runs/lenet --best --out lenet.safetensors
+    python recipes/compress.py --teacher resnet.safetensors --student lenet.safetensors
 
+The last command's table: the ResNet-20 has 82.6 % of the test images right with 1,069 KiB of weights, the LeNet it taught for 5 epochs
+(435 steps) 66.5 % with 898 KiB, and in int8 66.4 % with 227 KiB. In so few epochs the teacher is no gain: LeNet on the labels alone, in
+recipes/cifar.py, has 66.7 %. The exported files, 949 and 376 KiB, hold the graph too. 2 ranks on 2 CPU cores, torch 2.15.
 """
 
 from dataclasses import dataclass, replace

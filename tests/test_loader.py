@@ -188,3 +188,21 @@ def test_any_world_size_gets_all_of_a_global_batch_once(micro_batch: int) -> Non
             if not plan.is_invariant:
                 shares = [plan.of_rank(rank)[-1][2] - plan.of_rank(rank)[0][1] for rank in range(world_size)]
                 assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_that_a_data_set_makes_on_the_device_are_used_where_they_are() -> None:
+    class OnDevice(Dataset[Any]):
+        values = torch.arange(8.0, device="cuda")
+
+        def __len__(self) -> int:
+            return len(self.values)
+
+        def __getitems__(self, indices: Any, draws: Draws | None = None) -> torch.Tensor:
+            return self.values[torch.as_tensor(indices, device="cuda")]
+
+    plan = plan_batches(4, micro_batch=2, world_size=1)
+    feed = feed_of(Data(OnDevice()), plan=plan, rank=0, seed=0, placement=Placement(torch.device("cuda:0")))
+    seen = [part.batch for batch in feed.batches(start=0, end=2) for part in batch.micro_batches]
+    assert all(batch.is_cuda for batch in seen)
+    assert sorted(torch.cat(seen).tolist()) == list(range(8))

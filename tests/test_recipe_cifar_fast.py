@@ -14,9 +14,9 @@ from ddp_kit import Draws
 from ddp_kit.errors import ConfigError
 from ddp_kit.recipe import load_recipe
 
-FLAGS = ["--widths", "16", "32", "--global-batch", "64", "--micro-batch", "16", "--lr", "2", "--smoothing", "0"]
-SHORT = [*FLAGS, "--epochs", "2", "--max-steps", "14", "--small", "1"]
-LONG = [*FLAGS, "--epochs", "6"]
+FLAGS = ["--widths", "16", "32", "--global-batch", "32", "--micro-batch", "8", "--lr", "2", "--smoothing", "0"]
+SHORT = [*FLAGS, "--epochs", "1", "--max-steps", "16", "--small", "1"]
+LONG = [*FLAGS, "--epochs", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def shipped_recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_two_ranks_learn_with_the_numbers_of_one(data_root: Path, tmp_path: Path) -> None:
     flags = [*SHORT, "--data-root", str(data_root), "--precision", "fp64"]
     losses = shipped.assert_same_numbers("cifar_fast", *flags, tmp_path=tmp_path)
-    assert losses[-1] < 0.8 * losses[0]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
 @pytest.mark.slow
