@@ -27,7 +27,7 @@ def refused(argv, capsys):
 def test_help_lists_every_verb_with_one_line(capsys):
     assert cli.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:-2]] == ["new", "check", "evaluate", "show", "ckpt", "env"]
+    assert [line.split()[0] for line in lines[2:-2]] == ["run", "new", "check", "evaluate", "show", "ckpt", "env"]
     assert all(len(line) <= 120 for line in lines)
     assert cli.main([]) == 2
 
@@ -39,7 +39,7 @@ def test_every_verb_has_its_module(verb):
 
 def test_an_unknown_verb_is_answered_with_the_nearest(capsys):
     assert refused(["shwo", "runs/x"], capsys) == (
-        "ddp-kit: unknown verb shwo. Did you mean show? The verbs are: new, check, evaluate, show, ckpt, env.\n"
+        "ddp-kit: unknown verb shwo. Did you mean show? The verbs are: run, new, check, evaluate, show, ckpt, env.\n"
     )
     assert "Did you mean" not in refused(["zzz"], capsys)
 
@@ -108,7 +108,7 @@ def test_new_never_overwrites(tmp_path, capsys):
 def test_new_refuses_names_that_cannot_be_meant(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = refused(["new", "my.py", "--from", "cifr"], capsys)
-    assert "no such recipe. Shipped are: cifar, digits, " in said
+    assert "no such recipe. Shipped are: char_lm, cifar, " in said
     assert said.endswith("Did you mean --from cifar?\n")
     assert "Type: ddp-kit new my.py" in refused(["new", "my"], capsys)
     assert "Type: mkdir -p none" in refused(["new", "none/my.py"], capsys)
