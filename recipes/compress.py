@@ -8,7 +8,8 @@
 
 The last command's table: the ResNet-20 has 82.6 % of the test images right with 1,069 KiB of weights, the LeNet it taught for 5 epochs
 (435 steps) 66.5 % with 898 KiB, and in int8 66.4 % with 227 KiB. In so few epochs the teacher is no gain: LeNet on the labels alone, in
-recipes/cifar.py (which this one builds on: keep both in one folder), has 66.7 %. The exported files, 949 and 376 KiB, hold the graph too. 2 ranks on 2 CPU cores, torch 2.15.
+recipes/cifar.py, has 66.7 %. The exported files, 949 and 376 KiB, hold the graph too. 2 ranks on 2 CPU cores, torch 2.15.
+It builds on recipes/cifar.py: keep both in one folder.
 """
 
 from dataclasses import dataclass, replace
