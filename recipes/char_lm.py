@@ -70,11 +70,12 @@ class LanguageModel(nn.Module):
         states = self.symbols(tokens)
         if self.architecture == "lstm":
             return self.out(self.inner(states)[0])
-        slopes = 2.0 ** (-8 / self.heads * torch.arange(1, self.heads + 1, dtype=states.dtype, device=tokens.device))
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        ahead = places - places[:, None]
-        unseen = ahead > 0 if self.architecture == "gpt" else (tokens == PAD)[:, None, None]  # a gpt has its padding ahead
-        bias = (-slopes[:, None, None] * ahead.abs())[None].masked_fill(unseen, -math.inf)
+        heads, places = (torch.arange(size, device=tokens.device) for size in (self.heads, tokens.shape[1]))
+        turns = heads % 2 * 2 - 1 if self.architecture == "bert" else torch.ones_like(heads)  # half of BERT's heads look ahead
+        beyond = turns[:, None, None] * (places - places[:, None])
+        unseen = (beyond > 0) | ((beyond < 0) & (tokens == PAD)[:, None, None])
+        slopes = 2.0 ** (-8 / self.heads * (heads + 1)).to(states.dtype)
+        bias = (slopes[:, None, None] * -beyond.abs()).masked_fill(unseen, -math.inf)
         for block in self.inner:
             states = block(states, bias)
         return self.out(states)
@@ -94,7 +95,9 @@ def collate(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def masked(tokens: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    is_hidden = (draws[..., : tokens.shape[1]] < 0.15) & (tokens != PAD)  # Source: Devlin et al., BERT, arXiv 1810.04805, section 3.1
+    """Hides 15 % of each sequence, one character at least. Source: Devlin et al., BERT, arXiv 1810.04805, section 3.1."""
+    draws = torch.where(tokens == PAD, 2.0, draws[..., : tokens.shape[1]])
+    is_hidden = draws <= draws.amin(1, keepdim=True).clamp(min=0.15)
     return tokens.masked_fill(is_hidden, MASK), tokens.masked_fill(~is_hidden, PAD)
 
 
@@ -106,9 +109,9 @@ def sequences(text: bytes, settings: Settings, *, training: bool) -> Data:
     if settings.architecture != "bert":
         return Data(pieces, collate=collate, order=order)
     if training:
-        return Data(pieces, collate, lambda batch, draws: masked(batch[0], torch.from_numpy(draws.uniform(size))), order)
+        return Data(pieces, collate, lambda batch, draws: masked(batch[1], torch.from_numpy(draws.uniform(size))), order)
     fixed = torch.rand(size, generator=torch.Generator().manual_seed(0))  # so that each evaluation, on any ranks, asks the same
-    return Data(pieces, collate=lambda samples: masked(collate(samples)[0], fixed))
+    return Data(pieces, collate=lambda samples: masked(collate(samples)[1], fixed))
 
 
 def continued(model: nn.Module, settings: Settings) -> str:

@@ -25,7 +25,7 @@ torch.manual_seed(0)
 inner = Tokenizer(models.WordLevel({"<end>": 0} | {word: i + 1 for i, word in enumerate(words)}))
 inner.pre_tokenizer = pre_tokenizers.Whitespace()
 PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>").save_pretrained(sys.argv[1] + "/model")
-sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 21, "bos_token_id": 0, "eos_token_id": 0}
+sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 21, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0}
 GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(sys.argv[1] + "/model")
 texts = [" ".join(words[(start + i) % 20] for i in range(4 + start * 7 % 13)) for start in range(400)]
 Dataset.from_dict({"text": texts}).save_to_disk(sys.argv[1] + "/texts")
@@ -90,9 +90,9 @@ PEFTS_OWN = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fut
 @pytest.mark.slow
 @PEFTS_OWN
 def test_adapters_learn_are_saved_alone_and_load_into_peft(folder: Path, tmp_path: Path) -> None:
-    args = flags(folder, *LEARNING, "--lora-rank", "4", "--save-trainable-only", "--save-every", "60")
+    args = flags(folder, *LEARNING, "--lora-rank", "4", "--save-trainable-only", "--lr", "0.03")
     losses = shipped.assert_same_numbers("finetune_hf", *args, tmp_path=tmp_path)
-    assert losses[-1] < 2.6 < 2.9 < losses[0]
+    assert losses[-1] < 2.5 < 2.9 < losses[0]  # the embeddings stay random, so less than above
     out = tmp_path / "adapters.safetensors"
     ckpt.export(tmp_path / "ranks-2/run", out=out)
     from safetensors.torch import load_file
