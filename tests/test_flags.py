@@ -183,7 +183,7 @@ def test_help_lists_flag_type_default_and_words_on_rank_0_only(rank: int, prints
     assert bool(text) == prints
 
 
-def test_other_ranks_than_the_first_are_refused_two_seconds_later(
+def test_other_ranks_than_the_first_are_refused_some_seconds_later(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By then the launcher has ended them if the first was refused as well."""
@@ -194,7 +194,7 @@ def test_other_ranks_than_the_first_are_refused_two_seconds_later(
             monkeypatch.setenv(name, value)
         assert main([FAULTY, "--lr", "fast"]) == 2
         assert "--lr" in capsys.readouterr().err
-        assert waits == [2.0] * int(rank)
+        assert waits == [session.OTHERS_SPEAK_S] * int(rank)
 
 
 @pytest.mark.parametrize(("args", "code", "count"), [(["--help"], 0, 1), (["--lr", "fast"], 1, 1)])
