@@ -14,8 +14,8 @@ from ddp_kit import Draws
 from ddp_kit.errors import ConfigError
 from ddp_kit.recipe import load_recipe
 
-FLAGS = ["--widths", "16", "32", "--global-batch", "32", "--micro-batch", "8", "--lr", "2", "--smoothing", "0"]
-SHORT = [*FLAGS, "--epochs", "1", "--max-steps", "16", "--small", "1"]
+FLAGS = ["--widths", "8", "32", "--global-batch", "32", "--micro-batch", "8", "--lr", "2", "--smoothing", "0"]
+SHORT = [*FLAGS, "--epochs", "1", "--small", "1"]
 LONG = [*FLAGS, "--epochs", "4"]
 
 
@@ -37,13 +37,11 @@ def shipped_recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     return sys.modules[source.build.__module__]
 
 
-def test_two_ranks_learn_with_the_numbers_of_one(data_root: Path, tmp_path: Path) -> None:
-    flags = [*SHORT, "--data-root", str(data_root), "--precision", "fp64"]
-    losses = shipped.assert_same_numbers("cifar_fast", *flags, tmp_path=tmp_path)
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+def test_two_ranks_have_the_numbers_of_one(data_root: Path, tmp_path: Path) -> None:
+    flags = [*SHORT, "--max-steps", "6", "--data-root", str(data_root), "--precision", "fp64"]
+    shipped.assert_same_numbers("cifar_fast", *flags, tmp_path=tmp_path)
 
 
-@pytest.mark.slow
 def test_it_learns_in_its_own_arithmetic(data_root: Path, tmp_path: Path) -> None:
     ended = shipped.finished("cifar_fast", *LONG, "--data-root", str(data_root), folder=tmp_path / "bf16", world_size=2)
     assert ended.status["metrics"]["accuracy"] > 0.9
@@ -51,13 +49,13 @@ def test_it_learns_in_its_own_arithmetic(data_root: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(data_root: Path, tmp_path: Path) -> None:
-    flags = [*SHORT, "--data-root", str(data_root), "--save-every", "4"]
+    flags = [*SHORT, "--max-steps", "16", "--data-root", str(data_root), "--save-every", "4"]
     shipped.assert_goes_on_bit_for_bit("cifar_fast", *flags, tmp_path=tmp_path, deaths="11:1")
 
 
 @pytest.mark.slow
 def test_it_is_exact_on_one_two_and_four_ranks(data_root: Path, tmp_path: Path) -> None:
-    shipped.assert_exact("cifar_fast", *SHORT, "--data-root", str(data_root), tmp_path=tmp_path)
+    shipped.assert_exact("cifar_fast", *SHORT, "--max-steps", "8", "--data-root", str(data_root), tmp_path=tmp_path)
 
 
 def test_the_first_layer_whitens_its_patches(shipped_recipe: Any) -> None:
