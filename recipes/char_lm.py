@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 -m ddp_kit.train recipes/char_lm.py --data-root data
 
-The GPT (0.9 million weights) has 2.43 bits per character of the last tenth of the text, a perplexity of 5.38, after 1,960 steps of
-1,024 characters (2 epochs), 150 s from the command to the end. 2 ranks on 2 CPU cores, torch 2.15.
+Bits per character of the last tenth of the text: GPT 2.43 (1,960 steps, 150 s from command to end); with `--ragged`, 2,304 steps: LSTM
+2.30 (66 s), BERT 2.51 for the masked characters, which it sees from both sides (133 s). 2 ranks on 2 CPU cores, torch 2.15.
 """
 
 import math

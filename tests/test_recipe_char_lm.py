@@ -26,12 +26,12 @@ def flags(root: Path, *more: str) -> list[str]:
 
 
 def test_a_gpt_of_ragged_sequences_learns_the_same_on_two_ranks(root: Path, tmp_path: Path) -> None:
-    args = flags(root, "--ragged", "--max-steps", "60", "--lr", "0.01", "--precision", "fp64")
+    args = flags(root, "--ragged", "--max-steps", "40", "--lr", "0.01", "--precision", "fp64")
     losses = shipped.assert_same_numbers("char_lm", *args, tmp_path=tmp_path)
-    assert losses[-1] < 0.5 < 3 < losses[0]  # nats: an end of a speech cannot be foreseen
+    assert losses[-1] < 0.8 < 3 < losses[0]  # nats: an end of a speech cannot be foreseen
     status = json.loads((tmp_path / "ranks-2/run/status.json").read_text())
     assert status["metrics"]["bits_per_character"] == pytest.approx(status["metrics"]["loss"] / np.log(2))
-    assert status["metrics"]["bits_per_character"] < 1
+    assert status["metrics"]["bits_per_character"] < 1.2
     one = json.loads((tmp_path / "ranks-1/run/status.json").read_text())
     assert one["metrics"]["loss"] == pytest.approx(status["metrics"]["loss"], rel=1e-9)
 

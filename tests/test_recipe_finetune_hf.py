@@ -74,6 +74,24 @@ def test_norms_and_biases_are_not_decayed_and_a_tied_weight_comes_once() -> None
     assert (decayed["weight_decay"], others["weight_decay"], len(others["params"])) == (0.1, 0.0, 3)
 
 
+def test_each_token_weighs_the_same_whatever_it_is_padded_with() -> None:
+    module = sys.modules[load_recipe(str(shipped.RECIPES / "finetune_hf.py")).build.__module__]
+    table = torch.nn.Embedding(9, 9)
+
+    def model(*, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        assert attention_mask.sum() == sum(lengths)
+        return SimpleNamespace(logits=table(input_ids))
+
+    lengths = [7, 2, 4]
+    samples = [torch.arange(1, size + 1) for size in lengths]
+    together = module.loss(model, module.collate(samples))
+    assert together.count == 6 + 1 + 3
+    lengths, alone = [7], torch.nn.functional.cross_entropy(table(samples[0][:-1]), samples[0][1:], reduction="sum")
+    assert module.loss(model, module.collate(samples[:1])).total.item() == pytest.approx(alone.item())
+    rest = [torch.nn.functional.cross_entropy(table(one[:-1]), one[1:], reduction="sum") for one in samples[1:]]
+    assert together.total.item() == pytest.approx((alone + sum(rest)).item())
+
+
 @pytest.mark.slow
 def test_it_learns_the_same_on_two_ranks_and_from_pretrained_loads_the_export(folder: Path, tmp_path: Path) -> None:
     losses = shipped.assert_same_numbers("finetune_hf", *flags(folder, *LEARNING), tmp_path=tmp_path)
