@@ -109,8 +109,8 @@ def _up(asked: argparse.Namespace) -> None:
     with locked(plan.folder):
         lifecycle.up(plan, has_network=asked.netns is not False and not obstacle)
     if obstacle:
-        names = f"all nodes share this machine's name and address; {plan.names[0]} does not resolve"
-        say(f"no network namespaces here ({obstacle}): {names}.")
+        same = f"all nodes share this machine's name and address; {plan.names[0]} does not resolve"
+        say(f"no network namespaces here ({obstacle}): {same}.")
     say(f'{" ".join(plan.names)} up in {time.monotonic() - begin:.1f} s. Next: eval "$(slurm/dev_cluster env {plan.folder})"')
 
 

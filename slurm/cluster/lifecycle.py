@@ -29,8 +29,9 @@ def up(plan: Plan, *, has_network: bool) -> State:
         if has_network:
             state.network = network.make_bridge()
         state.addresses = config.node_addresses(plan, network=state.network)
+        state.port, *ports = _free_ports(1 + plan.nodes)
         state.save()
-        _write(plan, state=state)
+        _write(plan, state=state, ports=ports)
         _start(state)
     except BaseException as error:  # also Ctrl-C: nothing is left running
         tails = _tails(folder)
@@ -68,10 +69,9 @@ def claim(folder: Path) -> None:
     prepare(folder)
 
 
-def _write(plan: Plan, *, state: State) -> None:
+def _write(plan: Plan, *, state: State, ports: list[int]) -> None:
     etc = plan.folder / "etc"
-    ports = _free_ports(1 + plan.nodes)
-    state.config.write_text(config.slurm_conf(plan, network=state.network, ports=ports))
+    state.config.write_text(config.slurm_conf(plan, network=state.network, ports=[state.port, *ports]))
     (etc / "gres.conf").write_text(config.gres_conf(plan))
     (etc / "hosts").write_text(config.hosts(plan, network=state.network))
     (etc / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
@@ -97,9 +97,17 @@ def _start(state: State) -> None:
         for node in state.addresses:
             network.hold(state, node)
     state.start("slurmctld", [tool("slurmctld"), "-D", "-f", str(state.config)])
+    # a slurmd that finds no controller tries again after 10 s
+    wait_until(lambda: _listens(state) or not state.is_alive("slurmctld"), within_s=START_S, what="slurmctld to listen")
     for node in state.addresses:
         nodes.start(state, node)
     wait_until(lambda: _is_ready(state), within_s=START_S, what="all nodes to be idle")
+
+
+def _listens(state: State) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((config.controller_address(state.network), state.port)) == 0
 
 
 def _is_ready(state: State) -> bool:

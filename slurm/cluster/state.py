@@ -22,11 +22,15 @@ FOLDERS = ("bin", "ctld", "dev", "etc", "log", "munge", "run", "spool")
 
 @dataclass(kw_only=True)
 class State:
-    """A cluster that is up, or half so. `network` numbers its bridge and addresses; `pids` has (id, start time) by name."""
+    """A cluster that is up, or half so.
+
+    `network` numbers its bridge and addresses, `port` is the controller's, and `pids` has (id, start time) by name.
+    """
 
     folder: Path
     addresses: dict[str, str]
     network: int | None = None
+    port: int = 0
     pids: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -79,6 +83,7 @@ def read_state(folder: Path) -> State | None:
         folder=folder,
         addresses=facts["addresses"],
         network=facts["network"],
+        port=facts["port"],
         pids={name: (pid, started) for name, (pid, started) in facts["pids"].items()},
     )
 
