@@ -23,6 +23,7 @@ class Executor(SlurmExecutor):
     def __init__(self, plan: SlurmPlan):
         super().__init__(plan.folder, python=plan.python)
         self._plan = plan
+        self._temporary = Path(plan.folder)
 
     def submit_plan(self) -> list[Job[str]]:
         """Submits the plan as one job. Returns: a `Job` for each of its runs. Raises: LaunchError with what sbatch has said."""
@@ -32,13 +33,14 @@ class Executor(SlurmExecutor):
         pickles = [folder / f".{uuid.uuid4().hex}.pkl" for _ in calls]
         for call, path in zip(calls, pickles, strict=True):
             call.dump(path)
-        before = set(folder.glob(".submission_file_*"))
         try:
             first: Job[str] = self._submit_command(self._submitit_command_str)
         except utils.FailedJobError as error:
-            for left in [*pickles, *(set(folder.glob(".submission_file_*")) - before)]:
-                left.unlink()
+            for path in pickles:
+                path.unlink()
             raise LaunchError(f"sbatch: {_said(error)}") from error
+        finally:
+            self._temporary.unlink(missing_ok=True)  # SLURM has its own copy
         jobs = [first]
         if plan.is_array:
             tasks = range(first.num_tasks)
@@ -49,6 +51,10 @@ class Executor(SlurmExecutor):
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return render(self._plan)
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        self._temporary = submission_file_path
+        return ["sbatch", str(submission_file_path)]
 
     def _num_tasks(self) -> int:
         return self._plan.nodes * (self._plan.processes if self._plan.launcher == "srun" else 1)

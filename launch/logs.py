@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from launch.plan import LaunchError, answered
@@ -18,7 +18,7 @@ from launch.runs import FoundRun, find
 
 POLL_S = 0.5
 RANK_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")  # of a rank's log, local time
-JOB_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")  # of a batch script, UTC
+JOB_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} ")  # of a batch script
 
 
 @dataclass
@@ -51,7 +51,7 @@ def _time(line: str) -> float:
     if match := RANK_TIME.match(line):
         return datetime.strptime(match[0].strip(), "%Y-%m-%d %H:%M:%S,%f").timestamp()
     if match := JOB_TIME.match(line):
-        return datetime.strptime(match[0].strip(), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+        return datetime.strptime(match[0].strip(), "%Y-%m-%dT%H:%M:%S%z").timestamp()
     return 0.0
 
 

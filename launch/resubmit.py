@@ -3,7 +3,6 @@
 Owns: what of the earlier submission may change. Refuses: new code, unless `--new-code` asks for it.
 """
 
-import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -45,8 +44,8 @@ def _main(argv: Sequence[str]) -> int:
     reader.add_argument("--new-code", action="store_true", help="copy the code as it is now")
     reader.add_argument("run", help="its folder or a job id")
     reader.add_argument("words", nargs="*", metavar="-- recipe flags", help="flags that are added, for instance -- --max-steps 900")
-    reader.set_defaults(**dict.fromkeys(vars(reader.parse_args(["RUN"])), argparse.SUPPRESS))  # so that only what is typed changes
-    given = {name: value for name, value in vars(reader.parse_args(argv)).items() if value != argparse.SUPPRESS}
+    reader.set_defaults(**dict.fromkeys(vars(reader.parse_args(["RUN"]))))  # None: not typed, and so not changed
+    given = {name: value for name, value in vars(reader.parse_args(argv)).items() if value is not None}
     run = find(given["run"])
     plan = plan_again(run, given)
     if given.get("dry_run"):

@@ -15,7 +15,7 @@ PREFLIGHT_S = 60
 TOLD = """\
 told=""
 trap 'told=yes' TERM                              # scancel and scontrol requeue tell this shell too; a preemption tells the ranks alone
-say() { printf '%s ddp-kit: %s\\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*"; }
+say() { printf '%(%Y-%m-%dT%H:%M:%S%z)T ddp-kit: %s\\n' -1 "$*"; }
 life=${SLURM_RESTART_COUNT:-0}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}

@@ -5,6 +5,7 @@ Owns: the command line up to the recipe, and the order of things at a submission
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import re
 import sys
@@ -133,6 +134,8 @@ def submit_runs(plan: SlurmPlan) -> "list[Job[str]]":
         code_of(Path(plan.source), copy=Path(plan.snapshot)).take()
     if "SLURM_JOB_ID" in environment():
         leave_job()
+    if importlib.util.find_spec("submitit") is None:
+        raise LaunchError("submitting needs submitit: pip install 'ddp_kit[slurm]'.")
     from launch.executor import Executor
 
     jobs = Executor(plan).submit_plan()

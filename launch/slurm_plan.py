@@ -128,11 +128,24 @@ def _text_faults(plan: SlurmPlan) -> list[str]:
         faults.append(f"--time {plan.time}: expected minutes, HH:MM:SS or D-HH:MM:SS")
     if plan.memory and not MEMORY.fullmatch(plan.memory):
         faults.append(f"--mem {plan.memory}: expected a number with K, M, G or T, for instance 64G")
-    texts = ("partition", "qos", "account", "constraint", "exclude", "nodelist", "dependency", "container_image", "container_mounts")
+    texts = (
+        "name",
+        "partition",
+        "qos",
+        "account",
+        "constraint",
+        "exclude",
+        "nodelist",
+        "dependency",
+        "container_image",
+        "container_mounts",
+    )
     faults += [f"--{name.replace('_', '-')}: it holds a line break" for name in texts if "\n" in getattr(plan, name)]
     for path in dict.fromkeys((plan.folder, plan.chdir, *(run.folder for run in plan.runs))):
-        if "%" in path or "\n" in path:  # SLURM and submitit put job ids in place of %j and the like
-            faults += [f"{path!r}: a folder of a SLURM job must have no % and no line break in its path. Type another --run-dir"]
+        if set(path) & set("%\\\n"):  # SLURM and submitit put job ids in place of %j; SLURM drops backslashes
+            faults += [f"{path!r}: a folder of a SLURM job must have no %, \\ or line break in its path. Type another --run-dir"]
+    if any(":" in path for path in plan.code):  # between Python's folders
+        faults += [f"{plan.snapshot!r}: Python looks into no folder with a : in its path. Type another --run-dir, or --no-snapshot"]
     return faults
 
 

@@ -7,6 +7,7 @@ Refuses: looking at results; `--show` hands that to `ddp_kit.commands.results`.
 import argparse
 import itertools
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -35,6 +36,8 @@ def points_of(grids: Sequence[str]) -> list[dict[str, str]]:
         elif name in axes:
             faults.append(f"--grid {name} is given twice")
         axes[name] = list(dict.fromkeys(values.split(",")))
+        if len({folder_of({name: value}) for value in axes[name]}) < len(axes[name]):
+            faults.append(f"--grid {grid}: some of these values make the same folder name")
     if not grids:
         faults.append("--grid is missing: ddp-kit sweep --grid lr=0.1,0.2 RECIPE.py")
     if faults:
@@ -44,7 +47,7 @@ def points_of(grids: Sequence[str]) -> list[dict[str, str]]:
 
 def folder_of(point: Point) -> str:
     """Returns the name of a point's run directory."""
-    return ",".join(f"{name}={value}" for name, value in point.items()).replace("/", "_")
+    return re.sub(r"[/%\\\n]", "_", ",".join(f"{name}={value}" for name, value in point.items()))
 
 
 def flags_of(point: Point) -> list[str]:
