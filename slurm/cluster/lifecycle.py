@@ -17,7 +17,7 @@ from cluster.processes import end
 from cluster.state import State, prepare, read_state
 from cluster.tools import ClusterError, output_of, tool, wait_until
 
-START_S, STOP_S = 30.0, 5.0
+START_S, STOP_S = 30.0, 1.0  # a controller asked to stop waits for nodes that will not answer
 TAIL = 5  # lines of each log that a failed start shows
 
 
@@ -50,7 +50,7 @@ def down(state: State) -> None:
     if state.is_alive("slurmctld"):
         with contextlib.suppress(subprocess.TimeoutExpired):  # whoever waits for a job outside (srun) learns that it is over
             words = [tool("scancel"), "--full", f"--user={config.user_name()}"]
-            subprocess.run(words, env=state.environ, capture_output=True, timeout=STOP_S)
+            subprocess.run(words, env=state.environ, capture_output=True, timeout=5 * STOP_S)
     faults = []
     for node in state.addresses:
         try:
