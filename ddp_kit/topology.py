@@ -128,9 +128,6 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
     node_rank = _integer(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
     if node_rank >= len(tasks):
         raise ConfigError(f"SLURM_NODEID={node_rank} is outside SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']}.")
-    job = environ.get("SLURM_JOB_ID", "0")
-    restarts = environ.get("SLURM_RESTART_COUNT", "0")
-    derived = 20000 + (int(job) * 7 + int(restarts)) % 10000 if job.isdigit() and restarts.isdigit() else 29500
     return Topology(
         rank=_integer(environ, "SLURM_PROCID"),
         local_rank=_integer(environ, "SLURM_LOCALID"),
@@ -140,7 +137,7 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
         nodes=len(tasks),
         launcher="slurm",
         master=environ.get("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"])),
-        port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else derived,
+        port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _step_port(environ),
         source={
             "rank": "SLURM_PROCID",
             "local_rank": "SLURM_LOCALID",
@@ -150,6 +147,14 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
             "nodes": "SLURM_STEP_TASKS_PER_NODE",
         },
     )
+
+
+def _step_port(environ: Mapping[str, str]) -> int:
+    """A port that all ranks of a step agree on and others do not take: other jobs, this job's last life, its other steps."""
+    job, restarts, step = (environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    if not (job.isdigit() and restarts.isdigit() and step.isdigit()):
+        return 29500
+    return 20000 + (int(job) * 7 + int(restarts) + int(step) * 1009) % 10000
 
 
 def expand_tasks(text: str) -> list[int]:
