@@ -61,8 +61,9 @@ class Cluster:
         return self.run("sbatch", "--parsable", *words, **variables).strip().partition(";")[0]
 
     def state(self, job: str) -> str:
-        """Returns a job's state: PENDING, RUNNING, COMPLETED, ..."""
-        return self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+        """Returns a job's state: PENDING, RUNNING, COMPLETED, ...; for an array, all that its elements are in."""
+        found = self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").split()
+        return " ".join(sorted(set(found)))
 
     def facts(self, job: str) -> dict[str, str]:
         """Returns what SLURM knows of a job: JobState, Restarts, NodeList, Reason, ExitCode, ..."""
@@ -70,12 +71,22 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: str, *, state: str, within_s: float = 20) -> None:
-        """Waits for a state. Fails the test after `within_s` seconds, or at once when the job has ended otherwise."""
+        """Waits for a state (of all elements of an array). Fails the test after `within_s` seconds, or at once when the job has ended otherwise."""
         end = time.monotonic() + within_s
         while (found := self.state(job)) != state:
-            assert found not in ENDED, f"job {job} ended as {found}, not {state}: {self.facts(job)}"
-            assert time.monotonic() < end, f"job {job} is {found} after {within_s} s, not {state}: {self.facts(job)}"
+            assert not set(found.split()) & set(ENDED) - {state}, f"job {job} ended as {found}, not {state}. {self.story(job)}"
+            assert time.monotonic() < end, f"job {job} is {found} after {within_s} s, not {state}. {self.story(job)}"
             time.sleep(POLL_S)
+
+    def story(self, job: str) -> str:
+        """Returns what is known of a job for an error message: SLURM's reasons, and the end of its output."""
+        facts = self.facts(job)
+        known = ", ".join(
+            f"{name}={facts.get(name)}" for name in ("Reason", "ExitCode", "Restarts", "NodeList", "ReqNodeList", "StartTime")
+        )
+        with contextlib.suppress(OSError):
+            known += "\n" + Path(facts["StdOut"]).read_text(errors="replace")[-2000:]
+        return known
 
     def wait_node(self, node: str, *, state: str, within_s: float = 20) -> None:
         """Waits until a node is in a state as sinfo has it: idle, down, mix, ..."""

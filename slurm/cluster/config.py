@@ -17,6 +17,15 @@ LONGEST = "/spool/{name}/{name}_99999999.4294967290.0"  # a step daemon's socket
 MOST_NODES = 250  # addresses of a /24 network, one of them the controller's
 NETWORK = (198 << 24) + (18 << 16)  # 198.18.0.0/15 is set aside for test networks (RFC 2544): nobody's own
 NETWORKS = 512
+LEAST = {
+    "cpus": 1,
+    "gpus": 0,
+    "memory_mib": 1,
+    "grace_s": 0,
+    "kill_wait_s": 0,
+    "slurmd_timeout_s": 1,
+    "requeue_delay_s": 5,  # SLURM takes less for its default, 120
+}
 
 # Without accounting sacct only fails, and submitit then never sees that a job has died. This answers the one question that submitit asks,
 # from the controller's memory, and others from the job completion log.
@@ -53,8 +62,7 @@ class Plan:
         faults = []
         if not 1 <= self.nodes <= MOST_NODES:
             faults.append(f"--nodes {self.nodes}: expected 1 to {MOST_NODES}")
-        for name in ("cpus", "memory_mib", "slurmd_timeout_s", "requeue_delay_s", "gpus", "grace_s", "kill_wait_s"):
-            least = 0 if name in ("gpus", "grace_s", "kill_wait_s") else 1
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 faults.append(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {least} or more")
         if not re.fullmatch(r"[a-z][a-z-]{0,19}", self.prefix):

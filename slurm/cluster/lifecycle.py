@@ -17,7 +17,7 @@ from cluster.processes import end
 from cluster.state import State, prepare, read_state
 from cluster.tools import ClusterError, output_of, tool, wait_until
 
-START_S, STOP_S = 30.0, 5.0
+START_S, STOP_S = 30.0, 1.0  # a controller asked to stop waits for nodes that will not answer
 TAIL = 5  # lines of each log that a failed start shows
 
 
@@ -43,19 +43,29 @@ def up(plan: Plan, *, has_network: bool) -> State:
 
 
 def down(state: State) -> None:
-    """Ends everything that was started from the folder, frozen or not, and removes its network. Logs stay."""
+    """Ends everything that was started from the folder, frozen or not, and removes its network. Logs stay.
+
+    Raises: ClusterError for what would not end. The folder still knows of it, so that another `down` tries again.
+    """
     if state.is_alive("slurmctld"):
         with contextlib.suppress(subprocess.TimeoutExpired):  # whoever waits for a job outside (srun) learns that it is over
             words = [tool("scancel"), "--full", f"--user={config.user_name()}"]
-            subprocess.run(words, env=state.environ, capture_output=True, timeout=STOP_S)
+            subprocess.run(words, env=state.environ, capture_output=True, timeout=5 * STOP_S)
+    faults = []
     for node in state.addresses:
-        nodes.kill(state, node)
-    for name in ("slurmctld", "munged", *(network.holder_of(node) for node in state.addresses)):
-        pid, started = state.pids.get(name, (0, 0))
-        if pid:
-            end(pid, started=started, within_s=STOP_S)
+        try:
+            nodes.kill(state, node)
+        except ClusterError as error:
+            faults.append(f"{node}: {error}")
+    daemons = ["slurmctld", "munged", *(network.holder_of(node) for node in state.addresses)]
+    for pid, started in nodes.clients_of(state):  # they would wait for steps that cannot answer any more
+        end(pid, started=started, within_s=0)
+    for pid, started in [state.pids[name] for name in daemons if name in state.pids]:
+        end(pid, started=started, within_s=STOP_S)
     if state.network is not None:
         network.remove_bridge(state.network)
+    if faults:
+        raise ClusterError(" ".join(faults))
     state.forget()
 
 
@@ -72,6 +82,8 @@ def claim(folder: Path) -> None:
 def _write(plan: Plan, *, state: State, ports: list[int]) -> None:
     etc = plan.folder / "etc"
     state.config.write_text(config.slurm_conf(plan, network=state.network, ports=[state.port, *ports]))
+    if not Path("/sys/fs/cgroup").is_mount():  # in some containers; looking there for the version would end slurmd
+        (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (etc / "gres.conf").write_text(config.gres_conf(plan))
     (etc / "hosts").write_text(config.hosts(plan, network=state.network))
     (etc / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")

@@ -7,9 +7,22 @@ import os
 import signal
 
 from cluster.network import entry, holder_of
-from cluster.processes import command_of, everyone, has_open, has_variables, is_stopped, network_of, settle, start_time, with_descendants
+from cluster.processes import (
+    command_of,
+    everyone,
+    has_open,
+    has_variables,
+    is_stopped,
+    network_of,
+    program_of,
+    settle,
+    start_time,
+    with_descendants,
+)
 from cluster.state import State
 from cluster.tools import tool
+
+CLIENTS = ("salloc", "sattach", "sbatch", "srun")
 
 
 def daemon_of(node: str) -> str:
@@ -50,6 +63,12 @@ def daemons_on(state: State, node: str) -> set[int]:
 def jobs_on(state: State, node: str) -> set[int]:
     """Returns the ids of all that runs on a node beside its slurmd: jobs, and what they have left behind."""
     return running_on(state, node) - ({state.pids[daemon_of(node)][0]} if state.is_alive(daemon_of(node)) else set())
+
+
+def clients_of(state: State) -> list[tuple[int, int]]:
+    """Returns (id, start time) of the commands that wait for this cluster's jobs outside its nodes."""
+    found = [pid for pid in everyone() if program_of(pid) in CLIENTS and has_variables(pid, [f"SLURM_CONF={state.config}"])]
+    return [(pid, started) for pid in found if (started := start_time(pid)) is not None]
 
 
 def running_on(state: State, node: str) -> set[int]:

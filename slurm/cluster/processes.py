@@ -30,6 +30,14 @@ def command_of(pid: int) -> str:
         return ""
 
 
+def program_of(pid: int) -> str:
+    """Returns the name of the file that a process runs, "" if it cannot be read."""
+    try:
+        return (PROC / str(pid) / "exe").readlink().name
+    except OSError:
+        return ""
+
+
 def everyone() -> Iterator[int]:
     """Yields the ids of all processes."""
     return (int(name) for name in os.listdir(PROC) if name.isdigit())  # noqa: PTH208  # a tenth of Path.iterdir's time
@@ -108,13 +116,15 @@ def is_stopped(pid: int) -> bool:
 def end(pid: int, *, started: int, within_s: float) -> None:
     """Ends a process with SIGTERM, after `within_s` seconds with SIGKILL. One that has ended is no matter."""
     limit = time.monotonic() + within_s
-    number = signal.SIGTERM
+    if start_time(pid) == started:
+        send([pid], signal.SIGTERM)
+        send([pid], signal.SIGCONT)  # a stopped one wakes for its SIGTERM
     while start_time(pid) == started:
-        send([pid], number)
         with contextlib.suppress(ChildProcessError):  # `up` is still the parent of daemons that it ends after a failure
             os.waitpid(pid, os.WNOHANG)
+        if time.monotonic() > limit:
+            send([pid], signal.SIGKILL)
         time.sleep(POLL_S)
-        number = signal.SIGKILL if time.monotonic() > limit else signal.SIGCONT  # a stopped one wakes for its SIGTERM
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -77,7 +77,7 @@ def read_state(folder: Path) -> State | None:
     """Returns what is up in a folder, None for nothing."""
     try:
         facts = json.loads((folder / "cluster.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return State(
         folder=folder,
