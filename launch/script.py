@@ -32,16 +32,16 @@ last=$?
 if [ "$last" -ne 127 ]; then rc=$last; fi         # 127: the loop has had its code already
 """
 END = """\
-if [ -e "$run/requeue" ]; then                    # rank 0 leaves it once a stopped run is saved
+if [ -e "$run/requeue" ]; then                    # rank 0 leaves it when a stopped run is saved
   rc=75
   if [ -n "$told" ]; then
-    say "life $life of job $job is saved; SLURM itself ends or requeues the job"
+    say "life $life of job $job has stopped with nothing lost; SLURM itself ends or requeues the job"
   elif [ "$life" -ge "$max_requeues" ]; then
-    say "life $life of job $job is saved, and the limit of $max_requeues requeues is reached. To go on: ddp-kit resubmit $run"
-  elif scontrol requeue "$job"; then
-    say "life $life of job $job is saved: requeued"
+    say "life $life of job $job has stopped with nothing lost: the limit of $max_requeues requeues is reached. To go on: ddp-kit resubmit $run"
+  elif scontrol requeue "$job" || [ -n "$told" ]; then  # SLURM tells scontrol too, at once
+    say "life $life of job $job has stopped with nothing lost: requeued"
   else
-    say "life $life of job $job is saved, but it could not be requeued. To go on: ddp-kit resubmit $run"
+    say "life $life of job $job has stopped with nothing lost: it could not be requeued. To go on: ddp-kit resubmit $run"
   fi
 fi
 say "life $life of job $job ends with exit code $rc"

@@ -7,6 +7,7 @@ submitit's handlers ignore SIGTERM and requeue at once on SIGUSR2. Here they are
 """
 
 import json
+import os
 import runpy
 import signal
 import socket
@@ -26,10 +27,24 @@ REQUEUE = 75
 
 def rank(run_dir: str, *words: str) -> str:
     """Runs `ddp_kit.train` in this task, which is one rank. Returns: the run's status as JSON text. Raises: SystemExit with its code."""
-    for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)  # until ddp_kit's own handlers are there, nothing can be lost
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, _too_early(Path(run_dir)))
     sys.argv = ["ddp_kit.train", *words]
     return _ended(lambda: runpy.run_module("ddp_kit.train", run_name="__main__", alter_sys=True), run_dir=Path(run_dir))
+
+
+def _too_early(run_dir: Path) -> Callable[[int, FrameType | None], None]:
+    """Returns the handler of signals until ddp_kit's own is there: this life has done nothing yet, and the next one may begin."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if not environment().get("DDP_KIT_REQUEUE"):
+            os._exit(128 + number)
+        if environment()["SLURM_PROCID"] == "0":
+            (run_dir / "requeue").write_text(f"{signal.Signals(number).name} before training began\n")
+        os._exit(REQUEUE)
+
+    return leave
 
 
 def agent(run_dir: str, *words: str) -> str:

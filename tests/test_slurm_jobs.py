@@ -119,7 +119,7 @@ def test_a_warning_leads_to_a_save_a_requeue_and_a_life_that_goes_on(trained: Tr
     run = trained("--max-steps", "60", "--pace-s", "0.1")
     run.until_step(4)
     run.cluster.run("scancel", "--signal=USR1", run.id)
-    run.until(lambda: "is saved: requeued" in run.log)
+    run.until(lambda: "nothing lost: requeued" in run.log)
     assert run.status["status"] == "preempted"
     assert run.status["exit_code"] == 75
     saved = run.status["step"]
@@ -211,9 +211,19 @@ def test_scancel_leaves_nothing_and_is_no_reason_to_requeue(trained: Trained) ->
 
 
 @pytest.mark.slow
+def test_a_warning_that_comes_before_training_requeues_the_job_too(trained: Trained) -> None:
+    run = trained(*SHORT)
+    run.until(lambda: "Loading pickle" in run.said(1))
+    run.cluster.run("scancel", "--signal=USR1", run.id)
+    run.until(lambda: "nothing lost: requeued" in run.log)
+    run.ended()
+    assert run.status["status"] == "finished"
+
+
+@pytest.mark.slow
 def test_the_real_time_limit_is_met_with_a_save(trained: Trained) -> None:
     run = trained(*LONG, slurm=["--time", "1", "--warn-s", "30", "--max-requeues", "1"])
-    run.until(lambda: "is saved: requeued" in run.log, within_s=90)
+    run.until(lambda: "nothing lost: requeued" in run.log, within_s=90)
     run.until(lambda: "life 1 of job" in run.log)
     assert cancel.main([run.id]) == 0
     run.ended()
@@ -231,25 +241,38 @@ def test_the_budget_of_requeues_ends_the_run(trained: Trained) -> None:
     assert "the limit of 1 requeues is reached. To go on: ddp-kit resubmit" in run.log
 
 
+SAVING = ("--max-steps", "150", "--pace-s", "0.1", "--save-every", "10")
+
+
+def resumed_at(run: Submitted) -> list[int]:
+    return [event["step"] for event in run.lines("events.jsonl") if event["event"] == "resume"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["down", "killed"])
-def test_a_lost_node_costs_at_most_the_steps_since_the_last_save(trained: Trained, how: str) -> None:
-    run = trained("--max-steps", "150", "--pace-s", "0.1", "--save-every", "10", slurm=["--nodes", "2", "--sbatch", "exclusive"])
+def test_a_node_that_is_taken_down_costs_nothing(trained: Trained) -> None:
+    run = trained(*SAVING, slurm=["--nodes", "2", "--sbatch", "exclusive"])
     run.until_step(25)
-    if how == "down":
-        run.cluster.run("scontrol", "update", "nodename=n1", "state=down", "reason=test")
-    else:
-        run.cluster.control("kill-node", "n1")
+    run.cluster.run("scontrol", "update", "nodename=n1", "state=down", "reason=test")
     run.until(lambda: run.cluster.facts(run.id)["Restarts"] == "1", within_s=90)
-    if how == "down":
-        run.cluster.run("scontrol", "update", "nodename=n1", "state=resume")
-    else:
-        run.cluster.control("start-node", "n1")
+    run.cluster.run("scontrol", "update", "nodename=n1", "state=resume")
     run.ended(within_s=120)
     assert run.status["status"] == "finished"
-    begins = [event["step"] for event in run.lines("events.jsonl") if event["event"] == "resume"]
-    assert begins
-    assert begins[0] >= 20
+    assert resumed_at(run)[0] >= 20
+
+
+@pytest.mark.slow
+def test_a_killed_node_costs_the_steps_since_the_last_save(trained: Trained) -> None:
+    run = trained(*SAVING, slurm=["--sbatch", "exclusive"])
+    run.until_step(25)
+    node = run.cluster.facts(run.id)["NodeList"]
+    run.cluster.control("kill-node", node)
+    run.until(lambda: run.cluster.facts(run.id)["Restarts"] == "1", within_s=90)
+    run.ended(within_s=120)
+    assert run.cluster.facts(run.id)["NodeList"] != node
+    assert run.status["status"] == "finished"
+    assert resumed_at(run)[0] in (20, 30)
+    run.cluster.control("start-node", node)
+    run.cluster.wait_node(node, state="idle", within_s=60)
 
 
 @pytest.mark.slow
@@ -258,7 +281,7 @@ def test_an_agent_on_each_node_trains_saves_and_comes_back(trained: Trained, lau
     run = trained("--max-steps", "80", "--pace-s", "0.1", slurm=["--nodes", "2", "--nproc-per-node", "1", "--launcher", launcher])
     run.until_step(5, within_s=120)
     run.cluster.run("scancel", "--signal=USR1", run.id)
-    run.until(lambda: "is saved: requeued" in run.log)
+    run.until(lambda: "nothing lost: requeued" in run.log)
     run.ended(within_s=150)
     steps = [record["step"] for record in run.lines("metrics.jsonl") if record["kind"] == "train"]
     assert steps == list(range(1, 81))
