@@ -5,6 +5,7 @@ Refuses: going on from a checkpoint of another run by accident.
 """
 
 import json
+import logging
 import os
 import shlex
 import socket
@@ -26,6 +27,7 @@ from ddp_kit.environment import describe
 from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
+from ddp_kit.past import last_step, starts_of_job
 from ddp_kit.peak import peak_flops
 from ddp_kit.recipe import Recipe, RecipeSource
 from ddp_kit.report import Reporter
@@ -36,6 +38,8 @@ from ddp_kit.trackers import Tracker, redact
 from ddp_kit.trackers.console import Console
 from ddp_kit.trackers.jsonl import JsonlTracker, json_text, read_json
 
+REQUEUE_FILE = "requeue"  # in the run directory: the launcher's batch script starts the job again if it is there at the end
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -45,6 +49,8 @@ class Place:
     path: Path
     run_id: str
     earlier: Mapping[str, object]  # the status that an earlier life left
+    last_step: int = 0  # that the life before is known to have done
+    starts: Sequence[int] = ()  # at which this job's earlier lives began
 
     @property
     def checkpoints(self) -> Path:
@@ -77,15 +83,16 @@ def open_directory(settings: Settings, group: Group, *, name: str, source: Recip
                 "--resume never forbids to go on with it. Type another --run-dir, or leave --resume out."
             )
         claimed(directory)
+        (path / REQUEUE_FILE).unlink(missing_ok=True)  # of a life that is over
         run_id = str(read_json(path / "settings.json").get("run_id", "")) if earlier else ""
-        place = replace(place, run_id=run_id or place.run_id, earlier=earlier)
+        place = replace(place, run_id=run_id or place.run_id, earlier=earlier, starts=starts_of_job(path))
+        place = replace(place, last_step=last_step(path, earlier)) if earlier else place
         if not run_id:
             write_facts(directory, settings, group, place=place, source=source)
         if not earlier:
             directory.status("running")
-    facts_of_run = json_text({"path": path, "run_id": place.run_id, "earlier": place.earlier}).encode()
-    agreed = json.loads(from_rank(group, facts_of_run))
-    place = Place(name=name, path=Path(agreed["path"]), run_id=agreed["run_id"], earlier=agreed["earlier"])
+    agreed = json.loads(from_rank(group, json_text(vars(place)).encode()))
+    place = Place(**(agreed | {"path": Path(agreed["path"])}))
     require_shared(place.path, place.run_id, group=group)
     return place
 
@@ -180,7 +187,8 @@ def peak_rate(recipe: Recipe, settings: Settings, group: Group) -> float:
 def say(composition: Composition, group: Group, path: Path) -> None:
     """The lines at start: where, the split, the defaults for speed, and what wrapping found."""
     training = composition.training
-    logger.debug("%s", facts(group.topology))
+    topology = group.topology
+    logger.log(logging.DEBUG if topology.launcher == "none" else logging.INFO, "ranks by %s: %s", topology.launcher, facts(topology))
     tuned = [*group.tuned, *training.tuned, *(["channels_last"] if composition.evaluator.placement.channels_last else [])]
     logger.info("run %s on %s x %s, %d steps", path, group.world_size, group.device.type, composition.pace.end)
     logger.info("batch: %s", batching.describe(training.plan))

@@ -119,10 +119,16 @@ class Evaluator:
     names: dict[str, float] = field(default_factory=dict)  # what an evaluation will report, known from one micro-batch
 
     def __call__(
-        self, model: nn.Module, *, average: WeightAverage | None = None, limit: int | None = None, summarizes: bool = False
+        self,
+        model: nn.Module,
+        *,
+        average: WeightAverage | None = None,
+        limit: int | None = None,
+        summarizes: bool = False,
+        heed: Callable[[], None] | None = None,
     ) -> dict[str, float]:
         """Returns the metrics of all sets, of the averaged weights where there are some. `limit` micro-batches: a trial,
-        which leaves `summarize` out unless told otherwise."""
+        which leaves `summarize` out unless told otherwise. `heed` is called after each micro-batch."""
         metrics: dict[str, float] = {}
         with average.applied() if average is not None else nullcontext():
             for prefix, data in self.sets.items():
@@ -135,6 +141,7 @@ class Evaluator:
                         summarize=self.recipe.summarize if limit is None or summarizes else None,
                         precision=self.settings.precision,
                         seed=self.settings.seed,
+                        heed=heed,
                     )
                 metrics |= {prefix + name: value for name, value in found.items()}
         return metrics

@@ -5,7 +5,8 @@ Refuses: errors (a raising rank's peers sit in an all-reduce), objects, and wait
 read at a later one.
 
 The packet is an int64 vector reduced with MAX over a gloo group of its own. A field that names a rank is value x 2^16 + rank.
-For very short steps it is sent every few steps, at an interval that all ranks derive from the packet itself.
+For very short steps it is sent every few steps, at an interval that all ranks derive from the packet itself. An evaluation's micro-batches
+are such steps too.
 """
 
 import math
@@ -25,18 +26,18 @@ SHIFT = 16
 class Field(IntEnum):
     """Positions in the packet."""
 
-    STOP = 0  # signal number x 2^16 + rank
+    STOP = 0  # why to stop x 2^16 + rank
     CULPRIT = 1  # (step of a non-finite loss + 1) x 2^16 + rank
     STEP_US = 2  # longest time of a step, microseconds
-    SAVE = 3  # 1: a save is due by wall time
+    SAVE = 3  # 1: a save is due by wall time, or asked for
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks know at this boundary. Zero signal: no stop. Culprit rank -1: none."""
+    """What all ranks know at this boundary. `stop` is a `preemption.Stop`, 0: none. Culprit rank -1: none."""
 
-    signal: int = 0
-    signal_rank: int = -1
+    stop: int = 0
+    stop_rank: int = -1
     culprit_step: int = -1
     culprit_rank: int = -1
     saves: bool = False
@@ -52,40 +53,57 @@ class Control:
         self._group = group
         self._work: dist.Work | None = None
         self._packet = torch.zeros(len(Field), dtype=torch.int64)
-        self._next = 0
+        self._position = self._next = 0  # in boundaries of this life
         self._last = (0, time.perf_counter())
+        self._kind, self._is_new_kind = "training", False
+        self._step_s: dict[str, float] = {}  # the last one of each kind, on the slowest rank
         self._culprit_step = -1
 
     def name_culprit(self, step: int) -> None:
         """Notes that this rank's loss of `step` was not finite."""
         self._culprit_step = step
 
-    def boundary(self, step: int, *, signal: int, saves: bool = False) -> Decision:
+    def boundary(self, *, stop: int = 0, saves: bool = False) -> Decision:
         """Reads the packet that is due and sends the next one. Returns an empty decision where nothing was due."""
-        if step < self._next:
+        self._position += 1
+        if self._position < self._next:
             return NOTHING
         decision = self._read()
-        interval = self._interval()
-        self._send(step, signal=signal, saves=saves)
-        self._next = step + interval
+        step_s = int(self._packet[Field.STEP_US]) / 1e6
+        interval = 1 if self._is_new_kind else _interval(step_s)
+        if step_s and not self._is_new_kind:
+            self._step_s[self._kind] = step_s
+        self._is_new_kind = False
+        self._send(stop=stop, saves=saves)
+        self._next = self._position + interval
         return decision
 
-    def exchange(self, step: int, *, signal: int = 0) -> Decision:
+    def change_pace(self, kind: str) -> None:
+        """The boundaries to come are of another kind, whose length is not known yet. Every rank calls it."""
+        self._kind, self._is_new_kind, self._next = kind, True, 0
+        self._last = (self._position, time.perf_counter())
+
+    def exchange(self, *, stop: int = 0) -> Decision:
         """Sends and reads at once: for moments that all ranks reach together, such as a step that was not applied."""
         self._read()
-        self._send(step, signal=signal)
+        self._send(stop=stop)
         return self._read()
 
     def close(self) -> None:
         """Completes the packet in flight, so that no rank leaves another waiting."""
         self._read()
 
-    def _send(self, step: int, *, signal: int, saves: bool = False) -> None:
+    def agreement_s(self) -> tuple[float, float]:
+        """Returns how long a stop waits at most for the end of a step, and then for all ranks to know of it: sent at the next packet,
+        read at the one after."""
+        return max(((step_s, 2 * _interval(step_s) * step_s) for step_s in self._step_s.values()), key=sum, default=(0.0, 0.0))
+
+    def _send(self, *, stop: int, saves: bool = False) -> None:
         now = time.perf_counter()
-        steps, since = step - self._last[0], now - self._last[1]
-        self._last = (step, now)
+        steps, since = self._position - self._last[0], now - self._last[1]
+        self._last = (self._position, now)
         rank = self._group.rank
-        self._packet[Field.STOP] = (signal << SHIFT) + rank if signal else 0
+        self._packet[Field.STOP] = (stop << SHIFT) + rank if stop else 0
         self._packet[Field.CULPRIT] = ((self._culprit_step + 1) << SHIFT) + rank if self._culprit_step >= 0 else 0
         self._packet[Field.STEP_US] = int(since / steps * 1e6) if steps > 0 else 0
         self._packet[Field.SAVE] = int(saves)
@@ -99,13 +117,13 @@ class Control:
         stop, culprit, _, saves = self._packet.tolist()
         mask = (1 << SHIFT) - 1
         return Decision(
-            signal=stop >> SHIFT,
-            signal_rank=stop & mask if stop else -1,
+            stop=stop >> SHIFT,
+            stop_rank=stop & mask if stop else -1,
             culprit_step=(culprit >> SHIFT) - 1,
             culprit_rank=culprit & mask if culprit else -1,
             saves=bool(saves),
         )
 
-    def _interval(self) -> int:
-        step_s = int(self._packet[Field.STEP_US]) / 1e6
-        return max(1, min(1000, math.floor(INTERVAL_S / step_s))) if step_s > 0 else 1
+
+def _interval(step_s: float) -> int:
+    return max(1, min(1000, math.floor(INTERVAL_S / step_s))) if step_s > 0 else 1

@@ -35,7 +35,12 @@ class EarlyStopping:
             self.best, self.best_step, self.stale = value, step, 0
         else:
             self.stale += 1
-        return self.stale >= self.rule.patience
+        return self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last evaluation was the one that stops the run."""
+        return bool(self.rule.metric) and self.stale >= self.rule.patience
 
     @property
     def reason(self) -> str:

@@ -67,14 +67,15 @@ def evaluate(
     summarize: Callable[[dict[str, float], Rows], Mapping[str, float]] | None = None,
     precision: Precision = "fp32",
     seed: int = 0,
+    heed: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Returns the metrics of a pass, the same on all ranks. Every rank calls it, with the same number of micro-batches.
 
     `measure(model, batch)` gives {name: (sum, count)} or {name: rows (B, ...)}; `summarize(means, rows)` gets the divided sums and
-    the rows of all samples in sample order, and its metrics are added to the means.
+    the rows of all samples in sample order, and its metrics are added to the means. `heed` is called after each micro-batch, and may raise.
     """
     with evaluating(model), autocast(precision, group.device):
-        totals, names, rows, indices = _pass(model, micro_batches, group=group, measure=measure, seed=seed)
+        totals, names, rows, indices = _pass(model, micro_batches, group=group, measure=measure, seed=seed, heed=heed)
     blocks = [int(own[0]) for own in indices]
     metrics = means(sum_by_name(group, totals.tensor(names), names=names, order=blocks))
     if rows or summarize is not None:
@@ -85,7 +86,13 @@ def evaluate(
 
 
 def _pass(
-    model: nn.Module, micro_batches: Iterable[MicroBatch], *, group: Group, measure: Measure, seed: int
+    model: nn.Module,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    group: Group,
+    measure: Measure,
+    seed: int,
+    heed: Callable[[], None] | None,
 ) -> tuple[Totals, list[str], dict[str, list[torch.Tensor]], list[np.ndarray[Any, Any]]]:
     totals, names = Totals(group.device), set[str]()
     rows: dict[str, list[torch.Tensor]] = {}
@@ -108,6 +115,8 @@ def _pass(
         if not request.is_padding:
             totals.add(sums)
             indices.append(request.indices)
+        if heed is not None:
+            heed()
     return totals, sorted(names), rows, indices
 
 

@@ -50,7 +50,7 @@ def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums:
     own = _first_bad(batch, sums)
     if own is not None:
         training.control.name_culprit(step)
-    decision = training.control.exchange(step)
+    decision = training.control.exchange()
     if decision.culprit_rank >= 0:
         samples = np.frombuffer(from_rank(training.group, own or b"", source=decision.culprit_rank), dtype=np.int64)
         raise NonFiniteError(

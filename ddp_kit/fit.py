@@ -4,15 +4,15 @@ Owns: the order of things at a step boundary: step, packet, record, evaluation, 
 Refuses: everything else. It fits on one screen.
 """
 
-import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ddp_kit.control import Decision
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.finite import look_back
-from ddp_kit.preemption import StopFlag, exit_code
+from ddp_kit.preemption import Abandoned, Stop, StopFlag
 from ddp_kit.recipe import Callback
 from ddp_kit.report import Reporter
 from ddp_kit.step import train_step
@@ -48,6 +48,7 @@ class Ending:
     status: Literal["finished", "stopped", "preempted"]
     reason: str
     exit_code: int = 0
+    stop: Stop = Stop.NONE
 
 
 def fit(
@@ -62,33 +63,36 @@ def fit(
     callbacks: Sequence[Callback] = (),
     owes_evaluation: bool = False,
 ) -> Ending:
-    """Trains on `batches` to the end of `pace`, an early stop or a signal. Every rank calls it; all leave at the same step.
+    """Trains on `batches` to the end of `pace`, an early stop or a stop from outside. Every rank calls it; all leave at the same step.
 
-    `evaluate(epoch)` returns the metrics of an evaluation after the current step, the same on all ranks ({} without eval data);
-    `owes_evaluation`: the life before was stopped at a step that should have had one. Saves go to `training.checkpoints`, if it is set.
+    `evaluate(epoch)` returns the metrics of an evaluation after the current step, the same on all ranks ({} without eval data), or raises
+    Abandoned; `owes_evaluation`: the life before was stopped at a step that should have had one. Saves go to `training.checkpoints`.
     """
     stop.deferring = True
-    first, checkpoints = training.step, training.checkpoints
+    first, checkpoints, control = training.step, training.checkpoints, training.control
 
-    def measured(epoch: int) -> tuple[dict[str, float], Ending | None]:
-        """Evaluates. Returns the metrics, and how the run ends if it stops early."""
-        metrics = evaluate(epoch)
+    def measured(epoch: int) -> tuple[dict[str, float], Ending | None]:  # and how the run ends, if it ends here
+        try:
+            metrics = evaluate(epoch)
+        except Abandoned as abandoned:
+            return {}, stopped(abandoned.decision)
         for callback in callbacks if metrics else ():
             callback.on_evaluation(training.step, metrics)
         report.restart_clock(training.step)
         is_over = bool(metrics) and early_stopping.update(metrics, step=training.step)
-        return metrics, Ending(status="finished", reason=f"stopped early: {early_stopping.reason}") if is_over else None
+        return metrics, _finished(early_stopping) if is_over else None
 
-    if owes_evaluation:
+    ending = stopped(control.exchange(stop=stop.stop))
+    if owes_evaluation and ending is None:
         metrics, ending = measured((first - 1) // pace.steps_per_epoch if pace.steps_per_epoch else 0)
-        if checkpoints is not None:
+        if checkpoints is not None and metrics:
             checkpoints.save(metrics, again=True)
-        if ending is not None:
-            return ending
+    if ending is not None:
+        return ending
     for batch in batches:
         sums = train_step(training, batch)
         step = training.step
-        decision = training.control.boundary(step, signal=stop.signal, saves=checkpoints is not None and checkpoints.is_due())
+        decision = control.boundary(stop=stop.stop, saves=checkpoints is not None and checkpoints.is_due())
         report.step(training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=step == pace.end)
         if step == first + 1:
             training.settle()
@@ -96,23 +100,25 @@ def fit(
             callback.on_step(step)
         if checkpoints is not None:
             checkpoints.report()
-        evaluates = pace.evaluates(step) and not decision.signal
-        if not (decision.signal or decision.saves or evaluates or pace.saves(step)):
+        evaluates = pace.evaluates(step) and not decision.stop
+        if not (decision.stop or decision.saves or evaluates or pace.saves(step)):
             continue
         look_back(training)
         report.flush()
-        metrics, ending = measured(batch.epoch) if evaluates else ({}, None)
-        if decision.signal:
-            ending = stopped(decision.signal, decision.signal_rank)
+        metrics, ending = measured(batch.epoch) if evaluates else ({}, stopped(decision))
         if checkpoints is not None:
             checkpoints.after(metrics, is_due=decision.saves or ending is not None or pace.saves(step))
         if ending is not None:
             return ending
-    return Ending(status="finished", reason="")
+    return _finished(early_stopping)
 
 
-def stopped(number: int, rank: int) -> Ending:
-    """Returns the ending that all ranks agreed on after a signal on one of them."""
-    name = signal.Signals(number).name
-    status: Literal["stopped", "preempted"] = "stopped" if number == signal.SIGINT else "preempted"
-    return Ending(status=status, reason=f"{name} on rank {rank}", exit_code=exit_code(number))
+def _finished(early_stopping: EarlyStopping) -> Ending:
+    return Ending(status="finished", reason=f"stopped early: {early_stopping.reason}" if early_stopping.is_over else "")
+
+
+def stopped(decision: Decision) -> Ending | None:
+    """Returns the ending that all ranks agreed on, None if they did not."""
+    stop = Stop(decision.stop)
+    status: Literal["stopped", "preempted"] = "preempted" if stop.is_preemption else "stopped"
+    return Ending(status=status, reason=stop.words(decision.stop_rank), exit_code=stop.exit_code, stop=stop) if stop else None

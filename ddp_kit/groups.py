@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ddp_kit.blame import Blame
 from ddp_kit.errors import ConfigError
+from ddp_kit.meeting import hosts_store, open_store
 from ddp_kit.topology import Topology, environment, environment_default, read_topology
 from ddp_kit.tuning import set_threads, tune_process
 
@@ -156,9 +157,9 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
         store, _, _ = next(dist.rendezvous(init_method, topology.rank, topology.world_size, timeout=timeout))
     else:
         life = environment().get("TORCHELASTIC_RESTART_COUNT", "0")  # the agent's store outlives the ranks, and keeps their addresses
-        store = dist.PrefixStore(f"ddp_kit_life_{life}", _store(topology, timeout=timeout))
+        store = dist.PrefixStore(f"ddp_kit_life_{life}", open_store(topology, timeout=timeout))
     shared = dist.PrefixStore("ddp_kit_blame", store)
-    hosts = init_method is None and _hosts_store(topology)
+    hosts = init_method is None and hosts_store(topology)
     group.blame = Blame(rank=topology.rank, world_size=topology.world_size, store=shared, hosts=hosts)
     before = _sockets()
     dist.init_process_group(
@@ -179,45 +180,6 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
     group.control, group.sums = control, sums
     group.sockets = {descriptor: inode for descriptor, inode in _sockets().items() if before.get(descriptor) != inode}
     dist.all_reduce(torch.zeros(1), group=control)  # nobody leaves while a peer is still connecting: that would fail it
-
-
-def _is_agents() -> bool:
-    """Whether torchrun's agent holds the store."""
-    return environment().get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _hosts_store(topology: Topology) -> bool:
-    return topology.rank == 0 and not _is_agents()
-
-
-def _store(topology: Topology, *, timeout: timedelta) -> dist.Store:
-    if _is_agents():  # it listens where torchrun says
-        agents: dist.Store = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))[0]
-        return agents
-    is_host = _hosts_store(topology)
-    host = "127.0.0.1" if topology.nodes == 1 else topology.master
-    listener = None
-    if is_host and topology.nodes == 1:  # torch's own listener would be open to every interface
-        listener = _given_listener(topology.port) or socket.create_server((host, topology.port))
-    return dist.TCPStore(
-        host,
-        topology.port,
-        topology.world_size,
-        is_host,
-        timeout=timeout,
-        master_listen_fd=listener.detach() if listener else None,
-    )
-
-
-def _given_listener(port: int) -> socket.socket | None:
-    """Returns the listener that `ddp-kit run` has opened for rank 0, so that nobody else could take the port; None if it was used."""
-    given = environment().get("DDP_KIT_LISTENER", "")
-    with contextlib.suppress(OSError):
-        listener = socket.socket(fileno=os.dup(int(given))) if given else None
-        if listener is not None and listener.getsockname()[1] == port:
-            os.close(int(given))
-            return listener
-    return None
 
 
 def _leave(group: Group, *, failed: bool) -> None:

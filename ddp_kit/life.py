@@ -4,24 +4,31 @@ Owns: what was asked for, the parts of the run as they come to be, and status.js
 Refuses: running anything.
 """
 
+import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 
-from ddp_kit.begin import Place, resume_command
+from ddp_kit.begin import REQUEUE_FILE, Place, resume_command
 from ddp_kit.blame import Verdict
+from ddp_kit.checkpoint.saver import Saved
 from ddp_kit.compose import Composition
-from ddp_kit.fit import Ending, stopped
+from ddp_kit.fit import Ending
+from ddp_kit.grace import Grace
 from ddp_kit.logs import logger
-from ddp_kit.preemption import Stopped
+from ddp_kit.preemption import REQUEUE, Stop, StopFlag, Stopped
 from ddp_kit.recipe import RecipeSource
 from ddp_kit.report import Reporter
-from ddp_kit.run_dir import RunDir
+from ddp_kit.run_dir import RunDir, Status
 from ddp_kit.session import exit_code
 from ddp_kit.settings import Settings
+from ddp_kit.trackers.jsonl import read_json
+from ddp_kit.training import Training
+from ddp_kit.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +53,44 @@ class Life:
     name: str
     source: RecipeSource | None = None
     args: Sequence[str] = ()
+    began: float = field(default_factory=time.monotonic)
+    stop: StopFlag = field(default_factory=StopFlag)
     directory: RunDir | None = None  # rank 0 only
     place: Place | None = None
     composition: Composition | None = None
     reporter: Reporter | None = None  # once this life has begun
     metrics: dict[str, float] = field(default_factory=dict)
+    grace: Grace | None = None
+    watch: Watch | None = None  # rank 0 only
+
+    def watches(self, training: Training) -> None:
+        """From now on a stop is looked for, and measured. Whoever calls it calls `close`."""
+        self.grace, checkpoints = Grace(training.control, training.group.topology), training.checkpoints
+        assert checkpoints is not None
+        if self.directory is not None:
+            hours = self.settings.max_hours
+            end = self.began + 3600 * hours if hours else math.inf
+            self.watch = Watch(self.directory.path, self.stop, checkpoints=checkpoints, grace=self.grace, end=end)
+
+    def close(self) -> None:
+        """Ends the watch."""
+        if self.watch is not None:
+            self.watch.close()
+
+    def saved(self, save: Saved) -> None:
+        """Takes a save that has ended: tells of it, and what a stop needs now."""
+        assert self.reporter is not None
+        self.reporter.saved(save)
+        if save.error or self.grace is None:
+            return
+        self.grace.saved(save.seconds)
+        if statement := self.grace.statement():
+            logger.info("%s", statement)
+            self.reporter.event("grace", step=save.step, message=statement)
+        if warning := self.grace.warning():
+            logger.warning("%s", warning)
+        if self.watch is not None and self.watch.saved():
+            self.reporter.event("acknowledged", step=save.step, message="the file SAVE")
 
     @property
     def advice(self) -> str:
@@ -72,12 +112,14 @@ class Life:
         elif verdict.is_silent and self.place is not None:
             directory = RunDir(self.place.path)
             with directory.inherited() as is_heir:
-                if is_heir:
+                if is_heir and read_json(directory.path / "status.json").get("status") == "running":
                     self._write(directory, verdict)
 
     def _write(self, directory: RunDir, verdict: Verdict) -> None:
         error, reason = verdict.error, verdict.reason
-        status = stopped(error.number, verdict.rank).status if isinstance(error, Stopped) and verdict.is_own else "failed"
+        status: Status = "failed"
+        if isinstance(error, Stopped) and verdict.is_own:
+            status = "preempted" if error.stop.is_preemption else "stopped"
         step = self.composition.training.step if self.composition else 0
         content: Mapping[str, object] = {"status": status, "reason": reason, "step": step}
         try:
@@ -105,6 +147,10 @@ class Life:
                 weights_sha256=digest,
                 exit_code=ending.exit_code,
             )
+            if ending.exit_code == REQUEUE:
+                (self.directory.path / REQUEUE_FILE).write_text(f"{ending.reason}\n", encoding="utf-8")
+            if self.watch is not None and ending.stop is Stop.FILE and self.watch.take("STOP"):
+                self.reporter.event("acknowledged", step=training.step, message="the file STOP")
             self.reporter.event("finish" if ending.status == "finished" else "stop", step=training.step, message=ending.reason)
             self.reporter.finish(status)
             if ending.status != "finished" and self.advice:

@@ -166,10 +166,11 @@ class Reporter:
         for tracker in self._trackers:
             tracker.log(record)
 
-    def event(self, event: str, *, step: int, rank: int = 0, message: str = "") -> None:
-        """Hands a record of events.jsonl to every tracker."""
+    def event(self, event: str, *, step: int, rank: int = 0, message: str = "", about: Mapping[str, object] | None = None) -> None:
+        """Hands a record of events.jsonl to every tracker; `about` are further fields of it."""
         self._emit()  # in the order in which things happened
-        record = {"event": event, "step": step, "rank": rank, "time": round(time.time(), 3)} | ({"message": message} if message else {})
+        record: dict[str, object] = {"event": event, "step": step, "rank": rank, "time": round(time.time(), 3)}
+        record |= ({"message": message} if message else {}) | dict(about or {})
         for tracker in self._trackers:
             tracker.event(record)
 

@@ -33,7 +33,7 @@ FREE = {
         "init_partial",
         "rename",
     ),
-    *("eval_every", "log_every", "save_every", "save_minutes", "keep", "keep_every", "find_unused_parameters"),
+    *("eval_every", "log_every", "save_every", "save_minutes", "max_hours", "keep", "keep_every", "find_unused_parameters"),
 }
 RECIPE = "recipe's text"
 

@@ -70,7 +70,7 @@ class Checkpoints:
         ranks = Ranks(group.rank, group.world_size, own_group)
         self._saver = Saver(storage, ranks, device=group.device, token=token, keep=keep)
         group.closing.callback(self._close)
-        self._last_save = time.monotonic()
+        self._last_save, self.is_asked = time.monotonic(), False  # by a person: rank 0 hears of it
         self._keep, self._best = keep, math.nan
         self.saved_step = -1  # of the newest checkpoint begun or resumed from
         self.committed_step = -1  # of the newest one that is known to be whole
@@ -82,8 +82,13 @@ class Checkpoints:
             self.report()  # of the last save of a loop of one's own
 
     def is_due(self) -> bool:
-        """Whether this rank asks for a save by wall time: rank 0's clock decides for all."""
-        return bool(self._minutes) and self._training.group.rank == 0 and time.monotonic() - self._last_save > 60 * self._minutes
+        """Whether this rank asks for a save, since it was asked to or by wall time: rank 0's clock decides for all."""
+        is_late = bool(self._minutes) and time.monotonic() - self._last_save > 60 * self._minutes
+        return self._training.group.rank == 0 and (self.is_asked or is_late)
+
+    def ask(self) -> None:
+        """Asks for a save at the next boundary of all ranks. Any thread may call it."""
+        self.is_asked = True
 
     def prepare(self) -> None:
         """After the first step of a life: looks whether the state can be saved, and makes room for it in the background.
@@ -121,7 +126,7 @@ class Checkpoints:
         self._save(metrics, again=again)
 
     def _save(self, metrics: Mapping[str, float], *, again: bool = False) -> None:
-        training = self._training
+        training, self.is_asked = self._training, False
         if training.step == self.saved_step and not again:
             return
         self.finish()

@@ -74,6 +74,8 @@ class Settings:
     """optimizer steps between checkpoints; also at every epoch's end; 0: only there"""
     save_minutes: float = 30.0
     """a checkpoint at least this often by wall time; 0 is off"""
+    max_hours: float = 0.0
+    """wall time after which a life of the run saves and stops; 0 is off"""
     keep: int = 3
     """newest checkpoints that stay, beside the best one"""
     keep_every: int = 0
@@ -132,6 +134,7 @@ def check(settings: Settings) -> None:
         "grad_clip",
         "save_every",
         "save_minutes",
+        "max_hours",
         "keep_every",
     )
     faults = [f"{flag(name)} {getattr(settings, name)}: expected 0 or more" for name in counts if not getattr(settings, name) >= 0]

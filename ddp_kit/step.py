@@ -137,4 +137,4 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
 def should_stop(training: Training, stop: StopFlag) -> bool:
     """Whether all ranks agreed to stop after a signal on any of them. Every rank of a loop of its own calls it after each step."""
     stop.deferring = True
-    return training.control.boundary(training.step, signal=stop.signal).signal != 0
+    return training.control.boundary(stop=stop.stop).stop != 0

@@ -14,6 +14,8 @@ from ddp_kit.errors import ConfigError
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
 
+FIRST_PORT, PORTS = 20000, 10000  # those that are derived from a job's id: below what systems hand out by themselves
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
@@ -28,7 +30,15 @@ class Topology:
     launcher: str = "none"
     master: str = ""
     port: int = 0
+    meeting: str = ""  # this job's sign, where the port was derived: another job may have derived the same
     source: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ports(self) -> list[int]:
+        """Where rank 0 may listen, in the order in which all ranks try: a given port only, or some that follow from a derived one."""
+        if not self.meeting:
+            return [self.port]
+        return [FIRST_PORT + (self.port - FIRST_PORT + 1009 * i) % PORTS for i in range(8)]
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
@@ -128,6 +138,7 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
     node_rank = _integer(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
     if node_rank >= len(tasks):
         raise ConfigError(f"SLURM_NODEID={node_rank} is outside SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']}.")
+    job, restarts, step = (environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     return Topology(
         rank=_integer(environ, "SLURM_PROCID"),
         local_rank=_integer(environ, "SLURM_LOCALID"),
@@ -137,7 +148,8 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
         nodes=len(tasks),
         launcher="slurm",
         master=environ.get("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"])),
-        port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _step_port(environ),
+        port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _step_port(job, restarts, step),
+        meeting="" if "MASTER_PORT" in environ else f"{job}.{restarts}.{step}",
         source={
             "rank": "SLURM_PROCID",
             "local_rank": "SLURM_LOCALID",
@@ -149,12 +161,11 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
     )
 
 
-def _step_port(environ: Mapping[str, str]) -> int:
+def _step_port(job: str, restarts: str, step: str) -> int:
     """A port that all ranks of a step agree on and others do not take: other jobs, this job's last life, its other steps."""
-    job, restarts, step = (environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     if not (job.isdigit() and restarts.isdigit() and step.isdigit()):
-        return 29500
-    return 20000 + (int(job) * 7 + int(restarts) + int(step) * 1009) % 10000
+        return FIRST_PORT
+    return FIRST_PORT + (int(job) * 7 + int(restarts) + int(step) * 613) % PORTS
 
 
 def expand_tasks(text: str) -> list[int]:

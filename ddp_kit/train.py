@@ -5,6 +5,7 @@ Refuses: doing any of it itself: it calls the parts in order.
 """
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -18,12 +19,13 @@ from ddp_kit.collectives import from_rank
 from ddp_kit.compose import Composition, compose, data_sets, require_same_settings
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.errors import ConfigError
-from ddp_kit.fit import Ending, fit
+from ddp_kit.fit import Ending, fit, stopped
 from ddp_kit.flags import parse
 from ddp_kit.groups import Group
 from ddp_kit.life import Life, Outcome
 from ddp_kit.logs import logger, rank_log
-from ddp_kit.preemption import StopFlag, signals_noted
+from ddp_kit.past import job_facts, require_progress
+from ddp_kit.preemption import Abandoned, StopFlag, heeding, is_restarted, leaves_with_agent, signals_noted
 from ddp_kit.recipe import Recipe, load_recipe
 from ddp_kit.report import Reporter
 from ddp_kit.resume import binding, resume, resume_data
@@ -34,6 +36,7 @@ from ddp_kit.settings import Settings, check, to_json
 from ddp_kit.topology import read_topology
 from ddp_kit.trackers import RunInfo, redact
 from ddp_kit.trackers.jsonl import supersede
+from ddp_kit.watch import process_age_s
 from ddp_kit.weights import weights_sha256
 
 
@@ -53,14 +56,18 @@ def _live(build: Callable[[], Recipe], life: Life) -> Outcome:
         ExitStack() as stack,
         session(life.settings, speaks=life.source is not None, on_failure=life.failed) as group,
     ):
+        life.stop = stop
         try:
-            return _train(build, life, group, stop, stack)
+            outcome = _train(build, life, group, stack)
+            stack.close()
+            from_rank(group, b"")  # srun may end the others at the first exit code: nobody leaves before rank 0 is done
+            return outcome
         except BaseException:
             stop.deferring = True  # torchrun sends SIGTERM to the survivors of a rank: what failed is to be written down first
             raise
 
 
-def _train(build: Callable[[], Recipe], life: Life, group: Group, stop: StopFlag, stack: ExitStack) -> Outcome:
+def _train(build: Callable[[], Recipe], life: Life, group: Group, stack: ExitStack) -> Outcome:
     settings, source = life.settings, life.source
     require_same_settings(group, settings, text=source.text if source else "")
     recipe = build()
@@ -82,16 +89,18 @@ def _train(build: Callable[[], Recipe], life: Life, group: Group, stop: StopFlag
     if opened is not None and place.is_finished and not changed and (training.step >= pace.end or place.is_stopped_early):
         return _finished_before(life, place)
     owes = opened is not None and pace.evaluates(training.step) and not opened.manifest.metrics
-    _begin(life, place, composition, reporter, event="start" if opened is None else "resume", owes_evaluation=owes)
+    _begin(life, place, composition, reporter, is_first=opened is None, owes_evaluation=owes)
+    stack.callback(life.close)
     for callback in recipe.callbacks:
         callback.on_start(training.model)
 
     def evaluate(epoch: int) -> dict[str, float]:
         if composition.evaluator.sets:
-            life.metrics = _evaluate(composition, reporter, epoch=epoch)
+            life.metrics = _evaluate(composition, reporter, epoch=epoch, stop=life.stop)
         return life.metrics
 
-    with closing(composition.feed.batches(start=training.step, end=pace.end)) as batches:
+    is_over = opened is not None and not changed and stopping.is_over  # but its test data are still to be evaluated
+    with closing(composition.feed.batches(start=training.step, end=training.step if is_over else pace.end)) as batches:
         ending = fit(
             training,
             batches,
@@ -99,7 +108,7 @@ def _train(build: Callable[[], Recipe], life: Life, group: Group, stop: StopFlag
             report=reporter,
             evaluate=evaluate,
             early_stopping=stopping,
-            stop=stop,
+            stop=life.stop,
             callbacks=recipe.callbacks,
             owes_evaluation=owes,
         )
@@ -119,7 +128,7 @@ def _take_over(opened: Opened | None, life: Life, composition: Composition, repo
         minutes=settings.save_minutes,
         early_stopping=stopping,
         course=composition.feed.course,
-        on_end=reporter.saved,
+        on_end=life.saved,
     )
     if opened is None:
         return []
@@ -127,8 +136,8 @@ def _take_over(opened: Opened | None, life: Life, composition: Composition, repo
     return resume(opened, training, settings=settings, new=new, early_stopping=stopping)
 
 
-def _begin(life: Life, place: Place, composition: Composition, reporter: Reporter, *, event: str, owes_evaluation: bool) -> None:
-    """Writes down that this life begins, and tells everybody."""
+def _begin(life: Life, place: Place, composition: Composition, reporter: Reporter, *, is_first: bool, owes_evaluation: bool) -> None:
+    """Writes down that this life begins, and tells everybody. Raises: DdpKitError if this job goes round in circles."""
     training = composition.training
     if life.directory is not None:
         supersede(place.path / "metrics.jsonl", step=training.step, owes_evaluation=owes_evaluation)
@@ -138,12 +147,18 @@ def _begin(life: Life, place: Place, composition: Composition, reporter: Reporte
     info = RunInfo(run_dir=place.path, name=life.name, settings=redact(to_json(life.settings)), total_steps=composition.pace.end)
     life.reporter = reporter
     reporter.start(info, step=training.step)
-    reporter.event(event, step=training.step)
+    require_progress(place.starts, step=training.step)
+    lost = "" if is_first else f"{max(0, place.last_step - training.step)} steps lost"
+    if lost:
+        logger.info("resumed at step %d: %s", training.step, lost)
+    reporter.event("start" if is_first else "resume", step=training.step, message=lost, about=job_facts())
+    life.watches(training)
 
 
-def _evaluate(composition: Composition, reporter: Reporter, *, epoch: int) -> dict[str, float]:
+def _evaluate(composition: Composition, reporter: Reporter, *, epoch: int, stop: StopFlag) -> dict[str, float]:
     training, evaluator = composition.training, composition.evaluator
-    metrics = evaluator(training.model, average=training.average)
+    with heeding(training.control, stop) as heed:
+        metrics = evaluator(training.model, average=training.average, heed=heed)
     reporter.log({"kind": "eval", "step": training.step, "epoch": epoch, **metrics})
     if evaluator.recipe.samples is not None:
         with evaluator.weights(training):
@@ -155,13 +170,20 @@ def _end(ending: Ending, life: Life, place: Place, composition: Composition, rep
     """Waits for the last save, evaluates the test data and leaves the status."""
     training = composition.training
     assert training.checkpoints is not None
-    training.control.close()
+    if ending.stop:
+        life.stop.ask(ending.stop)  # now, on ranks that saw no sign of it
     training.checkpoints.finish(failures=1)  # the last one holds the result
+    if ending.stop:
+        logger.info("%s: the stop took %.1f s until everything was saved", ending.reason, time.monotonic() - life.stop.since)
     has_time = ending.status != "preempted"  # hashing belongs into no grace period
     digest = weights_sha256(training.model) if has_time and training.group.rank == 0 else ""
     digest = from_rank(training.group, digest.encode()).decode()
     if ending.status == "finished" and recipe.test_data is not None:
-        life.metrics |= _test(recipe, life, place, composition, reporter)
+        try:
+            life.metrics |= _test(recipe, life, place, composition, reporter)
+        except Abandoned as abandoned:  # the next life evaluates them
+            ending = stopped(abandoned.decision) or ending
+    training.control.close()
     for callback in recipe.callbacks:
         callback.on_end(ending.reason or ending.status)
     return life.ended(ending, digest=digest)
@@ -173,8 +195,8 @@ def _test(recipe: Recipe, life: Life, place: Place, composition: Composition, re
     training, evaluator = composition.training, composition.evaluator
     sets = data_sets(recipe.test_data(), what="test")
     keep = keep_of(life.settings, evaluator.names)
-    with best_weights(training, LocalDisk(place.checkpoints), keep=keep) as step:
-        metrics = evaluator.on(sets)(training.model)
+    with best_weights(training, LocalDisk(place.checkpoints), keep=keep) as step, heeding(training.control, life.stop) as heed:
+        metrics = evaluator.on(sets)(training.model, heed=heed)
     reporter.log({"kind": "test", "step": step or training.step, **metrics})
     return {f"test/{name}": value for name, value in metrics.items()}
 
@@ -188,13 +210,18 @@ def _finished_before(life: Life, place: Place) -> Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 finished, 1 error, 2 usage, 130 SIGINT, 143 SIGTERM."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """The command. Returns the exit code: 0 finished or stopped on request, 1 error, 2 usage, 75 saved, please requeue, 130 SIGINT,
+    143 SIGTERM; 0 also after a stop that torchrun's agent would take for a failure and undo."""
+    args, began = list(sys.argv[1:] if argv is None else argv), time.monotonic() - process_age_s()
 
     def command() -> int:
+        topology = read_topology()
+        leaves_with_agent(topology.launcher)
         source = load_recipe(recipe_path(args, command="python -m ddp_kit.train"))
-        settings = parse(source.settings, args[1:], prog=f"ddp_kit.train {args[0]}", rank=read_topology().rank)
-        return _live(lambda: source.build(settings), Life(settings=settings, name=source.name, source=source, args=args)).exit_code
+        settings = parse(source.settings, args[1:], prog=f"ddp_kit.train {args[0]}", rank=topology.rank)
+        life = Life(settings=settings, name=source.name, source=source, args=args, began=began)
+        outcome = _live(lambda: source.build(settings), life)
+        return 0 if is_restarted() else outcome.exit_code
 
     return run_command(command)
 

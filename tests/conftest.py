@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["pytester", "ddp_kit.testing.plugin", "clusters"]
+pytest_plugins = ["pytester", "ddp_kit.testing.plugin", "clusters", "small_cifar"]
 
 
 @pytest.fixture(autouse=True)

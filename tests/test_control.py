@@ -19,7 +19,7 @@ from ddp_kit.control import INTERVAL_S, Control
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.fit import Ending, fit
 from ddp_kit.groups import Group
-from ddp_kit.preemption import StopFlag, exit_code, signals_noted
+from ddp_kit.preemption import Stop, StopFlag, signals_noted
 from ddp_kit.report import Reporter
 from ddp_kit.settings import EarlyStop
 from ddp_kit.step import should_stop, train_step
@@ -76,8 +76,8 @@ def test_a_signal_on_any_rank_stops_all_at_the_same_step(group: Group) -> None:
                 acts = Acts(lambda number=number: os.kill(os.getpid(), number), at=3 + culprit if group.rank == culprit else -1)
                 begin = time.monotonic()
                 ending = trained(group, stop=stop, callbacks=[acts])
-            assert ending == Ending(status=status, reason=f"{number.name} on rank {culprit}", exit_code=code)
-            assert exit_code(number) == code
+            expected = Ending(status=status, reason=f"{number.name} on rank {culprit}", exit_code=code, stop=Stop[number.name])
+            assert ending == expected
             assert at_the_same(group, acts.steps[-1])
             assert acts.steps[-1] >= 3 + culprit
             assert time.monotonic() - begin < 10 * INTERVAL_S + 5
@@ -102,12 +102,12 @@ def test_every_boundary_gives_every_rank_the_same_decision(group: Group) -> None
     """Signals on several ranks: the highest number wins, and with it the name of the highest rank that had it."""
     control, seen = Control(group), []
     for step in range(1, 2000):
-        decision = control.boundary(step, signal=signal.SIGUSR1 if step > 100 else 0)
-        seen.append((step, decision.signal, decision.signal_rank))
-        if decision.signal:
+        decision = control.boundary(stop=Stop.SIGUSR1 if step > 100 else 0)
+        seen.append((step, decision.stop, decision.stop_rank))
+        if decision.stop:
             break
     control.close()
-    assert seen[-1][1:] == (signal.SIGUSR1, group.world_size - 1)
+    assert seen[-1][1:] == (Stop.SIGUSR1, group.world_size - 1)
     assert at_the_same(group, hash(tuple(seen)))
 
 
@@ -119,7 +119,7 @@ def test_packets_of_short_steps_are_sent_at_an_interval_that_the_packet_itself_g
         for step in range(1, steps):
             time.sleep(pause_s)
             before = control._next
-            control.boundary(step, signal=0)
+            control.boundary()
             if control._next != before:
                 due.append(step)
         control.close()
@@ -136,7 +136,7 @@ def test_a_boundary_does_not_wait_for_a_slow_peer(group: Group) -> None:
     if group.rank == 1:
         time.sleep(1.0)
     begin = time.perf_counter()
-    control.boundary(1, signal=0)
+    control.boundary()
     took = time.perf_counter() - begin
     control.close()
     assert took < 0.5
@@ -151,7 +151,7 @@ def test_a_signal_before_the_first_step_ends_the_run_and_later_ones_wait_for_a_b
     with signals_noted() as stop:
         stop.deferring = True
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.signal == signal.SIGUSR1
+        assert stop.stop is Stop.SIGUSR1
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
@@ -160,5 +160,5 @@ def test_a_bad_loss_on_two_ranks_names_one_of_them_on_all(group: Group) -> None:
     control = Control(group)
     if group.rank != 1:
         control.name_culprit(7)
-    decision = control.exchange(7)
-    assert (decision.culprit_step, decision.culprit_rank, decision.signal) == (7, 2, 0)
+    decision = control.exchange()
+    assert (decision.culprit_step, decision.culprit_rank, decision.stop) == (7, 2, 0)

@@ -33,6 +33,11 @@ def trained(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return lambda *flags, name="run", **more: train(cluster, tmp_path / "runs" / name, *flags, **more)
 
 
+def pids(run: Submitted, word: str, *, but: str = "\0") -> list[int]:
+    """The processes on the cluster whose command line has a word, and not another one."""
+    return [int(line.split()[1]) for line in run.cluster.control("ps").splitlines() if word in line and but not in line]
+
+
 def test_sbatch_accepts_the_script_of_every_launcher_and_flag(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster.enter(monkeypatch)
     monkeypatch.chdir(tmp_path)
@@ -265,12 +270,8 @@ def test_torchrun_restarts_a_killed_rank_inside_the_job(trained: Trained) -> Non
     slurm = ["--nodes", "2", "--nproc-per-node", "1", "--launcher", "torchrun", "--max-restarts", "1"]
     run = trained("--max-steps", "150", "--pace-s", "0.1", "--save-every", "5", slurm=slurm)
     run.until_step(8, within_s=120)
-    ranks = [
-        line.split()[0]
-        for line in run.cluster.control("ps").splitlines()
-        if "ddp_kit.train" in line and "torch.distributed.run" not in line
-    ]
-    os.kill(int(ranks[-1]), 9)
+    ranks = pids(run, "ddp_kit.train", but="torch.distributed.run")
+    os.kill(ranks[-1], 9)
     run.ended(within_s=180)
     assert run.status["status"] == "finished"
     assert run.cluster.facts(run.id)["Restarts"] == "0"
@@ -280,8 +281,7 @@ def test_torchrun_restarts_a_killed_rank_inside_the_job(trained: Trained) -> Non
 def test_a_killed_agent_ends_the_job_and_leaves_no_orphans(trained: Trained) -> None:
     run = trained(*LONG, slurm=["--nodes", "2", "--nproc-per-node", "1", "--launcher", "torchrun"])
     run.until_step(5, within_s=120)
-    agents = [line.split()[0] for line in run.cluster.control("ps").splitlines() if "torch.distributed.run" in line]
-    os.kill(int(agents[-1]), 9)
+    os.kill(pids(run, "torch.distributed.run")[-1], 9)
     run.until(lambda: run.cluster.state(run.id) == "FAILED", within_s=90)
 
 

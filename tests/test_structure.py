@@ -13,10 +13,11 @@ ROOT = Path(ddp_kit.__file__).parent
 LAYERS = [
     ["errors"],
     ["topology", "tuning", "batching", "settings", "flags", "metrics", "logs", "tree", "peak"],
-    ["blame", "groups", "collectives", "control", "seeding"],
+    ["blame", "meeting", "groups", "collectives", "control", "seeding"],
     [
         *("strategies", "data", "checkpoint", "trackers", "precision", "early_stopping", "preemption", "ema", "schedules"),
         *("buffers", "callbacks", "counts", "weights", "best", "run_dir", "environment"),
+        *("past", "grace", "watch"),
     ],
     ["recipe", "training", "state", "saving", "finite", "step", "exactness", "rehearsal", "wrapping", "evaluation", "report", "fit"],
     ["auto", "compose", "resume", "begin", "life", "session", "train", "evaluate", "commands", "cli"],
@@ -57,7 +58,19 @@ def test_imports_go_downward_only() -> None:
 def test_only_layer_two_strategies_and_their_users_of_works_import_torch_distributed() -> None:
     """Beside layer 2 and the strategies: those that launch an asynchronous sum and read it later, and the saving thread."""
     users = {part(path) for path in FILES if "import torch.distributed as dist" in path.read_text()}
-    assert users <= {"blame", "groups", "collectives", "control", "strategies", "testing", "buffers", "counts", "report", "checkpoint"}
+    assert users <= {
+        "blame",
+        "meeting",
+        "groups",
+        "collectives",
+        "control",
+        "strategies",
+        "testing",
+        "buffers",
+        "counts",
+        "report",
+        "checkpoint",
+    }
 
 
 def test_no_file_is_long_and_the_whole_can_be_read() -> None:

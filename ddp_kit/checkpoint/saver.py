@@ -63,9 +63,10 @@ class Saver:
     ) -> Copied:
         """Copies this rank's part of `tensors` and begins to write it with `values`. Waits for the save before, if there is one."""
         self.wait()
+        begin = time.monotonic()
         state = json.dumps(values).encode()
         copied = self._staging.copy(tensors, first=first)
-        self._submit(lambda: self._commit(copied, state, manifest))
+        self._submit(lambda: self._commit(copied, state, manifest, begin=begin))
         return copied
 
     def wait(self) -> None:
@@ -103,8 +104,7 @@ class Saver:
             finally:
                 self._idle.set()
 
-    def _commit(self, copied: Copied, state: bytes, manifest: Manifest) -> None:
-        begin = time.monotonic()
+    def _commit(self, copied: Copied, state: bytes, manifest: Manifest, *, begin: float) -> None:
         if copied.ready is not None:
             copied.ready.synchronize()
         nbytes, error, note = 0, "", ""

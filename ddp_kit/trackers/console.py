@@ -70,7 +70,7 @@ class Console:
 
     def event(self, event: Mapping[str, object]) -> None:
         """Prints what happens on the way. How a run starts is printed by others, how it ended by `finish`."""
-        if event.get("event") in ("start", "stop", "failure", "finish", "save"):
+        if event.get("event") in ("start", "resume", "stop", "failure", "finish", "save", "grace"):
             return
         where = "".join(f"  {name} {event[name]}" for name in ("step", "rank") if name in event)
         message = f": {event['message']}" if event.get("message") else ""
