@@ -74,7 +74,7 @@ class Cluster:
         """Waits for a state (of all elements of an array). Fails the test after `within_s` seconds, or at once when the job has ended otherwise."""
         end = time.monotonic() + within_s
         while (found := self.state(job)) != state:
-            assert not set(found.split()) & set(ENDED) - {state}, f"job {job} ended as {found}, not {state}. {self.story(job)}"
+            assert not set(found.split()) & set(ENDED) - set(state.split()), f"job {job} ended as {found}, not {state}. {self.story(job)}"
             assert time.monotonic() < end, f"job {job} is {found} after {within_s} s, not {state}. {self.story(job)}"
             time.sleep(POLL_S)
 

@@ -192,6 +192,28 @@ def test_a_cut_is_felt_by_those_who_are_cut_and_by_nobody_else(cluster: Cluster)
     assert becomes(lambda: reaches("n0", "n1") == "reached", within_s=5)
 
 
+def test_sacct_answers_submitit_without_accounting(cluster: Cluster) -> None:
+    job = cluster.submit("--array=0,1", "--nodes=1", "--wrap=exit $SLURM_ARRAY_TASK_ID")
+    single = cluster.submit("--nodelist=n1", "--wrap=true")
+    cluster.wait(job, state="COMPLETED FAILED")
+    cluster.wait(single, state="COMPLETED")
+    found = cluster.run("sacct", "-o", "JobID,State,NodeList", "--parsable2", "-j", job, "-j", single).splitlines()
+    assert found[0] == "JobID|State|NodeList"
+    assert {line.rpartition("|")[0] for line in found[1:]} == {f"{job}_0|COMPLETED", f"{job}_1|FAILED", f"{single}|COMPLETED"}
+
+
+def test_a_cluster_ends_with_the_process_that_it_was_started_for(folder: Path) -> None:
+    assert dev_cluster("up", folder, "--nodes=1").returncode == 0
+    with subprocess.Popen(["sleep", "5"]) as owner:
+        with subprocess.Popen([sys.executable, PROGRAM, "down", str(folder), "--after", str(owner.pid)]) as guard:
+            time.sleep(0.5)
+            is_waiting = guard.poll() is None and (folder / "cluster.json").exists()
+            owner.kill()
+            assert guard.wait(timeout=20) == 0
+            assert is_waiting
+    assert not traces(folder)
+
+
 @pytest.mark.slow
 def test_high_preempts_low_which_runs_again(folder: Path) -> None:
     with cluster_up(folder, "--nodes=1", "--cpus=1", "--grace-s=0", "--kill-wait-s=1") as cluster:

@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster import config, network, nodes
@@ -103,14 +104,14 @@ def _start(state: State) -> None:
     key.write_bytes(os.urandom(128))
     files = [f"--{name}-file={folder / name}" for name in ("key", "pid", "seed", "log")]
     state.start("munged", [tool("munged"), "--foreground", "--force", "--num-threads=2", f"--socket={folder / 'socket'}", *files])
-    wait_until(lambda: (folder / "socket").exists() or not state.is_alive("munged"), within_s=START_S, what="munged")
+    _wait(state, "munged", is_up=(folder / "socket").exists)
     if state.network is not None:
         network.connect_bridge(state.network)
         for node in state.addresses:
             network.hold(state, node)
     state.start("slurmctld", [tool("slurmctld"), "-D", "-f", str(state.config)])
     # a slurmd that finds no controller tries again after 10 s
-    wait_until(lambda: _listens(state) or not state.is_alive("slurmctld"), within_s=START_S, what="slurmctld to listen")
+    _wait(state, "slurmctld", is_up=lambda: _listens(state))
     for node in state.addresses:
         nodes.start(state, node)
     wait_until(lambda: _is_ready(state), within_s=START_S, what="all nodes to be idle")
@@ -122,10 +123,17 @@ def _listens(state: State) -> bool:
         return probe.connect_ex((config.controller_address(state.network), state.port)) == 0
 
 
+def _wait(state: State, name: str, *, is_up: Callable[[], bool]) -> None:
+    """Waits for a daemon. Raises: ClusterError if it ends, or is not up in time."""
+    wait_until(lambda: is_up() or not state.is_alive(name), within_s=START_S, what=name)
+    if not state.is_alive(name):
+        raise ClusterError(f"{name} ended at the start.")
+
+
 def _is_ready(state: State) -> bool:
-    dead = [name for name in ("munged", "slurmctld", *map(nodes.daemon_of, state.addresses)) if not state.is_alive(name)]
-    if dead:
-        raise ClusterError(f"{', '.join(dead)} ended at the start.")
+    for name in ("munged", "slurmctld", *map(nodes.daemon_of, state.addresses)):
+        if not state.is_alive(name):
+            raise ClusterError(f"{name} ended at the start.")
     words = [tool("sinfo"), "--noheader", "--Node", "--partition=low", "--format=%t"]
     try:
         found = output_of(words, environ=state.environ).split()

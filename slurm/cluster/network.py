@@ -6,6 +6,7 @@ A namespace lives as long as a process in it, the node's *holder*: when that end
 """
 
 import random
+from pathlib import Path
 
 from cluster.config import NETWORKS, controller_address
 from cluster.state import State
@@ -93,7 +94,8 @@ def entry(state: State, node: str) -> list[str]:
     if state.network is None:
         return []
     pid, _ = state.pids[holder_of(node)]
-    return [tool("nsenter"), f"--target={pid}", "--net", "--uts", "--mount"]
+    # --root: entering a mount namespace leaves a chroot. --wd: it leaves the working directory, too
+    return [tool("nsenter"), f"--target={pid}", "--net", "--uts", "--mount", "--root", f"--wd={Path.cwd()}"]
 
 
 def cut(state: State, node: str, *, peer: str | None) -> None:
