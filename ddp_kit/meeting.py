@@ -18,7 +18,7 @@ from ddp_kit.blame import without_stderr
 from ddp_kit.errors import ConfigError, DdpKitError
 from ddp_kit.topology import Topology, environment
 
-SIGN = "ddp_kit_meeting"
+SIGN, HERE, ALL = "ddp_kit_meeting", "ddp_kit_here", "ddp_kit_all"
 PROBE_S, ANSWER_S, PAUSE_S = 1.0, 5.0, 0.2  # for a connection, for a store's answer, between rounds
 
 
@@ -54,13 +54,20 @@ def open_store(topology: Topology, *, timeout: timedelta) -> dist.Store:
     raise DdpKitError(f"rank 0 was not found on {host}, ports {', '.join(map(str, ports))}, within {timeout.total_seconds():.0f} s.")
 
 
+def gather(store: dist.Store, topology: Topology, *, timeout: timedelta) -> None:
+    """Returns once every rank is connected to the store. Every rank calls it."""
+    if store.add(HERE, 1) == topology.world_size:
+        store.set(ALL, "")
+    store.wait([ALL], timeout)
+
+
 def _is_agents() -> bool:
     """Whether torchrun's agent holds the store."""
     return environment().get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _store(host: str, port: int, topology: Topology, *, timeout: timedelta, listener: socket.socket | None = None) -> dist.TCPStore:
-    """`listener` makes this rank the one that holds it. Nobody waits for the others here: `init_process_group` does."""
+    """`listener` makes this rank the one that holds it. Nobody waits for the others here: `gather` does."""
     descriptor = listener.detach() if listener is not None else None
     is_host = listener is not None
     return dist.TCPStore(host, port, topology.world_size, is_host, timeout=timeout, wait_for_workers=False, master_listen_fd=descriptor)
