@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from ddp_kit.blame import Blame
 from ddp_kit.errors import ConfigError
-from ddp_kit.meeting import gather, hosts_store, open_store
+from ddp_kit.meeting import gather, hosts_store, meeting
 from ddp_kit.preflight import Preflight, preflight
-from ddp_kit.topology import Topology, environment, environment_default, read_topology
+from ddp_kit.topology import Topology, environment_default, read_topology
 from ddp_kit.tuning import set_threads, tune_process
 
 
@@ -158,13 +158,9 @@ def _loopback() -> str:
 
 def _join(group: Group, *, init_method: str | None, timeout: timedelta, check: Preflight) -> None:
     topology, usual, timeout = group.topology, timeout, check.timeout(timeout)
-    if init_method is not None:
-        store, _, _ = next(dist.rendezvous(init_method, topology.rank, topology.world_size, timeout=timeout))
-    else:
-        life = environment().get("TORCHELASTIC_RESTART_COUNT", "0")  # the agent's store outlives the ranks, and keeps their addresses
-        store = dist.PrefixStore(f"ddp_kit_life_{life}", open_store(topology, timeout=timeout))
-    check.roll_call(store, group.device)
-    gather(store, topology, timeout=timeout)
+    with meeting(topology, init_method=init_method, timeout=timeout) as store:
+        check.roll_call(store, group.device)
+        gather(store, topology, timeout=timeout)
     hosts = init_method is None and hosts_store(topology)
     shared = dist.PrefixStore("ddp_kit_blame", store)
     group.blame = Blame(rank=topology.rank, world_size=topology.world_size, store=shared, hosts=hosts)

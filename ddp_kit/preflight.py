@@ -119,19 +119,28 @@ class Preflight:
             raise NodesError(self._judge(error)) from error
 
     def _judge(self, error: BaseException) -> str:
-        if self.store is None:
-            faults = {0: "its store was not reached"}
-        else:
-            faults = {}
-            with contextlib.suppress(dist.DistError):
-                for stage, words in (("met", "its ranks did not connect"), ("reduced", "its ranks did not get through a first sum")):
-                    behind = [node for node in range(self.topology.nodes) if self._count(stage, node) < self._size(node)]
-                    if 0 < len(behind) < self.topology.nodes:
-                        faults = dict.fromkeys(behind, words)
-                        break
+        faults = {0: "its store was not reached"} if self.store is None else {}
+        with contextlib.suppress(dist.DistError):
+            faults = faults or self._behind()
         if self.topology.rank == 0 or not (self.folder / FILE).exists():
             self._write(faults)
         return f"{self._words(faults)}{'; ' if faults else ''}{type(error).__name__}: {error}"
+
+    def _behind(self) -> dict[int, str]:
+        """Returns the nodes that have not come as far as others: first those whose ranks have not even noticed that something is wrong."""
+        end = time.monotonic() + LATER_S
+        self.passed("out")
+        while self._short_of("out") and time.monotonic() < end:
+            time.sleep(PAUSE_S)
+        stages = {"out": "its ranks hang or are gone", "met": "its ranks did not connect", "reduced": "its ranks got through no sum"}
+        for stage, words in stages.items():
+            nodes = self._short_of(stage)
+            if 0 < len(nodes) < self.topology.nodes:
+                return dict.fromkeys(nodes, words)
+        return {}
+
+    def _short_of(self, stage: str) -> list[int]:
+        return [node for node in range(self.topology.nodes) if self._count(stage, node) < self._size(node)]
 
     def _faults(self) -> dict[int, str]:
         """Returns what is wrong with which node as far as ranks have come."""

@@ -134,6 +134,7 @@ def _take_over(opened: Opened | None, life: Life, composition: Composition, repo
     )
     if opened is None:
         return []
+    life.metrics = {name: float(value) for name, value in opened.manifest.metrics.items()}
     resume_data(opened, composition.feed, world_size=training.group.world_size, restarts=settings.resume_data == "restart")
     return resume(opened, training, settings=settings, new=new, early_stopping=stopping)
 

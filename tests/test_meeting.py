@@ -5,7 +5,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_kit import preflight, process_group
+from ddp_kit.meeting import _telling
 from ddp_kit.preflight import NodesError
 from ddp_kit.testing import run_ranks
 from ddp_kit.topology import Topology, read_topology
@@ -48,10 +48,9 @@ def silent(port: int) -> Iterator[None]:
 
 @contextmanager
 def of_another_job(port: int) -> Iterator[None]:
-    store = dist.TCPStore("127.0.0.1", port, 2, True, timeout=timedelta(seconds=5), wait_for_workers=False)
-    store.set("ddp_kit_meeting", "another job's sign")
-    yield
-    del store
+    listener = socket.create_server(("127.0.0.1", port))
+    with _telling("another-job 1\n", listener):
+        yield
 
 
 @pytest.mark.parametrize("taken", [silent, of_another_job])
@@ -65,13 +64,18 @@ def test_a_given_port_is_the_only_one() -> None:
     assert read_topology(JOB | {"SLURM_PROCID": "0", "MASTER_PORT": "29500"}).ports == [29500]
 
 
+def stuck(*args: object, **more: object) -> None:
+    time.sleep(4)
+    raise RuntimeError("at last")
+
+
 def on_two_nodes(folder: str, port: int, what: str) -> str:
     """One rank on each of two nodes. Returns what the check says, "" if all is well."""
     rank = int(os.environ["RANK"])
     if (what, rank) in (("absent", 1), ("first absent", 0)):
         return "not there"
     if (what, rank) == ("stuck", 1):
-        dist.init_process_group = lambda *args, **more: time.sleep(3)
+        dist.init_process_group = stuck
     preflight.LATER_S = 1.0
     place = Topology(rank=rank, world_size=2, node_rank=rank, nodes=2, launcher="slurm", master="127.0.0.1", port=port)
     device = "cuda" if (what, rank) == ("no device", 1) else "cpu"
@@ -90,7 +94,7 @@ def on_two_nodes(folder: str, port: int, what: str) -> str:
         ("absent", "n1", "n1: 0 of its ranks came"),
         ("first absent", "n0", "n0: its store was not reached"),
         ("no device", "n1", "n1: no CUDA device is visible to 1 of its ranks"),
-        ("stuck", "n1", "n1: its ranks did not connect"),
+        ("stuck", "n1", "n1: its ranks hang or are gone"),
     ],
 )
 def test_the_preflight_check_names_the_node_that_failed_it(what: str, bad: str, words: str, tmp_path: Path) -> None:
