@@ -123,7 +123,7 @@ class Blame:
         """Asks the store; None if there is none any more. As it dies torch writes C++ stacks to stderr, which would hide our one line."""
         if self._store is None:
             return None
-        with without_stderr():
+        with _without_stderr():
             try:
                 return question(self._store)
             except dist.DistError:
@@ -139,8 +139,7 @@ def _first(store: dist.Store) -> tuple[int, str] | None:
 
 
 @contextmanager
-def without_stderr() -> Iterator[None]:
-    """Silences stderr, that of C++ too, while it lasts."""
+def _without_stderr() -> Iterator[None]:
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

@@ -74,7 +74,7 @@ class Control:
         if step_s and not self._is_new_kind:
             self._step_s[self._kind] = step_s
         self._is_new_kind = False
-        self._send(stop=stop, saves=saves)
+        self._send(stop=stop, saves=saves and not decision.saves)  # which is about to be done
         self._next = self._position + interval
         return decision
 

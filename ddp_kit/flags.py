@@ -38,6 +38,7 @@ PEERS = {  # the flags of Accelerate's examples, Lightning, Hugging Face's Train
     "--devices": "the launcher's number of processes: torchrun --nproc_per_node=N",
     "--num-processes": "the launcher's number of processes: torchrun --nproc_per_node=N",
     "--dataloader-num-workers": "--num-workers",
+    "--max-time": "--max-hours",
 }
 
 

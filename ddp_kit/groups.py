@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from ddp_kit.blame import Blame
 from ddp_kit.errors import ConfigError
-from ddp_kit.meeting import hosts_store, open_store
-from ddp_kit.topology import Topology, environment, environment_default, read_topology
+from ddp_kit.meeting import gather, hosts_store, meeting
+from ddp_kit.preflight import Preflight, preflight
+from ddp_kit.topology import Topology, environment_default, read_topology
 from ddp_kit.tuning import set_threads, tune_process
 
 
@@ -109,16 +110,19 @@ def process_group(
     timeout_s: float = 600,
     threads: int = 0,
     tuning: bool = True,
+    run_dir: Path | None = None,
 ) -> Iterator[Group]:
     """Joins this process to its peers, and leaves them at the end, error or not. Every rank calls it.
 
     Args: `topology` read from the environment if not given; `device` auto, cpu or cuda; `init_method` a `file://` address in
         place of the environment's; `first_timeout_s` bounds the waits until `Group.settle`, `timeout_s` those after;
-        `threads` CPU threads of this rank (0: its share of the cores); `tuning` switches on the defaults for speed.
+        `threads` CPU threads of this rank (0: its share of the cores); `tuning` switches on the defaults for speed; `run_dir` is
+        where a pre-flight check, if the launcher asks for one, leaves the names of bad nodes.
     Yields: the Group. One process that was not started as a rank gets one without process groups.
     """
     topology = read_topology() if topology is None else topology
-    chosen = choose_device(device, topology=topology)
+    check = preflight(topology, run_dir)
+    chosen = check.device(lambda: choose_device(device, topology=topology))
     alone = Blame(rank=topology.rank, world_size=topology.world_size)
     group = Group(topology=topology, device=chosen, blame=alone, timeout_s=timeout_s)
     group.tuned = [*(tune_process(topology, chosen) if tuning else []), f"CPU threads a rank: {set_threads(topology, threads=threads)}"]
@@ -131,7 +135,8 @@ def process_group(
     with ExitStack() as stack:
         if topology.nodes == 1:
             stack.enter_context(environment_default("GLOO_SOCKET_IFNAME", _loopback()))
-        _join(group, init_method=init_method, timeout=timedelta(seconds=first_timeout_s))
+        with check.judging():
+            _join(group, init_method=init_method, timeout=timedelta(seconds=first_timeout_s), check=check)
         try:
             yield group
         except BaseException as error:
@@ -151,16 +156,23 @@ def _loopback() -> str:
     return next((name for name in ("lo", "lo0") if name in names), names[0])
 
 
-def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
-    topology, cuda = group.topology, group.device.type == "cuda"
-    if init_method is not None:
-        store, _, _ = next(dist.rendezvous(init_method, topology.rank, topology.world_size, timeout=timeout))
-    else:
-        life = environment().get("TORCHELASTIC_RESTART_COUNT", "0")  # the agent's store outlives the ranks, and keeps their addresses
-        store = dist.PrefixStore(f"ddp_kit_life_{life}", open_store(topology, timeout=timeout))
-    shared = dist.PrefixStore("ddp_kit_blame", store)
+def _join(group: Group, *, init_method: str | None, timeout: timedelta, check: Preflight) -> None:
+    topology, usual, timeout = group.topology, timeout, check.timeout(timeout)
+    with meeting(topology, init_method=init_method, timeout=timeout) as store:
+        check.roll_call(store, group.device)
+        gather(store, topology, timeout=timeout)
     hosts = init_method is None and hosts_store(topology)
+    shared = dist.PrefixStore("ddp_kit_blame", store)
     group.blame = Blame(rank=topology.rank, world_size=topology.world_size, store=shared, hosts=hosts)
+    _make_groups(group, store, timeout=timeout, check=check)
+    if timeout != usual:
+        store.set_timeout(usual)
+        for made in group.all:
+            _set_timeout(made, timeout_s=usual.total_seconds())
+
+
+def _make_groups(group: Group, store: dist.Store, *, timeout: timedelta, check: Preflight) -> None:
+    topology, cuda = group.topology, group.device.type == "cuda"
     before = _sockets()
     dist.init_process_group(
         "nccl" if cuda else "gloo",
@@ -170,6 +182,7 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
         timeout=timeout,
         device_id=group.device if cuda else None,
     )
+    check.passed("met")
     training = dist.group.WORLD
     assert training is not None
     group.training = training
@@ -180,6 +193,7 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta) -> None:
     group.control, group.sums = control, sums
     group.sockets = {descriptor: inode for descriptor, inode in _sockets().items() if before.get(descriptor) != inode}
     dist.all_reduce(torch.zeros(1), group=control)  # nobody leaves while a peer is still connecting: that would fail it
+    check.try_sum(training, group.device)
 
 
 def _leave(group: Group, *, failed: bool) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from ddp_kit.blame import Verdict
 from ddp_kit.errors import ConfigError, DdpKitError
@@ -23,14 +24,16 @@ OnFailure = Callable[[Verdict], None]
 
 
 @contextmanager
-def session(settings: Settings, *, speaks: bool = True, on_failure: OnFailure | None = None) -> Iterator[Group]:
-    """Enters the group that the settings ask for. Every rank calls it.
+def session(
+    settings: Settings, *, speaks: bool = True, on_failure: OnFailure | None = None, run_dir: Path | None = None
+) -> Iterator[Group]:
+    """Enters the group that the settings ask for. Every rank calls it. A pre-flight check leaves its findings in `run_dir`.
 
     On an error each rank finds out who the culprit is, `on_failure(verdict)` may write it down, and with `speaks` the culprit's
     message goes to stderr, first and once, and the error becomes a SystemExit with its exit code.
     """
     threads = settings.threads or int(settings.exact)  # a convolution's gradient has other bits on two threads than on one
-    with process_group(device=settings.device, threads=threads, tuning=settings.tuning) as group:
+    with process_group(device=settings.device, threads=threads, tuning=settings.tuning, run_dir=run_dir) as group:
         try:
             with arithmetic(settings.precision, group.device), deterministic(settings.exact, group.device):
                 yield group

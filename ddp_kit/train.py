@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from ddp_kit.begin import Place, begins_from, open_directory, reporter_of, say, write_facts
+from ddp_kit.begin import Place, begins_from, default_path, open_directory, reporter_of, say, write_facts
 from ddp_kit.best import keep_of
 from ddp_kit.checkpoint.restore import Opened
 from ddp_kit.checkpoint.storage import LocalDisk
@@ -51,10 +52,11 @@ def run(recipe: Recipe, settings: Settings, *, name: str = "run") -> Outcome:
 
 def _live(build: Callable[[], Recipe], life: Life) -> Outcome:
     """Enters the group and trains. A command (it has a `source`) says itself what failed."""
+    path = Path(life.settings.run_dir) if life.settings.run_dir else default_path(life.name)
     with (
         signals_noted() as stop,
         ExitStack() as stack,
-        session(life.settings, speaks=life.source is not None, on_failure=life.failed) as group,
+        session(life.settings, speaks=life.source is not None, on_failure=life.failed, run_dir=path) as group,
     ):
         life.stop = stop
         try:
@@ -132,6 +134,7 @@ def _take_over(opened: Opened | None, life: Life, composition: Composition, repo
     )
     if opened is None:
         return []
+    life.metrics = {name: float(value) for name, value in opened.manifest.metrics.items()}
     resume_data(opened, composition.feed, world_size=training.group.world_size, restarts=settings.resume_data == "restart")
     return resume(opened, training, settings=settings, new=new, early_stopping=stopping)
 

@@ -1,5 +1,6 @@
-"""A recipe that takes its time, and that is asked to stop where it is told: `--act` says by what, `--at-step`, `--at-rank` and `--at-look`
-(the n-th micro-batch of an evaluation at that step) say where. Each rank leaves its pid beside the run directory."""
+"""A recipe that takes its time, and that is asked to stop where it is told: in the environment ACT says by what, AT_STEP, AT_RANK and AT_LOOK
+(the n-th micro-batch of evaluations at that step) say where, STEP_S, LOOK_S and END_S how long a step, such a micro-batch and the end take.
+Each rank leaves its pid beside the run directory."""
 
 import os
 import signal
@@ -15,12 +16,12 @@ from cases import classify, normed, vectors
 from torch import nn
 
 import ddp_kit
-from ddp_kit import Data, LossSum, Recipe
+from ddp_kit import Data, LossSum, Recipe, watch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ddp_kit.Settings):
-    """Steps of a chosen length."""
+    """500 steps an epoch."""
 
     global_batch: int = 24
     micro_batch: int = 12
@@ -29,21 +30,18 @@ class Settings(ddp_kit.Settings):
     log_every: int = 1
     device: Any = "cpu"
     lr: float = 0.1
-    step_s: float = 0.02
-    look_s: float = 0.0
-    act: str = ""
-    at_step: int = 3
-    at_rank: int = 0
-    at_look: int = 0
-    end_s: float = 0.0  # that rank 0's tracker takes at the end
     tests: bool = False
+
+
+def given(name: str, default: float) -> float:
+    return float(os.environ.get(name, default))
 
 
 class Asks:
     """A callback that acts, and the losses that give it the time to."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.step, self.looks, self.rank = settings, 0, 0, int(os.environ.get("RANK", "0"))
+        self.step, self.looks, self.rank = 0, 0, int(os.environ.get("RANK", "0"))
         self.run_dir = Path(settings.run_dir)
         self.pid_of(self.rank).write_text(str(os.getpid()))
 
@@ -51,17 +49,14 @@ class Asks:
         return self.run_dir.with_name(f"pid-{rank}")
 
     def act(self) -> None:
-        if self.rank != self.settings.at_rank or self.step != self.settings.at_step or self.looks != self.settings.at_look:
+        if (self.rank, self.step, self.looks) != (given("AT_RANK", 0), given("AT_STEP", 3), given("AT_LOOK", 0)):
             return
         print(f"acts at step {self.step}, look {self.looks}")
-        for what in self.settings.act.split():
+        for what in os.environ.get("ACT", "").split():
             if what in ("STOP", "SAVE"):
                 (self.run_dir / what).touch()
             elif what == "raise":
                 raise ValueError("a fault of its own")
-            elif what == "wait":  # until what was asked for has been done
-                while (self.run_dir / "SAVE").exists():
-                    time.sleep(0.05)
             elif what.startswith("peer:"):
                 os.kill(int(self.pid_of(1 - self.rank).read_text()), getattr(signal, what[5:]))
             else:
@@ -82,9 +77,9 @@ class Asks:
 
     def loss(self, model: nn.Module, batch: Any) -> LossSum:
         if model.training:
-            time.sleep(self.settings.step_s)
+            time.sleep(given("STEP_S", 0.02))
         elif self.step:
-            time.sleep(self.settings.look_s)
+            time.sleep(given("LOOK_S", 0))
             self.looks += 1
             self.act()
         return classify(model, batch)
@@ -105,18 +100,19 @@ class Slow:
     def sample(self, name: str, value: Any, *, step: int) -> None: ...
 
     def finish(self, status: Mapping[str, Any]) -> None:
-        time.sleep(self.settings.end_s)
+        time.sleep(given("END_S", 0))
         Path(self.settings.run_dir).with_name("tracker-has-ended").touch()
 
 
 def recipe(settings: Settings) -> Recipe:
     sick_disk.install(os.environ.get("DISK", ""))
+    watch.MARGIN_S = watch.UNKNOWN_S = 1.0
     asks = Asks(settings)
     return Recipe(
         model=normed,
         loss=asks.loss,
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9),
-        train_data=lambda: Data(vectors()),
+        train_data=lambda: Data(vectors(12_000)),
         eval_data=lambda: vectors(120),
         test_data=(lambda: vectors(96)) if settings.tests else None,
         callbacks=[asks],

@@ -162,3 +162,16 @@ def test_a_bad_loss_on_two_ranks_names_one_of_them_on_all(group: Group) -> None:
         control.name_culprit(7)
     decision = control.exchange()
     assert (decision.culprit_step, decision.culprit_rank, decision.stop) == (7, 2, 0)
+
+
+@pytest.mark.ranks(2)
+def test_a_save_that_is_asked_for_until_it_begins_is_decided_once(group: Group) -> None:
+    control, asked, decided = Control(group), True, []
+    for step in range(1, 8):
+        time.sleep(0.11)
+        decision = control.boundary(saves=asked and group.rank == 0)
+        if decision.saves:
+            asked = False
+            decided.append(step)
+    control.close()
+    assert decided == [2]

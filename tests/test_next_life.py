@@ -103,7 +103,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EVERY_STEP", "yes")
     monkeypatch.setattr("ddp_kit.control.INTERVAL_S", 0.0)
     monkeypatch.setenv("DEATHS", "11:0:SIGTERM")
-    assert begin(tmp_path / "run", "--keep", "99") == 143
+    assert begin(tmp_path / "run", "--keep", "99", "--eval-every", "5") == 143  # no evaluation at 12, which would be abandoned
     monkeypatch.setenv("DEATHS", "")
     return tmp_path / "run"
 
@@ -203,7 +203,7 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(stopped: Pa
     assert (
         begin(stopped, "--resume", str(stopped / "checkpoints" / "step-00000006"), "--lr", "0.01", "--change", "lr", "--keep", "99") == 143
     )
-    assert steps(storage_of(stopped))[0] == 11
+    assert steps(storage_of(stopped))[0] == 10
     aside = [name for name in storage_of(stopped).list("") if name.endswith(".superseded")]
     assert {"step-00000009.superseded", "step-00000013.superseded"} <= set(aside)
     monkeypatch.setenv("DEATHS", "")

@@ -194,6 +194,17 @@ def test_an_owner_elsewhere_lives_as_long_as_it_beats(tmp_path, change):
     run.release()
 
 
+def test_a_job_that_slurm_has_started_again_need_not_wait_for_its_last_lifes_lock(tmp_path, monkeypatch):
+    write_lock(tmp_path, host="elsewhere", pid=1, job="123", restart=0)
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    with pytest.raises(ConfigError, match="in use by a live run"):
+        RunDir(tmp_path).claim()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run = RunDir(tmp_path)
+    run.claim()
+    run.release()
+
+
 def test_the_heart_beats(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BEAT_S", 0.02)
     run = RunDir(tmp_path)

@@ -13,7 +13,7 @@ ROOT = Path(ddp_kit.__file__).parent
 LAYERS = [
     ["errors"],
     ["topology", "tuning", "batching", "settings", "flags", "metrics", "logs", "tree", "peak"],
-    ["blame", "meeting", "groups", "collectives", "control", "seeding"],
+    ["blame", "meeting", "preflight", "groups", "collectives", "control", "seeding"],
     [
         *("strategies", "data", "checkpoint", "trackers", "precision", "early_stopping", "preemption", "ema", "schedules"),
         *("buffers", "callbacks", "counts", "weights", "best", "run_dir", "environment"),
@@ -59,17 +59,8 @@ def test_only_layer_two_strategies_and_their_users_of_works_import_torch_distrib
     """Beside layer 2 and the strategies: those that launch an asynchronous sum and read it later, and the saving thread."""
     users = {part(path) for path in FILES if "import torch.distributed as dist" in path.read_text()}
     assert users <= {
-        "blame",
-        "meeting",
-        "groups",
-        "collectives",
-        "control",
-        "strategies",
-        "testing",
-        "buffers",
-        "counts",
-        "report",
-        "checkpoint",
+        *("blame", "meeting", "preflight", "groups", "collectives", "control"),
+        *("strategies", "testing", "buffers", "counts", "report", "checkpoint"),
     }
 
 
@@ -78,8 +69,8 @@ def test_no_file_is_long_and_the_whole_can_be_read() -> None:
     assert max(lines.values()) <= 300, max(lines, key=lambda path: lines[path])
     # The design asks for 9,000 lines in all and 3,000 in the core, layers 0 to 5 without what stands in CORE_APART. Both are exceeded: four
     # lines in ten are docstrings and comments. This keeps it from growing unseen.
-    assert sum(lines.values()) < 12_150
-    assert sum(count for path, count in lines.items() if part(path) not in CORE_APART) < 8900
+    assert sum(lines.values()) < 12_900
+    assert sum(count for path, count in lines.items() if part(path) not in CORE_APART) < 9700
 
 
 def test_no_function_is_long() -> None:
