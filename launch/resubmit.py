@@ -40,12 +40,15 @@ def _lines(path: Path) -> list[str]:
 
 
 def _main(argv: Sequence[str]) -> int:
-    reader = parser("resubmit", what="Submits a run again: same directory, it resumes, other sizes allowed.")
+    reader = parser(
+        "resubmit", what="Submits a run again: same directory, it resumes, other sizes allowed. Recipe flags after -- are added."
+    )
     reader.add_argument("--new-code", action="store_true", help="copy the code as it is now")
     reader.add_argument("run", help="its folder or a job id")
-    reader.add_argument("words", nargs="*", metavar="-- recipe flags", help="flags that are added, for instance -- --max-steps 900")
     reader.set_defaults(**dict.fromkeys(vars(reader.parse_args(["RUN"]))))  # None: not typed, and so not changed
-    given = {name: value for name, value in vars(reader.parse_args(argv)).items() if value is not None}
+    at = argv.index("--") if "--" in argv else len(argv)
+    given = {name: value for name, value in vars(reader.parse_args(argv[:at])).items() if value is not None}
+    given["words"] = argv[at + 1 :]
     run = find(given["run"])
     plan = plan_again(run, given)
     if given.get("dry_run"):

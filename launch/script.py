@@ -30,14 +30,17 @@ done
 wait "$step"
 last=$?
 if [ "$last" -ne 127 ]; then rc=$last; fi         # 127: the loop has had its code already
+if [ -e "$failed" ] && [ "$rc" -ne 137 ]; then    # srun ends the tasks after the one that failed, and tells the largest code
+  read -r rc < "$failed"
+fi
 """
 END = """\
-if [ -e "$run/requeue" ]; then                    # rank 0 leaves it when a stopped run is saved
+if [ -e "$run/requeue" ] && [ ! -e "$failed" ]; then  # rank 0 leaves it when a stopped run is saved
   rc=75
   if [ -n "$told" ]; then
     say "life $life of job $job has stopped with nothing lost; SLURM itself ends or requeues the job"
   elif [ "$life" -ge "$max_requeues" ]; then
-    say "life $life of job $job has stopped with nothing lost: the limit of $max_requeues requeues is reached. To go on: ddp-kit resubmit $run"
+    say "life $life of job $job has stopped with nothing lost: --max-requeues $max_requeues is reached. To go on: ddp-kit resubmit $run"
   elif scontrol requeue "$job" || [ -n "$told" ]; then  # SLURM tells scontrol too, at once
     say "life $life of job $job has stopped with nothing lost: requeued"
   else
@@ -145,8 +148,15 @@ def _step(plan: SlurmPlan) -> str:
     passed = {**{name: value for name, value in container.items() if value}, **options(plan.srun)}
     flags += [f"--{name}" + ("" if value is None else f"={shlex.quote(value)}") for name, value in passed.items()]
     per_node = 1 if plan.launcher != "srun" else plan.processes
-    program = f'{shlex.quote(plan.python)} -u -m submitit.core._submit "$folder" &'
-    return _text(['rm -f "$run/requeue"', " \\\n  ".join([f"srun -n {tasks} --ntasks-per-node={per_node}", *flags, program])])
+    # the warning may come before the program can hear it, and an agent of torchrun would die of it
+    program = f'bash -c \'trap "" USR1 USR2; exec "$@"\' sh {shlex.quote(plan.python)} -u -m submitit.core._submit "$folder" &'
+    return _text(
+        [
+            "failed=$folder/$job.$life.failed",
+            'rm -f "$run/requeue"',
+            " \\\n  ".join([f"srun -n {tasks} --ntasks-per-node={per_node}", *flags, program]),
+        ]
+    )
 
 
 def _text(lines: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ Refuses: checkpoints and decisions on requeueing; ranks save, and the batch scri
 submitit's handlers ignore SIGTERM and requeue at once on SIGUSR2. Here they are taken out before anything else happens.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -128,9 +129,19 @@ def _ended(run: Callable[[], object], *, run_dir: Path) -> str:
     if code == 0:
         return status
     if code != REQUEUE:
+        _failed_first(int(code) if isinstance(code, int) else 1)
         with utils.temporary_save_path(result) as path:
             utils.cloudpickle_dump(("error", _failure(code, status=status, errors=_text(JobEnvironment().paths.stderr))), path)
     raise SystemExit(code)
+
+
+def _failed_first(code: int) -> None:
+    """Leaves the exit code for the batch script, if no other task of this life has failed before."""
+    facts = environment()
+    job = f"{facts['SLURM_ARRAY_JOB_ID']}_{facts['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in facts else facts["SLURM_JOB_ID"]
+    path = Path(facts["SUBMITIT_FOLDER"]) / f"{job}.{facts.get('SLURM_RESTART_COUNT', '0')}.failed"
+    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+        file.write(f"{code}\n")
 
 
 def _failure(code: object, *, status: str, errors: str) -> str:

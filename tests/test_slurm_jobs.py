@@ -188,6 +188,13 @@ def test_a_job_submitted_from_a_job_is_none_of_its_own(cluster: Cluster, tmp_pat
     assert "RANK" not in found
 
 
+def test_a_wrong_flag_of_the_recipe_ends_the_job_with_2(trained: Trained) -> None:
+    run = trained("--lerning-rate", "1", slurm=["--nproc-per-node", "4"])
+    run.ended("FAILED")
+    assert run.cluster.facts(run.id)["ExitCode"] == "2:0"
+    assert "--lerning-rate is not a flag" in run.said(0, "err")
+
+
 @pytest.mark.slow
 def test_a_preemption_with_nothing_but_sigterm_loses_nothing(trained: Trained) -> None:
     run = trained("--max-steps", "100", "--pace-s", "0.1", slurm=["--nodes", "2", "--sbatch", "exclusive"])
@@ -214,8 +221,7 @@ def test_scancel_leaves_nothing_and_is_no_reason_to_requeue(trained: Trained) ->
 def test_a_warning_that_comes_before_training_requeues_the_job_too(trained: Trained) -> None:
     run = trained(*SHORT)
     run.until(lambda: "Loading pickle" in run.said(1))
-    run.cluster.run("scancel", "--signal=USR1", run.id)
-    run.until(lambda: "nothing lost: requeued" in run.log)
+    run.until(lambda: run.cluster.tried("scancel", "--signal=USR1", run.id) and "nothing lost: requeued" in run.log)
     run.ended()
     assert run.status["status"] == "finished"
 
@@ -238,7 +244,7 @@ def test_the_budget_of_requeues_ends_the_run(trained: Trained) -> None:
     run.until_step(run.status["step"] + 3)
     run.cluster.run("scancel", "--signal=USR1", run.id)
     run.ended("FAILED")
-    assert "the limit of 1 requeues is reached. To go on: ddp-kit resubmit" in run.log
+    assert "--max-requeues 1 is reached. To go on: ddp-kit resubmit" in run.log
 
 
 SAVING = ("--max-steps", "150", "--pace-s", "0.1", "--save-every", "10")
@@ -339,7 +345,7 @@ def test_resubmitting_goes_on_at_another_size(trained: Trained) -> None:
     assert cancel.main([run.id]) == 0
     run.ended()
     saved = run.status["step"]
-    assert resubmit.main([str(run.folder), "--nproc-per-node", "4", "--", "--max-steps", str(saved + 5)]) == 0
+    assert resubmit.main([str(run.folder), "--nproc-per-node", "4", "--", "--max-steps", str(saved + 5), "--change", "max_steps"]) == 0
     run.cluster.wait(FoundRun(run.folder).submissions()[-1]["job"], state="COMPLETED", within_s=90)
     assert run.status["status"] == "finished"
     assert run.status["step"] == saved + 5
