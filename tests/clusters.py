@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +137,35 @@ def cluster_up(folder: Path, *words: str) -> Iterator[Cluster]:
             cluster.control("down")
 
 
+def dev_cluster(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+    """Runs the program, which may fail."""
+    return subprocess.run([sys.executable, PROGRAM, *map(str, words)], text=True, capture_output=True, timeout=60)
+
+
+def traces(folder: Path) -> list[str]:
+    """Returns the living processes whose command, environment or working directory knows a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            known = (process / "cmdline").read_bytes() + (process / "environ").read_bytes() + os.fsencode((process / "cwd").readlink())
+        except OSError:
+            continue
+        is_watching = b"--after" in known or int(process.name) == os.getpid()
+        if os.fsencode(folder) in known and not is_watching:
+            found.append(f"{process.name}: {known[:200]!r}")
+    return found
+
+
+def becomes(is_so: Callable[[], bool], *, within_s: float) -> bool:
+    """Whether it is so within some seconds."""
+    end = time.monotonic() + within_s
+    while not is_so():
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
 @functools.cache
 def lack() -> str:
     """Returns what to install before tests can have a SLURM, "" for nothing."""
@@ -159,6 +188,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"CI is set, and a test that needs SLURM cannot run. {lack()}", pytrace=False)
     pytest.skip(lack())
+
+
+@pytest.fixture
+def cluster_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for a cluster of the test's own, with a short path."""
+    made = tmp_path_factory.mktemp("c") / "d"
+    yield made
+    dev_cluster("down", made)
 
 
 @pytest.fixture(scope="session")

@@ -3,39 +3,16 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import clusters
 import pytest
-from clusters import PROGRAM, Cluster, cluster_up
+from clusters import PROGRAM, Cluster, becomes, cluster_up, dev_cluster, traces
 
 pytestmark = pytest.mark.slurm
-NOBODY = 65534
 is_root = pytest.mark.skipif(os.geteuid() != 0, reason="root's clusters have network namespaces")
-
-
-def dev_cluster(*words: str | Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, PROGRAM, *map(str, words)], text=True, capture_output=True, timeout=60)
-
-
-def traces(folder: Path) -> list[str]:
-    """Returns the living processes whose command, environment or working directory knows a folder."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            known = (process / "cmdline").read_bytes() + (process / "environ").read_bytes() + os.fsencode((process / "cwd").readlink())
-        except OSError:
-            continue
-        is_watching = b"--after" in known or int(process.name) == os.getpid()
-        if os.fsencode(folder) in known and not is_watching:
-            found.append(f"{process.name}: {known[:200]!r}")
-    return found
 
 
 def interfaces(folder: Path) -> set[str]:
@@ -44,46 +21,30 @@ def interfaces(folder: Path) -> set[str]:
     return {path.name for path in Path("/sys/class/net").iterdir() if re.fullmatch(rf"ddpk{number}(n\d+)?", path.name)}
 
 
-def becomes(is_so: Callable[[], bool], *, within_s: float) -> bool:
-    end = time.monotonic() + within_s
-    while not is_so():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-@pytest.fixture
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    made = tmp_path_factory.mktemp("c") / "d"
-    yield made
-    dev_cluster("down", made)
-
-
 @is_root
-def test_nothing_is_left_whatever_was_done_to_the_nodes(folder: Path) -> None:
-    with cluster_up(folder, "--nodes=3", "--gpus=2") as cluster:
-        assert len(interfaces(folder)) == 4
+def test_nothing_is_left_whatever_was_done_to_the_nodes(cluster_folder: Path) -> None:
+    with cluster_up(cluster_folder, "--nodes=3", "--gpus=2") as cluster:
+        assert len(interfaces(cluster_folder)) == 4
         words = ["srun", "--nodes=3", "bash", "-c", "setsid --fork sleep 1000; touch $SLURMD_NODENAME; sleep 1000"]
-        with subprocess.Popen(words, env=cluster.environ, cwd=folder, stderr=subprocess.DEVNULL) as waiting:
-            assert becomes(lambda: all((folder / name).exists() for name in ("n0", "n1", "n2")), within_s=10)
+        with subprocess.Popen(words, env=cluster.environ, cwd=cluster_folder, stderr=subprocess.DEVNULL) as waiting:
+            assert becomes(lambda: all((cluster_folder / name).exists() for name in ("n0", "n1", "n2")), within_s=10)
             assert becomes(lambda: len(cluster.control("ps").splitlines()) == 9, within_s=5)  # a step daemon and two sleeps on each node
             cluster.control("freeze", "n0")
             cluster.control("kill-node", "n1")
-            names = interfaces(folder)
+            names = interfaces(cluster_folder)
             begin = time.monotonic()
-            done = dev_cluster("down", folder)
+            done = dev_cluster("down", cluster_folder)
             assert done.returncode == 0, done.stderr
             assert time.monotonic() - begin < 10
             waiting.wait(timeout=5)
-        assert not traces(folder)
+        assert not traces(cluster_folder)
         assert not names & {path.name for path in Path("/sys/class/net").iterdir()}
-        assert not (folder / "cluster.json").exists()
-        assert (folder / "log" / "slurmctld.log").stat().st_size
+        assert not (cluster_folder / "cluster.json").exists()
+        assert (cluster_folder / "log" / "slurmctld.log").stat().st_size
 
 
-def test_two_clusters_live_side_by_side(cluster: Cluster, folder: Path) -> None:
-    with cluster_up(folder, "--nodes=1", "--prefix=other") as other:
+def test_two_clusters_live_side_by_side(cluster: Cluster, cluster_folder: Path) -> None:
+    with cluster_up(cluster_folder, "--nodes=1", "--prefix=other") as other:
         assert other.run("srun", "bash", "-c", "echo $SLURMD_NODENAME") == "other0\n"
         assert sorted(cluster.run("srun", "--nodes=2", "bash", "-c", "echo $SLURMD_NODENAME").split()) == ["n0", "n1"]
     assert cluster.node_states() == {"n0": "idle", "n1": "idle"}
@@ -202,21 +163,21 @@ def test_sacct_answers_submitit_without_accounting(cluster: Cluster) -> None:
     assert {line.rpartition("|")[0] for line in found[1:]} == {f"{job}_0|COMPLETED", f"{job}_1|FAILED", f"{single}|COMPLETED"}
 
 
-def test_a_cluster_ends_with_the_process_that_it_was_started_for(folder: Path) -> None:
-    assert dev_cluster("up", folder, "--nodes=1").returncode == 0
+def test_a_cluster_ends_with_the_process_that_it_was_started_for(cluster_folder: Path) -> None:
+    assert dev_cluster("up", cluster_folder, "--nodes=1").returncode == 0
     with subprocess.Popen(["sleep", "5"]) as owner:
-        with subprocess.Popen([sys.executable, PROGRAM, "down", str(folder), "--after", str(owner.pid)]) as guard:
+        with subprocess.Popen([sys.executable, PROGRAM, "down", str(cluster_folder), "--after", str(owner.pid)]) as guard:
             time.sleep(0.5)
-            is_waiting = guard.poll() is None and (folder / "cluster.json").exists()
+            is_waiting = guard.poll() is None and (cluster_folder / "cluster.json").exists()
             owner.kill()
             assert guard.wait(timeout=20) == 0
             assert is_waiting
-    assert not traces(folder)
+    assert not traces(cluster_folder)
 
 
 @pytest.mark.slow
-def test_high_preempts_low_which_runs_again(folder: Path) -> None:
-    with cluster_up(folder, "--nodes=1", "--cpus=1", "--grace-s=0", "--kill-wait-s=1") as cluster:
+def test_high_preempts_low_which_runs_again(cluster_folder: Path) -> None:
+    with cluster_up(cluster_folder, "--nodes=1", "--cpus=1", "--grace-s=0", "--kill-wait-s=1") as cluster:
         script = '--wrap=echo "life ${SLURM_RESTART_COUNT:-0}"; srun bash -c "[ -n \\"$SLURM_RESTART_COUNT\\" ] || sleep 1000"'
         low = cluster.submit("--partition=low", "--open-mode=append", "--output=out", script)
         cluster.wait(low, state="RUNNING")
@@ -224,12 +185,12 @@ def test_high_preempts_low_which_runs_again(folder: Path) -> None:
         cluster.wait(high, state="COMPLETED")
         cluster.wait(low, state="COMPLETED", within_s=30)
         assert cluster.facts(low)["Restarts"] == "1"
-        assert (folder / "out").read_text().count("life 0") == (folder / "out").read_text().count("life 1") == 1
+        assert (cluster_folder / "out").read_text().count("life 0") == (cluster_folder / "out").read_text().count("life 1") == 1
 
 
 @pytest.mark.slow
-def test_a_node_that_is_killed_is_noticed_and_its_job_runs_elsewhere(folder: Path) -> None:
-    with cluster_up(folder, "--nodes=2", "--slurmd-timeout-s=10") as cluster:
+def test_a_node_that_is_killed_is_noticed_and_its_job_runs_elsewhere(cluster_folder: Path) -> None:
+    with cluster_up(cluster_folder, "--nodes=2", "--slurmd-timeout-s=10") as cluster:
         job = cluster.submit(
             "--nodes=1", "--nodelist=n1", "--output=out", "--open-mode=append", "--wrap=echo on $SLURMD_NODENAME; sleep 1000"
         )
@@ -242,128 +203,3 @@ def test_a_node_that_is_killed_is_noticed_and_its_job_runs_elsewhere(folder: Pat
         cluster.wait(job, state="RUNNING", within_s=30)
         cluster.run("scancel", job)
         assert not cluster.left()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            ["up", "DIR", "--nodes=0", "--gpus=-1", "--prefix=N 0"],
-            "--nodes 0: expected 1 to 250; --gpus -1: expected 0 or more; --prefix 'N 0'",
-        ),
-        (["up", "DIR/" + "long" * 25], "characters too long for the path of a unix socket: take a shorter one"),
-        (["up", "DIR/a folder"], "cannot say a path with spaces"),
-        (["up", "FULL"], "holds something else. Take a new or an empty folder"),
-        (["up", "FULL/file/s"], "Take one that you may write to"),
-        (["env", "DIR"], "no cluster here. Start one: slurm/dev_cluster up"),
-        (["kill-node", "DIR", "n0"], "no cluster here. Start one"),
-    ],
-)
-def test_bad_input_says_what_to_type_and_makes_nothing(tmp_path_factory: pytest.TempPathFactory, words: list[str], message: str) -> None:
-    tmp_path = tmp_path_factory.mktemp("b")  # a short one
-    full = tmp_path / "f"
-    full.mkdir()
-    (full / "file").write_text("mine")
-    done = dev_cluster(*(word.replace("DIR", str(tmp_path / "d")).replace("FULL", str(full)) for word in words))
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert [path.name for path in tmp_path.rglob("*")] == ["f", "file"]
-
-
-def test_bad_input_to_a_cluster_that_is_up(session_cluster: Cluster) -> None:
-    folder = session_cluster.folder
-    for words, message in (
-        (["up", folder], f"a cluster is up here. Use it, or end it first: slurm/dev_cluster down {folder}"),
-        (["freeze", folder, "n7"], "no node n7 here; there are n0, n1."),
-        (["cut", folder, "n0", "n7"], "no node n7 here"),
-        (["exec", folder, "n0"], "exec: the command is missing"),
-    ):
-        done = dev_cluster(*words)
-        assert done.returncode == 1
-        assert message in done.stderr
-    assert session_cluster.node_states() == {"n0": "idle", "n1": "idle"}
-
-
-def test_down_of_nothing_is_no_error_and_says_so(tmp_path: Path) -> None:
-    done = dev_cluster("down", tmp_path / "none")
-    assert (done.returncode, done.stdout) == (0, "")
-    assert "no cluster here, nothing to do" in done.stderr
-
-
-def test_a_start_that_fails_shows_the_logs_and_leaves_nothing(folder: Path) -> None:
-    done = dev_cluster("up", folder, "--nodes=1", "--conf=NoSuchKey=1")
-    assert done.returncode == 1
-    assert "slurmctld ended at the start" in done.stderr
-    assert "NoSuchKey" in done.stderr
-    assert not traces(folder)
-    assert not (folder / "cluster.json").exists()
-
-
-def test_a_cluster_whose_processes_are_gone_is_cleared_away_by_the_next_up(folder: Path) -> None:
-    with cluster_up(folder, "--nodes=1"):
-        for pid, _ in json.loads((folder / "cluster.json").read_text())["pids"].values():
-            os.kill(pid, 9)
-        done = dev_cluster("up", folder, "--nodes=1")
-        assert done.returncode == 0, done.stderr
-
-
-def test_missing_packages_are_named_with_the_line_that_installs_them() -> None:
-    code = f"""
-import sys; sys.path.insert(0, {str(Path(PROGRAM).parent)!r})
-from cluster import tools
-tools.find = lambda name: None if name in ("slurmctld", "munged", "sinfo", "scancel") else "/bin/" + name
-tools.check_installed()
-"""
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
-    assert "no slurmctld, sinfo, scancel, munged." in done.stderr
-    assert "apt-get install -y --no-install-recommends slurmctld slurm-client munge\n" in done.stderr
-
-
-@pytest.mark.parametrize(("variables", "outcome"), [({}, {"skipped": 2}), ({"CI": "true"}, {"errors": 2})])
-def test_without_slurm_tests_are_skipped_but_fail_in_ci(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], outcome: dict[str, int]
-) -> None:
-    monkeypatch.setattr(clusters, "lack", lambda: "apt-get install slurmctld")
-    monkeypatch.delenv("CI", raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    pytester.makepyfile("import pytest\ndef test_a(cluster): pass\n@pytest.mark.slurm\ndef test_b(): pass\n")
-    result = pytester.runpytest_inprocess("-p", "clusters", "-rs")
-    result.assert_outcomes(**outcome)
-    result.stdout.fnmatch_lines(["*apt-get install slurmctld*"])
-
-
-@is_root
-@pytest.mark.parametrize("has_network", [False, True])
-def test_an_ordinary_user_has_clusters_too(has_network: bool) -> None:
-    """Without namespaces, or within `unshare` with namespaces. From a copy: the user may be unable to read this checkout or its Python."""
-    python = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")
-    user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    own_network = ["unshare", "--user", "--map-current-user", "--keep-caps", "--net", "--mount"]
-    if python is None or subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]).returncode:
-        pytest.skip("no Python 3.11 for other users here")
-    if has_network and subprocess.run([*user, *own_network, "true"], capture_output=True).returncode:
-        pytest.skip("no user namespaces for ordinary users here")
-    with tempfile.TemporaryDirectory(prefix="user-") as name:
-        copy = Path(name) / "slurm"
-        shutil.copytree(Path(PROGRAM).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        subprocess.run(["chmod", "-R", "a+rX", name], check=True)
-        os.chown(name, NOBODY, NOBODY)
-        script = f"""
-            set -e
-            cluster() {{ {python} -B {copy}/dev_cluster "$@"; }}
-            {"PATH=$PATH:/usr/sbin:/sbin; ip link set lo up" if has_network else ""}
-            trap 'cluster down {name}/c' EXIT
-            cluster up {name}/c --gpus 2 {"--netns" if has_network else ""}
-            eval "$(cluster env {name}/c)"
-            srun --nodes=2 --gpus-per-node=1 bash -c 'echo $(id -u) $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES {"$(hostname)" if has_network else ""}'
-            cluster kill-node {name}/c n1
-        """
-        done = subprocess.run(
-            [*user, *(own_network if has_network else []), "bash", "-c", script], text=True, capture_output=True, timeout=60, cwd="/"
-        )
-        assert done.returncode == 0, done.stderr
-        wanted = [f"{NOBODY} {node} 0{f' {node}' if has_network else ''}" for node in ("n0", "n1")]
-        assert sorted(done.stdout.splitlines()) == wanted, done.stderr
-        assert not traces(Path(name))

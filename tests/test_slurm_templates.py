@@ -1,7 +1,6 @@
 """The batch scripts for people who write their own: SLURM accepts them, and a stop that was saved becomes another life."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -148,13 +147,21 @@ def test_an_element_of_an_array_is_requeued_alone(scripts: Scripts) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_real_recipe_trains_on_two_nodes(cluster: Cluster, tmp_path: Path, name: str) -> None:
+def test_a_real_recipe_that_is_warned_goes_on_in_another_life(cluster: Cluster, tmp_path: Path, name: str) -> None:
     sizes = ["--ntasks-per-node=2"] if name == "train" else []
     flags = ["--gpus-per-node=0", "--cpus-per-task=1", *sizes, f"--chdir={tmp_path}", "--output=log"]
-    variables = {"PATH": f"{Path(sys.executable).parent}:{cluster.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [str(ROOT / "slurm" / f"{name}.sbatch"), str(ROOT / "recipes" / "digits.py"), "--max-steps", "4", "--device", "cpu"]
-    job = cluster.submit(*flags, *words, RUN_DIR=str(tmp_path / "run"), RANKS_PER_NODE="2", **variables)
-    cluster.wait(job, state="COMPLETED", within_s=180)
+    path = {"PATH": f"{Path(sys.executable).parent}:{cluster.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    words = [str(ROOT / "slurm" / f"{name}.sbatch"), str(ROOT / "tests" / "paced.py"), "--max-steps", "60", "--pace-s", "0.25"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    job = cluster.submit(*flags, *words, RUN_DIR=str(tmp_path / "run"), RANKS_PER_NODE="2", OMP_NUM_THREADS="1", **path)
+    end = time.monotonic() + 120
+    while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+        assert time.monotonic() < end, cluster.story(job)
+        assert cluster.state(job) in ("PENDING", "RUNNING"), cluster.story(job)
+        time.sleep(0.2)
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.wait(job, state="COMPLETED", within_s=240)
+    assert cluster.facts(job)["Restarts"] == "1"
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
-    assert "64 global = 4 ranks" in (tmp_path / "log").read_text()
-    assert os.access(tmp_path / "run" / "metrics.jsonl", os.R_OK)
+    steps = [record["step"] for record in map(json.loads, metrics.read_text().splitlines()) if record["kind"] == "train"]
+    assert steps == list(range(1, 61))  # nothing lost, nothing twice
