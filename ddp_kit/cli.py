@@ -12,6 +12,12 @@ from ddp_kit.errors import ConfigError, DdpKitError, nearest
 # verb: (module with `main(argv) -> int`, one line of help)
 VERBS = {
     "run": ("launch.run", "train a recipe on this machine: run --nproc-per-node 8 RECIPE.py [recipe flags]"),
+    "slurm": ("launch.slurm", "submit it as a batch job: slurm --nodes 4 --gpus-per-node 8 RECIPE.py [recipe flags]; --dry-run shows it"),
+    "jobs": ("launch.jobs", "my runs: job, state, lives, step, loss, last checkpoint, why it waits"),
+    "logs": ("launch.logs", "what a run has said over all its lives: logs RUN [--rank 3] [-f]"),
+    "cancel": ("launch.cancel", "end a run after a save: cancel RUN [--now]"),
+    "resubmit": ("launch.resubmit", "the same run as a new job, which resumes: resubmit RUN [--nodes 2]"),
+    "sweep": ("launch.sweep", "a run for each point: sweep --grid lr=0.1,0.2 RECIPE.py; sweep --show NAME"),
     "new": ("ddp_kit.commands.new", "start a recipe of your own from a shipped one: new my.py --from cifar"),
     "check": ("ddp_kit.commands.check", "two steps and an evaluation of a recipe: memory, rate, time to finish; leaves nothing"),
     "evaluate": ("ddp_kit.evaluate", "evaluate weights: evaluate RECIPE.py --from runs/NAME"),

@@ -138,9 +138,7 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
     node_rank = _integer(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
     if node_rank >= len(tasks):
         raise ConfigError(f"SLURM_NODEID={node_rank} is outside SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']}.")
-    job = environ.get("SLURM_JOB_ID", "0")
-    restarts = environ.get("SLURM_RESTART_COUNT", "0")
-    derived = FIRST_PORT + (int(job) * 7 + int(restarts)) % PORTS if job.isdigit() and restarts.isdigit() else FIRST_PORT
+    job, restarts, step = (environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     return Topology(
         rank=_integer(environ, "SLURM_PROCID"),
         local_rank=_integer(environ, "SLURM_LOCALID"),
@@ -150,8 +148,8 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
         nodes=len(tasks),
         launcher="slurm",
         master=environ.get("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"])),
-        port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else derived,
-        meeting="" if "MASTER_PORT" in environ else f"{job}.{restarts}.{environ.get('SLURM_STEP_ID', '0')}",
+        port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _step_port(job, restarts, step),
+        meeting="" if "MASTER_PORT" in environ else f"{job}.{restarts}.{step}",
         source={
             "rank": "SLURM_PROCID",
             "local_rank": "SLURM_LOCALID",
@@ -161,6 +159,13 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
             "nodes": "SLURM_STEP_TASKS_PER_NODE",
         },
     )
+
+
+def _step_port(job: str, restarts: str, step: str) -> int:
+    """A port that all ranks of a step agree on and others do not take: other jobs, this job's last life, its other steps."""
+    if not (job.isdigit() and restarts.isdigit() and step.isdigit()):
+        return FIRST_PORT
+    return FIRST_PORT + (int(job) * 7 + int(restarts) + int(step) * 613) % PORTS
 
 
 def expand_tasks(text: str) -> list[int]:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from launch.plan import Plan, clean
+from launch.environment import clean, environment
+from launch.plan import Plan
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PEERS_S, TERM_S, POLL_S = 15.0, 10.0, 0.02  # peers of a failed rank end within 10 s by themselves
@@ -45,7 +46,7 @@ def _start(plan: Plan, rank: int, *, listener: socket.socket) -> "subprocess.Pop
         own["DDP_KIT_LISTENER"] = str(listener.fileno())
     return subprocess.Popen(
         plan.command,
-        env={**clean(os.environ), **{name: str(value) for name, value in facts.items()}, **own},
+        env={**clean(environment()), **{name: str(value) for name, value in facts.items()}, **own},
         stdin=None if rank == 0 else subprocess.DEVNULL,
         pass_fds=[listener.fileno()] if rank == 0 else [],
         start_new_session=True,  # Ctrl-C reaches the launcher alone, which hands it on: twice would mean "leave at once"

@@ -1,10 +1,10 @@
 """torchrun as the launcher: `python -m launch.torchrun --nproc-per-node 8 RECIPE.py [recipe flags]`."""
 
-import os
 import sys
-from collections.abc import Sequence
+from typing import NoReturn
 
-from launch.plan import Plan, clean
+from launch.environment import become
+from launch.plan import Plan
 
 
 def command(plan: Plan) -> list[str]:
@@ -13,18 +13,12 @@ def command(plan: Plan) -> list[str]:
     return [*agent, "--rdzv-endpoint=127.0.0.1:0", "-m", "ddp_kit.train", *plan.words]
 
 
-def run(plan: Plan) -> int:
+def run(plan: Plan) -> NoReturn:
     """Becomes torchrun, which flattens a rank's exit code to 1: the run's status.json holds the real one."""
-    words = command(plan)
-    os.execve(words[0], words, clean(os.environ))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns: an exit code."""
-    from launch.run import main as started
-
-    return started(["--launcher", "torchrun", *(sys.argv[1:] if argv is None else argv)])
+    become(command(plan))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from launch.run import main
+
+    sys.exit(main(["--launcher", "torchrun", *sys.argv[1:]]))

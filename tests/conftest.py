@@ -1,4 +1,4 @@
-"""What every test of ddp_kit has: the kit itself (its own plugin), pytest's pytester, and a check that nothing is left behind."""
+"""What every test of ddp_kit has: the kit itself (its own plugin), pytest's pytester, a SLURM, and a check that nothing is left behind."""
 
 import sys
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["pytester", "ddp_kit.testing.plugin"]
+pytest_plugins = ["pytester", "ddp_kit.testing.plugin", "clusters", "small_cifar"]
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 from launching import Ended, train
 
+from ddp_kit.recipe import load_recipe
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 DOOMED = str(Path(__file__).with_name("doomed.py"))
 
@@ -17,6 +19,12 @@ def ran(name: str, *args: str, folder: Path, world_size: int = 1, deaths: str = 
     folder.mkdir(exist_ok=True)
     env = {"RECIPE": str(RECIPES / f"{name}.py"), "DEATHS": deaths}
     return train(*args, folder=folder, recipe=DOOMED, world_size=world_size, env=env, limit_s=limit_s)
+
+
+def made(name: str, **changes: Any) -> Any:
+    """Returns the `Recipe` of recipes/NAME.py with settings."""
+    source = load_recipe(str(RECIPES / f"{name}.py"))
+    return source.build(source.settings(**changes))
 
 
 def finished(name: str, *args: str, folder: Path, world_size: int = 1, limit_s: float = 60) -> Ended:

@@ -27,7 +27,14 @@ def make(root: Path, *, train: int = 76, test: int = 10) -> Path:
     return root
 
 
-def hold_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session")
+def cifar_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `--data-root` names."""
+    return make(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def few_are_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Holds `HELD_OUT` training images out, in this process and in the ranks that it starts."""
     monkeypatch.setattr(known, "VALIDATION", HELD_OUT)
     monkeypatch.setenv("HELD_OUT", str(HELD_OUT))

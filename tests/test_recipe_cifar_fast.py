@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import shipped
-import small_cifar
 import torch
 
 from ddp_kit import Draws
@@ -19,14 +18,7 @@ SHORT = [*FLAGS, "--epochs", "1", "--small", "1"]
 LONG = [*FLAGS, "--epochs", "4"]
 
 
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_cifar.make(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def few_are_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_cifar.hold_out(monkeypatch)
+pytestmark = pytest.mark.usefixtures("few_are_held_out")
 
 
 @pytest.fixture
@@ -37,25 +29,25 @@ def shipped_recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     return sys.modules[source.build.__module__]
 
 
-def test_two_ranks_have_the_numbers_of_one(data_root: Path, tmp_path: Path) -> None:
-    flags = [*SHORT, "--max-steps", "6", "--data-root", str(data_root), "--precision", "fp64"]
+def test_two_ranks_have_the_numbers_of_one(cifar_root: Path, tmp_path: Path) -> None:
+    flags = [*SHORT, "--max-steps", "6", "--data-root", str(cifar_root), "--precision", "fp64"]
     shipped.assert_same_numbers("cifar_fast", *flags, tmp_path=tmp_path)
 
 
-def test_it_learns_in_its_own_arithmetic(data_root: Path, tmp_path: Path) -> None:
-    ended = shipped.finished("cifar_fast", *LONG, "--data-root", str(data_root), folder=tmp_path / "bf16", world_size=2)
+def test_it_learns_in_its_own_arithmetic(cifar_root: Path, tmp_path: Path) -> None:
+    ended = shipped.finished("cifar_fast", *LONG, "--data-root", str(cifar_root), folder=tmp_path / "bf16", world_size=2)
     assert ended.status["metrics"]["accuracy"] > 0.9
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(data_root: Path, tmp_path: Path) -> None:
-    flags = [*SHORT, "--max-steps", "16", "--data-root", str(data_root), "--save-every", "4"]
+def test_a_killed_run_goes_on_bit_for_bit(cifar_root: Path, tmp_path: Path) -> None:
+    flags = [*SHORT, "--max-steps", "16", "--data-root", str(cifar_root), "--save-every", "4"]
     shipped.assert_goes_on_bit_for_bit("cifar_fast", *flags, tmp_path=tmp_path, deaths="11:1")
 
 
 @pytest.mark.slow
-def test_it_is_exact_on_one_two_and_four_ranks(data_root: Path, tmp_path: Path) -> None:
-    shipped.assert_exact("cifar_fast", *SHORT, "--max-steps", "8", "--data-root", str(data_root), tmp_path=tmp_path)
+def test_it_is_exact_on_one_two_and_four_ranks(cifar_root: Path, tmp_path: Path) -> None:
+    shipped.assert_exact("cifar_fast", *SHORT, "--max-steps", "8", "--data-root", str(cifar_root), tmp_path=tmp_path)
 
 
 def test_the_first_layer_whitens_its_patches(shipped_recipe: Any) -> None:
@@ -68,8 +60,8 @@ def test_the_first_layer_whitens_its_patches(shipped_recipe: Any) -> None:
     torch.testing.assert_close(covariance, torch.eye(half), atol=0.1, rtol=0)
 
 
-def test_each_image_is_mirrored_in_every_second_epoch_and_half_of_them_at_first(shipped_recipe: Any, data_root: Path) -> None:
-    settings = shipped_recipe.Settings(data_root=str(data_root), small=0.0, device="cpu")
+def test_each_image_is_mirrored_in_every_second_epoch_and_half_of_them_at_first(shipped_recipe: Any, cifar_root: Path) -> None:
+    settings = shipped_recipe.Settings(data_root=str(cifar_root), small=0.0, device="cpu")
     data = shipped_recipe.Images(settings, "train")
     data.pixels[:] = torch.arange(32, dtype=torch.uint8)[None, None, :, None] * 8  # brighter to the right
     rises = []
@@ -82,13 +74,13 @@ def test_each_image_is_mirrored_in_every_second_epoch_and_half_of_them_at_first(
     assert torch.equal(rises[3], ~rises[0])
 
 
-def test_images_are_moved_by_two_pixels_at_most_and_not_at_all_in_evaluation(shipped_recipe: Any, data_root: Path) -> None:
-    settings = shipped_recipe.Settings(data_root=str(data_root), small=0.0, device="cpu")
+def test_images_are_moved_by_two_pixels_at_most_and_not_at_all_in_evaluation(shipped_recipe: Any, cifar_root: Path) -> None:
+    settings = shipped_recipe.Settings(data_root=str(cifar_root), small=0.0, device="cpu")
     data = shipped_recipe.Images(settings, "validation")
     plain, _ = data.__getitems__(np.arange(50))
     from ddp_kit.data.known import cifar10
 
-    torch.testing.assert_close(plain, cifar10(data_root, "validation").__getitems__(range(50))[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain, cifar10(cifar_root, "validation").__getitems__(range(50))[0], atol=1e-5, rtol=0)
     moved, _ = data.__getitems__(np.arange(50), Draws(0, 0, np.arange(50)))
     unmirrored = [torch.where((image == other).all(), 1, 0) for image, other in zip(moved, plain, strict=True)]
     assert sum(map(int, unmirrored)) < 10

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import shipped
-import small_cifar
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -17,14 +16,7 @@ from ddp_kit.recipe import load_recipe
 FLAGS = ["--width", "4", "--global-batch", "64", "--micro-batch", "16", "--epochs", "2", "--lr", "0.2", "--hint", "1"]
 
 
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_cifar.make(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def few_are_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_cifar.hold_out(monkeypatch)
+pytestmark = pytest.mark.usefixtures("few_are_held_out")
 
 
 @pytest.fixture
@@ -37,11 +29,11 @@ def compress(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def teacher(compress: Any, data_root: Path, tmp_path: Path) -> str:
+def teacher(compress: Any, cifar_root: Path, tmp_path: Path) -> str:
     """A ResNet whose convolutions are random and whose last layer is fitted to the training images."""
     torch.manual_seed(0)
     model = compress.cifar.initialised(compress.cifar.resnet(8, 1)).eval()
-    images, labels = compress.cifar10(data_root, "train").__getitems__(range(600))
+    images, labels = compress.cifar10(cifar_root, "train").__getitems__(range(600))
     with torch.no_grad():
         features = torch.cat([model[:-1](images), torch.ones(600, 1)], 1)
         solved = torch.linalg.lstsq(features, 10 * nn.functional.one_hot(labels, 10).float()).solution
@@ -49,25 +41,25 @@ def teacher(compress: Any, data_root: Path, tmp_path: Path) -> str:
         model[-1].bias.copy_(solved[-1])
     file = tmp_path / "resnet.safetensors"
     save_file(model.state_dict(), file)
-    assert compress.accuracy(compress.load_resnet(str(file)), str(data_root)) > 0.9
+    assert compress.accuracy(compress.load_resnet(str(file)), str(cifar_root)) > 0.9
     return str(file)
 
 
-def test_without_labels_two_ranks_learn_from_the_teacher_with_the_numbers_of_one(teacher: str, data_root: Path, tmp_path: Path) -> None:
-    flags = [*FLAGS, "--teacher", teacher, "--data-root", str(data_root), "--precision", "fp64"]
+def test_without_labels_two_ranks_learn_from_the_teacher_with_the_numbers_of_one(teacher: str, cifar_root: Path, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--teacher", teacher, "--data-root", str(cifar_root), "--precision", "fp64"]
     accuracies = shipped.assert_same_numbers("compress", *flags, tmp_path=tmp_path, metric="accuracy")
     assert max(accuracies[-4:]) > 0.5
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(teacher: str, data_root: Path, tmp_path: Path) -> None:
-    flags = [*FLAGS, "--teacher", teacher, "--data-root", str(data_root), "--save-every", "4"]
+def test_a_killed_run_goes_on_bit_for_bit(teacher: str, cifar_root: Path, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--teacher", teacher, "--data-root", str(cifar_root), "--save-every", "4"]
     shipped.assert_goes_on_bit_for_bit("compress", *flags, tmp_path=tmp_path, deaths="11:1")
 
 
 @pytest.mark.slow
-def test_it_is_exact_on_one_two_and_four_ranks(teacher: str, data_root: Path, tmp_path: Path) -> None:
-    shipped.assert_exact("compress", *FLAGS, "--teacher", teacher, "--data-root", str(data_root), tmp_path=tmp_path)
+def test_it_is_exact_on_one_two_and_four_ranks(teacher: str, cifar_root: Path, tmp_path: Path) -> None:
+    shipped.assert_exact("compress", *FLAGS, "--teacher", teacher, "--data-root", str(cifar_root), tmp_path=tmp_path)
 
 
 def test_a_teacher_that_is_not_there_or_no_resnet_is_refused_with_what_to_type(compress: Any, tmp_path: Path) -> None:
@@ -96,15 +88,15 @@ def test_an_int8_layer_gives_the_sums_of_its_rounded_weights_and_inputs(compress
 
 
 def test_the_table_is_printed_and_the_exported_files_need_no_recipe(
-    compress: Any, teacher: str, data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compress: Any, teacher: str, cifar_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     student = compress.cifar.initialised(compress.cifar.lenet(4)).eval()
     save_file(student.state_dict(), tmp_path / "lenet.safetensors")
-    compress.main(str(tmp_path / "lenet.safetensors"), teacher, str(data_root), str(tmp_path / "out"))
+    compress.main(str(tmp_path / "lenet.safetensors"), teacher, str(cifar_root), str(tmp_path / "out"))
     rows = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
     assert len(rows) == 4
-    images, _ = compress.cifar10(data_root, "test").__getitems__(range(7))
+    images, _ = compress.cifar10(cifar_root, "test").__getitems__(range(7))
     with torch.no_grad():
         expected = student(images)
         plain, small = (torch.export.load(tmp_path / f"out{kind}.pt2").module()(images) for kind in ("", "-int8"))

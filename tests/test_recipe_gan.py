@@ -10,7 +10,6 @@ import torch
 from small_mnist import write_small_mnist
 
 from ddp_kit.errors import ConfigError
-from ddp_kit.recipe import load_recipe
 
 SMALL = ("--width", "8", "--lr", "0.006", "--ema", "0.9", "--global-batch", "32", "--micro-batch", "16")
 
@@ -18,11 +17,6 @@ SMALL = ("--width", "8", "--lr", "0.006", "--ema", "0.9", "--global-batch", "32"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_small_mnist(tmp_path_factory.mktemp("data"), train=5000 + 70 * 32))
-
-
-def made(**changes: Any) -> Any:
-    source = load_recipe(str(shipped.RECIPES / "gan.py"))
-    return source.build(source.settings(**changes))
 
 
 def distances(recipe: Any, model: torch.nn.Module, *, root: str) -> tuple[float, float]:
@@ -37,7 +31,7 @@ def distances(recipe: Any, model: torch.nn.Module, *, root: str) -> tuple[float,
 def test_the_images_come_near_the_real_ones_the_same_on_two_ranks(root: str, tmp_path: Path) -> None:
     args = ("--data-root", root, *SMALL, "--epochs", "1", "--precision", "fp64")
     shipped.assert_same_numbers("gan", *args, tmp_path=tmp_path, metric="generator/loss")
-    recipe = made(width=8, data_root=root)
+    recipe = shipped.made("gan", width=8, data_root=root)
     untrained, all_alike = distances(recipe, recipe.model(), root=root)
     ends = [
         shipped.Ended(codes=[], outputs=[], errors="", run_dir=tmp_path / name / "run").status["metrics"]["frechet"]
@@ -66,12 +60,12 @@ def test_the_distance_is_that_of_normal_distributions() -> None:
     whitened = torch.randn(500, 3, generator=generator, dtype=torch.float64)
     whitened = torch.linalg.qr(whitened - whitened.mean(0))[0] * 499**0.5  # covariance: exactly 1
     one, two = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([3.0, 2.5, 1.0])
-    found = made().summarize({}, {"real": whitened * one, "fake": whitened * two + 2.0})
+    found = shipped.made("gan").summarize({}, {"real": whitened * one, "fake": whitened * two + 2.0})
     assert found["frechet"] == pytest.approx((one - two).square().sum().item() + 3 * 4)
 
 
 def test_the_grid_shows_64_images_row_by_row() -> None:
-    recipe = made(width=4)
+    recipe = shipped.made("gan", width=4)
     model = recipe.model()
     with torch.no_grad():
         torch.manual_seed(1)
@@ -86,4 +80,4 @@ def test_the_grid_shows_64_images_row_by_row() -> None:
 
 def test_a_width_that_the_groups_do_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="multiple of 4"):
-        made(width=6)
+        shipped.made("gan", width=6)

@@ -11,7 +11,6 @@ from small_mnist import write_small_mnist
 from torch.distributions import Normal
 
 from ddp_kit.errors import ConfigError
-from ddp_kit.recipe import load_recipe
 
 SMALL = ("--width", "8", "--lr", "0.01", "--global-batch", "32", "--micro-batch", "16", "--epochs", "1")
 ABSENT = ("--absent", "0.9", "--find-unused-parameters", "--weights", "learned")
@@ -20,11 +19,6 @@ ABSENT = ("--absent", "0.9", "--find-unused-parameters", "--weights", "learned")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_small_mnist(tmp_path_factory.mktemp("data"), train=5000 + 90 * 32))
-
-
-def made(**changes: Any) -> Any:
-    source = load_recipe(str(shipped.RECIPES / "multitask.py"))
-    return source.build(source.settings(**changes))
 
 
 def test_every_task_is_learned_the_same_on_two_ranks_where_most_labels_are_absent(root: str, tmp_path: Path) -> None:
@@ -51,7 +45,7 @@ def test_exact_gives_the_same_bits(flags: tuple[str, ...], root: str, tmp_path: 
 
 
 def test_learned_weights_are_those_of_the_likelihood() -> None:
-    model = made(weights="learned").model()
+    model = shipped.made("multitask", weights="learned").model()
     variance, errors = 1.7, torch.linspace(-2, 3, 7)
     for log_variance in model.log_variances.values():
         torch.nn.init.constant_(log_variance, math.log(variance))
@@ -62,7 +56,7 @@ def test_learned_weights_are_those_of_the_likelihood() -> None:
 
 
 def test_a_batch_without_a_label_has_a_loss_of_zero_that_has_a_gradient() -> None:
-    recipe = made(absent=0.5, find_unused_parameters=True)
+    recipe = shipped.made("multitask", absent=0.5, find_unused_parameters=True)
     model = recipe.model()
     result = recipe.loss(model, (torch.rand(3, 1, 28, 28), torch.tensor([1, 2, 3]), torch.zeros(3, 3, dtype=torch.bool)))
     result.total.backward()
@@ -82,4 +76,4 @@ def test_a_batch_without_a_label_has_a_loss_of_zero_that_has_a_gradient() -> Non
 )
 def test_flags_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        made(**changes)
+        shipped.made("multitask", **changes)

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from ddp_kit import cli
 from ddp_kit.errors import ConfigError
-from ddp_kit.recipe import load_recipe
 from ddp_kit.seeding import Draws
 
 SIZES = {"users": 501, "items": 100, "dimension": 16}  # 501: no number of ranks divides it
@@ -20,8 +19,7 @@ SMALL = ("--users", "501", "--items", "100", "--dimension", "16", "--global-batc
 
 
 def made(**changes: Any) -> Any:
-    source = load_recipe(str(shipped.RECIPES / "recommender.py"))
-    return source.build(source.settings(**(SIZES | changes)))
+    return shipped.made("recommender", **(SIZES | changes))
 
 
 def met_of(data: Any) -> list[set[int]]:

@@ -1,0 +1,122 @@
+"""SLURM's own commands, asked and answered in text.
+
+Owns: squeue, sinfo, scancel and scontrol as ddp_kit uses them. Refuses: accounting; not every site has it.
+"""
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launch.environment import has_slurm
+from launch.plan import LaunchError
+from launch.slurm_plan import SlurmPlan
+
+TIMEOUT_S = 60.0
+LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
+MARK = "ddp_kit:"  # before the run's folder, in a job's comment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job as squeue shows it. `id` is JOB or JOB_TASK; `folder` is the run's, of an array the sweep's; "" if it is not ours."""
+
+    id: str
+    state: str
+    reason: str
+    folder: str
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has not started."""
+        return self.state in ("PENDING", "CONFIGURING")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """What a partition offers. `limit_min` is infinite where there is none."""
+
+    name: str
+    limit_min: float
+    nodes: int
+    gpus: int  # on its largest node
+
+
+def ask(*words: str, check: bool = True) -> str:
+    """Runs one of SLURM's commands. Returns: its output. Raises: LaunchError with what it said, or if there is no SLURM here."""
+    if not has_slurm():
+        raise LaunchError("there is no SLURM client here (sbatch, squeue). On this machine alone: ddp-kit run RECIPE.py")
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(f"{words[0]} has not answered within {TIMEOUT_S:g} s: the cluster's controller may be down.") from error
+    if check and done.returncode:
+        raise LaunchError(f"{words[0]}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def jobs(*, ids: Sequence[str] = ()) -> list[Job]:
+    """Returns this user's jobs that wait, run or have just ended; with `ids` only those. A job that SLURM has forgotten is left out."""
+    only = [f"--jobs={','.join(ids)}"] if ids else []
+    text = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%k", *only, check=not ids)
+    found = []
+    for line in text.splitlines():
+        number, state, reason, comment = line.split("|", 3)
+        folder = comment.removeprefix(MARK) if comment.startswith(MARK) else ""
+        found.append(Job(id=number, state=state, reason=reason, folder=folder))
+    return found
+
+
+def partitions() -> list[Partition]:
+    """Returns the cluster's partitions, the default one first."""
+    rows: dict[str, Partition] = {}
+    default = ""
+    for line in ask("sinfo", "--noheader", "--format=%P|%l|%D|%G").splitlines():
+        name, limit, nodes, gres = line.split("|", 3)
+        default = name.rstrip("*") if name.endswith("*") else default
+        gpus = max((int(number) for number in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres)), default=0)
+        earlier = rows.get(name.rstrip("*"))
+        rows[name.rstrip("*")] = Partition(
+            name=name.rstrip("*"),
+            limit_min=minutes(limit),
+            nodes=int(nodes) + (earlier.nodes if earlier else 0),
+            gpus=max(gpus, earlier.gpus if earlier else 0),
+        )
+    return sorted(rows.values(), key=lambda row: row.name != default)
+
+
+def minutes(text: str) -> float:
+    """Returns a SLURM time in minutes: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; infinity for words."""
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in parts):
+        return float("inf")
+    numbers = [int(part) for part in parts]
+    if dash:
+        hours, mins, seconds = (*numbers, 0, 0)[:3]
+    elif len(numbers) == 3:
+        hours, mins, seconds = numbers
+    else:
+        hours, (mins, seconds) = 0, (*numbers, 0)[:2]
+    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
+
+
+def require_fits(plan: SlurmPlan) -> None:
+    """Raises: LaunchError with everything that the plan's partition cannot give; SLURM would let such a job wait for ever."""
+    known = partitions()
+    named = {partition.name: partition for partition in known}
+    names = plan.partition.split(",") if plan.partition else [known[0].name] if known else []
+    faults = [f"--partition {name}: there is none of that name; there are {', '.join(named)}" for name in names if name not in named]
+    chosen = [named[name] for name in names if name in named]
+    if chosen:
+        nodes, gpus = max(row.nodes for row in chosen), max(row.gpus for row in chosen)
+        limit = max(row.limit_min for row in chosen)
+        where = f"partition {', '.join(row.name for row in chosen)}"
+        if plan.nodes > nodes:
+            faults.append(f"--nodes {plan.nodes}: {where} has {nodes}")
+        if plan.gpus_per_node > gpus:
+            faults.append(f"--gpus-per-node {plan.gpus_per_node}: a node of {where} has {gpus}")
+        if plan.time and minutes(plan.time) > limit:
+            faults.append(f"--time {plan.time}: {where} allows {limit:g} minutes")
+    if faults:
+        raise LaunchError("; ".join(faults) + ".")

@@ -1,0 +1,50 @@
+"""The launchers' one place that reads the environment, and becoming another program in a clean one.
+
+Owns: which variables belong to a launcher and not to the user. Refuses: the rank facts; `ddp_kit.topology` reads those.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE")
+OWN = tuple(f"DDP_KIT_{name}" for name in ("LAUNCHER", "LISTENER", "REQUEUE", "GRACE_S", "PREFLIGHT_S", "HOSTS"))  # from launcher to ranks
+FOREIGN = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "SUBMITIT_", "PMI")  # a launcher's own: of a job that this start may be part of
+KEPT = ("SLURM_CONF",)  # where the cluster is
+
+
+def environment() -> Mapping[str, str]:
+    """The process's environment. Everything in `launch` reads it through this function."""
+    return os.environ
+
+
+def clean(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns an environment without the rank and job variables of whoever has started us."""
+    foreign = {name for name in environ if name in RANK_VARIABLES + OWN or name.startswith(FOREIGN)} - set(KEPT)
+    return {name: value for name, value in environ.items() if name not in foreign}
+
+
+def leave_job() -> None:
+    """Takes the rank and job variables out of this process's own environment: what it submits is a job of its own."""
+    for name in set(os.environ) - set(clean(os.environ)):
+        del os.environ[name]
+
+
+def become(words: Sequence[str]) -> NoReturn:
+    """Replaces this process by a program, in a clean environment."""
+    os.execve(words[0], list(words), clean(environment()))
+
+
+def has_slurm() -> bool:
+    """Whether this machine can submit to a SLURM cluster."""
+    return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
+
+
+def visible_gpus(*, environ: Mapping[str, str] | None = None, driver: Path = Path("/proc/driver/nvidia/gpus")) -> int:
+    """Returns how many GPUs a process started here would see, without torch."""
+    visible = (environment() if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    return len(list(driver.iterdir())) if driver.is_dir() else 0

@@ -1,0 +1,111 @@
+"""`ddp-kit logs RUN [--rank K] [-f]`: what a run has said, over all its lives.
+
+Owns: the order of lines: the job's own and the ranks' by their time, then what the ranks' tasks left on stderr.
+Refuses: changing anything.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from launch.plan import LaunchError, answered
+from launch.runs import FoundRun, find
+
+POLL_S = 0.5
+RANK_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")  # of a rank's log, local time
+JOB_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} ")  # of a batch script
+
+
+@dataclass
+class Source:
+    """A file that grows. `label` stands before its lines."""
+
+    path: Path
+    label: str
+    at: int = 0
+    time: float = 0.0  # of the line before; a line without one belongs to it
+    rest: bytes = field(default=b"", repr=False)
+
+    def lines(self) -> Iterator[tuple[float, str]]:
+        """Yields (time, line) of what has been added since the last call; a line that is still being written is left."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.at)
+                added = file.read()
+        except OSError:
+            return
+        self.at += len(added)
+        *whole, self.rest = (self.rest + added).split(b"\n")
+        for raw in whole:
+            line = raw.decode(errors="replace")
+            self.time = _time(line) or self.time
+            yield self.time, f"{self.label} {line}" if self.label else line
+
+
+def _time(line: str) -> float:
+    if match := RANK_TIME.match(line):
+        return datetime.strptime(match[0].strip(), "%Y-%m-%d %H:%M:%S,%f").timestamp()
+    if match := JOB_TIME.match(line):
+        return datetime.strptime(match[0].strip(), "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    return 0.0
+
+
+def sources(run: FoundRun, *, rank: int | None, known: dict[Path, Source]) -> list[Source]:
+    """Returns the files that a run has now, those of `known` among them: the jobs' own, the ranks' logs, the tasks' stderr."""
+    found: list[tuple[Path, str]] = []
+    for submission in run.submissions():
+        folder, job = Path(str(submission["folder"])), str(submission["job"])
+        if rank is None:
+            found.append((folder / f"{job}.log", "[job]"))
+        found += [(path, f"[task {path.name.split('_')[-2]} stderr]") for path in sorted(folder.glob(f"{job}_*_log.err"))]
+    logs = sorted((run.folder / "logs").glob("rank-*.log"), key=lambda path: int(path.stem.split("-")[1]))
+    found += [(path, f"[rank {path.stem.split('-')[1]}]") for path in logs]
+    for path, label in found:
+        if rank is None or label in (f"[rank {rank}]", f"[task {rank} stderr]"):
+            known.setdefault(path, Source(path, label))
+    return list(known.values())
+
+
+def _main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("ddp-kit logs", description="What a run has said, over all its lives.", allow_abbrev=False)
+    parser.add_argument("run", help="its folder or a job id")
+    parser.add_argument("--rank", type=int, metavar="K", help="only that rank's")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is added, until Ctrl-C")
+    asked = parser.parse_args(argv)
+    run = find(asked.run)
+    known: dict[Path, Source] = {}
+    is_first = True
+    try:
+        while is_first or asked.follow:
+            lines = [line for source in sources(run, rank=asked.rank, known=known) for line in source.lines()]
+            for _, line in sorted(lines, key=lambda line: line[0]):
+                print(line, flush=True)
+            if is_first and not known:
+                _require_something(run, rank=asked.rank)
+            is_first = False
+            time.sleep(POLL_S if asked.follow else 0)
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass
+    return 0
+
+
+def _require_something(run: FoundRun, *, rank: int | None) -> None:
+    logs = sorted(int(path.stem.split("-")[1]) for path in (run.folder / "logs").glob("rank-*.log"))
+    if rank is not None and logs:
+        raise LaunchError(f"--rank {rank}: the run has ranks {logs[0]} to {logs[-1]}.")
+    waiting = [f"job {job.id} waits: {job.reason}" for job in run.jobs() if job.is_waiting]
+    raise LaunchError(f"{run.folder}: nothing has been said yet. {'; '.join(waiting)}".rstrip())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns: 0, or 2 if there is no such run."""
+    return answered("logs", _main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""`ddp-kit resubmit RUN [flags] [-- recipe flags]`: the same run directory as a new job, which resumes.
+
+Owns: what of the earlier submission may change. Refuses: new code, unless `--new-code` asks for it.
+"""
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.plan import LaunchError, answered, processes_of
+from launch.runs import FoundRun, find
+from launch.script import render
+from launch.slurm import fields_of, parser, submit
+from launch.slurm_plan import Run, SlurmPlan
+
+
+def plan_again(run: FoundRun, given: Mapping[str, Any]) -> SlurmPlan:
+    """Returns the plan of a run's last submission with what flags change, without the nodes that failed a pre-flight check."""
+    path = run.folder / "launch" / "plan.json"
+    if not path.exists():
+        raise LaunchError(f"{run.folder}: it was not submitted to SLURM. status.json and its last lines tell how to go on.")
+    earlier = SlurmPlan.from_json(path.read_text(encoding="utf-8"))
+    changes = fields_of(given) | {name: given[name] for name in ("nodes",) if name in given}
+    gpus = int(changes.get("gpus_per_node", earlier.gpus_per_node))
+    if "nproc_per_node" in given:
+        changes["processes"] = processes_of(given["nproc_per_node"], gpus=gpus)
+    elif "gpus_per_node" in changes and earlier.processes == earlier.gpus_per_node:
+        changes["processes"] = gpus
+    bad = _lines(run.folder / "bad_nodes")
+    excluded = [*str(changes.get("exclude", earlier.exclude)).split(","), *bad]
+    changes["exclude"] = ",".join(dict.fromkeys(name for name in excluded if name))
+    words = [*earlier.runs[0].words, *given.get("words", [])]
+    return SlurmPlan.from_json(path.read_text(encoding="utf-8"), **changes, runs=(Run(folder=str(run.folder), words=tuple(words)),))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split() if path.exists() else []
+
+
+def _main(argv: Sequence[str]) -> int:
+    reader = parser("resubmit", what="Submits a run again: same directory, it resumes, other sizes allowed.")
+    reader.add_argument("--new-code", action="store_true", help="copy the code as it is now")
+    reader.add_argument("run", help="its folder or a job id")
+    reader.add_argument("words", nargs="*", metavar="-- recipe flags", help="flags that are added, for instance -- --max-steps 900")
+    reader.set_defaults(**dict.fromkeys(vars(reader.parse_args(["RUN"]))))  # None: not typed, and so not changed
+    given = {name: value for name, value in vars(reader.parse_args(argv)).items() if value is not None}
+    run = find(given["run"])
+    plan = plan_again(run, given)
+    if given.get("dry_run"):
+        print(render(plan), end="")
+        return 0
+    run.require_free()
+    if given.get("new_code") and plan.snapshot:
+        shutil.rmtree(plan.snapshot)
+    (run.folder / "STOP").unlink(missing_ok=True)
+    job = submit(plan)
+    (run.folder / "bad_nodes").unlink(missing_ok=True)  # the plan excludes them now
+    without = f", without {plan.exclude}" if plan.exclude else ""
+    print(f"job {job.job_id}: {run.folder} goes on from step {max(run.newest_checkpoint(), 0)}{without}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns: 0 once the job is submitted, 2 if it is refused."""
+    return answered("resubmit", _main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

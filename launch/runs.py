@@ -1,0 +1,144 @@
+"""A run as its directory shows it, to those who started it: its jobs, its status, its newest record.
+
+Owns: finding a run by folder or job id, and reading the files of its contract. Refuses: changing them.
+"""
+
+import json
+import shlex
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch import cluster
+from launch.environment import has_slurm
+from launch.plan import LaunchError
+
+TAIL = 65536  # bytes of metrics.jsonl in which the newest records are
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run directory."""
+
+    folder: Path
+
+    @property
+    def quoted(self) -> str:
+        """The folder as one types it."""
+        return shlex.quote(str(self.folder))
+
+    @property
+    def status(self) -> Mapping[str, Any]:
+        """What status.json holds, {} without one."""
+        return _json(self.folder / "status.json")
+
+    def submissions(self) -> list[Mapping[str, Any]]:
+        """Returns the jobs it was submitted as, oldest first: {"job", "time", "folder" of submitit's files}."""
+        return list(_lines(self.folder / "launch" / "jobs.jsonl"))
+
+    def jobs(self) -> list[cluster.Job]:
+        """Returns those of its jobs that SLURM still knows of, oldest first."""
+        ids = [str(submission["job"]) for submission in self.submissions()]
+        return [job for job in cluster.jobs(ids=ids) if job.id in ids] if ids and has_slurm() else []
+
+    def owner(self) -> Mapping[str, Any]:
+        """Returns who holds the run's lock, {} if nobody does: {"host", "pid", "job", ...}."""
+        return _json(self.folder / "run.lock")
+
+    def is_alive(self) -> bool:
+        """Whether a process of this host holds the run's lock; one on another host is its job's business."""
+        owner = self.owner()
+        return owner.get("host") == socket.gethostname() and Path(f"/proc/{owner.get('pid')}").exists()
+
+    def require_free(self) -> None:
+        """Raises: LaunchError if a job that waits or runs, or a live process of this host, has the run."""
+        living = [f"job {job.id} ({job.state.lower()})" for job in self.jobs() if job.state in cluster.LIVING]
+        if living or self.is_alive():
+            raise LaunchError(
+                f"{self.folder}: {living[0] if living else 'a live run'} has it. Type another --run-dir, or: ddp-kit cancel {self.quoted}"
+            )
+
+    @property
+    def changed(self) -> float:
+        """When it last did something, in seconds of the epoch."""
+        names = ("status.json", "metrics.jsonl", "launch/jobs.jsonl")
+        return max((path.stat().st_mtime for path in (self.folder / name for name in names) if path.exists()), default=0.0)
+
+    def newest(self, name: str) -> Mapping[str, Any]:
+        """Returns the newest of metrics.jsonl's records that holds a value of that name, {} without one."""
+        path = self.folder / "metrics.jsonl"
+        return next((record for record in reversed(list(_lines(path, tail=TAIL))) if name in record), {})
+
+    def events(self, *names: str) -> list[Mapping[str, Any]]:
+        """Returns its events of those names, oldest first."""
+        return [event for event in _lines(self.folder / "events.jsonl") if event.get("event") in names]
+
+    def newest_checkpoint(self) -> int:
+        """Returns the step of its newest checkpoint, -1 without one."""
+        steps = [
+            path.name.removeprefix("step-") for path in (self.folder / "checkpoints").glob("step-*") if (path / "manifest.json").exists()
+        ]
+        return max((int(step) for step in steps if step.isdigit()), default=-1)
+
+
+def find(name: str) -> FoundRun:
+    """Returns a run by its folder, the name of a folder in runs/, or a job id. Raises: LaunchError that names those there are."""
+    for path in (Path(name), Path("runs") / name):
+        if _is_run(path):
+            return FoundRun(path.absolute())
+    here = list(runs_in(Path("runs")))
+    if name.replace("_", "").isdigit():
+        folders = {job.folder for job in cluster.jobs(ids=[name]) if job.folder} if has_slurm() else set()
+        known = [*here, *(run for folder in folders for run in runs_of(Path(folder)))]
+        if found := [run for run in known if name in {str(submission["job"]) for submission in run.submissions()}]:
+            return found[0]
+    near = ", ".join(run.folder.name for run in here[-5:])
+    raise LaunchError(
+        f"{name}: no run directory and no job of a run. "
+        + (f"Newest in runs/: {near}." if near else "Type the folder that --run-dir named.")
+    )
+
+
+def runs_in(folder: Path) -> Iterator[FoundRun]:
+    """Yields the runs in a folder, those of its sweeps too, oldest first."""
+    homes = {path.parent for pattern in ("*/settings.json", "*/*/settings.json") for path in folder.glob(pattern)}
+    homes |= {path.parents[1] for pattern in ("*/launch/plan.json", "*/*/launch/plan.json") for path in folder.glob(pattern)}
+    for home in sorted(homes, key=lambda path: path.stat().st_ctime):
+        yield FoundRun(home.absolute())
+
+
+def runs_of(home: Path) -> list[FoundRun]:
+    """Returns the runs of a job by the folder that its comment names: the one, or those of a sweep."""
+    return (
+        [FoundRun(home)]
+        if (home / "launch" / "plan.json").exists()
+        else [FoundRun(path.parents[1]) for path in home.glob("*/launch/plan.json")]
+    )
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in ("status.json", "settings.json", "launch/plan.json"))
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    return next(_lines(path, whole=True), {})
+
+
+def _lines(path: Path, *, tail: int = 0, whole: bool = False) -> Iterator[Mapping[str, Any]]:
+    """The JSON objects of a file's lines, or of its `whole`; what is torn or not there yields nothing."""
+    try:
+        with path.open("rb") as file:
+            if tail:
+                file.seek(max(0, path.stat().st_size - tail))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return
+    for line in [text] if whole else text.splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            yield value

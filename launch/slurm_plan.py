@@ -1,0 +1,169 @@
+"""What is asked of SLURM, checked as a whole before anything is written or submitted.
+
+Owns: the plan of a batch job, its faults, and its JSON form in the run directory. Refuses: rendering it and asking the cluster.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.plan import LaunchError, recipe_faults
+
+LAUNCHERS = ("srun", "torchrun", "accelerate")
+PRESETS: dict[str, dict[str, str]] = {
+    "nccl-debug": {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET"},
+    "no-infiniband": {"NCCL_IB_DISABLE": "1"},
+    "flight-recorder": {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"},
+}
+TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
+VARIABLE = re.compile(r"[A-Za-z_]\w*=[^\n]*")
+OPTION = re.compile(r"-{0,2}([a-z][a-z0-9-]*)(=.*)?", re.DOTALL)
+OURS = ("nodes", "ntasks", "ntasks-per-node", "output", "error", "open-mode", "signal", "array", "chdir", "job-name", "comment", "requeue")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a job: where it lives, and the recipe with its flags as the ranks get them."""
+
+    folder: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmPlan:
+    """A batch job: one run, or a sweep's, one for each element of an array. Empty texts and zeros leave a choice to the site."""
+
+    source: str  # the recipe as the user named it, of which `runs` may name a copy
+    runs: tuple[Run, ...]
+    folder: str  # of submitit's files and the job's logs; shared by all nodes
+    name: str
+    chdir: str  # where the user stood: relative paths among the recipe's flags mean what they meant there
+    snapshot: str = ""  # folder of the code's copy; "": the code runs where it lies
+    code: tuple[str, ...] = ()  # the copy's folders that come first among Python's
+    nodes: int = 1
+    processes: int = 1  # ranks on each node
+    gpus_per_node: int = 0
+    cpus_per_task: int = 0
+    memory: str = ""
+    time: str = ""
+    partition: str = ""
+    qos: str = ""
+    account: str = ""
+    constraint: str = ""
+    exclude: str = ""
+    nodelist: str = ""
+    dependency: str = ""
+    launcher: str = "srun"
+    max_restarts: int = 0  # torchrun's, inside one life of the job
+    warn_s: int = 120  # before the time limit
+    max_requeues: int = 20
+    parallel: int = 0  # elements of the array at a time; 0: all
+    preset: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()  # NAME=VALUE
+    setup: tuple[str, ...] = ()  # shell lines
+    sbatch: tuple[str, ...] = ()  # K=V or K
+    srun: tuple[str, ...] = ()
+    container_image: str = ""
+    container_mounts: str = ""
+    python: str = sys.executable
+
+    def __post_init__(self) -> None:
+        is_copied = Path(self.runs[0].words[0]).is_file()
+        faults = [] if is_copied else recipe_faults([self.source] if self.source else [], verb="slurm --nodes 2")
+        faults += _number_faults(self) + _text_faults(self) + _list_faults(self)
+        if faults:
+            raise LaunchError("; ".join(faults) + ".")
+
+    @property
+    def is_array(self) -> bool:
+        """Whether the job is an array of several runs."""
+        return len(self.runs) > 1
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that presets and `--env` set; the latter win."""
+        named = {name: value for preset in self.preset for name, value in PRESETS[preset].items()}
+        return named | {name: value for name, _, value in (pair.partition("=") for pair in self.env)}
+
+    def to_json(self) -> str:
+        """Returns the plan as text; `from_json` gives it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, **changes: Any) -> "SlurmPlan":
+        """Returns a plan of an earlier submission with `changes`. Raises: LaunchError if the file is of another version of ddp_kit."""
+        found = json.loads(text)
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(found) - known:
+            raise LaunchError(f"the plan holds {', '.join(sorted(set(found) - known))}, which this version of ddp_kit does not know.")
+        runs = tuple(Run(folder=run["folder"], words=tuple(run["words"])) for run in found.pop("runs"))
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        return cls(**{**values, "runs": runs, **changes})
+
+
+def _number_faults(plan: SlurmPlan) -> list[str]:
+    least = {"nodes": 1, "processes": 1, "gpus_per_node": 0, "cpus_per_task": 0, "max_restarts": 0, "warn_s": 1, "max_requeues": 0}
+    flags = {"processes": "nproc-per-node"}
+    faults = [
+        f"--{flags.get(name, name.replace('_', '-'))} {getattr(plan, name)}: expected {low} or more"
+        for name, low in least.items()
+        if getattr(plan, name) < low
+    ]
+    if plan.max_restarts and plan.launcher != "torchrun":
+        faults.append("--max-restarts needs --launcher torchrun: srun starts each rank once, and the job is requeued")
+    return faults
+
+
+def _text_faults(plan: SlurmPlan) -> list[str]:
+    faults = []
+    if plan.launcher not in LAUNCHERS:
+        faults.append(f"--launcher {plan.launcher}: expected {', '.join(LAUNCHERS)}")
+    if plan.time and not TIME.fullmatch(plan.time):
+        faults.append(f"--time {plan.time}: expected minutes, HH:MM:SS or D-HH:MM:SS")
+    if plan.memory and not MEMORY.fullmatch(plan.memory):
+        faults.append(f"--mem {plan.memory}: expected a number with K, M, G or T, for instance 64G")
+    texts = (
+        "name",
+        "partition",
+        "qos",
+        "account",
+        "constraint",
+        "exclude",
+        "nodelist",
+        "dependency",
+        "container_image",
+        "container_mounts",
+    )
+    faults += [f"--{name.replace('_', '-')}: it holds a line break" for name in texts if "\n" in getattr(plan, name)]
+    for path in dict.fromkeys((plan.folder, plan.chdir, *(run.folder for run in plan.runs))):
+        if set(path) & set("%\\\n"):  # SLURM and submitit put job ids in place of %j; SLURM drops backslashes
+            faults += [f"{path!r}: a folder of a SLURM job must have no %, \\ or line break in its path. Type another --run-dir"]
+    if any(":" in path for path in plan.code):  # between Python's folders
+        faults += [f"{plan.snapshot!r}: Python looks into no folder with a : in its path. Type another --run-dir, or --no-snapshot"]
+    return faults
+
+
+def _list_faults(plan: SlurmPlan) -> list[str]:
+    faults = [f"--env-preset {name}: expected {', '.join(PRESETS)}" for name in plan.preset if name not in PRESETS]
+    faults += [f"--env {pair}: expected NAME=VALUE" for pair in plan.env if not VARIABLE.fullmatch(pair)]
+    faults += [f"--setup {line!r}: one line a flag" for line in plan.setup if "\n" in line]
+    for flag, given in {"sbatch": plan.sbatch, "srun": plan.srun}.items():
+        for option in given:
+            match = OPTION.fullmatch(option)
+            if not match or "\n" in option:
+                faults.append(f"--{flag} {option}: expected a long option of {flag} as NAME=VALUE or NAME")
+            elif match[1] in OURS:
+                faults.append(f"--{flag} {option}: {match[1]} is set by ddp_kit. `ddp-kit slurm --help` lists its flags")
+    return faults
+
+
+def options(given: tuple[str, ...]) -> Mapping[str, str | None]:
+    """Returns passed-through options by name; None for one without a value."""
+    found = (OPTION.fullmatch(option) for option in given)
+    return {match[1]: match[2][1:] if match[2] is not None else None for match in found if match}

@@ -1,0 +1,87 @@
+"""The code as it is submitted, copied into the run directory: a queued job does not see later edits.
+
+Owns: which files are the code (the recipe's repository, or its folder without one) and their copy. Refuses: data and installed packages.
+"""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.plan import LaunchError
+
+GIT_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """Where a recipe's code lives and where its copy goes. `is_tracked`: the root is that of a git repository."""
+
+    recipe: Path
+    root: Path
+    copy: Path
+    is_tracked: bool
+
+    @property
+    def copied_recipe(self) -> Path:
+        """The recipe inside the copy."""
+        return self.copy / self.recipe.relative_to(self.root)
+
+    def folders(self, chdir: Path) -> tuple[str, ...]:
+        """Returns the copy's folders that Python looks into: for modules beside where the user stands, then at the root."""
+        inside = [self.copy / chdir.relative_to(self.root)] if chdir.is_relative_to(self.root) else []
+        return tuple(dict.fromkeys(str(path) for path in [*inside, self.copy]))
+
+    def take(self) -> None:
+        """Copies the code. Raises: LaunchError if the copy is there already or cannot be written."""
+        try:
+            self.copy.mkdir(parents=True)
+            for path in self._files():
+                target = self.copy / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.root / path, target, follow_symlinks=False)
+        except OSError as error:
+            raise LaunchError(f"{self.copy}: the code cannot be copied there ({error.strerror}). Type another --run-dir.") from error
+        if self.is_tracked:
+            revision = _git(self.root, "rev-parse", "--verify", "--quiet", "HEAD", check=False).strip()
+            about = {"revision": revision, "root": str(self.root)}
+            self.copy.with_name("code.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            self.copy.with_name("code.diff").write_text(_git(self.root, "diff", "HEAD", check=False), encoding="utf-8")
+
+    def _files(self) -> Iterator[Path]:
+        """The files of the code, relative to the root: what git tracks, and Python files beside the recipe that it does not yet."""
+        beside = self.recipe.parent.relative_to(self.root)
+        if self.is_tracked:
+            tracked = _git(self.root, "ls-files", "-z").split("\0")
+            new = _git(self.root, "ls-files", "-z", "--others", "--", f":(glob,top){(beside / '*.py').as_posix()}").split("\0")
+            found: Sequence[Path] = [Path(name) for name in dict.fromkeys([*tracked, *new]) if name]
+        else:
+            found = [path.relative_to(self.root) for path in sorted(self.root.glob("*.py"))]
+        for path in found:
+            whole = self.root / path
+            if whole.is_symlink() or whole.is_file():  # not: deleted, or a repository of its own
+                yield path
+
+
+def code_of(recipe: Path, *, copy: Path) -> Code:
+    """Returns the code that a recipe belongs to. Reads only."""
+    recipe = recipe.resolve()
+    top = _git(recipe.parent, "rev-parse", "--show-toplevel", check=False).strip() if recipe.parent.is_dir() else ""
+    return Code(recipe=recipe, root=Path(top).resolve() if top else recipe.parent, copy=copy, is_tracked=bool(top))
+
+
+def _git(folder: Path, *arguments: str, check: bool = True) -> str:
+    """What git says; "" without git or with `check` off where git refuses."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=GIT_TIMEOUT_S)
+    except FileNotFoundError:
+        return ""
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(
+            f"git {arguments[0]} in {folder} takes more than {GIT_TIMEOUT_S:g} s. --no-snapshot goes without a copy."
+        ) from error
+    if check and done.returncode:
+        raise LaunchError(f"git {arguments[0]} in {folder}: {done.stderr.strip()}. --no-snapshot goes without a copy.")
+    return done.stdout if done.returncode == 0 else ""

@@ -1,0 +1,135 @@
+"""Processes of the cluster: which are ours, what they have started, and their end.
+
+Owns: telling a process from a later one with the same id, and ending them all the same when they are stopped or fork meanwhile.
+Refuses: names. A process is ours by its id and start time, its network, its environment or its parent.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from cluster.tools import POLL_S, ClusterError
+
+PROC = Path("/proc")
+
+
+def start_time(pid: int) -> int | None:
+    """Returns when a process started, in ticks since boot; None for one that is not there or is a zombie."""
+    fields = _stat(pid)
+    return None if fields is None or fields[0] == "Z" else int(fields[19])
+
+
+def command_of(pid: int) -> str:
+    """Returns a process's command line, "" for one that is not there."""
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def program_of(pid: int) -> str:
+    """Returns the name of the file that a process runs, "" if it cannot be read."""
+    try:
+        return (PROC / str(pid) / "exe").readlink().name
+    except OSError:
+        return ""
+
+
+def everyone() -> Iterator[int]:
+    """Yields the ids of all processes."""
+    return (int(name) for name in os.listdir(PROC) if name.isdigit())  # noqa: PTH208  # a tenth of Path.iterdir's time
+
+
+def network_of(pid: int) -> int | None:
+    """Returns the number of a process's network namespace, None if it cannot be read."""
+    try:
+        return (PROC / str(pid) / "ns" / "net").stat().st_ino
+    except OSError:
+        return None
+
+
+def has_variables(pid: int, wanted: Collection[str]) -> bool:
+    """Whether a process was started with all of these NAME=value in its environment."""
+    try:
+        found = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return {variable.encode() for variable in wanted} <= set(found)
+
+
+def has_open(pid: int, path: Path) -> bool:
+    """Whether a process has this file open."""
+    with contextlib.suppress(OSError):
+        for link in (PROC / str(pid) / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                if link.readlink() == path:
+                    return True
+    return False
+
+
+def with_descendants(pids: Collection[int]) -> set[int]:
+    """Returns these processes and all that they have started."""
+    children: dict[int, list[int]] = {}
+    for pid in everyone():
+        fields = _stat(pid)
+        if fields is not None and fields[0] != "Z":
+            children.setdefault(int(fields[1]), []).append(pid)
+    found: set[int] = set()
+    todo = list(pids)
+    while todo:
+        pid = todo.pop()
+        if pid not in found:
+            found.add(pid)
+            todo += children.get(pid, [])
+    return found
+
+
+def send(pids: Collection[int], number: signal.Signals) -> None:
+    """Sends a signal to each; those that have ended meanwhile are no matter."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def settle(found: Callable[[], set[int]], number: signal.Signals, *, is_done: Callable[[int], bool], within_s: float = 10) -> None:
+    """Sends a signal to what `found` returns until it is done with all, so that what they fork meanwhile gets it too.
+
+    Raises: ClusterError after `within_s` seconds, with what is left.
+    """
+    end = time.monotonic() + within_s
+    while left := {pid for pid in found() if not is_done(pid)}:
+        if time.monotonic() > end:
+            raise ClusterError(f"{number.name} had no effect on {', '.join(f'{pid} ({command_of(pid)})' for pid in sorted(left))}.")
+        send(left, number)
+        time.sleep(POLL_S)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, or gone."""
+    fields = _stat(pid)
+    return fields is None or fields[0] in "TtZ"
+
+
+def end(pid: int, *, started: int, within_s: float) -> None:
+    """Ends a process with SIGTERM, after `within_s` seconds with SIGKILL. One that has ended is no matter."""
+    limit = time.monotonic() + within_s
+    if start_time(pid) == started:
+        send([pid], signal.SIGTERM)
+        send([pid], signal.SIGCONT)  # a stopped one wakes for its SIGTERM
+    while start_time(pid) == started:
+        with contextlib.suppress(ChildProcessError):  # `up` is still the parent of daemons that it ends after a failure
+            os.waitpid(pid, os.WNOHANG)
+        if time.monotonic() > limit:
+            send([pid], signal.SIGKILL)
+        time.sleep(POLL_S)
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Returns the fields of /proc/PID/stat from the third on: state, parent, ..."""
+    try:
+        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except (OSError, UnicodeDecodeError):
+        return None

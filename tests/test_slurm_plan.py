@@ -1,0 +1,228 @@
+"""Plans, their scripts and everything else about batch jobs that needs no SLURM."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import accelerate, cluster, logs, resubmit, snapshot, sweep
+from launch.plan import LaunchError
+from launch.runs import FoundRun, find, runs_in
+from launch.script import render
+from launch.slurm import planned
+from launch.slurm_plan import Run, SlurmPlan
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user stands in a folder with a recipe, and no SLURM is there."""
+    (tmp_path / "recipe.py").write_text("x = 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    for module in ("launch.cluster", "launch.runs", "launch.jobs", "launch.sweep"):
+        monkeypatch.setattr(f"{module}.has_slurm", lambda: False, raising=False)
+
+
+def git(*words: str) -> None:
+    subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *words], check=True, capture_output=True)
+
+
+def plan(*words: str) -> SlurmPlan:
+    return planned([*words, "recipe.py", "--lr", "0.2"])[0]
+
+
+def test_all_faults_are_said_at_once() -> None:
+    with pytest.raises(LaunchError) as error:
+        numbers = ["--nodes", "0", "--max-restarts", "1"]
+        texts = ["--mem", "3x", "--time", "soon", "--env", "Q", "--env-preset", "quick", "--setup", "a\nb"]
+        planned([*numbers, *texts, "--sbatch", "output=x", "--srun", "K V", "no_such.py", "--run-dir", "a%j"])
+    for part in (
+        "no_such.py is not there",
+        "--nodes 0: expected 1 or more",
+        "--mem 3x",
+        "--time soon: expected minutes",
+        "--env Q: expected NAME=VALUE",
+        "--env-preset quick: expected nccl-debug, no-infiniband, flight-recorder",
+        "--max-restarts needs --launcher torchrun",
+        "output is set by ddp_kit",
+        "--srun K V",
+        "one line a flag",
+        "must have no %",
+    ):
+        assert part in str(error.value)
+
+
+def test_the_script_keeps_what_was_met_by_trying() -> None:
+    text = render(
+        plan("--nodes", "2", "--gpus-per-node", "4", "--time", "1:00:00", "--env-preset", "nccl-debug", "--env", "NCCL_DEBUG=WARN")
+    )
+    for line in (
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --signal=USR1@120",
+        "#SBATCH --requeue",
+        "--kill-on-bad-exit=1",
+        "export DDP_KIT_REQUEUE=1",
+        "export NCCL_DEBUG=WARN",
+        'exit "$rc"',
+    ):
+        assert line in text, line
+    agent = render(plan("--launcher", "torchrun", "--nproc-per-node", "4", "--cpus-per-task", "2"))
+    assert "#SBATCH --ntasks-per-node=1" in agent
+    assert "#SBATCH --cpus-per-task=8" in agent
+    assert "#SBATCH --no-requeue" in render(plan("--max-requeues", "0"))
+    assert "container-image" not in render(plan()).split("srun")[0]
+    contained = render(plan("--container-image", "a b.sqsh"))
+    assert "--container-image='a b.sqsh'" in contained
+    assert "--container" not in contained.partition("srun")[0]
+    assert subprocess.run(["bash", "-n"], input=contained, text=True, check=False).returncode == 0
+
+
+def test_options_of_the_user_are_passed_on_and_win() -> None:
+    text = render(plan("--sbatch", "exclusive", "--sbatch", "mail-user=a b", "--srun", "cpu-bind=none", "--setup", "module load x"))
+    assert "#SBATCH --exclusive\n" in text
+    assert '#SBATCH --mail-user="a b"\n' in text
+    assert "--cpu-bind=none" in text.partition("srun")[2]
+    assert "\nmodule load x\n" in text
+
+
+def test_a_plan_is_read_back_as_it_was_written() -> None:
+    made = plan("--nodes", "3", "--env", "A=b", "--sbatch", "exclusive")
+    Path(made.runs[0].folder).mkdir(parents=True)
+    assert SlurmPlan.from_json(made.to_json()) == made
+    with pytest.raises(LaunchError, match="which this version of ddp_kit does not know"):
+        SlurmPlan.from_json(made.to_json().replace('"nodes"', '"knots"'))
+
+
+def test_a_new_line_in_any_text_never_reaches_the_script() -> None:
+    made = plan()
+    for field in dataclasses.fields(SlurmPlan):
+        if isinstance(getattr(made, field.name), str) and field.name not in ("source", "python", "snapshot", "launcher"):
+            with pytest.raises(LaunchError):
+                dataclasses.replace(made, **{field.name: "a\nscancel 1"})
+
+
+def test_the_copy_is_what_git_tracks_as_it_is_now_and_new_modules_beside_the_recipe() -> None:
+    Path("project/recipes").mkdir(parents=True)
+    files = {"lib.py": "old", "recipes/mine.py": "recipe", ".gitignore": "data\nsecret.py\n", "data/big.bin": "big", "gone.py": "gone"}
+    for name, text in files.items():
+        path = Path("project") / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    git("-C", "project", "init", "-q")
+    git("-C", "project", "add", "lib.py", ".gitignore", "gone.py")
+    git("-C", "project", "commit", "-qm", "first")
+    Path("project/lib.py").write_text("as submitted")
+    Path("project/gone.py").unlink()
+    code = snapshot.code_of(Path("project/recipes/mine.py"), copy=Path("copy").absolute())
+    code.take()
+    Path("project/lib.py").write_text("edited later")
+    copied = {str(path.relative_to("copy")): path.read_text() for path in Path("copy").rglob("*") if path.is_file()}
+    assert copied == {"lib.py": "as submitted", ".gitignore": files[".gitignore"], "recipes/mine.py": "recipe"}
+    assert code.copied_recipe == Path("copy/recipes/mine.py").absolute()
+    assert code.folders(Path("project/recipes").absolute()) == (str(Path("copy/recipes").absolute()), str(Path("copy").absolute()))
+    assert "-old\n" in Path("code.diff").read_text()
+    with pytest.raises(LaunchError, match="the code cannot be copied there"):
+        code.take()
+
+
+def test_without_git_the_copy_is_the_recipes_folder() -> None:
+    Path("notes.txt").write_text("x")
+    code = snapshot.code_of(Path("recipe.py"), copy=Path("copy").absolute())
+    code.take()
+    assert [path.name for path in Path("copy").iterdir()] == ["recipe.py"]
+
+
+def test_a_grid_gives_every_combination_and_refuses_what_it_cannot_name() -> None:
+    points = sweep.points_of(["lr=0.1,0.2", "seed=0,1"])
+    assert [sweep.folder_of(point) for point in points] == ["lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", "lr=0.2,seed=1"]
+    assert sweep.flags_of(points[1]) == ["--lr", "0.1", "--seed", "1"]
+    assert sweep.folder_of({"data-root": "/a/b%c"}) == "data-root=_a_b_c"
+    with pytest.raises(LaunchError, match=r"--grid lr: expected.*--grid seed is given twice.*--grid x=a/b,a%b: some of these"):
+        sweep.points_of(["lr", "seed=1", "seed=2", "x=a/b,a%b"])
+
+
+def test_a_sweep_here_refuses_what_only_slurm_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(["--grid", "lr=1,2", "--partition", "gpu", "recipe.py"]) == 2
+    assert "--partition: means something to SLURM only" in capsys.readouterr().err
+    assert sweep.main(["--grid", "lr=1,2", "recipe.py", "--run-dir", "x"]) == 2
+    assert "Type --name NAME" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("30", 30), ("90:30", 90.5), ("1:30:00", 90), ("2-0", 2880), ("1-12:30", 2190), ("1-1:1:30", 1501.5), ("infinite", float("inf"))],
+)
+def test_times_are_read_as_slurm_reads_them(text: str, expected: float) -> None:
+    assert cluster.minutes(text) == expected
+
+
+def test_accelerates_file_is_honoured_and_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Path("config.yaml")
+    config.write_text("compute_environment: LOCAL_MACHINE\nnum_machines: 2\nnum_processes: 8\nfsdp_config:\n  num_processes: 3\n")
+    assert accelerate.agreed(None, nodes=None, config=config) == (2, 4)
+    assert accelerate.agreed(4, nodes=2, config=config) == (2, 4)
+    assert accelerate.agreed(3, nodes=1, config=Path("none.yaml")) == (1, 3)
+    with pytest.raises(LaunchError, match=r"--nproc-per-node 3 makes 6 processes, and config\.yaml says num_processes: 8"):
+        accelerate.agreed(3, nodes=2, config=config)
+    with pytest.raises(LaunchError, match=r"1 node\(s\) were asked for, and config\.yaml says num_machines: 2"):
+        accelerate.agreed(None, nodes=1, config=config)
+    monkeypatch.setenv("HF_HOME", str(Path("home").absolute()))
+    assert accelerate.default_config() == Path("home/accelerate/default_config.yaml").absolute()
+
+
+def submitted(name: str, **changes: Any) -> FoundRun:
+    """A run directory as a submission leaves it."""
+    made = plan("--nodes", "2", "--nproc-per-node", "2")
+    home = (Path("runs") / name).absolute()
+    (home / "launch").mkdir(parents=True)
+    run = Run(folder=str(home), words=("recipe.py", "--run-dir", str(home)))
+    (home / "launch" / "plan.json").write_text(dataclasses.replace(made, runs=(run,), **changes).to_json())
+    (home / "launch" / "jobs.jsonl").write_text('{"job": "17", "time": 1, "folder": "%s"}\n' % (home / "launch"))
+    return FoundRun(home)
+
+
+def test_resubmitting_changes_what_is_typed_and_leaves_bad_nodes_out() -> None:
+    run = submitted("a", exclude="n7", qos="long")
+    (run.folder / "bad_nodes").write_text("n3\nn7\n")
+    again = resubmit.plan_again(run, {"nodes": 4, "words": ["--max-steps", "9"]})
+    assert (again.nodes, again.processes, again.qos, again.exclude) == (4, 2, "long", "n7,n3")
+    assert again.runs[0].words == ("recipe.py", "--run-dir", str(run.folder), "--max-steps", "9")
+    (run.folder / "launch" / "plan.json").unlink()
+    with pytest.raises(LaunchError, match="was not submitted to SLURM"):
+        resubmit.plan_again(run, {})
+
+
+def test_a_run_is_found_by_folder_name_and_job() -> None:
+    run = submitted("a")
+    assert find("runs/a") == find("a") == find("17") == run
+    assert list(runs_in(Path("runs"))) == [run]
+    with pytest.raises(LaunchError, match=r"b: no run directory and no job of a run\. Newest in runs/: a"):
+        find("b")
+
+
+def test_logs_are_merged_by_time_over_ranks_and_lives(capsys: pytest.CaptureFixture[str]) -> None:
+    run = submitted("a")
+    (run.folder / "logs").mkdir()
+    (run.folder / "logs" / "rank-0.log").write_text("2026-01-01 00:00:01,000 INFO first\n  of rank 0\n2026-01-01 00:00:03,000 INFO third\n")
+    (run.folder / "logs" / "rank-1.log").write_text("2026-01-01 00:00:02,000 INFO second\nunfinished line")
+    (run.folder / "launch" / "17_1_log.err").write_text("early\n")
+    assert logs.main(["a"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in shown] == ["early", "first", "0", "second", "third"]
+    assert logs.main(["17", "--rank", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["[task 1 stderr] early", "[rank 1] 2026-01-01 00:00:02,000 INFO second"]
+
+
+def test_no_launcher_module_imports_torch_or_ddp_kit() -> None:
+    names = sorted(f"launch.{path.stem}" for path in (ROOT / "launch").glob("*.py") if path.stem not in ("__init__", "executor"))
+    code = f"import importlib, sys; [importlib.import_module(name) for name in {names}]; print([name for name in ('torch', 'ddp_kit', 'submitit', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,160 @@
+"""The batch scripts for people who write their own: SLURM accepts them, and a stop that was saved becomes another life."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from clusters import Cluster
+
+ROOT = Path(__file__).parents[1]
+TEMPLATES = ["train", "train_accelerate"]
+# In place of `python -m ddp_kit.train` and of `accelerate launch`: as ddp_kit does, it saves on a signal, and rank 0 says that it has.
+STAND_IN = """#!{python}
+import json, os, signal, sys, time
+from pathlib import Path
+if sys.argv[1] == "-c":  # the script's own question
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+run = Path(sys.argv[sys.argv.index("--run-dir") + 1])
+rank, life = os.environ["SLURM_PROCID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+def stop(number, frame):
+    if rank == "0" and os.environ["DDP_KIT_REQUEUE"] == "1":
+        (run / "requeue").touch()
+    os._exit(75)
+is_agent = "accelerate" in sys.argv[0]
+if is_agent:
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, stop)
+assert life == "0" or not (run / "requeue").exists(), "an earlier life's"
+(run / f"life-{{life}}-{{rank}}").write_text(" ".join(sys.argv[1:]))
+print("life", life, "rank", rank, flush=True)
+if "--fail" in sys.argv:
+    (run / "status.json").write_text(json.dumps({{"exit_code": 9}}))
+    sys.exit(1 if is_agent else 9)
+if life == "0":
+    time.sleep(1000)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripts:
+    """Submits a template, with stand-ins for the programs that it starts."""
+
+    cluster: Cluster
+    folder: Path
+    run_dir: Path
+
+    def submit(self, name: str, *words: str, flags: tuple[str, ...] = ()) -> str:
+        sizes = ("--ntasks-per-node=2",) if name == "train" else ()
+        own = ("--gpus-per-node=2", "--cpus-per-task=1", *sizes, f"--chdir={self.folder}", "--output=log", *flags)
+        variables = {} if "--array=1,2" in flags else {"RUN_DIR": str(self.run_dir)}
+        variables |= {"PATH": f"{self.folder / 'bin'}:{self.cluster.environ['PATH']}"}
+        return self.cluster.submit(*own, str(ROOT / "slurm" / f"{name}.sbatch"), *words, **variables)
+
+    @property
+    def lives(self) -> Mapping[str, str]:
+        """What was started, by life and task."""
+        return {path.name: path.read_text() for path in self.run_dir.glob("life-*")}
+
+    def wait_for_ranks(self, job: str, *, tasks: int) -> None:
+        """Waits until so many tasks of the first life handle signals."""
+        end = time.monotonic() + 20
+        while len(self.lives) < tasks:
+            self.cluster.wait(job, state="RUNNING")
+            assert time.monotonic() < end, f"{sorted(self.lives)} after 20 s. {self.cluster.story(job)}"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+
+@pytest.fixture
+def scripts(cluster: Cluster, tmp_path: Path) -> Scripts:
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "accelerate"):
+        (tmp_path / "bin" / name).write_text(STAND_IN.format(python=sys.executable))
+        (tmp_path / "bin" / name).chmod(0o755)
+    return Scripts(cluster=cluster, folder=tmp_path, run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_sbatch_takes_the_template_and_its_own_flags_before_it(cluster: Cluster, name: str) -> None:
+    template = str(ROOT / "slurm" / f"{name}.sbatch")
+    refused = cluster.tried("sbatch", "--test-only", template, "recipe.py")
+    assert refused.returncode == 1  # 8 GPUs on nodes of 4
+    smaller = ("--gpus-per-node=4", "--cpus-per-task=1", *(["--ntasks-per-node=4"] if name == "train" else []))
+    taken = cluster.tried("sbatch", "--test-only", *smaller, template, "recipe.py", "--lr", "0.2")
+    assert taken.returncode == 0, taken.stderr
+    assert "on nodes n[0-1]" in taken.stderr
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_rank_that_fails_ends_the_job_with_its_own_exit_code(scripts: Scripts, name: str) -> None:
+    job = scripts.submit(name, "recipe.py", "--note", "two words", "--fail")
+    scripts.cluster.wait(job, state="FAILED")
+    assert scripts.cluster.facts(job)["ExitCode"] == "9:0"
+    assert all("recipe.py --note two words --fail --run-dir" in life for life in scripts.lives.values())
+    assert not (scripts.run_dir / "requeue").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_warning_becomes_another_life_with_the_same_job_and_the_same_log(scripts: Scripts, name: str) -> None:
+    job = scripts.submit(name, "recipe.py")
+    tasks = 4 if name == "train" else 2
+    scripts.wait_for_ranks(job, tasks=tasks)
+    scripts.cluster.run("scancel", "--signal=USR1", job)  # as --signal=USR1@120 does before time is up: to the step alone
+    scripts.cluster.wait(job, state="COMPLETED", within_s=30)
+    assert scripts.cluster.facts(job)["Restarts"] == "1"
+    assert set(scripts.lives) == {f"life-{life}-{rank}" for life in (0, 1) for rank in range(tasks)}
+    assert all(f"life {life} rank 0" in scripts.log for life in (0, 1))
+    if name == "train_accelerate":
+        assert "--machine_rank=0 --num_processes=4" in scripts.lives["life-0-0"]
+        assert "--machine_rank=1 --num_processes=4" in scripts.lives["life-0-1"]
+        assert scripts.lives["life-0-0"] != scripts.lives["life-1-0"]  # the agents' port
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_cancelled_job_saves_and_stays_cancelled(scripts: Scripts, name: str) -> None:
+    job = scripts.submit(name, "recipe.py")
+    scripts.wait_for_ranks(job, tasks=4 if name == "train" else 2)
+    scripts.cluster.run("scancel", job)
+    scripts.cluster.wait(job, state="CANCELLED", within_s=30)
+    assert not scripts.cluster.left()
+    assert (scripts.run_dir / "requeue").exists()
+    assert f"job {job} is saved. It was cancelled" in scripts.log
+    assert scripts.cluster.facts(job)["Restarts"] == "0"
+
+
+@pytest.mark.slow
+def test_an_element_of_an_array_is_requeued_alone(scripts: Scripts) -> None:
+    job = scripts.submit("train", "recipe.py", flags=("--array=1,2", "--nodes=1", "--output=log-%a"))
+    first, last = (replace(scripts, run_dir=scripts.folder / "runs" / f"train-{job}_{number}") for number in (1, 2))
+    first.wait_for_ranks(job, tasks=2)
+    last.wait_for_ranks(job, tasks=2)
+    scripts.cluster.run("scancel", "--signal=USR1", f"{job}_2")  # the one whose job id is the array's
+    scripts.cluster.wait(f"{job}_2", state="COMPLETED", within_s=30)
+    assert scripts.cluster.facts(f"{job}_2")["Restarts"] == "1"
+    assert scripts.cluster.facts(f"{job}_1")["Restarts"] == "0"
+    assert (set(first.lives), set(last.lives)) == ({"life-0-0", "life-0-1"}, {"life-0-0", "life-0-1", "life-1-0", "life-1-1"})
+    scripts.cluster.run("scancel", job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_real_recipe_trains_on_two_nodes(cluster: Cluster, tmp_path: Path, name: str) -> None:
+    sizes = ["--ntasks-per-node=2"] if name == "train" else []
+    flags = ["--gpus-per-node=0", "--cpus-per-task=1", *sizes, f"--chdir={tmp_path}", "--output=log"]
+    variables = {"PATH": f"{Path(sys.executable).parent}:{cluster.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [str(ROOT / "slurm" / f"{name}.sbatch"), str(ROOT / "recipes" / "digits.py"), "--max-steps", "4", "--device", "cpu"]
+    job = cluster.submit(*flags, *words, RUN_DIR=str(tmp_path / "run"), RANKS_PER_NODE="2", **variables)
+    cluster.wait(job, state="COMPLETED", within_s=180)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
+    assert "64 global = 4 ranks" in (tmp_path / "log").read_text()
+    assert os.access(tmp_path / "run" / "metrics.jsonl", os.R_OK)
