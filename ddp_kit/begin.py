@@ -38,8 +38,6 @@ from ddp_kit.trackers import Tracker, redact
 from ddp_kit.trackers.console import Console
 from ddp_kit.trackers.jsonl import JsonlTracker, json_text, read_json
 
-REQUEUE_FILE = "requeue"  # in the run directory: the launcher's batch script starts the job again if it is there at the end
-
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -83,7 +81,6 @@ def open_directory(settings: Settings, group: Group, *, name: str, source: Recip
                 "--resume never forbids to go on with it. Type another --run-dir, or leave --resume out."
             )
         claimed(directory)
-        (path / REQUEUE_FILE).unlink(missing_ok=True)  # of a life that is over
         run_id = str(read_json(path / "settings.json").get("run_id", "")) if earlier else ""
         place = replace(place, run_id=run_id or place.run_id, earlier=earlier, starts=starts_of_job(path))
         place = replace(place, last_step=last_step(path, earlier)) if earlier else place

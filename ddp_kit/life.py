@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ddp_kit.begin import REQUEUE_FILE, Place, resume_command
+from ddp_kit.begin import Place, resume_command
 from ddp_kit.blame import Verdict
 from ddp_kit.checkpoint.saver import Saved
 from ddp_kit.compose import Composition
@@ -29,6 +29,8 @@ from ddp_kit.settings import Settings
 from ddp_kit.trackers.jsonl import read_json
 from ddp_kit.training import Training
 from ddp_kit.watch import Watch
+
+STATUS_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +111,19 @@ class Life:
             return
         if self.directory is not None:
             self._write(self.directory, verdict)
+        elif isinstance(verdict.error, Stopped) and self.place is not None:
+            self._await_status(self.place.path)
         elif verdict.is_silent and self.place is not None:
             directory = RunDir(self.place.path)
             with directory.inherited() as is_heir:
                 if is_heir and read_json(directory.path / "status.json").get("status") == "running":
                     self._write(directory, verdict)
+
+    def _await_status(self, path: Path) -> None:
+        """A launcher may end rank 0 for this rank's exit code: it gets the time to write down how the run ended."""
+        end = time.monotonic() + STATUS_S
+        while read_json(path / "status.json").get("status") == "running" and time.monotonic() < end:
+            time.sleep(0.05)
 
     def _write(self, directory: RunDir, verdict: Verdict) -> None:
         error, reason = verdict.error, verdict.reason
@@ -126,6 +136,8 @@ class Life:
             content = directory.status(status, reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error))
         except OSError as failure:  # a full disk, which may be why this life failed
             logger.warning("status.json could not be written: %s", failure)
+        if content.get("exit_code") == REQUEUE:
+            directory.ask_requeue(reason)
         if self.reporter is not None:
             self.reporter.event("failure" if status == "failed" else "stop", step=step, rank=verdict.culprit, message=reason)
             self.reporter.finish(content)
@@ -148,7 +160,7 @@ class Life:
                 exit_code=ending.exit_code,
             )
             if ending.exit_code == REQUEUE:
-                (self.directory.path / REQUEUE_FILE).write_text(f"{ending.reason}\n", encoding="utf-8")
+                self.directory.ask_requeue(ending.reason)
             if self.watch is not None and ending.stop is Stop.FILE and self.watch.take("STOP"):
                 self.reporter.event("acknowledged", step=training.step, message="the file STOP")
             self.reporter.event("finish" if ending.status == "finished" else "stop", step=training.step, message=ending.reason)

@@ -69,11 +69,16 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            (self.path / "requeue").unlink(missing_ok=True)  # of a life that is over
         except OSError as error:
             raise ConfigError(f"--run-dir {self.path}: cannot be written ({error.strerror}). Type another --run-dir.") from error
         self._stop.clear()
         self._heart = threading.Thread(target=self._beat, name="run-dir-heartbeat", daemon=True)
         self._heart.start()
+
+    def ask_requeue(self, reason: str) -> None:
+        """Leaves the file `requeue`: the launcher's batch script starts the job again if it is there at the end."""
+        (self.path / "requeue").write_text(f"{' '.join(reason.split())}\n", encoding="utf-8")
 
     def release(self) -> None:
         """Ends the heartbeat and gives the lock up. Does nothing if the lock is not held."""

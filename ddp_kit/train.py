@@ -218,9 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, began = list(sys.argv[1:] if argv is None else argv), time.monotonic() - process_age_s()
 
     def command() -> int:
+        path = recipe_path(args, command="python -m ddp_kit.train")
         topology = read_topology()
         leaves_with_agent(topology.launcher)
-        source = load_recipe(recipe_path(args, command="python -m ddp_kit.train"))
+        source = load_recipe(path)
         settings = parse(source.settings, args[1:], prog=f"ddp_kit.train {args[0]}", rank=topology.rank)
         life = Life(settings=settings, name=source.name, source=source, args=args, began=began)
         outcome = _live(lambda: source.build(settings), life)

@@ -54,7 +54,7 @@ def test_a_run_whose_events_find_no_room_trains_to_its_end_and_says_so_once(tmp_
     assert ended.codes == [0, 0], ended.errors
     assert ended.status["status"] == "finished"
     assert ended.outputs[0].count("events.jsonl: No space left on device; its lines wait in memory") == 1
-    assert "events.jsonl: the last 5 lines could not be written" in ended.outputs[0]
+    assert "events.jsonl: the last 6 lines could not be written" in ended.outputs[0]
 
 
 def test_a_failure_is_told_even_if_status_json_cannot_be_written(

@@ -57,6 +57,8 @@ def kinds(run_dir: Path, kind: str) -> list[int]:
 
 
 def test_a_file_stop_is_never_requeued_and_the_next_life_has_lost_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "requeue").write_text("of the life before")
     ended = run(tmp_path, *LONG, ACT="STOP", **REQUEUE)
     assert ended.codes == [0, 0], ended.errors
     status, step = ended.status, ended.status["step"]
@@ -119,12 +121,19 @@ def test_the_clock_stops_a_run_in_time(flags: list[str], asked: dict[str, str], 
 
 @pytest.mark.parametrize("act", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_is_requeued_where_the_launcher_asked(act: str, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "requeue").write_text("of the life before")
     ended = run(tmp_path, *LONG, ACT=act, AT_RANK="1", **REQUEUE)
     assert ended.codes == [75, 75], ended.errors
     assert (ended.status["status"], ended.status["exit_code"]) == ("preempted", 75)
     assert (ended.run_dir / "requeue").read_text() == f"{act} on rank 1\n"
+
+
+@pytest.mark.parametrize(("act", "code"), [("SIGUSR1", 75), ("SIGTERM", 143)])
+def test_before_the_first_step_a_warning_is_requeued_too(act: str, code: int, tmp_path: Path) -> None:
+    """SIGTERM is not: it may come from a launcher that has lost a rank, and SLURM itself brings back what it preempts."""
+    ended = run(tmp_path, ACT=act, AT_STEP="0", **REQUEUE)
+    assert ended.codes == [code, 1], ended.errors
+    assert (ended.status["status"], ended.status["exit_code"]) == ("preempted", code)
+    assert (ended.run_dir / "requeue").exists() == (code == 75)
 
 
 def test_a_persons_interrupt_is_not_requeued(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ class Pool:
         end = time.monotonic() + START_S
         while (reply := self.receive(end - time.monotonic())) is not None:
             if "pids" in reply:
+                for pid in reply["pids"]:
+                    self.ended.pop(pid, None)  # of an earlier process: numbers come again
                 return files, reply["pids"]
         raise TimeoutError(f"the server of ranks did not start within {START_S:g} s:\n{self._log()}")
 
