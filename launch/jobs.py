@@ -51,7 +51,7 @@ def _state(run: FoundRun, status: Mapping[str, Any], job: cluster.Job | None) ->
     """What the run is doing, and why it is not doing more: SLURM's word while it has the job, then the run's own."""
     own, reason = str(status.get("status", "")), str(status.get("reason", "")).splitlines()
     if job is not None and job.is_waiting:
-        return "waiting", job.reason
+        return "waiting", job.reason if job.reason != "None" else "SLURM has not looked at it yet"
     if job is not None and job.state in cluster.LIVING:
         return job.state.lower(), ""
     if own == "running" and not run.is_alive() and (job is not None or not run.owner()):

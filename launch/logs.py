@@ -12,18 +12,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from launch.plan import LaunchError, answered
 from launch.runs import FoundRun, find
 
 POLL_S = 0.5
+ALIKE_S = 2.0  # between ranks that say the same
 RANK_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")  # of a rank's log, local time
 JOB_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} ")  # of a batch script
 
 
+class Line(NamedTuple):
+    """A line of a log: when it was written, in seconds of the epoch, and by whom."""
+
+    time: float
+    label: str
+    text: str
+
+
 @dataclass
 class Source:
-    """A file that grows. `label` stands before its lines."""
+    """A file that grows. `label` says whose lines they are."""
 
     path: Path
     label: str
@@ -31,12 +41,13 @@ class Source:
     time: float = 0.0  # of the line before; a line without one belongs to it
     rest: bytes = field(default=b"", repr=False)
 
-    def lines(self) -> Iterator[tuple[float, str]]:
-        """Yields (time, line) of what has been added since the last call; a line that is still being written is left."""
+    def lines(self) -> Iterator[Line]:
+        """Yields what has been added since the last call; a line that is still being written is left."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.at)
                 added = file.read()
+                changed = self.path.stat().st_mtime
         except OSError:
             return
         self.at += len(added)
@@ -44,7 +55,7 @@ class Source:
         for raw in whole:
             line = raw.decode(errors="replace")
             self.time = _time(line) or self.time
-            yield self.time, f"{self.label} {line}" if self.label else line
+            yield Line(self.time or changed, self.label, line)
 
 
 def _time(line: str) -> float:
@@ -61,14 +72,35 @@ def sources(run: FoundRun, *, rank: int | None, known: dict[Path, Source]) -> li
     for submission in run.submissions():
         folder, job = Path(str(submission["folder"])), str(submission["job"])
         if rank is None:
-            found.append((folder / f"{job}.log", "[job]"))
-        found += [(path, f"[task {path.name.split('_')[-2]} stderr]") for path in sorted(folder.glob(f"{job}_*_log.err"))]
+            found.append((folder / f"{job}.log", "job"))
+        found += [(path, f"task {path.name.split('_')[-2]} stderr") for path in sorted(folder.glob(f"{job}_*_log.err"))]
     logs = sorted((run.folder / "logs").glob("rank-*.log"), key=lambda path: int(path.stem.split("-")[1]))
-    found += [(path, f"[rank {path.stem.split('-')[1]}]") for path in logs]
+    found += [(path, f"rank {path.stem.split('-')[1]}") for path in logs]
     for path, label in found:
-        if rank is None or label in (f"[rank {rank}]", f"[task {rank} stderr]"):
+        if rank is None or label in (f"rank {rank}", f"task {rank} stderr"):
             known.setdefault(path, Source(path, label))
     return list(known.values())
+
+
+def merged(lines: Sequence[Line]) -> Iterator[str]:
+    """Yields lines by their time, one that several ranks say within `ALIKE_S` seconds only once, with all their names."""
+    labels: dict[int, list[str]] = {}
+    newest: dict[str, tuple[float, int]] = {}  # where a text was said last
+    ordered = sorted(lines, key=lambda line: line.time)
+    for number, line in enumerate(ordered):
+        text = RANK_TIME.sub("", line.text)
+        at, first = newest.get(text, (0.0, number))
+        is_said = (
+            line.label.startswith("rank ") and text != line.text and line.time - at < ALIKE_S and line.label not in labels.get(first, [])
+        )
+        newest[text] = (at, first) if is_said else (line.time, number)
+        labels.setdefault(first if is_said else number, []).append(line.label)
+    for number, names in labels.items():
+        if len(names) > 1:
+            ranks = sorted(int(name.removeprefix("rank ")) for name in names)
+            whole = ranks == list(range(ranks[0], ranks[-1] + 1))
+            names = [f"ranks {ranks[0]}-{ranks[-1]}" if whole else "ranks " + ",".join(map(str, ranks))]
+        yield f"[{names[0]}] {ordered[number].text}"
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -83,7 +115,7 @@ def _main(argv: Sequence[str]) -> int:
     try:
         while is_first or asked.follow:
             lines = [line for source in sources(run, rank=asked.rank, known=known) for line in source.lines()]
-            for _, line in sorted(lines, key=lambda line: line[0]):
+            for line in merged(lines):
                 print(line, flush=True)
             if is_first and not known:
                 _require_something(run, rank=asked.rank)

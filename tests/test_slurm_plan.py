@@ -216,9 +216,16 @@ def test_logs_are_merged_by_time_over_ranks_and_lives(capsys: pytest.CaptureFixt
     (run.folder / "launch" / "17_1_log.err").write_text("early\n")
     assert logs.main(["a"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in shown] == ["early", "first", "0", "second", "third"]
+    assert [line.split()[-1] for line in shown] == ["first", "0", "second", "third", "early"]
     assert logs.main(["17", "--rank", "1"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["[task 1 stderr] early", "[rank 1] 2026-01-01 00:00:02,000 INFO second"]
+    assert capsys.readouterr().out.splitlines() == ["[rank 1] 2026-01-01 00:00:02,000 INFO second", "[task 1 stderr] early"]
+
+
+def test_what_several_ranks_say_alike_is_shown_once() -> None:
+    said = [(1.0, "rank 0", "start"), (1.1, "rank 1", "start"), (1.2, "rank 2", "start"), (2.0, "rank 1", "own"), (9.0, "rank 0", "start")]
+    lines = [logs.Line(at, label, f"2026-01-01 00:00:0{int(at)},000 INFO {text}") for at, label, text in said]
+    assert [line.split("2026")[0] for line in logs.merged(lines)] == ["[ranks 0-2] ", "[rank 1] ", "[rank 0] "]
+    assert len(list(logs.merged([logs.Line(0.0, "rank 0", "print"), logs.Line(0.0, "rank 1", "print")]))) == 2  # no time: perhaps not alike
 
 
 def test_no_launcher_module_imports_torch_or_ddp_kit() -> None:
