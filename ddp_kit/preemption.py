@@ -60,8 +60,8 @@ SIGNALS = tuple(getattr(signal, stop.name) for stop in Stop if hasattr(signal, s
 
 
 class Stopped(SystemExit):
-    """A signal came before the first step: nothing can be lost yet, so the run unwinds and ends. A warning may be requeued; SIGTERM may as well
-    come from a launcher that has lost a rank."""
+    """A signal came before the first step: nothing can be lost yet, so the run unwinds and ends. After a warning it may be requeued;
+    SIGTERM may also come from a launcher that has lost a rank."""
 
     def __init__(self, stop: Stop):
         super().__init__(stop.exit_code if stop in (*WARNINGS, Stop.SIGINT) else 143)

@@ -63,7 +63,7 @@ class Asks:
                 os.kill(os.getpid(), getattr(signal, what))
 
     def on_start(self, model: nn.Module) -> None:
-        """Nobody asks yet."""
+        self.act()
 
     def on_step(self, step: int) -> None:
         self.step, self.looks = step, 0

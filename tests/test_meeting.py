@@ -92,7 +92,7 @@ def on_two_nodes(folder: str, port: int, what: str) -> str:
     [
         ("well", "", ""),
         ("absent", "n1", "n1: 0 of its ranks came"),
-        ("first absent", "n0", "n0: its store was not reached"),
+        pytest.param("first absent", "n0", "n0: its store was not reached", marks=pytest.mark.slow),
         ("no device", "n1", "n1: no CUDA device is visible to 1 of its ranks"),
         ("stuck", "n1", "n1: its ranks hang or are gone"),
     ],

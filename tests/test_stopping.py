@@ -100,9 +100,9 @@ def test_a_file_stop_that_is_there_before_the_first_step_leaves_nothing_half_don
 @pytest.mark.parametrize(
     ("flags", "asked", "code", "status"),
     [
-        (["--max-hours", "0.0004"], {}, 0, "stopped"),
-        (["--max-hours", "0.0004"], REQUEUE, 75, "preempted"),
-        ([], {"SLURM_JOB_END_TIME": "5"}, 143, "preempted"),
+        pytest.param(["--max-hours", "0.0012"], {}, 0, "stopped", marks=pytest.mark.slow),
+        (["--max-hours", "0.0012"], REQUEUE, 75, "preempted"),
+        pytest.param([], {"SLURM_JOB_END_TIME": "5"}, 143, "preempted", marks=pytest.mark.slow),
         ([], {"SLURM_JOB_END_TIME": "5"} | REQUEUE, 75, "preempted"),
         ([], {"SLURM_JOB_END_TIME": "-5"}, 0, "finished"),
     ],
@@ -213,6 +213,7 @@ def test_a_stop_abandons_an_evaluation_at_the_same_batch_and_the_next_life_repea
     assert kinds(last.run_dir, "eval") == [4, 8]
 
 
+@pytest.mark.slow
 def test_a_stop_during_the_test_evaluation_leaves_it_to_the_next_life(tmp_path: Path) -> None:
     rule = ["--early-stop.metric", "loss", "--early-stop.min-delta", "9", "--early-stop.patience", "1"]
     args = ["--tests", "--eval-every", "4", "--max-steps", "40", *rule]
