@@ -5,7 +5,7 @@ Refuses: torch, and everything of ddp_kit but its command line (`python -m ddp_k
 its ranks read, and the files of a run directory.
 
     one machine    run -> plan -> local | torchrun | accelerate
-    a batch job    slurm -> slurm_plan -> script (text) -> executor (submitit) -> sbatch;   on a node: script -> srun -> task -> ddp_kit.train
+    a batch job    slurm -> slurm_plan -> script (text) -> executor (submitit) -> sbatch; on a node: script -> srun -> task -> ddp_kit.train
     many runs      sweep: a slurm_plan with several runs, or local, one after another
     afterwards     jobs, logs, cancel, resubmit: what `runs` reads of a run directory and `cluster` asks of SLURM
 """
