@@ -3,7 +3,6 @@
 Owns: what of the earlier submission may change. Refuses: new code, unless `--new-code` asks for it.
 """
 
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,10 +54,8 @@ def _main(argv: Sequence[str]) -> int:
         print(render(plan), end="")
         return 0
     run.require_free()
-    if given.get("new_code") and plan.snapshot:
-        shutil.rmtree(plan.snapshot)
     (run.folder / "STOP").unlink(missing_ok=True)
-    job = submit(plan)
+    job = submit(plan, copies="new_code" in given)
     (run.folder / "bad_nodes").unlink(missing_ok=True)  # the plan excludes them now
     without = f", without {plan.exclude}" if plan.exclude else ""
     print(f"job {job.job_id}: {run.folder} goes on from step {max(run.newest_checkpoint(), 0)}{without}")

@@ -110,13 +110,13 @@ def plan_of(asked: argparse.Namespace, *, runs: Sequence[tuple[Path, Sequence[st
     )
 
 
-def submit(plan: SlurmPlan) -> "Job[str]":
-    """Copies the code, and submits a plan of one run. Returns: submitit's `Job`. Raises: as `submit_runs` does."""
-    return submit_runs(plan)[0]
+def submit(plan: SlurmPlan, *, copies: bool = True) -> "Job[str]":
+    """Submits a plan of one run. Returns: submitit's `Job`. Otherwise as `submit_runs`."""
+    return submit_runs(plan, copies=copies)[0]
 
 
-def submit_runs(plan: SlurmPlan) -> "list[Job[str]]":
-    """Copies the code unless its copy is there, and submits the plan as one job. Returns: submitit's `Job` of each run.
+def submit_runs(plan: SlurmPlan, *, copies: bool = True) -> "list[Job[str]]":
+    """Copies the code (without `copies` only if it never was), and submits the plan as one job. Returns: submitit's `Job` of each run.
 
     Raises: LaunchError if the cluster has no such partition, GPUs or time, a run directory is in use or cannot be written, or sbatch
     refuses it.
@@ -130,7 +130,7 @@ def submit_runs(plan: SlurmPlan) -> "list[Job[str]]":
             path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LaunchError(f"{error.filename}: cannot be written ({error.strerror}). Type another --run-dir.") from error
-    if plan.snapshot and not Path(plan.snapshot).exists():
+    if plan.snapshot and (copies or not Path(plan.snapshot).exists()):
         code_of(Path(plan.source), copy=Path(plan.snapshot)).take()
     if "SLURM_JOB_ID" in environment():
         leave_job()

@@ -35,13 +35,18 @@ class Code:
         return tuple(dict.fromkeys(str(path) for path in [*inside, self.copy]))
 
     def take(self) -> None:
-        """Copies the code. Raises: LaunchError if the copy is there already or cannot be written."""
+        """Copies the code; an earlier copy gives way once the new one is whole. Raises: LaunchError if it cannot be written."""
+        unfinished = self.copy.with_name(f".{self.copy.name}.tmp")
         try:
-            self.copy.mkdir(parents=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
             for path in self._files():
-                target = self.copy / path
+                target = unfinished / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(self.root / path, target, follow_symlinks=False)
+            if self.copy.exists():
+                shutil.rmtree(self.copy)
+            unfinished.rename(self.copy)
         except OSError as error:
             raise LaunchError(f"{self.copy}: the code cannot be copied there ({error.strerror}). Type another --run-dir.") from error
         if self.is_tracked:

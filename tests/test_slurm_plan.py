@@ -128,8 +128,11 @@ def test_the_copy_is_what_git_tracks_as_it_is_now_and_new_modules_beside_the_rec
     assert code.copied_recipe == Path("copy/recipes/mine.py").absolute()
     assert code.folders(Path("project/recipes").absolute()) == (str(Path("copy/recipes").absolute()), str(Path("copy").absolute()))
     assert "-old\n" in Path("code.diff").read_text()
+    code.take()
+    assert Path("copy/lib.py").read_text() == "edited later"
+    assert sorted(path.name for path in Path().iterdir() if "copy" in path.name) == ["copy"]
     with pytest.raises(LaunchError, match="the code cannot be copied there"):
-        code.take()
+        dataclasses.replace(code, copy=Path("/proc/copy")).take()
 
 
 def test_without_git_the_copy_is_the_recipes_folder() -> None:
