@@ -5,7 +5,6 @@ Owns: what of the earlier submission may change. Refuses: new code, unless `--ne
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from launch.plan import LaunchError, answered, processes_of
@@ -27,15 +26,9 @@ def plan_again(run: FoundRun, given: Mapping[str, Any]) -> SlurmPlan:
         changes["processes"] = processes_of(given["nproc_per_node"], gpus=gpus)
     elif "gpus_per_node" in changes and earlier.processes == earlier.gpus_per_node:
         changes["processes"] = gpus
-    bad = _lines(run.folder / "bad_nodes")
-    excluded = [*str(changes.get("exclude", earlier.exclude)).split(","), *bad]
-    changes["exclude"] = ",".join(dict.fromkeys(name for name in excluded if name))
+    changes["exclude"] = run.without_bad_nodes(str(changes.get("exclude", earlier.exclude)))
     words = [*earlier.runs[0].words, *given.get("words", [])]
     return SlurmPlan.from_json(path.read_text(encoding="utf-8"), **changes, runs=(Run(folder=str(run.folder), words=tuple(words)),))
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").split() if path.exists() else []
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -56,7 +49,6 @@ def _main(argv: Sequence[str]) -> int:
     run.require_free()
     (run.folder / "STOP").unlink(missing_ok=True)
     job = submit(plan, copies="new_code" in given)
-    (run.folder / "bad_nodes").unlink(missing_ok=True)  # the plan excludes them now
     without = f", without {plan.exclude}" if plan.exclude else ""
     print(f"job {job.job_id}: {run.folder} goes on from step {max(run.newest_checkpoint(), 0)}{without}")
     return 0

@@ -43,6 +43,12 @@ class FoundRun:
         ids = [str(submission["job"]) for submission in self.submissions()]
         return [job for job in cluster.jobs(ids=ids) if job.id in ids] if ids and has_slurm() else []
 
+    def without_bad_nodes(self, excluded: str) -> str:
+        """Returns a list of nodes to leave out, with those added that failed the run's pre-flight check."""
+        path = self.folder / "bad_nodes"
+        bad = path.read_text(encoding="utf-8").split() if path.exists() else []
+        return ",".join(dict.fromkeys(name for name in [*excluded.split(","), *bad] if name))
+
     def owner(self) -> Mapping[str, Any]:
         """Returns who holds the run's lock, {} if nobody does: {"host", "pid", "job", ...}."""
         return _json(self.folder / "run.lock")

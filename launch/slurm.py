@@ -158,6 +158,7 @@ def planned(argv: Sequence[str]) -> tuple[SlurmPlan, argparse.Namespace]:
     asked = with_recipe(parser("slurm", what="Submits a recipe's ranks as a batch job that loses nothing.")).parse_args(argv)
     flags, named = split_run_dir(asked.words[1:])
     home = Path(named).absolute() if named else default_folder(asked.name or Path(asked.words[0] if asked.words else "").stem)
+    asked.exclude = FoundRun(home).without_bad_nodes(asked.exclude)
     return plan_of(asked, runs=[(home, flags)], folder=home / "launch", home=home), asked
 
 

@@ -64,11 +64,12 @@ class Submitted:
         self.until(lambda: any(record["step"] >= step for record in self.lines("metrics.jsonl")), within_s=within_s)
 
     def ended(self, state: str = "COMPLETED", *, within_s: float = 90) -> None:
-        """Waits for the job's end as `state`."""
+        """Waits for the job's end as `state`, which leaves no lock behind."""
         try:
             self.cluster.wait(self.id, state=state, within_s=within_s)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log}\n{self.said()[-2000:]}\n{self.said(kind='err')[-3000:]}") from error
+        assert not (self.folder / "run.lock").exists()
 
 
 def train(cluster: Cluster, folder: Path, *flags: str, slurm: Sequence[str] = (), recipe: str = PACED, **changes: Any) -> Submitted:

@@ -196,6 +196,17 @@ def test_a_wrong_flag_of_the_recipe_ends_the_job_with_2(trained: Trained) -> Non
 
 
 @pytest.mark.slow
+def test_a_killed_rank_ends_the_job_with_its_signal(trained: Trained) -> None:
+    run = trained(*LONG)
+    run.until_step(3)
+    os.kill(pids(run, "_submit", but="srun")[-1], 9)
+    run.ended("FAILED")
+    assert run.cluster.facts(run.id)["ExitCode"] == "137:0"
+    assert run.status["status"] == "failed"
+    assert not (run.folder / "requeue").exists()
+
+
+@pytest.mark.slow
 def test_a_preemption_with_nothing_but_sigterm_loses_nothing(trained: Trained) -> None:
     run = trained("--max-steps", "100", "--pace-s", "0.1", slurm=["--nodes", "2", "--sbatch", "exclusive"])
     run.until_step(5)

@@ -12,6 +12,7 @@ from launch import accelerate, cluster, logs, resubmit, snapshot, sweep
 from launch.plan import LaunchError
 from launch.runs import FoundRun, find, runs_in
 from launch.script import render
+from launch.slurm import main as slurm_main
 from launch.slurm import planned
 from launch.slurm_plan import Run, SlurmPlan
 
@@ -90,6 +91,18 @@ def test_options_of_the_user_are_passed_on_and_win() -> None:
     assert '#SBATCH --mail-user="a b"\n' in text
     assert "--cpu-bind=none" in text.partition("srun")[2]
     assert "\nmodule load x\n" in text
+
+
+def test_without_a_slurm_it_says_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert slurm_main(["recipe.py"]) == 2
+    assert "there is no SLURM client here (sbatch, squeue). On this machine alone: ddp-kit run RECIPE.py" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_nodes_that_failed_the_check_are_left_out_by_the_next_submission() -> None:
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/bad_nodes").write_text("n3\nn4\n")
+    assert planned(["--exclude", "n4,n5", "recipe.py", "--run-dir", "runs/a"])[0].exclude == "n4,n5,n3"
 
 
 def test_a_plan_is_read_back_as_it_was_written() -> None:
