@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from ddp_kit.errors import ConfigError
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # torchrun's, DeepSpeed's launcher's
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
 
 FIRST_PORT, PORTS = 20000, 10000  # those that are derived from a job's id: below what systems hand out by themselves
@@ -108,16 +109,13 @@ def _torchrun(environ: Mapping[str, str]) -> Topology:
     _complete(environ, TORCHRUN, start="Start the ranks with torchrun, which sets all of them")
     world_size = _integer(environ, "WORLD_SIZE")
     source = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
-    if "LOCAL_WORLD_SIZE" in environ:
-        local_world_size = _integer(environ, "LOCAL_WORLD_SIZE")
-        source["local_world_size"] = "LOCAL_WORLD_SIZE"
-    else:
-        local_world_size = world_size
-        source["local_world_size"] = "WORLD_SIZE (LOCAL_WORLD_SIZE is not set: one node)"
+    local = next((name for name in LOCAL_SIZES if name in environ), "")
+    local_world_size = _integer(environ, local) if local else world_size
+    source["local_world_size"] = local or "WORLD_SIZE (LOCAL_WORLD_SIZE is not set: one node)"
     node_rank = _integer(environ, "GROUP_RANK") if "GROUP_RANK" in environ else _integer(environ, "RANK") // max(local_world_size, 1)
-    source["node_rank"] = "GROUP_RANK" if "GROUP_RANK" in environ else "RANK / LOCAL_WORLD_SIZE"
+    source["node_rank"] = "GROUP_RANK" if "GROUP_RANK" in environ else f"RANK / {local or 'WORLD_SIZE'}"
     nodes = _integer(environ, "GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in environ else -(-world_size // max(local_world_size, 1))
-    source["nodes"] = "GROUP_WORLD_SIZE" if "GROUP_WORLD_SIZE" in environ else "WORLD_SIZE / LOCAL_WORLD_SIZE"
+    source["nodes"] = "GROUP_WORLD_SIZE" if "GROUP_WORLD_SIZE" in environ else f"WORLD_SIZE / {local or 'WORLD_SIZE'}"
     return Topology(
         rank=_integer(environ, "RANK"),
         local_rank=_integer(environ, "LOCAL_RANK"),

@@ -42,6 +42,9 @@ def test_torchruns_variables_are_read_and_named_as_the_source() -> None:
 def test_without_an_agent_all_ranks_are_on_one_node_unless_local_world_size_says_otherwise() -> None:
     assert places(read_topology(TORCHRUN | {"LOCAL_RANK": "5"})) == (5, 5, 8, 8, 0, 1)
     assert places(read_topology(TORCHRUN | {"LOCAL_WORLD_SIZE": "4"})) == (5, 1, 8, 4, 1, 2)
+    deepspeed = read_topology(TORCHRUN | {"LOCAL_SIZE": "4"})
+    assert places(deepspeed) == (5, 1, 8, 4, 1, 2)
+    assert deepspeed.source["local_world_size"] == "LOCAL_SIZE"
 
 
 def test_torchrun_inside_a_slurm_job_wins_over_slurms_variables() -> None:
