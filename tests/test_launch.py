@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launch.environment import visible_gpus
 from launch.local import PEERS_S
 from launch.plan import LaunchError, Plan, processes_of
 
@@ -91,16 +92,17 @@ def test_a_plan_says_all_faults_at_once_and_what_to_type() -> None:
     with pytest.raises(LaunchError, match="--lr is no flag of the launcher, and the recipe comes before its own flags"):
         Plan(words=("--lr", "1"))
     with pytest.raises(LaunchError, match="expected a number or auto"):
-        processes_of("many")
+        processes_of("many", gpus=1)
 
 
 def test_auto_is_one_rank_for_each_visible_gpu(tmp_path: Path) -> None:
     for name in ("0000:01:00.0", "0000:02:00.0"):
         (tmp_path / "gpus" / name).mkdir(parents=True)
-    assert processes_of("auto", environ={}, driver=tmp_path / "gpus") == 2
-    assert processes_of("auto", environ={"CUDA_VISIBLE_DEVICES": "0,3,5"}, driver=tmp_path / "gpus") == 3
-    assert processes_of("auto", environ={"CUDA_VISIBLE_DEVICES": ""}, driver=tmp_path / "gpus") == 1
-    assert processes_of("auto", environ={}, driver=tmp_path / "none") == 1
+    assert visible_gpus(environ={}, driver=tmp_path / "gpus") == 2
+    assert visible_gpus(environ={"CUDA_VISIBLE_DEVICES": "0,3,5"}, driver=tmp_path / "gpus") == 3
+    assert visible_gpus(environ={"CUDA_VISIBLE_DEVICES": ""}, driver=tmp_path / "gpus") == 0
+    assert visible_gpus(environ={}, driver=tmp_path / "none") == 0
+    assert [processes_of("auto", gpus=gpus) for gpus in (0, 1, 3)] == [1, 1, 3]
 
 
 def test_two_ranks_train_to_the_end_and_nothing_is_left(started: Any) -> None:

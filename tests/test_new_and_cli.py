@@ -27,7 +27,8 @@ def refused(argv, capsys):
 def test_help_lists_every_verb_with_one_line(capsys):
     assert cli.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:-2]] == ["run", "new", "check", "evaluate", "show", "ckpt", "env"]
+    launchers = ["run", "slurm", "jobs", "logs", "cancel", "resubmit", "sweep"]
+    assert [line.split()[0] for line in lines[2:-2]] == [*launchers, "new", "check", "evaluate", "show", "ckpt", "env"]
     assert all(len(line) <= 120 for line in lines)
     assert cli.main([]) == 2
 
@@ -39,7 +40,8 @@ def test_every_verb_has_its_module(verb):
 
 def test_an_unknown_verb_is_answered_with_the_nearest(capsys):
     assert refused(["shwo", "runs/x"], capsys) == (
-        "ddp-kit: unknown verb shwo. Did you mean show? The verbs are: run, new, check, evaluate, show, ckpt, env.\n"
+        "ddp-kit: unknown verb shwo. Did you mean show? The verbs are: run, slurm, jobs, logs, cancel, resubmit, sweep, "
+        "new, check, evaluate, show, ckpt, env.\n"
     )
     assert "Did you mean" not in refused(["zzz"], capsys)
 
