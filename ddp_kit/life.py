@@ -136,8 +136,6 @@ class Life:
             content = directory.status(status, reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error))
         except OSError as failure:  # a full disk, which may be why this life failed
             logger.warning("status.json could not be written: %s", failure)
-        if content.get("exit_code") == REQUEUE:
-            directory.ask_requeue(reason)
         if self.reporter is not None:
             self.reporter.event("failure" if status == "failed" else "stop", step=step, rank=verdict.culprit, message=reason)
             self.reporter.finish(content)

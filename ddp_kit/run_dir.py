@@ -78,6 +78,7 @@ class RunDir:
 
     def ask_requeue(self, reason: str) -> None:
         """Leaves the file `requeue`: the launcher's batch script starts the job again if it is there at the end."""
+        self.path.mkdir(parents=True, exist_ok=True)  # a warning may come before there is anything else
         (self.path / "requeue").write_text(f"{' '.join(reason.split())}\n", encoding="utf-8")
 
     def release(self) -> None:

@@ -6,8 +6,8 @@ Refuses: doing any of it itself: it calls the parts in order.
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ddp_kit.groups import Group
 from ddp_kit.life import Life, Outcome
 from ddp_kit.logs import logger, rank_log
 from ddp_kit.past import job_facts, require_progress
-from ddp_kit.preemption import Abandoned, StopFlag, heeding, is_restarted, leaves_with_agent, signals_noted
+from ddp_kit.preemption import REQUEUE, Abandoned, StopFlag, Stopped, heeding, is_restarted, leaves_with_agent, signals_noted
 from ddp_kit.recipe import Recipe, load_recipe
 from ddp_kit.report import Reporter
 from ddp_kit.resume import binding, resume, resume_data
@@ -34,7 +34,7 @@ from ddp_kit.run_dir import RunDir
 from ddp_kit.saving import About, Checkpoints, best_weights
 from ddp_kit.session import recipe_path, run_command, session
 from ddp_kit.settings import Settings, check, to_json
-from ddp_kit.topology import read_topology
+from ddp_kit.topology import is_first_rank, read_topology
 from ddp_kit.trackers import RunInfo, redact
 from ddp_kit.trackers.jsonl import supersede
 from ddp_kit.watch import process_age_s
@@ -55,6 +55,7 @@ def _live(build: Callable[[], Recipe], life: Life) -> Outcome:
     path = Path(life.settings.run_dir) if life.settings.run_dir else default_path(life.name)
     with (
         signals_noted() as stop,
+        _warnings_requeue(stop, path),
         ExitStack() as stack,
         session(life.settings, speaks=life.source is not None, on_failure=life.failed, run_dir=path) as group,
     ):
@@ -67,6 +68,18 @@ def _live(build: Callable[[], Recipe], life: Life) -> Outcome:
         except BaseException:
             stop.deferring = True  # torchrun sends SIGTERM to the survivors of a rank: what failed is to be written down first
             raise
+
+
+@contextmanager
+def _warnings_requeue(stop: StopFlag, path: Path) -> Iterator[None]:
+    """After a warning before the first step, rank 0 asks for another life, also where there is no run directory yet, or no group."""
+    try:
+        yield
+    except Stopped as early:
+        stop.deferring = True
+        if early.code == REQUEUE and is_first_rank():
+            RunDir(path).ask_requeue(str(early))
+        raise
 
 
 def _train(build: Callable[[], Recipe], life: Life, group: Group, stack: ExitStack) -> Outcome:

@@ -14,7 +14,7 @@ from launch import cluster
 from launch.plan import LaunchError, answered
 from launch.runs import FoundRun, find
 
-AGAIN_S = 0.5  # between two signals: the second one means at once
+AGAIN_S = 0.5  # between two signals: a second one means at once
 
 
 def cancel(run: FoundRun, *, now: bool) -> str:
@@ -27,16 +27,22 @@ def cancel(run: FoundRun, *, now: bool) -> str:
     if living and now:
         cluster.ask("scancel", *(job.id for job in living))
         return f"job {living[0].id} is ended; the newest checkpoint is kept"
-    if not living and not run.is_alive():
+    host = run.elsewhere()
+    if not living and not host and not run.is_alive():
         raise LaunchError(f"{run.folder}: nothing of it waits or runs (ddp-kit jobs).")
+    if now and host:
+        raise LaunchError(f"{run.folder}: it runs on {host}, where `--now` can be typed; without --now it ends after a save from here too.")
     if now:
         pid = int(run.owner()["pid"])
         os.kill(pid, signal.SIGTERM)
         time.sleep(AGAIN_S)
         if run.is_alive():
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)  # a second SIGTERM so soon is taken for the echo of the first
         return "ended; the newest checkpoint is kept"
-    (run.folder / "STOP").touch()
+    try:
+        (run.folder / "STOP").touch()
+    except OSError as error:
+        raise LaunchError(f"{run.folder}/STOP: cannot be written ({error.strerror}). Whoever owns the run can end it.") from error
     return f"it stops after this step and a save: ddp-kit logs {run.quoted} -f; at once: ddp-kit cancel {run.quoted} --now"
 
 

@@ -8,9 +8,9 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.environment import has_slurm
+from launch.environment import environment, has_slurm
 from launch.plan import LaunchError
-from launch.slurm_plan import SlurmPlan
+from launch.slurm_plan import SlurmPlan, options
 
 TIMEOUT_S = 60.0
 LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
@@ -42,7 +42,10 @@ class Partition:
     gpus: int  # on its largest node
 
 
-def ask(*words: str, check: bool = True) -> str:
+FORGOTTEN = "Invalid job id specified"  # a job that has ended some time ago
+
+
+def ask(*words: str) -> str:
     """Runs one of SLURM's commands. Returns: its output. Raises: LaunchError with what it said, or if there is no SLURM here."""
     if not has_slurm():
         raise LaunchError("there is no SLURM client here (sbatch, squeue). On this machine alone: ddp-kit run RECIPE.py")
@@ -50,7 +53,7 @@ def ask(*words: str, check: bool = True) -> str:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise LaunchError(f"{words[0]} has not answered within {TIMEOUT_S:g} s: the cluster's controller may be down.") from error
-    if check and done.returncode:
+    if done.returncode and FORGOTTEN not in done.stderr:
         raise LaunchError(f"{words[0]}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
@@ -58,7 +61,7 @@ def ask(*words: str, check: bool = True) -> str:
 def jobs(*, ids: Sequence[str] = ()) -> list[Job]:
     """Returns this user's jobs that wait, run or have just ended; with `ids` only those. A job that SLURM has forgotten is left out."""
     only = [f"--jobs={','.join(ids)}"] if ids else []
-    text = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%k", *only, check=not ids)
+    text = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%k", *only)
     found = []
     for line in text.splitlines():
         number, state, reason, comment = line.split("|", 3)
@@ -71,10 +74,10 @@ def partitions() -> list[Partition]:
     """Returns the cluster's partitions, the default one first."""
     rows: dict[str, Partition] = {}
     default = ""
-    for line in ask("sinfo", "--noheader", "--format=%P|%l|%D|%G").splitlines():
+    for line in ask("sinfo", "--all", "--noheader", "--format=%P|%l|%D|%G").splitlines():
         name, limit, nodes, gres = line.split("|", 3)
         default = name.rstrip("*") if name.endswith("*") else default
-        gpus = max((int(number) for number in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres)), default=0)
+        gpus = sum(int(number) for number in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
         earlier = rows.get(name.rstrip("*"))
         rows[name.rstrip("*")] = Partition(
             name=name.rstrip("*"),
@@ -105,7 +108,8 @@ def require_fits(plan: SlurmPlan) -> None:
     """Raises: LaunchError with everything that the plan's partition cannot give; SLURM would let such a job wait for ever."""
     known = partitions()
     named = {partition.name: partition for partition in known}
-    names = plan.partition.split(",") if plan.partition else [known[0].name] if known else []
+    asked = options(plan.sbatch).get("partition") or plan.partition or environment().get("SBATCH_PARTITION", "")
+    names = asked.split(",") if asked else [known[0].name] if known else []
     faults = [f"--partition {name}: there is none of that name; there are {', '.join(named)}" for name in names if name not in named]
     chosen = [named[name] for name in names if name in named]
     if chosen:

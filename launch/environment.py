@@ -5,7 +5,8 @@ Owns: which variables belong to a launcher and not to the user. Refuses: the ran
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,10 +27,21 @@ def clean(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in foreign}
 
 
-def leave_job() -> None:
-    """Takes the rank and job variables out of this process's own environment: what it submits is a job of its own."""
-    for name in set(os.environ) - set(clean(os.environ)):
+@contextmanager
+def outside_job() -> Iterator[None]:
+    """Takes the rank and job variables out of this process's own environment while it lasts: what it submits is a job of its own.
+
+    Outside of jobs SLURM's variables stay: they are the user's choices.
+    """
+    foreign = {name: value for name, value in os.environ.items() if name not in clean(os.environ)}
+    if "SLURM_JOB_ID" not in os.environ:
+        foreign = {name: value for name, value in foreign.items() if not name.startswith("SLURM_")}
+    for name in foreign:
         del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(foreign)
 
 
 def become(words: Sequence[str]) -> NoReturn:

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch import cluster
 from launch.environment import has_slurm
-from launch.plan import answered
+from launch.plan import LaunchError, answered
 from launch.runs import FoundRun, runs_in, runs_of
 
 COLUMNS = ("run", "job", "state", "lives", "step", "loss", "saved", "why")
@@ -75,7 +75,11 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", nargs="?", default="runs", help="where the runs are (default: runs)")
     parser.add_argument("--hours", type=float, default=0, help="only runs that did something in that time; 0: all")
     asked = parser.parse_args(argv)
-    jobs = {job.id: job for job in cluster.jobs()} if has_slurm() else {}
+    jobs: dict[str, cluster.Job] = {}
+    try:
+        jobs = {job.id: job for job in cluster.jobs()} if has_slurm() else {}
+    except LaunchError as error:
+        print(f"{error}\nWithout its answer, as the run directories have it:", file=sys.stderr)
     found = {run.folder: run for run in runs_in(Path(asked.folder))}
     for job in jobs.values():  # of other folders
         if job.folder and job.state in cluster.LIVING:

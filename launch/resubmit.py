@@ -18,7 +18,7 @@ def plan_again(run: FoundRun, given: Mapping[str, Any]) -> SlurmPlan:
     """Returns the plan of a run's last submission with what flags change, without the nodes that failed a pre-flight check."""
     path = run.folder / "launch" / "plan.json"
     if not path.exists():
-        raise LaunchError(f"{run.folder}: it was not submitted to SLURM. status.json and its last lines tell how to go on.")
+        raise LaunchError(f"{run.folder}: it was not submitted to SLURM. Start it as before with --run-dir {run.quoted}: it resumes.")
     earlier = SlurmPlan.from_json(path.read_text(encoding="utf-8"))
     changes = fields_of(given) | {name: given[name] for name in ("nodes",) if name in given}
     gpus = int(changes.get("gpus_per_node", earlier.gpus_per_node))
@@ -38,6 +38,8 @@ def _main(argv: Sequence[str]) -> int:
     reader.add_argument("--new-code", action="store_true", help="copy the code as it is now")
     reader.add_argument("run", help="its folder or a job id")
     reader.set_defaults(**dict.fromkeys(vars(reader.parse_args(["RUN"]))))  # None: not typed, and so not changed
+    reader.epilog = "flags of the recipe come after --: ddp-kit resubmit RUN -- --max-steps 900"
+    reader.usage = "ddp-kit resubmit [flags as of ddp-kit slurm] [--new-code] RUN [-- recipe flags]"
     at = argv.index("--") if "--" in argv else len(argv)
     given = {name: value for name, value in vars(reader.parse_args(argv[:at])).items() if value is not None}
     given["words"] = argv[at + 1 :]

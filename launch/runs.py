@@ -6,15 +6,17 @@ Owns: finding a run by folder or job id, and reading the files of its contract. 
 import json
 import shlex
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launch import cluster
 from launch.environment import has_slurm
 from launch.plan import LaunchError
 
+STALE_S = 60.0  # a run's lock without a beat: its holder is gone
 TAIL = 65536  # bytes of metrics.jsonl in which the newest records are
 
 
@@ -54,17 +56,26 @@ class FoundRun:
         return _json(self.folder / "run.lock")
 
     def is_alive(self) -> bool:
-        """Whether a process of this host holds the run's lock; one on another host is its job's business."""
+        """Whether a process of this host holds the run's lock: that very one, not a later one of its number."""
         owner = self.owner()
-        return owner.get("host") == socket.gethostname() and Path(f"/proc/{owner.get('pid')}").exists()
+        return owner.get("host") == socket.gethostname() and _start_of(owner.get("pid")) == owner.get("start")
+
+    def elsewhere(self) -> str:
+        """Returns the other host on which a process outside of jobs holds the run's lock and keeps it fresh, "" if there is none."""
+        owner = self.owner()
+        host = str(owner.get("host", ""))
+        try:
+            age_s = time.time() - (self.folder / "run.lock").stat().st_mtime
+        except OSError:
+            return ""
+        return host if host != socket.gethostname() and not owner.get("job") and age_s < STALE_S else ""
 
     def require_free(self) -> None:
-        """Raises: LaunchError if a job that waits or runs, or a live process of this host, has the run."""
+        """Raises: LaunchError if a job that waits or runs, or a live process, has the run."""
         living = [f"job {job.id} ({job.state.lower()})" for job in self.jobs() if job.state in cluster.LIVING]
-        if living or self.is_alive():
-            raise LaunchError(
-                f"{self.folder}: {living[0] if living else 'a live run'} has it. Type another --run-dir, or: ddp-kit cancel {self.quoted}"
-            )
+        living += ["a live run"] if self.is_alive() else [f"a live run on {host}" for host in [self.elsewhere()] if host]
+        if living:
+            raise LaunchError(f"{self.folder}: {living[0]} has it. Type another --run-dir, or: ddp-kit cancel {self.quoted}")
 
     @property
     def changed(self) -> float:
@@ -100,10 +111,26 @@ def find(name: str) -> FoundRun:
         known = [*here, *(run for folder in folders for run in runs_of(Path(folder)))]
         if found := [run for run in known if name in {str(submission["job"]) for submission in run.submissions()}]:
             return found[0]
+        if points := [run for run in known if name in {str(submission["job"]).partition("_")[0] for submission in run.submissions()}]:
+            _refuse_sweep(name, points)
+    for path in (Path(name), Path("runs") / name):
+        if (path / "sweep.json").exists():
+            _refuse_sweep(name, runs_of(path.absolute()))
     near = ", ".join(run.folder.name for run in here[-5:])
     raise LaunchError(
         f"{name}: no run directory and no job of a run. "
         + (f"Newest in runs/: {near}." if near else "Type the folder that --run-dir named.")
+    )
+
+
+def _refuse_sweep(name: str, points: Sequence[FoundRun]) -> NoReturn:
+    """Raises: LaunchError that names a sweep's runs, and the array by which all of them end."""
+    jobs = {str(submission["job"]) for run in points for submission in run.submissions()[-1:]}
+    arrays = sorted({job.partition("_")[0] for job in jobs if "_" in job})
+    names = ", ".join(sorted(jobs, key=lambda job: [int(part) for part in job.split("_") if part.isdigit()]))
+    raise LaunchError(
+        f"{name}: a sweep; name one of its runs, by its folder or job: {names or 'see ddp-kit jobs ' + shlex.quote(name)}."
+        + (f" To end all of them: scancel {' '.join(arrays)}" if arrays else "")
     )
 
 
@@ -126,6 +153,14 @@ def runs_of(home: Path) -> list[FoundRun]:
 
 def _is_run(path: Path) -> bool:
     return any((path / name).exists() for name in ("status.json", "settings.json", "launch/plan.json"))
+
+
+def _start_of(pid: object) -> str | None:
+    """When a process started, as its lock has it; None if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except OSError:
+        return None
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -30,12 +30,21 @@ done
 wait "$step"
 last=$?
 if [ "$last" -ne 127 ]; then rc=$last; fi         # 127: the loop has had its code already
-if [ -e "$failed" ] && [ "$rc" -ne 137 ]; then    # srun ends the tasks after the one that failed, and tells the largest code
-  read -r rc < "$failed"
-fi
+first=""
+if [ -e "$failed" ]; then read -r first < "$failed"; fi
+case "$first:$rc" in                              # srun ends the tasks after the one that failed, and tells the largest code
+  :* | *:137 | 143:13[0-9]) ;;                    # a task that was killed, or has crashed, could not say so: srun does
+  *) rc=$first ;;
+esac
 """
 END = """\
-if [ -e "$run/requeue" ] && [ ! -e "$failed" ]; then  # rank 0 leaves it when a stopped run is saved
+again=""
+if [ -e "$run/requeue" ]; then                    # rank 0 leaves it when a stopped run is saved
+  again=yes
+elif [ "$rc" -eq 143 ] && [ "$max_requeues" -gt 0 ]; then  # preempted before the first step: no task has failed before its SIGTERM
+  again=yes
+fi
+if [ -n "$again" ]; then
   rc=75
   if [ -n "$told" ]; then
     say "life $life of job $job has stopped with nothing lost; SLURM itself ends or requeues the job"
@@ -153,7 +162,7 @@ def _step(plan: SlurmPlan) -> str:
     return _text(
         [
             "failed=$folder/$job.$life.failed",
-            'rm -f "$run/requeue"',
+            'rm -f "$run/requeue" "$failed" "$folder/$SLURM_JOB_ID.$life.port"',
             " \\\n  ".join([f"srun -n {tasks} --ntasks-per-node={per_node}", *flags, program]),
         ]
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import accelerate, cluster
-from launch.environment import environment, leave_job
+from launch.environment import outside_job
 from launch.plan import LaunchError, answered, processes_of, recipe_faults
 from launch.runs import FoundRun
 from launch.script import render
@@ -88,6 +88,8 @@ def plan_of(asked: argparse.Namespace, *, runs: Sequence[tuple[Path, Sequence[st
     Raises: LaunchError with all faults.
     """
     words, gpus = asked.words, max(asked.gpus_per_node, 0)
+    if "--dry-run" in words:
+        raise LaunchError("--dry-run comes before the recipe: what follows the recipe are its own flags, and the job would be submitted.")
     if not words or words[0].startswith("-"):
         raise LaunchError(recipe_faults(words, verb="slurm --nodes 2")[0] + ".")
     nodes, each = asked.nodes, None if asked.nproc_per_node is None else processes_of(asked.nproc_per_node, gpus=gpus)
@@ -132,13 +134,12 @@ def submit_runs(plan: SlurmPlan, *, copies: bool = True) -> "list[Job[str]]":
         raise LaunchError(f"{error.filename}: cannot be written ({error.strerror}). Type another --run-dir.") from error
     if plan.snapshot and (copies or not Path(plan.snapshot).exists()):
         code_of(Path(plan.source), copy=Path(plan.snapshot)).take()
-    if "SLURM_JOB_ID" in environment():
-        leave_job()
     if importlib.util.find_spec("submitit") is None:
         raise LaunchError("submitting needs submitit: pip install 'ddp_kit[slurm]'.")
     from launch.executor import Executor
 
-    jobs = Executor(plan).submit_plan()
+    with outside_job():
+        jobs = Executor(plan).submit_plan()
     for run, home, job in zip(plan.runs, homes, jobs, strict=True):
         (home / "plan.json").write_text(dataclasses.replace(plan, runs=(run,)).to_json(), encoding="utf-8")
         with (home / "jobs.jsonl").open("a", encoding="utf-8") as file:

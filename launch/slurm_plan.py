@@ -97,8 +97,11 @@ class SlurmPlan:
 
     @classmethod
     def from_json(cls, text: str, **changes: Any) -> "SlurmPlan":
-        """Returns a plan of an earlier submission with `changes`. Raises: LaunchError if the file is of another version of ddp_kit."""
-        found = json.loads(text)
+        """Returns a plan of an earlier submission with `changes`. Raises: LaunchError if it is torn or of another version of ddp_kit."""
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise LaunchError(f"the plan is torn ({error}). Submit the run anew: ddp-kit slurm ... RECIPE.py --run-dir RUN") from error
         known = {field.name for field in dataclasses.fields(cls)}
         if set(found) - known:
             raise LaunchError(f"the plan holds {', '.join(sorted(set(found) - known))}, which this version of ddp_kit does not know.")

@@ -76,7 +76,7 @@ def run_here(asked: argparse.Namespace, *, home: Path, points: Sequence[Point], 
         run_dir = home / folder_of(point)
         print(f"{number} of {len(points)}: {run_dir}", flush=True)
         words = (asked.words[0], *flags, *flags_of(point), "--run-dir", str(run_dir))
-        codes.append(local.run(Plan(words=words, processes=processes)))
+        codes.append(local.run(Plan(words=words, processes=processes, python=asked.python)))
         if codes[-1] in STOPPED:
             break
     failed = [folder_of(point) for point, code in zip(points, codes, strict=False) if code]

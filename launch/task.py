@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from launch.environment import environment
 
@@ -36,10 +37,14 @@ def rank(run_dir: str, *words: str) -> str:
 
 
 def _too_early(run_dir: Path) -> Callable[[int, FrameType | None], None]:
-    """Returns the handler of signals until ddp_kit's own is there: this life has done nothing yet, and the next one may begin."""
+    """Returns the handler of signals until ddp_kit's own is there: this life has done nothing yet, and the next one may begin.
+
+    A warning comes to all ranks. SIGTERM may also be srun's, after a rank that has failed: the batch script finds out which one was first.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if not environment().get("DDP_KIT_REQUEUE"):
+        if number == signal.SIGTERM or not environment().get("DDP_KIT_REQUEUE"):
+            _failed_first(128 + number)
             os._exit(128 + number)
         if environment()["SLURM_PROCID"] == "0":
             (run_dir / "requeue").write_text(f"{signal.Signals(number).name} before training began\n")
@@ -54,8 +59,9 @@ def agent(run_dir: str, *words: str) -> str:
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # handed down: an agent dies of them, and its workers install handlers of their own
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _outlive)
+    told: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):  # they go to every process of the step: the agent and its ranks act on them
+        signal.signal(number, lambda number, frame: told.append(number))  # and this one waits for them
     facts = environment()
     life = f"{facts['SLURM_JOB_ID']}.{facts.get('SLURM_RESTART_COUNT', '0')}"
     head = facts["DDP_KIT_HOSTS"].split(",")[0]
@@ -68,19 +74,24 @@ def agent(run_dir: str, *words: str) -> str:
 
     def run() -> None:
         code = subprocess.run(command, env=environ, check=False).returncode
-        raise SystemExit(code if code >= 0 else 128 - code)
+        raise SystemExit(_code_of_ranks(code if code >= 0 else 128 - code, run_dir=Path(run_dir), is_told=signal.SIGTERM in told))
 
     return _ended(run, run_dir=Path(run_dir))
+
+
+def _code_of_ranks(code: int, *, run_dir: Path, is_told: bool) -> int:
+    """Returns what the ranks have ended with, of which agents make 1."""
+    if code and (run_dir / "requeue").exists():
+        return REQUEUE
+    if code and is_told and _status(run_dir).get("status") != "failed":
+        return 128 + signal.SIGTERM
+    return code
 
 
 def _filled(word: str, facts: Mapping[str, str]) -> str:
     for name, value in facts.items():
         word = word.replace(name, value)
     return word
-
-
-def _outlive(number: int, frame: FrameType | None) -> None:
-    """SIGTERM goes to every process of the step: the agent and its ranks act on it, and this one waits for them."""
 
 
 def _port(path: Path, *, is_head: bool) -> int:
@@ -125,13 +136,13 @@ def _ended(run: Callable[[], object], *, run_dir: Path) -> str:
         code = end.code or 0
     sys.stdout.flush()
     sys.stderr.flush()
-    status = _text(run_dir / "status.json")
     if code == 0:
-        return status
+        return _text(run_dir / "status.json")
     if code != REQUEUE:
         _failed_first(int(code) if isinstance(code, int) else 1)
+        failure = _failure(code, reason=str(_status(run_dir).get("reason", "")), errors=_text(JobEnvironment().paths.stderr))
         with utils.temporary_save_path(result) as path:
-            utils.cloudpickle_dump(("error", _failure(code, status=status, errors=_text(JobEnvironment().paths.stderr))), path)
+            utils.cloudpickle_dump(("error", failure), path)
     raise SystemExit(code)
 
 
@@ -144,10 +155,14 @@ def _failed_first(code: int) -> None:
         file.write(f"{code}\n")
 
 
-def _failure(code: object, *, status: str, errors: str) -> str:
+def _failure(code: object, *, reason: str, errors: str) -> str:
     """Returns what `Job.exception()` tells: the reason that the run's status gives, and what this task has said on stderr."""
-    reason = json.loads(status).get("reason", "") if status else ""
     return "\n".join(part for part in (f"exit code {code}", reason, errors.strip()) if part)
+
+
+def _status(run_dir: Path) -> Mapping[str, Any]:
+    text = _text(run_dir / "status.json")
+    return json.loads(text) if text else {}
 
 
 def _text(path: Path) -> str:

@@ -1,9 +1,11 @@
-"""A recipe whose steps take `--pace-s` each, so that a test can stop it in the middle; `--fails-at` raises on rank 1."""
+"""A recipe whose steps take `--pace-s` each, so that a test can stop it in the middle; `--fails-at` raises on rank 1; the first
+life waits `--starts-s` before its first step."""
 
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ class Settings(ddp_kit.Settings):
     lr: float = 0.1
     pace_s: float = 0.0
     fails_at: int = -1
+    starts_s: float = 0.0
 
 
 class Pace:
@@ -50,6 +53,10 @@ class Pace:
 
 
 def recipe(settings: Settings) -> Recipe:
+    if settings.starts_s:
+        life = os.environ.get("SLURM_RESTART_COUNT", "0")
+        (Path(settings.run_dir) / f"begins-{life}").touch()
+        time.sleep(settings.starts_s if life == "0" else 0)
     return Recipe(
         model=plain,
         loss=classify,

@@ -107,6 +107,8 @@ class Slow:
 def recipe(settings: Settings) -> Recipe:
     sick_disk.install(os.environ.get("DISK", ""))
     watch.MARGIN_S = watch.UNKNOWN_S = 1.0
+    if "ACT_AT_ONCE" in os.environ:
+        os.kill(os.getpid(), getattr(signal, os.environ["ACT_AT_ONCE"]))
     asks = Asks(settings)
     return Recipe(
         model=normed,

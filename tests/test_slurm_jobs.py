@@ -219,6 +219,29 @@ def test_a_preemption_with_nothing_but_sigterm_loses_nothing(trained: Trained) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_preemption_before_the_first_step_is_no_failure(trained: Trained, launcher: str) -> None:
+    slurm = ["--nodes", "2", "--nproc-per-node", "1", "--launcher", launcher, "--sbatch", "exclusive"]
+    run = trained(*SHORT, "--starts-s", "30", slurm=slurm)
+    run.until(lambda: (run.folder / "begins-0").exists())
+    other = run.cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    run.cluster.wait(other, state="COMPLETED", within_s=30)
+    run.ended(within_s=120)
+    assert run.status["status"] == "finished"
+    assert (run.folder / "begins-1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_rank_that_dies_before_the_first_step_is_one(trained: Trained, launcher: str) -> None:
+    run = trained(*SHORT, "--starts-s", "30", slurm=["--launcher", launcher])
+    run.until(lambda: (run.folder / "begins-0").exists())
+    os.kill(pids(run, "ddp_kit.train" if launcher == "torchrun" else "_submit", but="torch.distributed.run")[-1], 9)
+    run.ended("FAILED")
+    assert not (run.folder / "begins-1").exists()
+
+
+@pytest.mark.slow
 def test_scancel_leaves_nothing_and_is_no_reason_to_requeue(trained: Trained) -> None:
     run = trained(*LONG, slurm=["--nodes", "2"])
     run.until_step(3)

@@ -1,6 +1,9 @@
 """Plans, their scripts and everything else about batch jobs that needs no SLURM."""
 
 import dataclasses
+import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from launch import accelerate, cluster, logs, resubmit, snapshot, sweep
+from launch import accelerate, cancel, cluster, logs, resubmit, snapshot, sweep
+from launch.environment import outside_job
 from launch.plan import LaunchError
 from launch.runs import FoundRun, find, runs_in
 from launch.script import render
@@ -222,6 +226,61 @@ def test_a_run_is_found_by_folder_name_and_job() -> None:
     assert list(runs_in(Path("runs"))) == [run]
     with pytest.raises(LaunchError, match=r"b: no run directory and no job of a run\. Newest in runs/: a"):
         find("b")
+
+
+def test_a_sweep_in_place_of_a_run_is_answered_with_its_runs() -> None:
+    for number in (0, 1):
+        run = submitted(f"grid/lr={number}")
+        (run.folder / "launch" / "jobs.jsonl").write_text(json.dumps({"job": f"18_{number}", "time": 1, "folder": "x"}) + "\n")
+    Path("runs/grid/sweep.json").write_text("{}")
+    with pytest.raises(
+        LaunchError, match=r"grid: a sweep; name one of its runs, by its folder or job: 18_0, 18_1\. To end all .*: scancel 18"
+    ):
+        find("grid")
+
+
+def test_a_lock_tells_a_living_process_from_a_later_one_of_its_number_and_from_one_elsewhere() -> None:
+    run = submitted("a")
+    start = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "start": start, "job": ""}
+    lock = run.folder / "run.lock"
+    lock.write_text(json.dumps(own))
+    assert run.is_alive()
+    lock.write_text(json.dumps(own | {"start": "1"}))
+    assert not run.is_alive()
+    run.require_free()
+    lock.write_text(json.dumps(own | {"host": "other"}))
+    assert (run.is_alive(), run.elsewhere()) == (False, "other")
+    with pytest.raises(LaunchError, match="a live run on other has it"):
+        run.require_free()
+    with pytest.raises(LaunchError, match="it runs on other"):
+        cancel.cancel(run, now=True)
+    assert "it stops after this step" in cancel.cancel(run, now=False)
+    assert (run.folder / "STOP").exists()
+    os.utime(lock, (0, 0))
+    assert run.elsewhere() == ""
+
+
+def test_a_torn_plan_and_a_dry_run_in_the_wrong_place_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    run = submitted("a")
+    (run.folder / "launch" / "plan.json").write_text('{"nodes": 1')
+    with pytest.raises(LaunchError, match=r"the plan is torn .* ddp-kit slurm"):
+        resubmit.plan_again(run, {})
+    assert slurm_main(["recipe.py", "--dry-run"]) == 2
+    assert "--dry-run comes before the recipe" in capsys.readouterr().err
+
+
+def test_what_is_submitted_inherits_no_rank_and_the_submitter_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"RANK": "3", "DDP_KIT_REQUEUE": "1", "SLURM_TIME_FORMAT": "%s"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with outside_job():
+        assert {name for name in given if name in os.environ} == {"SLURM_TIME_FORMAT"}
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    with outside_job():
+        assert not {name for name in given if name in os.environ}
+    assert {name: os.environ[name] for name in given} == given
 
 
 def test_logs_are_merged_by_time_over_ranks_and_lives(capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,15 @@ def test_before_the_first_step_a_warning_is_requeued_too(act: str, code: int, tm
     assert (ended.run_dir / "requeue").exists() == (code == 75)
 
 
+def test_a_warning_before_anything_else_is_requeued_in_every_life(tmp_path: Path) -> None:
+    for life in (1, 2):
+        ended = run(tmp_path, ACT_AT_ONCE="SIGUSR1", **REQUEUE)
+        assert ended.codes == [75, 75], ended.errors
+        (ended.run_dir / "requeue").unlink()
+        if life == 1:
+            run(tmp_path, *LONG, ACT="STOP")
+
+
 def test_a_persons_interrupt_is_not_requeued(tmp_path: Path) -> None:
     ended = run(tmp_path, *LONG, ACT="SIGINT", **REQUEUE)
     assert ended.codes == [130, 130], ended.errors
