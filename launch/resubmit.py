@@ -5,6 +5,7 @@ Owns: what of the earlier submission may change. Refuses: new code, unless `--ne
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from launch.plan import LaunchError, answered, processes_of
@@ -48,6 +49,8 @@ def _main(argv: Sequence[str]) -> int:
     if given.get("dry_run"):
         print(render(plan), end="")
         return 0
+    if "new_code" in given and plan.snapshot and Path(plan.snapshot).parent != run.folder:  # other points of the sweep may run from it
+        raise LaunchError(f"--new-code: {plan.snapshot} is the whole sweep's. Leave it out, or start a sweep with another --name.")
     run.require_free()
     (run.folder / "STOP").unlink(missing_ok=True)
     job = submit(plan, copies="new_code" in given)

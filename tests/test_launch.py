@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launch import cancel
 from launch.environment import visible_gpus
 from launch.local import PEERS_S
 from launch.plan import LaunchError, Plan, processes_of
@@ -148,6 +149,17 @@ def test_a_signal_to_the_launcher_stops_all_ranks_after_a_save(started: Any, num
     assert run.status["status"] == status
     assert (run.run_dir / "checkpoints" / f"step-{run.status['step']:08d}").is_dir()
     assert are_gone(ranks, within_s=0)
+
+
+def test_cancelling_at_once_waits_for_no_save(started: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = started(str(Path(__file__).with_name("paced.py")), "--max-steps", "100", "--pace-s", "4")
+    run.until("step 1/")
+    ranks = run.ranks
+    assert cancel.main(["--now", str(run.run_dir)]) == 0
+    assert "ended; the newest checkpoint is kept" in capsys.readouterr().out
+    assert run.ended()[0] != 0
+    assert are_gone(ranks, within_s=0)
+    assert not list((run.run_dir / "checkpoints").glob("step-*"))
 
 
 def test_a_killed_rank_ends_the_others_and_its_signal_is_the_exit_code(started: Any) -> None:

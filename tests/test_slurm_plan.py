@@ -239,6 +239,12 @@ def test_a_sweep_in_place_of_a_run_is_answered_with_its_runs() -> None:
         find("grid")
 
 
+def test_one_point_of_a_sweep_cannot_change_the_code_of_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    submitted("grid/lr=1", snapshot=str(Path("runs/grid/code").absolute()))
+    assert resubmit.main(["runs/grid/lr=1", "--new-code"]) == 2
+    assert "code is the whole sweep's" in capsys.readouterr().err
+
+
 def test_a_lock_tells_a_living_process_from_a_later_one_of_its_number_and_from_one_elsewhere() -> None:
     run = submitted("a")
     start = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
