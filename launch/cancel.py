@@ -24,6 +24,8 @@ def cancel(run: FoundRun, *, now: bool) -> str:
     if waiting:
         cluster.ask("scancel", *waiting)
         return f"job {', '.join(waiting)} was waiting and is taken back"
+    if living and all(job.state == "COMPLETING" for job in living):
+        raise LaunchError(f"{run.folder}: job {living[0].id} is ending already.")
     if living and now:
         cluster.ask("scancel", *(job.id for job in living))
         return f"job {living[0].id} is ended; the newest checkpoint is kept"

@@ -5,7 +5,7 @@ Owns: which variables belong to a launcher and not to the user. Refuses: the ran
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -28,14 +28,13 @@ def clean(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def outside_job() -> Iterator[None]:
-    """Takes the rank and job variables out of this process's own environment while it lasts: what it submits is a job of its own.
-
-    Outside of jobs SLURM's variables stay: they are the user's choices.
+def outside_job(*, without: Collection[str] = ()) -> Iterator[None]:
+    """Takes the rank and job variables, and those named, out of this process's own environment while it lasts: what it submits is a job
+    of its own. Outside of jobs SLURM's variables stay: they are the user's choices.
     """
-    foreign = {name: value for name, value in os.environ.items() if name not in clean(os.environ)}
+    foreign = {name: value for name, value in os.environ.items() if name in without or name not in clean(os.environ)}
     if "SLURM_JOB_ID" not in os.environ:
-        foreign = {name: value for name, value in foreign.items() if not name.startswith("SLURM_")}
+        foreign = {name: value for name, value in foreign.items() if name in without or not name.startswith("SLURM_")}
     for name in foreign:
         del os.environ[name]
     try:

@@ -49,11 +49,11 @@ if [ -n "$again" ]; then
   if [ -n "$told" ]; then
     say "life $life of job $job has stopped with nothing lost; SLURM itself ends or requeues the job"
   elif [ "$life" -ge "$max_requeues" ]; then
-    say "life $life of job $job has stopped with nothing lost: --max-requeues $max_requeues is reached. To go on: ddp-kit resubmit $run"
+    say "life $life of job $job has stopped with nothing lost: --max-requeues $max_requeues is reached. To go on: $go_on"
   elif scontrol requeue "$job" || [ -n "$told" ]; then  # SLURM tells scontrol too, at once
     say "life $life of job $job has stopped with nothing lost: requeued"
   else
-    say "life $life of job $job has stopped with nothing lost: it could not be requeued. To go on: ddp-kit resubmit $run"
+    say "life $life of job $job has stopped with nothing lost: it could not be requeued. To go on: $go_on"
   fi
 fi
 say "life $life of job $job ends with exit code $rc"
@@ -94,6 +94,13 @@ def directives(plan: SlurmPlan) -> Mapping[str, str | None]:
     return {**flags, **options(plan.sbatch)}
 
 
+def variables(plan: SlurmPlan) -> set[str]:
+    """Returns sbatch's variables that would win over the script's own lines, for instance SBATCH_PARTITION."""
+    other = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX"}
+    names = {*directives(plan), "requeue", "no-requeue"}
+    return {f"SBATCH_{other.get(name, name.upper().replace('-', '_'))}" for name in names}
+
+
 def _head(plan: SlurmPlan) -> str:
     lines = (f"#SBATCH --{name}" + ("" if value is None else f"={_sbatch_quoted(value)}") for name, value in directives(plan).items())
     return _text(["#!/bin/bash", *lines])
@@ -117,9 +124,10 @@ def _places(plan: SlurmPlan) -> str:
             *where,
             f"folder={shlex.quote(plan.folder)}",
             f"max_requeues={plan.max_requeues}",
+            'go_on="ddp-kit resubmit $(printf %q "$run")"',
             'say "life $life of job $job on $SLURM_JOB_NODELIST: $run"',
             'if [ "$life" -gt "$max_requeues" ]; then',
-            '  say "the limit of $max_requeues requeues is passed. To go on: ddp-kit resubmit $run"',
+            '  say "the limit of $max_requeues requeues is passed. To go on: $go_on"',
             "  exit 1",
             "fi",
         ]
@@ -140,7 +148,10 @@ def _surroundings(plan: SlurmPlan) -> str:
     lines.append('export DDP_KIT_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)"')
     if plan.code:
         lines.append(f"export PYTHONPATH={shlex.quote(':'.join(plan.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
-    lines += ["export SUBMITIT_EXECUTOR=slurm", *plan.setup]
+    lines.append("export SUBMITIT_EXECUTOR=slurm")
+    for line in plan.setup:
+        failed = shlex.quote(f"--setup {line}: it failed")
+        lines += [line, f"if [ $? -ne 0 ]; then say {failed}; exit 1; fi"]
     if not plan.container_image:
         python = shlex.quote(plan.python)
         missing = f'say {python}" is not there on $(hostname): type --python, or --setup with what makes it appear"'

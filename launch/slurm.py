@@ -18,7 +18,7 @@ from launch import accelerate, cluster
 from launch.environment import outside_job
 from launch.plan import LaunchError, answered, processes_of, recipe_faults
 from launch.runs import FoundRun
-from launch.script import render
+from launch.script import render, variables
 from launch.slurm_plan import LAUNCHERS, Run, SlurmPlan
 from launch.snapshot import code_of
 
@@ -138,7 +138,7 @@ def submit_runs(plan: SlurmPlan, *, copies: bool = True) -> "list[Job[str]]":
         raise LaunchError("submitting needs submitit: pip install 'ddp_kit[slurm]'.")
     from launch.executor import Executor
 
-    with outside_job():
+    with outside_job(without=variables(plan)):
         jobs = Executor(plan).submit_plan()
     for run, home, job in zip(plan.runs, homes, jobs, strict=True):
         (home / "plan.json").write_text(dataclasses.replace(plan, runs=(run,)).to_json(), encoding="utf-8")

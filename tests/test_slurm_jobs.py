@@ -294,7 +294,7 @@ def test_a_node_that_is_taken_down_costs_nothing(trained: Trained) -> None:
     run.until_step(25)
     run.cluster.run("scontrol", "update", "nodename=n1", "state=down", "reason=test")
     run.until(lambda: run.cluster.facts(run.id)["Restarts"] == "1", within_s=90)
-    run.cluster.run("scontrol", "update", "nodename=n1", "state=resume")
+    run.cluster.tried("scontrol", "update", "nodename=n1", "state=resume")  # it may have come back by itself
     run.ended(within_s=120)
     assert run.status["status"] == "finished"
     assert resumed_at(run)[0] >= 20

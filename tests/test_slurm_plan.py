@@ -15,7 +15,7 @@ from launch import accelerate, cancel, cluster, logs, resubmit, snapshot, sweep
 from launch.environment import outside_job
 from launch.plan import LaunchError
 from launch.runs import FoundRun, find, runs_in
-from launch.script import render
+from launch.script import render, variables
 from launch.slurm import main as slurm_main
 from launch.slurm import planned
 from launch.slurm_plan import Run, SlurmPlan
@@ -107,6 +107,19 @@ def test_nodes_that_failed_the_check_are_left_out_by_the_next_submission() -> No
     Path("runs/a").mkdir(parents=True)
     Path("runs/a/bad_nodes").write_text("n3\nn4\n")
     assert planned(["--exclude", "n4,n5", "recipe.py", "--run-dir", "runs/a"])[0].exclude == "n4,n5,n3"
+
+
+def test_the_shells_own_choices_for_sbatch_do_not_win_over_the_scripts() -> None:
+    names = variables(plan("--partition", "gpu", "--time", "10"))
+    assert {"SBATCH_PARTITION", "SBATCH_TIMELIMIT", "SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE"} <= names
+    assert "SBATCH_ACCOUNT" not in names  # not stated in the script: the user's choice holds
+
+
+def test_a_setup_line_that_fails_ends_the_job() -> None:
+    text = render(plan("--setup", "module load 'x y'"))
+    begin = text.index("module load")
+    assert text[begin:].splitlines()[1].startswith("if [ $? -ne 0 ]; then say '--setup module load")
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
 def test_a_plan_is_read_back_as_it_was_written() -> None:
