@@ -16,7 +16,7 @@ class LaunchError(Exception):
 
 
 def answered(verb: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
-    """Runs a verb of the launchers on its words. Returns: its exit code; 2 with a message for a LaunchError, 1 for a file that cannot be read."""
+    """Runs a verb on its words. Returns: its exit code; 2 with a message for a LaunchError, 1 for a file that cannot be read."""
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except SystemExit as end:  # argparse has said what is wrong
