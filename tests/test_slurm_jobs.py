@@ -341,11 +341,13 @@ def test_torchrun_restarts_a_killed_rank_inside_the_job(trained: Trained) -> Non
 
 
 @pytest.mark.slow
-def test_a_killed_agent_ends_the_job_and_leaves_no_orphans(trained: Trained) -> None:
-    run = trained(*LONG, slurm=["--nodes", "2", "--nproc-per-node", "1", "--launcher", "torchrun"])
+def test_a_killed_agent_leaves_no_orphans_its_ranks_save_and_the_job_comes_back(trained: Trained) -> None:
+    run = trained("--max-steps", "100", "--pace-s", "0.1", slurm=["--nodes", "2", "--nproc-per-node", "1", "--launcher", "torchrun"])
     run.until_step(5, within_s=120)
     os.kill(pids(run, "torch.distributed.run")[-1], 9)
-    run.until(lambda: run.cluster.state(run.id) == "FAILED", within_s=90)
+    run.until(lambda: "nothing lost: requeued" in run.log, within_s=90)
+    run.ended(within_s=150)
+    assert [record["step"] for record in run.lines("metrics.jsonl") if record["kind"] == "train"] == list(range(1, 101))
 
 
 @pytest.mark.slow
