@@ -94,9 +94,8 @@ class FoundRun:
 
     def newest_checkpoint(self) -> int:
         """Returns the step of its newest checkpoint, -1 without one."""
-        steps = [
-            path.name.removeprefix("step-") for path in (self.folder / "checkpoints").glob("step-*") if (path / "manifest.json").exists()
-        ]
+        manifests = (self.folder / "checkpoints").glob("step-*/manifest.json")
+        steps = [path.parent.name.removeprefix("step-") for path in manifests]
         return max((int(step) for step in steps if step.isdigit()), default=-1)
 
 
@@ -144,11 +143,9 @@ def runs_in(folder: Path) -> Iterator[FoundRun]:
 
 def runs_of(home: Path) -> list[FoundRun]:
     """Returns the runs of a job by the folder that its comment names: the one, or those of a sweep."""
-    return (
-        [FoundRun(home)]
-        if (home / "launch" / "plan.json").exists()
-        else [FoundRun(path.parents[1]) for path in home.glob("*/launch/plan.json")]
-    )
+    if (home / "launch" / "plan.json").exists():
+        return [FoundRun(home)]
+    return [FoundRun(path.parents[1]) for path in home.glob("*/launch/plan.json")]
 
 
 def _is_run(path: Path) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ddp_kit.commands.plot import Point, draw
-from ddp_kit.commands.show import SMALLER_IS_BETTER
+from ddp_kit.commands.show import smaller_is_better
 from ddp_kit.errors import ConfigError, DdpKitError
 from ddp_kit.trackers.console import shown
 from ddp_kit.trackers.jsonl import read_json, read_lines
@@ -49,7 +49,7 @@ def print_results(sweep: Path, *, metric: str) -> None:
         raise ConfigError(f"--metric {metric}: the runs have {', '.join(metrics) or 'none yet'}.")
     by = metric or next(iter(metrics), "")
     others = [name for name in metrics if name != by]
-    is_min = any(word in by.lower() for word in SMALLER_IS_BETTER)
+    is_min = smaller_is_better(by)
     best = {name: _best(run.get(by, []), is_min=is_min) for name, run in curves.items()}
     order = sorted(points, key=lambda name: (math.isnan(best[name][1]), best[name][1] if is_min else -best[name][1]))
     letters = dict(zip(order, string.ascii_letters, strict=False))

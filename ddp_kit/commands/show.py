@@ -143,12 +143,17 @@ def _best(evaluations: Iterable[Record], document: Record) -> list["Text"]:
                 values.setdefault(name, []).append((value, record["step"]))
     found = []
     for name, pairs in values.items():
-        is_min = any(word in name.lower() for word in SMALLER_IS_BETTER)
+        is_min = smaller_is_better(name)
         if name == early.get("early_stop.metric"):
             is_min = early.get("early_stop.mode") == "min"
         value, step = (min if is_min else max)(pairs, key=lambda pair: pair[0])
         found.append(f"{name} {shown(value)} (step {step})")
     return [_row("best", "eval  " + "  ".join(found))] if found else []
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Returns what a metric's name suggests."""
+    return any(word in metric.lower() for word in SMALLER_IS_BETTER)
 
 
 def _numbers(record: Record) -> dict[str, object]:
