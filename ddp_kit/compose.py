@@ -4,12 +4,9 @@ Owns: the order in which a recipe's factories are called, and which settings rea
 Refuses: running anything but what the start needs (rehearsal, one evaluation micro-batch).
 """
 
-import itertools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,21 +17,22 @@ from ddp_kit.best import best_notes
 from ddp_kit.buffers import buffers_put_back
 from ddp_kit.collectives import first_difference, gather_bytes
 from ddp_kit.data.data import Data, as_data
-from ddp_kit.data.loader import Feed, build_loader, evaluation_batches, feed_of
+from ddp_kit.data.loader import Feed, build_loader, feed_of
 from ddp_kit.data.placement import Placement
 from ddp_kit.ema import WeightAverage
-from ddp_kit.errors import ConfigError, DataError, nearest
-from ddp_kit.evaluation import EVALUATION, evaluate, evaluating, measure_of
+from ddp_kit.errors import ConfigError
+from ddp_kit.evaluator import Evaluator, data_sets
 from ddp_kit.fit import Pace
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
 from ddp_kit.precision import weight_dtype
 from ddp_kit.recipe import Recipe
-from ddp_kit.seeding import Purpose, forward_key, generators_put_back, key, seed_forward
+from ddp_kit.seeding import Purpose, generators_put_back, key
 from ddp_kit.settings import Settings, digest, flag, flatten
+from ddp_kit.strategies import Strategy, choose_strategy
 from ddp_kit.training import LossCall, Training
 from ddp_kit.tuning import wants_channels_last
-from ddp_kit.weights import base_sha256, load_weights
+from ddp_kit.weights import base_sha256, load_weights, require_equal
 from ddp_kit.wrapping import Part, checkpoint_activations, part_of, wrap_parts
 
 
@@ -71,8 +69,9 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
         if group.device.type != "cuda":
             raise ConfigError("--sync-batchnorm: torch's SyncBatchNorm runs on CUDA only; this rank runs on a CPU. Leave it out.")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.training)
-    model = model.to(group.device, weight_dtype(settings.precision))
-    if settings.tuning and wants_channels_last(model):
+    is_split = settings.strategy == "fsdp" and group.world_size > 1  # the strategy moves it, part by part
+    model = model.to("cpu" if is_split else group.device, weight_dtype(settings.precision))
+    if has_channels_last(model, settings):
         model = model.to(memory_format=torch.channels_last)
     if settings.activation_checkpointing:
         checkpoint_activations(model, settings.activation_checkpointing)
@@ -81,10 +80,14 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
     return model
 
 
+def has_channels_last(model: nn.Module, settings: Settings) -> bool:
+    """Whether a model is given that memory format, which FSDP2 cannot split."""
+    return settings.tuning and settings.strategy != "fsdp" and wants_channels_last(model)
+
+
 def placement_of(model: nn.Module, settings: Settings, group: Group) -> Placement:
     """Returns where the batches of a model have to be."""
-    is_last = settings.tuning and wants_channels_last(model)
-    return Placement(group.device, dtype=weight_dtype(settings.precision), channels_last=is_last)
+    return Placement(group.device, dtype=weight_dtype(settings.precision), channels_last=has_channels_last(model, settings))
 
 
 def settle_memory_format(model: nn.Module, placement: Placement, trial: Callable[[], object]) -> Placement:
@@ -104,94 +107,6 @@ def settle_memory_format(model: nn.Module, placement: Placement, trial: Callable
         logger.info("note: channels_last is off, since the model reshapes with view(); flatten(1) or reshape() would allow it")
         return Placement(placement.device, dtype=placement.dtype, channels_last=False)
     return placement
-
-
-@dataclass(kw_only=True)
-class Evaluator:
-    """The recipe's evaluation sets and how they are measured. `sets` is {"": data} for one, {"name/": data} for several."""
-
-    recipe: Recipe
-    settings: Settings
-    group: Group
-    sets: Mapping[str, Data]
-    micro_batch: int
-    placement: Placement
-    names: dict[str, float] = field(default_factory=dict)  # what an evaluation will report, known from one micro-batch
-
-    def __call__(
-        self,
-        model: nn.Module,
-        *,
-        average: WeightAverage | None = None,
-        limit: int | None = None,
-        summarizes: bool = False,
-        heed: Callable[[], None] | None = None,
-    ) -> dict[str, float]:
-        """Returns the metrics of all sets, of the averaged weights where there are some. `limit` micro-batches: a trial,
-        which leaves `summarize` out unless told otherwise. `heed` is called after each micro-batch."""
-        metrics: dict[str, float] = {}
-        with average.applied() if average is not None else nullcontext():
-            for prefix, data in self.sets.items():
-                with closing(self._batches(data)) as batches:
-                    found = evaluate(
-                        model,
-                        itertools.islice(batches, limit),
-                        group=self.group,
-                        measure=measure_of(self.recipe),
-                        summarize=self.recipe.summarize if limit is None or summarizes else None,
-                        precision=self.settings.precision,
-                        seed=self.settings.seed,
-                        heed=heed,
-                    )
-                metrics |= {prefix + name: value for name, value in found.items()}
-        return metrics
-
-    def on(self, sets: Mapping[str, Data]) -> "Evaluator":
-        """Returns an evaluator of other data sets, measured in the same way."""
-        return replace(self, sets=sets)
-
-    def weights(self, training: Training) -> AbstractContextManager[None]:
-        """Puts the weights that evaluation uses into the model: the average where there is one."""
-        return training.average.applied() if training.average is not None else nullcontext()
-
-    def samples(self, model: nn.Module) -> Mapping[str, Any]:
-        """Calls the recipe's `samples` on this rank."""
-        assert self.recipe.samples is not None
-        with evaluating(model):
-            seed_forward(forward_key(self.settings.seed), EVALUATION, 0, device=self.group.device)
-            return self.recipe.samples(model)
-
-    def _batches(self, data: Data) -> Any:
-        workers = self.settings.num_workers
-        return evaluation_batches(data, group=self.group, micro_batch=self.micro_batch, placement=self.placement, num_workers=workers)
-
-    def rehearse(self, model: nn.Module) -> None:
-        """Runs one micro-batch: a wrong metric name or too little memory shows now, not hours later.
-
-        Raises: ConfigError if early stopping watches a metric that evaluation does not produce.
-        """
-        self.names = self(model, limit=1)
-        metric = self.settings.early_stop.metric
-        is_wanted = not self.names or (metric and metric not in self.names)  # rows alone have no metrics without it
-        if is_wanted and self.recipe.summarize is not None and self.sets:
-            self.names = self(model, limit=1, summarizes=True)
-        if self.sets and not self.names:
-            raise DataError("evaluation counted nothing: the evaluation data is empty, or `evaluate` returned nothing.")
-        if not metric or metric in self.names:
-            return
-        near = nearest(metric, self.names)
-        has = f"it produces {', '.join(self.names)}" if self.names else "the recipe has no eval_data"
-        raise ConfigError(f"--early-stop.metric {metric}: evaluation does not produce it; {has}.{f' Did you mean {near}?' if near else ''}")
-
-
-def data_sets(given: Any, *, what: str) -> dict[str, Data]:
-    """Returns one data set, or several by name, as {prefix: Data}. Raises: DataError if one is empty."""
-    several = given if isinstance(given, Mapping) else {"": given}
-    sets = {f"{name}/" if name else "": as_data(data) for name, data in several.items()}
-    for name, data in sets.items():
-        if not data.is_iterable and not len(data):
-            raise DataError(f"the {what} data{f' {name[:-1]}' if name else ''} is empty.")
-    return sets
 
 
 @dataclass(kw_only=True)
@@ -225,6 +140,7 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     pace = _pace(settings, feed)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the model has nothing to train: it has no parameters, or all of them are frozen.")
+    strategy, base = _spread(model, recipe, settings, group)
     parts = []
     for objective in recipe.parts():
         optimizer = objective.optimizer(part_of(model, objective.trains))
@@ -233,6 +149,7 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     training = wrap_parts(
         model,
         parts,
+        strategy=strategy,
         group=group,
         feed=feed,
         precision=settings.precision,
@@ -244,16 +161,36 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     )
     if settings.ema:
         training.average = WeightAverage(model, decay=settings.ema)
-    if settings.save_trainable_only:
-        if all(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError("--save-trainable-only has no effect: no parameter of the model is frozen. Leave it out.")
-        training.base_sha256 = base_sha256(model)
+    training.base_sha256 = base
     training.notes += _split_notes(model, feed.plan, settings, group)
     sets = data_sets(recipe.eval_data(), what="evaluation") if recipe.eval_data else {}
-    evaluator = Evaluator(recipe=recipe, settings=settings, group=group, sets=sets, micro_batch=feed.plan.largest, placement=placement)
+    evaluator = Evaluator(
+        recipe=recipe,
+        settings=settings,
+        group=group,
+        sets=sets,
+        micro_batch=feed.plan.largest,
+        placement=placement,
+        enter=strategy.enter,
+    )
     evaluator.rehearse(model)
     training.notes += best_notes(settings.early_stop, evaluator.names, has_test=recipe.test_data is not None)
     return Composition(training=training, feed=feed, evaluator=evaluator, pace=pace)
+
+
+def _spread(model: nn.Module, recipe: Recipe, settings: Settings, group: Group) -> tuple[Strategy, str]:
+    """Returns the strategy, which has split the model if it does, and the hash of frozen weights that checkpoints leave out, else ""."""
+    require_equal(model, group=group)
+    strategy = choose_strategy(group, settings)
+    if strategy.shards is not None and len(recipe.parts()) > 1:
+        raise ConfigError(
+            f"--strategy {settings.strategy}: it trains one objective, the recipe has {len(recipe.parts())}. Type --strategy zero1."
+        )
+    if settings.save_trainable_only and all(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("--save-trainable-only has no effect: no parameter of the model is frozen. Leave it out.")
+    base = base_sha256(model) if settings.save_trainable_only else ""
+    strategy.shard(model)
+    return strategy, base
 
 
 def _run_losses(model: nn.Module, recipe: Recipe, data: Data, placement: Placement, settings: Settings, group: Group) -> None:

@@ -10,16 +10,19 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ddp_kit.sharded import local
+
 
 class WeightAverage:
-    """Keeps `average = decay x average + (1 - decay) x weights` after every optimizer step. Every rank holds the same one."""
+    """Keeps `average = decay x average + (1 - decay) x weights` after every optimizer step, on each rank of what it holds of `like`."""
 
     def __init__(self, model: nn.Module, *, decay: float):
         self._decay = decay
         named = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-        self._live = list(named.values())
         self.names = list(named)
-        self.averages = [tensor.detach().clone() for tensor in self._live]
+        self.like = list(named.values())
+        self._live = [local(tensor) for tensor in self.like]
+        self.averages = [tensor.clone() for tensor in self._live]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -38,6 +41,6 @@ class WeightAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for live, average in zip(self._live, self.averages, strict=True):
-            kept = live.detach().clone()
+            kept = live.clone()
             live.copy_(average)
             average.copy_(kept)

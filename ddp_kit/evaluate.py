@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from ddp_kit.checkpoint.find import path_of
-from ddp_kit.compose import Evaluator, build_model, data_sets, placement_of, require_same_settings, settle_memory_format
+from ddp_kit.compose import build_model, placement_of, require_same_settings, settle_memory_format
 from ddp_kit.errors import ConfigError
+from ddp_kit.evaluator import Evaluator, data_sets
 from ddp_kit.flags import parse
 from ddp_kit.groups import Group
 from ddp_kit.logs import rank_log

@@ -7,6 +7,7 @@ Refuses: padding that counts, means of means, and DDP's wrapper (the bare module
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,11 @@ def measure_of(recipe: Recipe) -> Measure:
     return measure
 
 
+def bare(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function that uses a whole model."""
+    return function(*arguments)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts a model into evaluation mode without gradients; at the end each module has its own mode again (a frozen layer stays so)."""
@@ -68,14 +74,16 @@ def evaluate(
     precision: Precision = "fp32",
     seed: int = 0,
     heed: Callable[[], None] | None = None,
+    enter: Callable[..., Any] = bare,
 ) -> dict[str, float]:
     """Returns the metrics of a pass, the same on all ranks. Every rank calls it, with the same number of micro-batches.
 
     `measure(model, batch)` gives {name: (sum, count)} or {name: rows (B, ...)}; `summarize(means, rows)` gets the divided sums and
     the rows of all samples in sample order, and its metrics are added to the means. `heed` is called after each micro-batch, and may raise.
+    `enter(function, *arguments)` calls a function that uses the model as the strategy has it.
     """
     with evaluating(model), autocast(precision, group.device):
-        totals, names, rows, indices = _pass(model, micro_batches, group=group, measure=measure, seed=seed, heed=heed)
+        totals, names, rows, indices = _pass(model, micro_batches, group=group, measure=partial(enter, measure), seed=seed, heed=heed)
     blocks = [int(own[0]) for own in indices]
     metrics = means(sum_by_name(group, totals.tensor(names), names=names, order=blocks))
     if rows or summarize is not None:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_kit.collectives import from_rank, sum_over_ranks
+from ddp_kit.collectives import from_rank, gather_bytes, sum_over_ranks
 from ddp_kit.counts import EMPTY
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import DdpKitError, NonFiniteError, some
+from ddp_kit.sharded import local
 from ddp_kit.training import ObjectiveState, StepSums, Training
 
 
@@ -62,12 +63,19 @@ def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums:
         raise DdpKitError(f"step {step}: {EMPTY}.")
     if objective.scale.is_on:
         return
-    names = {id(parameter): name for name, parameter in training.model.named_parameters()}
-    bad = [names[id(p)] for p in objective.parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+    bad = _bad_gradients(training, objective)
     raise NonFiniteError(
         f"the gradient of step {step} is not finite though the loss is, in {some(bad)}. "
         f"{verdict} A square root or logarithm of 0 does this; or lower the learning rate."
     )
+
+
+def _bad_gradients(training: Training, objective: ObjectiveState) -> list[str]:
+    """Returns the names of the parameters whose gradient is not finite, on any rank where ranks hold parts."""
+    names = {id(parameter): name for name, parameter in training.model.named_parameters()}
+    own = [names[id(p)] for p in objective.parameters if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())]
+    rows = gather_bytes(training.group, "\n".join(own).encode())
+    return [name for name in names.values() if any(name in row.decode().split("\n") for row in rows)]
 
 
 def _not_applied(training: Training, objective: ObjectiveState) -> str:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ddp_kit.errors import ConfigError, nearest
-from ddp_kit.settings import Settings, check, converted, fits, flag
+from ddp_kit.faults import check
+from ddp_kit.settings import Settings, converted, fits, flag
 
 REDACTED = "[redacted]"  # what a run writes in place of a secret (trackers)
 AnySettings = TypeVar("AnySettings", bound=Settings)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ddp_kit.buffers import Buffer, buffers_put_back
 from ddp_kit.collectives import first_difference
@@ -19,6 +20,7 @@ from ddp_kit.errors import ConfigError, DdpKitError, some
 from ddp_kit.finite import samples_named
 from ddp_kit.groups import Group
 from ddp_kit.seeding import generators_put_back, seed_forward
+from ddp_kit.strategies import Wrapped
 from ddp_kit.training import LossCall, Training
 
 
@@ -30,7 +32,9 @@ class Rehearsal:
         self.training, self._feed, self._allows_unused, self._exact = training, feed, allows_unused, exact
         self._batch = feed.rehearsal()
 
-    def run(self, call: LossCall, parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]) -> tuple[nn.Module, Count]:
+    def run(
+        self, call: LossCall, optimizer: Optimizer, parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]
+    ) -> tuple[Wrapped, Count]:
         """Returns the wrapped call of a loss that trains `parameters`, ready for the first step, and how its count will be known.
 
         Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer.
@@ -38,9 +42,9 @@ class Rehearsal:
         with _only(parameters, frozen), generators_put_back(), buffers_put_back(self.training.model) as buffers:
             count = self._run_bare(call, parameters)
             _note_buffers(self.training, buffers, exact=self._exact)
-            wrapped = self.training.strategy.wrap(call)
+            wrapped = self.training.strategy.wrap(call, optimizer)
             if self.training.group.world_size > 1:
-                self._run_wrapped(wrapped, parameters)
+                self._run_wrapped(wrapped.call, parameters)
         return wrapped, count
 
     def _run_bare(self, call: LossCall, parameters: Sequence[nn.Parameter]) -> Count:
@@ -48,7 +52,7 @@ class Rehearsal:
         training, batch, feed = self.training, self._batch, self._feed
         seed_forward(training.forward_key, 0, 0, device=training.group.device)
         with samples_named(batch, "before the first step"):
-            total, count, _ = call(batch.batch)
+            total, count, _ = training.strategy.enter(call, batch.batch)
         beforehand = feed.data.count(batch.batch) if feed.data.count is not None else count
         if not math.isclose(float(beforehand), float(count), rel_tol=1e-5):
             raise ConfigError(f"Data(count=...) gives {float(beforehand):g} where the loss counts {float(count):g}; they must agree.")

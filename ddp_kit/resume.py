@@ -33,8 +33,9 @@ FREE = {
         "init_partial",
         "rename",
     ),
-    *("eval_every", "log_every", "save_every", "save_minutes", "max_hours", "keep", "keep_every", "find_unused_parameters"),
+    *("strategy", "eval_every", "log_every", "save_every", "save_minutes", "max_hours", "keep", "keep_every", "find_unused_parameters"),
 }
+FREE_GROUPS = {"wandb", "fsdp", "deepspeed"}
 RECIPE = "recipe's text"
 
 
@@ -42,13 +43,14 @@ def binding(settings: Settings, *, recipe: str) -> dict[str, str]:
     """Returns what a later life must share, as {name: JSON text}: all settings but the free ones, and the recipe's hash."""
     free = FREE | ({"max_steps"} if settings.epochs else set())
     free -= {"threads"} if getattr(settings, "exact", False) else set()
-    fields = {name: text for name, text in flatten(settings).items() if name not in free and name.split(".")[0] != "wandb"}
+    fields = {name: text for name, text in flatten(settings).items() if name not in free and name.split(".")[0] not in FREE_GROUPS}
     return fields | {RECIPE: recipe}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, str]) -> list[str]:
-    """Returns the names of what differs."""
-    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    """Returns the names of what differs. A setting that the old life did not know had today's default."""
+    defaults = flatten(Settings())
+    return [name for name in {**old, **new} if old.get(name, defaults.get(name)) != new.get(name)]
 
 
 def require_unchanged(opened: Opened, new: Mapping[str, str], *, change: tuple[str, ...]) -> list[str]:

@@ -95,7 +95,8 @@ class Checkpoints:
 
         Raises: ConfigError for a state that is not tensors and plain data.
         """
-        self._saver.reserve(self._state().tensors)
+        state = self._state()
+        self._saver.reserve(state.tensors, state.own)
 
     def after(self, metrics: Mapping[str, float], *, is_due: bool) -> None:
         """Saves if that is due or an evaluation's `metrics` are the best so far."""
@@ -147,7 +148,7 @@ class Checkpoints:
             cursor=cursor,
             metrics={name: value if math.isfinite(value) else repr(value) for name, value in metrics.items()},
         )
-        copied = self._saver.save(state.tensors, state.values, manifest=manifest, first=state.buffers)
+        copied = self._saver.save(state.tensors, state.own, state.values, manifest=manifest, first=state.buffers)
         training.copied = copied.ready
         self.saved_step, self._last_save = training.step, time.monotonic()
 

@@ -1,6 +1,6 @@
 """What can be changed about a run from outside: plain data, one field a flag.
 
-Owns: the fields every recipe has, their checks (all faults at once) and their JSON form.
+Owns: the fields every recipe has and their JSON form. `faults` checks them.
 Refuses: behaviour. What a model or a loss is belongs to the recipe's function.
 """
 
@@ -13,9 +13,10 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any, Literal
 
-from ddp_kit.errors import ConfigError, nearest
+from ddp_kit.errors import ConfigError
 
 Precision = Literal["fp32", "fp64", "tf32", "bf16", "fp16"]
+Comm = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,30 @@ class Wandb:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fsdp:
+    """FSDP2; used with --strategy fsdp."""
+
+    wrap: tuple[str, ...] = ()
+    """class names of the modules that are gathered as one; empty: the whole model is"""
+    wrap_size: int = 0
+    """also the smallest modules with at least so many parameters; 0 is off"""
+    hybrid: bool = False
+    """split within a node, repeat across nodes"""
+    cpu_offload: bool = False
+    """keep weights, gradients and optimizer state in host memory (CUDA only)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeed:
+    """DeepSpeed; used with --strategy deepspeed."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage: 0 nothing is split, 1 optimizer state, 2 gradients too, 3 weights too"""
+    config: str = ""
+    """JSON file of further DeepSpeed settings; what flags decide may not stand in it"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The fields every recipe has. A recipe's own Settings inherits them and sets its defaults."""
 
@@ -64,6 +89,12 @@ class Settings:
     """the only source of randomness"""
     precision: Precision = "fp32"
     """arithmetic of the forward pass; weights and optimizer state stay fp32 (fp64 with fp64)"""
+    strategy: Literal["ddp", "zero1", "fsdp", "deepspeed"] = "ddp"
+    """how the model is spread over ranks: ddp (whole on each), zero1 (optimizer state split), fsdp (all split), deepspeed"""
+    fsdp: Fsdp = field(default_factory=Fsdp)
+    deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
+    comm: Comm = "fp32"
+    """precision in which gradients travel with ddp and zero1; fp32: as they are"""
     grad_clip: float = 0.0
     """largest global gradient norm; 0 is off"""
     eval_every: int = 0
@@ -120,79 +151,6 @@ class Settings:
     wandb: Wandb = field(default_factory=Wandb)
     run_dir: str = ""
     """where the run lives; empty: runs/<recipe>-<UTC time>"""
-
-
-def check(settings: Settings) -> None:
-    """Raises: ConfigError with every fault of the values, each with what to type."""
-    counts = (
-        "global_batch",
-        "epochs",
-        "max_steps",
-        "eval_every",
-        "num_workers",
-        "threads",
-        "grad_clip",
-        "save_every",
-        "save_minutes",
-        "max_hours",
-        "keep_every",
-    )
-    faults = [f"{flag(name)} {getattr(settings, name)}: expected 0 or more" for name in counts if not getattr(settings, name) >= 0]
-    hints = typing.get_type_hints(type(settings))
-    chosen = {name: (getattr(settings, name), hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
-    faults += [
-        f"{flag(name)} {value}: expected one of {typing.get_args(hint)}" for name, (value, hint) in chosen.items() if not fits(value, hint)
-    ]
-    if settings.global_batch == 0:
-        faults.append("--global-batch 0: expected at least 1 sample per optimizer step")
-    if isinstance(settings.micro_batch, int) and settings.micro_batch < 0:
-        faults.append(f"--micro-batch {settings.micro_batch}: expected at least 1 sample, or 0 for a rank's whole share")
-    if settings.exact:
-        faults += _inexact(settings)
-    if settings.log_every < 1:
-        faults.append(f"--log-every {settings.log_every}: expected at least 1 step")
-    if settings.epochs == 0 and settings.max_steps == 0:
-        faults.append("neither epochs nor max_steps is set, so the run has no end: type --epochs N or --max-steps N")
-    if settings.keep < 1:
-        faults.append(f"--keep {settings.keep}: expected at least 1 checkpoint")
-    named = {name: name.lstrip("-").replace("-", "_") for name in settings.change}
-    known = [*flatten(settings), "recipe"] if settings.change else []
-    faults += [
-        f"--change {name}: there is no such setting. Near: {nearest(own, known) or 'none'}"
-        for name, own in named.items()
-        if own not in known
-    ]
-    faults += [f"--rename {pair}: expected old=new" for pair in settings.rename if pair.count("=") != 1]
-    if not settings.init_from:
-        faults += [f"{flag(name)} has an effect with --init-from only" for name in ("rename", "init_partial") if getattr(settings, name)]
-    if not 0 <= settings.ema < 1:
-        faults.append(f"--ema {settings.ema}: expected a decay from 0 (off) to below 1, for instance 0.999")
-    if not 0 <= settings.seed < 2**63:
-        faults.append(f"--seed {settings.seed}: expected 0 to 2^63 - 1")
-    early = settings.early_stop
-    if early.patience < 1 or not early.min_delta >= 0:
-        faults.append(f"--early-stop.patience {early.patience} --early-stop.min-delta {early.min_delta}: expected at least 1 and 0")
-    if not early.metric and early != EarlyStop():
-        faults.append("--early-stop.* is set without --early-stop.metric: type --early-stop.metric loss, or another evaluation metric")
-    if settings.wandb != Wandb() and "wandb" not in settings.tracker:
-        faults.append("--wandb.* is set without --tracker wandb: type --tracker wandb too")
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-
-def _inexact(settings: Settings) -> list[str]:
-    """Returns what of the settings cannot be had exactly."""
-    micro, whole = settings.micro_batch, settings.global_batch
-    faults = []
-    if not isinstance(micro, int) or micro < 1 or whole % micro:
-        parts = next(parts for parts in (8, 4, 2, 1) if whole % parts == 0)
-        faults.append(
-            f"--exact with --micro-batch {micro}: expected a stated size that divides --global-batch {whole}, since the micro-batches are "
-            f"what is the same at any number of ranks. Type --micro-batch {max(1, whole // parts)} for up to {parts} ranks"
-        )
-    if settings.sync_batchnorm:
-        faults.append("--exact with --sync-batchnorm: it sums over ranks inside the forward pass. Leave one of them out")
-    return faults
 
 
 def flag(name: str) -> str:

@@ -6,6 +6,7 @@ Refuses: files, and randomness (a counter and the seed give every draw again).
 Names: `model/NAME`, `ema/NAME`, `optimizer/OBJECTIVE NAME/KEY`, with the bare model's parameter names.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,9 +17,11 @@ from torch.optim import Optimizer
 
 from ddp_kit.checkpoint.encoding import decode, encode, references
 from ddp_kit.checkpoint.layout import NAMES
-from ddp_kit.checkpoint.restore import Opened, require_fit
+from ddp_kit.checkpoint.restore import Item, Opened, require_fit
+from ddp_kit.collectives import gather_bytes
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.errors import ConfigError
+from ddp_kit.sharded import Held, held, is_split
 from ddp_kit.training import ObjectiveState, Training
 from ddp_kit.weights import tied_names
 
@@ -27,9 +30,10 @@ KEEPS_OWN = {"params", "foreach", "fused", "capturable", "differentiable"}  # of
 
 @dataclass(frozen=True)
 class State:
-    """Live tensors by name, and values that JSON can hold. `buffers` are the tensors that a forward pass changes."""
+    """Live tensors by name, those that all ranks have and this rank's `own` parts of others, and values that JSON can hold."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    own: dict[str, Held] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -44,12 +48,17 @@ def model_tensors(model: nn.Module, *, trainable_only: bool = False) -> dict[str
     return {f"model/{name}": tensor for name, tensor in [*kept, *model.named_buffers()]}
 
 
-def _tensors_of(training: Training) -> dict[str, torch.Tensor]:
-    tensors = model_tensors(training.model, trainable_only=bool(training.base_sha256))
-    if training.average is not None:
-        averages = zip(training.average.names, training.average.averages, strict=True)
-        tensors |= {f"ema/{name}": tensor for name, tensor in averages if f"model/{name}" in tensors}
-    return tensors
+def _items_of(training: Training) -> dict[str, Item]:
+    items: dict[str, Item] = dict(model_tensors(training.model, trainable_only=bool(training.base_sha256)))
+    average = training.average
+    if average is not None:
+        found = zip(average.names, average.like, average.averages, strict=True)
+        items |= {f"ema/{name}": held(like, own) if is_split(like) else own for name, like, own in found if f"model/{name}" in items}
+    return items
+
+
+def _kind(item: Item) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(item.shape), item.rows.dtype if isinstance(item, Held) else item.dtype
 
 
 def state_of(training: Training, *, early_stopping: EarlyStopping | None = None, more: Mapping[str, Any] | None = None) -> State:
@@ -57,33 +66,51 @@ def state_of(training: Training, *, early_stopping: EarlyStopping | None = None,
 
     Raises: ConfigError if an optimizer's or scheduler's state is not tensors and plain data.
     """
-    tensors = _tensors_of(training)
+    items = _items_of(training)
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
-    objectives = [_objective_values(objective, names, tensors) for objective in training.objectives]
+    objectives = [_objective_values(objective, names, items) for objective in training.objectives]
     values: dict[str, Any] = {"step": training.step, "skipped": training.skipped, "objectives": objectives}
     values["base_sha256"] = training.base_sha256
     values["tied"] = tied_names(training.model)
     if early_stopping is not None:
         own = {"best": early_stopping.best, "best_step": early_stopping.best_step, "stale": early_stopping.stale}
-        values["early_stopping"] = encode(own, tensors, name="early_stopping")
+        values["early_stopping"] = encode(own, {}, name="early_stopping")
     values |= more or {}
-    values["tensors"] = {name: [list(tensor.shape), NAMES[tensor.dtype]] for name, tensor in tensors.items()}
-    return State(tensors, values)
+    kinds = {name: [list(shape), NAMES[dtype]] for name, (shape, dtype) in ((name, _kind(item)) for name, item in items.items())}
+    if any(objective.owns is not None for objective in training.objectives):
+        _exchange(training, objectives, kinds)
+    values["tensors"] = kinds
+    plain = {name: item for name, item in items.items() if isinstance(item, torch.Tensor) and not is_split(item)}
+    parts = {name: item if isinstance(item, Held) else held(item) for name, item in items.items() if name not in plain}
+    return State(plain, parts, values)
 
 
-def _objective_values(objective: ObjectiveState, names: Mapping[int, str], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _exchange(training: Training, objectives: list[dict[str, Any]], kinds: dict[str, Any]) -> None:
+    """Completes what each rank knows of its own parameters' optimizer state by what the others know of theirs."""
+    rows = gather_bytes(training.group, json.dumps([[entry["state"] for entry in objectives], kinds]).encode())
+    for states, known in map(json.loads, rows):
+        kinds |= known
+        for entry, state in zip(objectives, states, strict=True):
+            entry["state"] |= state
+
+
+def _objective_values(objective: ObjectiveState, names: Mapping[int, str], items: dict[str, Item]) -> dict[str, Any]:
     prefix = f"optimizer/{objective.name}"
     groups, states = [], {}
+    shared: dict[str, torch.Tensor] = {}
     for i, group in enumerate(objective.optimizer.param_groups):
         own = {key: value for key, value in group.items() if key not in KEEPS_OWN}
-        groups.append(encode(own, tensors, name=f"{prefix}group.{i}"))
+        groups.append(encode(own, shared, name=f"{prefix}group.{i}"))
         for parameter in group["params"]:
             kept = objective.optimizer.state.get(parameter)
             if kept:
                 name = names[id(parameter)]
-                states[name] = {key: encode(value, tensors, name=f"{prefix}{name}/{key}") for key, value in kept.items()}
+                found: dict[str, torch.Tensor] = {}
+                states[name] = {key: encode(value, found, name=f"{prefix}{name}/{key}") for key, value in kept.items()}
+                items |= found if objective.owns is None else {at: held(tensor) for at, tensor in found.items()}
     schedule = objective.scheduler.state_dict() if objective.scheduler is not None else None
-    encoded = encode(schedule, tensors, name=f"scheduler/{objective.name}")
+    encoded = encode(schedule, shared, name=f"scheduler/{objective.name}")
+    items |= shared
     return {"name": objective.name, "groups": groups, "state": states, "scheduler": encoded, "scale": asdict(objective.scale)}
 
 
@@ -107,20 +134,20 @@ def restore_state(
             f"{opened.folder} was saved over frozen weights of SHA-256 {values['base_sha256'][:12] or '(all saved)'}; this life has "
             f"{training.base_sha256[:12] or 'no --save-trainable-only'}. Start from the same base: --init-from as the first life had it."
         )
-    targets = _tensors_of(training)
-    states = {objective.name: _places(opened, objective, saved[objective.name], names) for objective in training.objectives}
-    for tensors in states.values():
-        targets |= tensors
-    loose = [part for entry in values["objectives"] for part in (entry["groups"], entry["scheduler"])]
-    targets |= {name: torch.empty(opened.kinds[name][0], dtype=opened.kinds[name][1]) for name in references(loose)}
-    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in targets.items()}
-    require_fit(opened.kinds, wanted, where=opened.folder)
-    opened.copy_into(targets)
+    targets = _items_of(training)
+    tensors: dict[str, torch.Tensor] = {}
     for objective in training.objectives:
-        _restore_objective(objective, saved[objective.name], names, targets, keeps_hyperparameters=keeps_hyperparameters)
+        tensors |= _places(opened, objective, saved[objective.name], names)
+    loose = [part for entry in values["objectives"] for part in (entry["groups"], entry["scheduler"])]
+    tensors |= {name: torch.empty(opened.kinds[name][0], dtype=opened.kinds[name][1]) for name in references(loose)}
+    targets |= tensors
+    require_fit(opened.kinds, {name: _kind(item) for name, item in targets.items()}, where=opened.folder)
+    opened.copy_into({name: item for name, item in targets.items() if isinstance(item, Held) or not item.is_meta})
+    for objective in training.objectives:
+        _restore_objective(objective, saved[objective.name], names, tensors, keeps_hyperparameters=keeps_hyperparameters)
     training.step, training.skipped = values["step"], values["skipped"]
     if early_stopping is not None and "early_stopping" in values:
-        for key, value in decode(values["early_stopping"], targets).items():
+        for key, value in decode(values["early_stopping"], tensors).items():
             setattr(early_stopping, key, value)
 
 
@@ -128,17 +155,27 @@ def _places(
     opened: Opened, objective: ObjectiveState, saved: Mapping[str, Any], names: Mapping[str, nn.Parameter]
 ) -> dict[str, torch.Tensor]:
     """Returns tensors for an optimizer's state: those that it has, else new ones where torch would have them: like the parameter, a
-    scalar on the CPU."""
+    scalar on the CPU; without memory for what other ranks keep.
+
+    Raises: ConfigError for a state that is not shaped like its parameter, where that is split over the ranks.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    live: dict[str, torch.Tensor] = {}  # new memory takes longer to come by than its content
+    live: dict[str, Item] = {}  # new memory takes longer to come by than its content
     _objective_values(objective, {id(parameter): name for name, parameter in names.items()}, live)
     for name, kept in saved["state"].items():
         like = names.get(name)
         for reference in references(kept):
             shape, dtype = opened.kinds[reference]
             has = live.get(reference)
-            if has is not None and has.shape == shape and has.dtype == dtype:
+            if like is not None and objective.owns is not None and not objective.owns(like):
+                tensors[reference] = torch.empty(shape, dtype=dtype, device="meta")
+            elif isinstance(has, torch.Tensor) and has.shape == shape and has.dtype == dtype:
                 tensors[reference] = has
+            elif like is not None and is_split(like) and shape and like.shape != shape:
+                raise ConfigError(
+                    f"{opened.folder} cannot go on with --strategy fsdp: the optimizer's {reference} has shape {shape}, its parameter "
+                    f"{tuple(like.shape)}, and only what is shaped alike can be split alike. Type --strategy ddp, or zero1."
+                )
             elif like is not None and like.shape == shape:
                 tensors[reference] = torch.empty_like(like, dtype=dtype, requires_grad=False)
             else:
@@ -162,7 +199,8 @@ def _restore_objective(
     optimizer = objective.optimizer
     optimizer.state.clear()
     for name, kept in saved["state"].items():
-        optimizer.state[names[name]] = decode(kept, tensors)
+        if objective.owns is None or objective.owns(names[name]):
+            optimizer.state[names[name]] = decode(kept, tensors)
     groups = [decode(group, tensors) for group in saved["groups"]]
     ratios = [1.0] * len(groups)
     for i, (own, group) in enumerate(zip(optimizer.param_groups, groups, strict=True)):

@@ -19,6 +19,7 @@ from ddp_kit.errors import DdpKitError, some
 from ddp_kit.finite import find_non_finite, judge, listed, look_back
 from ddp_kit.preemption import StopFlag
 from ddp_kit.seeding import seed_forward
+from ddp_kit.sharded import anywhere, over_shards
 from ddp_kit.training import ObjectiveState, StepSums, Sums, Training
 from ddp_kit.tuning import step_quietly
 
@@ -53,17 +54,21 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
 def _objective_step(training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums) -> bool:
     for parameter in objective.parameters:
         parameter.grad = None
-    statistics, count, last = training.statistics, objective.count, len(batch.micro_batches) - 1
-    weight, left = float(training.strategy.divisor), 1.0
+    strategy, statistics, count, last = training.strategy, training.statistics, objective.count, len(batch.micro_batches) - 1
+    weight, left, rounds = float(strategy.divisor), 1.0, max(training.rounds, last + 1)
     if objective.scale.is_on:  # the divisor waits until after backward: what overflows must not depend on the number of ranks
         weight, left = objective.scale.scale, weight / objective.scale.scale
     count.begin(batch.micro_batches)
     statistics.begin()
-    for i, micro_batch in enumerate(batch.micro_batches):
-        with training.strategy.micro_batch(objective.call, is_last=i == last):
+    for i in range(rounds):
+        micro_batch = batch.micro_batches[min(i, last)]
+        with strategy.micro_batch(objective.call, is_last=i == rounds - 1):
             seed_forward(training.forward_key, training.step, micro_batch.request.micro_batch, device=training.group.device)
             statistics.rewind()
             total, own_count, metrics = _forward(objective, micro_batch, training.step)
+            if i > last:  # others have one more, and gather weights with this rank: it repeats its last one, for nothing
+                _backward(total, 0.0, objective)
+                continue
             statistics.capture()
             count.take(own_count, size=micro_batch.size)
             if i == last:
@@ -71,7 +76,7 @@ def _objective_step(training: Training, objective: ObjectiveState, batch: RankBa
                 statistics.launch()
             _backward(total, weight / count.divisor(), objective)
         sums.parts.append((objective.name, {"loss": (total.detach(), own_count), **metrics}))
-    if left_out := training.strategy.left_out(objective.call):
+    if left_out := strategy.left_out(objective.call):
         raise DdpKitError(
             f"{some(left_out)} got no gradient in the last micro-batch of step {training.step + 1}, and the other ranks would wait "
             "for it. If the loss leaves parameters out in some steps, type --find-unused-parameters."
@@ -105,7 +110,7 @@ def _backward(total: torch.Tensor, weight: float, objective: ObjectiveState) -> 
 
 def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums, factor: float | torch.Tensor) -> bool:
     """Scales, checks and clips the reduced gradients and steps the optimizer. Returns whether the step was applied."""
-    gradients = [parameter.grad for parameter in objective.parameters if parameter.grad is not None]
+    gradients, shards = training.strategy.gradients(objective.parameters), training.strategy.shards
     if isinstance(factor, torch.Tensor) or factor != 1:
         torch._foreach_mul_(gradients, factor)
     if training.copied is not None:  # a snapshot still reads the weights: the device waits, the host does not
@@ -113,10 +118,10 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
         training.copied = None
     found = objective.found_inf
     find_non_finite(gradients, found, one=objective.one, is_mixed=objective.is_mixed)
+    anywhere(found, shards)
     if training.grad_clip:
-        norm = torch.nn.utils.get_total_norm(gradients)
-        sums.grad_norms[objective.name] = norm
-        torch.nn.utils.clip_grads_with_norm_(objective.parameters, training.grad_clip, norm)
+        norm = sums.grad_norms[objective.name] = over_shards(torch.nn.utils.get_total_norm(gradients), shards)
+        torch._foreach_mul_(gradients, torch.clamp(training.grad_clip / (norm + 1e-6), max=1.0))
     if objective.is_deferred:
         objective.optimizer.found_inf = found  # type: ignore[attr-defined]  # fused optimizers read it, as GradScaler has it
         step_quietly(objective.optimizer)
@@ -130,7 +135,10 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
         found.zero_()
         judge(training, objective, batch, sums)
         return False
-    step_quietly(objective.optimizer)
+    if objective.step is not None:
+        objective.step()
+    else:
+        step_quietly(objective.optimizer)
     return True
 
 

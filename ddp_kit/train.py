@@ -17,9 +17,11 @@ from ddp_kit.best import keep_of
 from ddp_kit.checkpoint.restore import Opened
 from ddp_kit.checkpoint.storage import LocalDisk
 from ddp_kit.collectives import from_rank
-from ddp_kit.compose import Composition, compose, data_sets, require_same_settings
+from ddp_kit.compose import Composition, compose, require_same_settings
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.errors import ConfigError
+from ddp_kit.evaluator import data_sets
+from ddp_kit.faults import check
 from ddp_kit.fit import Ending, fit, stopped
 from ddp_kit.flags import parse
 from ddp_kit.groups import Group
@@ -33,7 +35,7 @@ from ddp_kit.resume import binding, resume, resume_data
 from ddp_kit.run_dir import RunDir
 from ddp_kit.saving import About, Checkpoints, best_weights
 from ddp_kit.session import recipe_path, run_command, session
-from ddp_kit.settings import Settings, check, to_json
+from ddp_kit.settings import Settings, to_json
 from ddp_kit.topology import is_first_rank, read_topology
 from ddp_kit.trackers import RunInfo, redact
 from ddp_kit.trackers.jsonl import supersede
@@ -192,7 +194,8 @@ def _end(ending: Ending, life: Life, place: Place, composition: Composition, rep
     if ending.stop:
         logger.info("%s: the stop took %.1f s until everything was saved", ending.reason, time.monotonic() - life.stop.since)
     has_time = ending.status != "preempted"  # hashing belongs into no grace period
-    digest = weights_sha256(training.model) if has_time and training.group.rank == 0 else ""
+    hashes = training.group.rank == 0 or training.strategy.shards is not None
+    digest = weights_sha256(training.model) if has_time and hashes else ""
     digest = from_rank(training.group, digest.encode()).decode()
     if ending.status == "finished" and recipe.test_data is not None:
         try:

@@ -73,6 +73,8 @@ class ObjectiveState:
     is_mixed: bool = False  # parameters of several dtypes
     is_deferred: bool = False  # the optimizer reads `found_inf` on the device, and the host one step later
     found_inf: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    step: Callable[[], None] | None = None  # the strategy's way to step the optimizer
+    owns: Callable[[nn.Parameter], bool] | None = None  # whose optimizer state this rank alone keeps; None: all ranks do
     weight: tuple[float, torch.Tensor] = field(default_factory=lambda: (0.0, torch.zeros(())))  # of the last backward pass, kept ready
     one: torch.Tensor = field(default_factory=lambda: torch.ones(()))
 
@@ -93,6 +95,7 @@ class Training:
     average: WeightAverage | None = None
     step: int = 0
     skipped: int = 0
+    rounds: int = 0  # micro-batches of the rank that has most, where ranks run in lockstep
     tuned: list[str] = field(default_factory=list)  # defaults for speed that took effect
     notes: list[str] = field(default_factory=list)  # what wrapping found that the user should read at start
     copied: "torch.cuda.Event | None" = None  # of a snapshot: the optimizer may change the weights only after it

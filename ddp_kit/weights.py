@@ -19,6 +19,7 @@ from ddp_kit.collectives import first_difference
 from ddp_kit.errors import ConfigError, DdpKitError, nearest, some
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
+from ddp_kit.sharded import whole
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 CONVERT = """ It looks like a pickle, and loading one may run code. Convert a file that you trust, once:
@@ -29,7 +30,7 @@ CONVERT = """ It looks like a pickle, and loading one may run code. Convert a fi
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Returns parameters and floating-point buffers in name order, a tied tensor under its first name."""
     buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    named = {name: parameter.detach() for name, parameter in model.named_parameters()} | buffers
+    named = dict(model.named_parameters()) | buffers
     return dict(sorted(named.items()))
 
 
@@ -38,7 +39,10 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Returns the SHA-256 over name, dtype, shape and bytes of each of `named_weights`: the figure by which two runs are compared."""
+    """Returns the SHA-256 over name, dtype, shape and bytes of each of `named_weights`: the figure by which two runs are compared.
+
+    Where ranks hold parts of the model, every rank calls it; they are put together tensor by tensor.
+    """
     return sha256_of(named_weights(model))
 
 
@@ -47,7 +51,7 @@ def sha256_of(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
+        digest.update(_bytes(whole(tensor)))
     return digest.hexdigest()
 
 

@@ -26,7 +26,8 @@ from ddp_kit.precision import LossScale
 from ddp_kit.rehearsal import Rehearsal
 from ddp_kit.seeding import forward_key
 from ddp_kit.settings import Precision
-from ddp_kit.strategies import choose_strategy
+from ddp_kit.sharded import local
+from ddp_kit.strategies import DataParallel, ExactDataParallel, ExactSingle, Single, Strategy
 from ddp_kit.training import LossCall, ObjectiveState, Training
 from ddp_kit.tuning import fuse
 from ddp_kit.weights import require_equal
@@ -56,10 +57,16 @@ def wrap(
     exact: bool = False,
     tuning: bool = True,
 ) -> Training:
-    """Wraps a model, its optimizer and its loss for a loop of one's own. Every rank calls it; see `wrap_parts`."""
+    """Wraps a model, its optimizer and its loss for a loop of one's own, with DDP. Every rank calls it; see `wrap_parts`."""
+    require_equal(model, group=group)
+    strategy: Strategy = ExactSingle() if exact else Single()
+    if group.world_size > 1:
+        kind = ExactDataParallel if exact else DataParallel
+        strategy = kind(group, find_unused_parameters=find_unused_parameters)
     return wrap_parts(
         model,
         [Part(loss=loss, optimizer=optimizer, scheduler=scheduler)],
+        strategy=strategy,
         group=group,
         feed=feed,
         precision=precision,
@@ -74,6 +81,7 @@ def wrap_parts(
     model: nn.Module,
     parts: Sequence[Part],
     *,
+    strategy: Strategy,
     group: Group,
     feed: Feed,
     precision: Precision = "fp32",
@@ -85,25 +93,26 @@ def wrap_parts(
 ) -> Training:
     """Makes a model that lies on its device ready to train. Every rank calls it.
 
-    Args: `model` on the group's device, with equal weights on all ranks; `parts` one or more objectives; `feed` this rank's
+    Args: `model` on the group's device, with equal weights on all ranks (`require_equal`), or as `strategy` has split it; `parts` one or
+        more objectives, with optimizers built from that model; `feed` this rank's
         batches, of which one is used for rehearsal; `tuning` gives torch's optimizers their fused kernels; `exact` as in `exactness`,
         with as many CPU threads at any number of ranks.
     Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer, before the first step.
     """
-    require_equal(model, group=group)
     micro_batches = feed.plan.micro_batches
     if exact:
         require_fit(feed, group)
     training = Training(
         group=group,
         control=Control(group),
-        strategy=choose_strategy(group, find_unused_parameters=find_unused_parameters, exact=exact),
+        strategy=strategy,
         model=model,
         objectives=[],
         statistics=RunningStatistics(model, group, micro_batches=micro_batches, always=has_checkpointed_activations, exact=exact),
         plan=feed.plan,
         forward_key=forward_key(feed.seed),
         grad_clip=grad_clip,
+        rounds=max(map(len, map(feed.plan.of_rank, range(group.world_size)))) if strategy.shards is not None else 0,
     )
     rehearsal = Rehearsal(training, feed, allows_unused=find_unused_parameters, exact=exact)
     fused = [fuse(part.optimizer) for part in parts] if tuning else []
@@ -122,20 +131,25 @@ def _objective(part: Part, rehearsal: Rehearsal, *, precision: Precision, is_onl
     own = {id(parameter) for parameter in parameters}
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
     on_device = group.device.type == "cuda" and getattr(part.optimizer, "_step_supports_amp_scaling", False)
-    call, count = rehearsal.run(LossCall(model, part.loss, precision=precision, device=group.device), parameters, frozen)
+    call = LossCall(model, part.loss, precision=precision, device=group.device)
+    wrapped, count = rehearsal.run(call, part.optimizer, parameters, frozen)
+    is_plain = wrapped.step is None and rehearsal.training.strategy.shards is None
+    place = local(parameters[0]).device
     return ObjectiveState(
         name="" if is_only else f"{part.trains}/",
-        call=call,
+        call=wrapped.call,
         parameters=parameters,
         frozen=frozen,
         optimizer=part.optimizer,
         scheduler=part.scheduler,
         count=count,
         scale=LossScale.of(precision),
-        found_inf=torch.zeros((), device=group.device),
-        one=torch.ones((), device=group.device),
+        step=wrapped.step,
+        owns=wrapped.owns,
+        found_inf=torch.zeros((), device=place),
+        one=torch.ones((), device=place),
         is_mixed=len({parameter.dtype for parameter in parameters}) > 1,
-        is_deferred=on_device and is_only and precision != "fp16",  # the host need not wait for each step's verdict
+        is_deferred=on_device and is_only and is_plain and precision != "fp16",  # the host need not wait for each step's verdict
     )
 
 

@@ -13,10 +13,11 @@ from torch.utils.data import TensorDataset
 
 from ddp_kit import Data, Objective, Recipe
 from ddp_kit.collectives import max_over_ranks
-from ddp_kit.compose import Evaluator, build_model, compose, data_sets, placement_of
+from ddp_kit.compose import build_model, compose, placement_of
 from ddp_kit.data.loader import evaluation_batches
 from ddp_kit.errors import DataError, DdpKitError
 from ddp_kit.evaluation import evaluate
+from ddp_kit.evaluator import Evaluator, data_sets
 from ddp_kit.groups import Group
 
 

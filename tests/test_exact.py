@@ -24,10 +24,10 @@ from ddp_kit import Data, LossSum, Recipe, schedules
 from ddp_kit.compose import compose
 from ddp_kit.errors import ConfigError
 from ddp_kit.exactness import fitting_world_sizes
+from ddp_kit.faults import check
 from ddp_kit.groups import Group
 from ddp_kit.precision import deterministic
 from ddp_kit.session import session
-from ddp_kit.settings import check
 from ddp_kit.testing import run_ranks
 from ddp_kit.tree import fold
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ddp_kit.errors import ConfigError
-from ddp_kit.settings import check
+from ddp_kit.faults import check
 from ddp_kit.weights import load_weights
 
 

@@ -12,8 +12,8 @@ from torch import nn
 import ddp_kit
 from ddp_kit.checkpoint.layout import DamagedError, read_header
 from ddp_kit.errors import ConfigError
+from ddp_kit.faults import check
 from ddp_kit.groups import Group
-from ddp_kit.settings import check
 from ddp_kit.training import Training
 from ddp_kit.weights import weights_sha256
 

@@ -39,9 +39,11 @@ from ddp_kit.checkpoint.storage import Storage
 from ddp_kit.collectives import from_rank, gather_bytes
 from ddp_kit.errors import ConfigError, DdpKitError, nearest
 from ddp_kit.groups import Group
+from ddp_kit.sharded import Held, held
 
 Read = TypeVar("Read")
 Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
+Item = torch.Tensor | Held  # live: whole, split over the ranks, or a part
 ATTEMPTS, PAUSE_S = 3, 0.5  # a file server may be away for a moment: that is no damage
 
 
@@ -56,16 +58,20 @@ class Opened:
     kinds: Mapping[str, Kind]
     pieces: Mapping[str, list[tuple[str, Stored]]]  # name of the tensor -> (file, piece)
 
-    def copy_into(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Copies tensors of the checkpoint into live ones of the same shape and dtype. Raises: OSError, which must end the run."""
+    def copy_into(self, targets: Mapping[str, Item]) -> None:
+        """Copies tensors of the checkpoint into live ones of the same shape and dtype, into those rows that are here of ones that the ranks
+        hold in parts. Raises: OSError, which must end the run.
+        """
+        places = {name: item if isinstance(item, Held) else held(item) for name, item in targets.items()}
         by_file: dict[str, list[Stored]] = {}
-        for name in targets:
+        for name, place in places.items():
             for file, stored in self.pieces[name]:
-                by_file.setdefault(file, []).append(stored)
+                if stored.piece.start < place.stop and place.start < stored.piece.stop:
+                    by_file.setdefault(file, []).append(stored)
         for file, items in sorted(by_file.items()):
             with self.storage.open(f"{self.folder}/{file}") as opened:
                 for stored in sorted(items, key=lambda item: item.offset):
-                    _read_rows(opened, stored, targets[stored.piece.name], name=file)
+                    _read_rows(opened, stored, places[stored.piece.name], name=file)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns a tensor of the checkpoint in host memory."""
@@ -76,13 +82,14 @@ class Opened:
 
 
 @torch.no_grad()
-def _read_rows(file: BinaryIO, stored: Stored, target: torch.Tensor, *, name: str) -> None:
-    rows = target.detach()[stored.piece.start : stored.piece.stop] if target.dim() else target.detach()
+def _read_rows(file: BinaryIO, stored: Stored, target: Held, *, name: str) -> None:
+    begin, end = max(stored.piece.start, target.start), min(stored.piece.stop, target.stop)
+    rows = target.rows[begin - target.start : end - target.start] if target.shape else target.rows
     is_direct = rows.device.type == "cpu" and rows.is_contiguous() and rows.dtype == stored.dtype
-    place = rows if is_direct else torch.empty(stored.shape, dtype=stored.dtype)
+    place = rows if is_direct else torch.empty(rows.shape, dtype=stored.dtype)
     flat = place.reshape(-1).view(torch.uint8).numpy()
     view = memoryview(flat)  # type: ignore[arg-type]  # NumPy's stubs lack the buffer protocol before Python 3.12
-    file.seek(stored.offset)
+    file.seek(stored.offset + (begin - stored.piece.start) * (stored.nbytes // (stored.piece.stop - stored.piece.start)))
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]  # BinaryIO of typeshed lacks it; raw files and BytesIO have it
         if not count:

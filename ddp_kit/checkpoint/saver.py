@@ -22,6 +22,7 @@ from ddp_kit.checkpoint.layout import Manifest
 from ddp_kit.checkpoint.retention import Keep, retire
 from ddp_kit.checkpoint.staging import Copied, Staging
 from ddp_kit.checkpoint.storage import LocalDisk, Storage
+from ddp_kit.sharded import Held
 
 FAILURES = 3  # in a row, after which the run stops
 ABANDON_S = 3.0  # for the save in flight when the run fails: its peers may be gone
@@ -53,19 +54,27 @@ class Saver:
         self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def reserve(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def reserve(self, tensors: Mapping[str, torch.Tensor], own: Mapping[str, Held]) -> None:
         """Prepares the buffer in the background, once the optimizer has its state."""
         self.wait()
-        self._submit(lambda: self._staging.reserve(tensors))
+        self._submit(lambda: self._staging.reserve(tensors, own))
 
     def save(
-        self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any], *, manifest: Manifest, first: Mapping[str, torch.Tensor]
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        own: Mapping[str, Held],
+        values: Mapping[str, Any],
+        *,
+        manifest: Manifest,
+        first: Mapping[str, torch.Tensor],
     ) -> Copied:
-        """Copies this rank's part of `tensors` and begins to write it with `values`. Waits for the save before, if there is one."""
+        """Copies this rank's part of `tensors`, which all ranks have, and its `own`, and begins to write them with `values`. Waits for the
+        save before, if there is one.
+        """
         self.wait()
         begin = time.monotonic()
         state = json.dumps(values).encode()
-        copied = self._staging.copy(tensors, first=first)
+        copied = self._staging.copy(tensors, own, first=first)
         self._submit(lambda: self._commit(copied, state, manifest, begin=begin))
         return copied
 

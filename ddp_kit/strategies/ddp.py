@@ -1,6 +1,6 @@
 """DistributedDataParallel around the call of the loss.
 
-Owns: DDP's options, and letting go of the wrapper before the group is destroyed.
+Owns: DDP's options, compression of what travels, and letting go of the wrapper before the group is destroyed.
 Refuses: DDP's own buffer broadcasts (running statistics would be thrown away on all ranks but one: see `buffers`).
 """
 
@@ -11,21 +11,29 @@ from typing import Any, final
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from ddp_kit.groups import Group
+from ddp_kit.settings import Comm
+from ddp_kit.strategies.whole import Whole, Wrapped
 
 
 @final
-class DataParallel:
+class DataParallel(Whole):
     """One all-reduce per optimizer step, in buckets that overlap backward; gradients are views of the buckets."""
 
-    def __init__(self, group: Group, *, find_unused_parameters: bool = False):
+    def __init__(self, group: Group, *, find_unused_parameters: bool = False, comm: Comm = "fp32"):
         self._group = group
         self._find_unused = find_unused_parameters
+        self._comm = comm
         self.divisor = group.world_size  # DDP averages
 
-    def wrap(self, call: nn.Module) -> nn.Module:
+    def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` in a DDP wrapper that the group releases before it is destroyed."""
+        return Wrapped(call=self.ddp(call))
+
+    def ddp(self, call: nn.Module) -> DistributedDataParallel:
+        """Returns the wrapper."""
         device = self._group.device
         wrapped = DistributedDataParallel(
             call,
@@ -36,6 +44,11 @@ class DataParallel:
             **_no_buffer_sync(),
         )
         self._group.closing.callback(_release, wrapped)
+        if self._comm != "fp32":
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+
+            hook = bf16_compress_hook if self._comm == "bf16" else fp16_compress_hook
+            wrapped.register_comm_hook(self._group.training, hook)
         return wrapped
 
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:

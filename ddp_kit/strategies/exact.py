@@ -14,11 +14,12 @@ from typing import final
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from ddp_kit.groups import Group
 from ddp_kit.strategies.ddp import DataParallel
 from ddp_kit.strategies.exchange import Exchange, Future
+from ddp_kit.strategies.whole import Whole, Wrapped
 from ddp_kit.tree import Fold, Leaf
 
 NOTHING = -0.0
@@ -53,7 +54,7 @@ class _Leaves:
 
 
 @final
-class ExactSingle:
+class ExactSingle(Whole):
     """One process: the same tree."""
 
     divisor = 1
@@ -61,10 +62,10 @@ class ExactSingle:
     def __init__(self) -> None:
         self._leaves: dict[nn.Module, _Leaves] = {}
 
-    def wrap(self, call: nn.Module) -> nn.Module:
+    def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` itself."""
         self._leaves[call] = _Leaves(call)
-        return call
+        return Wrapped(call=call)
 
     @contextmanager
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:
@@ -81,7 +82,7 @@ class ExactSingle:
 
 
 @final
-class ExactDataParallel:
+class ExactDataParallel(Whole):
     """DDP with a hook in place of its all-reduce. A rank holds a whole subtree, and the hook sums those of all ranks."""
 
     divisor = 1
@@ -92,10 +93,9 @@ class ExactDataParallel:
         self._exchange = Exchange(group)
         self._leaves: dict[nn.Module, _Leaves] = {}
 
-    def wrap(self, call: nn.Module) -> nn.Module:
+    def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` in a DDP wrapper with the hook."""
-        wrapped = self._ddp.wrap(call)
-        assert isinstance(wrapped, DistributedDataParallel)
+        wrapped = self._ddp.ddp(call)
         leaves = self._leaves[wrapped] = _Leaves(call)
 
         def hook(exchange: Exchange, bucket: dist.GradBucket) -> Future:
@@ -109,7 +109,7 @@ class ExactDataParallel:
             return exchange.sum(bucket.buffer(), before=lambda: leaves.fold.add_to(gradients, at=at))
 
         wrapped.register_comm_hook(self._exchange, hook)
-        return wrapped
+        return Wrapped(call=wrapped)
 
     @contextmanager
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:

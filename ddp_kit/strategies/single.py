@@ -4,17 +4,20 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 from torch import nn
+from torch.optim import Optimizer
+
+from ddp_kit.strategies.whole import Whole, Wrapped
 
 
 @final
-class Single:
+class Single(Whole):
     """The strategy of one process."""
 
     divisor = 1
 
-    def wrap(self, call: nn.Module) -> nn.Module:
+    def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` itself."""
-        return call
+        return Wrapped(call=call)
 
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """Nothing is ever summed over ranks."""

@@ -1,0 +1,152 @@
+"""FSDP2: parameters, gradients and optimizer state split over the ranks by rows, gathered module by module where they are used.
+
+Owns: what is split as one, the precision in which weights travel, and one root through which every use of the model goes.
+Refuses: what FSDP2 cannot split (scalars), in the words of a recipe's author.
+
+The root is a module of ours around the model, whose forward calls any function: so parts of the model may be used freely, as with ddp.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from ddp_kit.errors import ConfigError, nearest, some
+from ddp_kit.groups import Group
+from ddp_kit.precision import AUTOCAST
+from ddp_kit.settings import Fsdp, Precision
+from ddp_kit.sharded import local
+from ddp_kit.strategies.whole import Function, Wrapped
+
+
+class _Root(nn.Module):
+    """Where parameters outside the wrapped modules are gathered."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Function, *args: Any) -> Any:
+        return function(*args)
+
+
+class _Through(nn.Module):
+    """A loss call that goes through the root."""
+
+    def __init__(self, root: nn.Module, call: nn.Module):
+        super().__init__()
+        self._used = [root, call]  # in a list: they are no submodules
+
+    def forward(self, batch: Any) -> Any:
+        root, call = self._used
+        return root(call, batch)
+
+
+@final
+class FullyShardedDataParallel:
+    """Each rank holds 1/W of every parameter (1/ranks of a node with `hybrid`)."""
+
+    def __init__(self, group: Group, settings: Fsdp, *, precision: Precision):
+        self._group, self._settings, self._precision = group, settings, precision
+        self.divisor = group.world_size  # FSDP averages
+        self._mesh = _mesh(group, is_hybrid=settings.hybrid)
+        has_offload = settings.cpu_offload  # gradients are then where NCCL does not reach
+        self.shards: dist.ProcessGroup | None = group.control if has_offload else self._mesh.get_group(self._mesh.ndim - 1)
+        self._root: Any = None
+
+    def shard(self, model: nn.Module) -> None:
+        """Splits the modules of the given classes, or from a number of parameters on, each as one, and the rest with the root.
+
+        Raises: ConfigError for a class that the model does not have, and for scalar parameters.
+        """
+        if scalars := [name for name, parameter in model.named_parameters() if not parameter.dim()]:
+            raise ConfigError(
+                f"--strategy fsdp: FSDP2 cannot split a scalar: give {some(scalars)} the shape (1,), or type --strategy zero1."
+            )
+        is_lower = self._precision in AUTOCAST and not any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
+        dtype = AUTOCAST[self._precision] if is_lower else None  # running statistics stay fp32, and their layers' weights with them
+        root = _Root(model)
+        for module in [*modules_to_wrap(model, self._settings), root]:
+            policy = MixedPrecisionPolicy(
+                param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=module is not root
+            )
+            offload = CPUOffloadPolicy() if self._settings.cpu_offload else OffloadPolicy()
+            fully_shard(module, mesh=self._mesh, mp_policy=policy, offload_policy=offload)
+        self._root = root
+        self._group.closing.callback(self._release)
+
+    def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
+        """Returns `call` through the root. The optimizer was built from the split parameters."""
+        return Wrapped(call=_Through(self._root, call))
+
+    def enter(self, function: Function, *args: Any) -> Any:
+        """Calls it through the root, and frees what was gathered: without a backward pass nothing else would."""
+        try:
+            return self._root(function, *args)
+        finally:
+            if not torch.is_grad_enabled():
+                self._root.reshard()
+
+    def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+        """Gradients stay whole on each rank until the last micro-batch, whose backward sums and splits them."""
+        self._root.set_requires_gradient_sync(is_last)
+        self._root.set_is_last_backward(is_last)
+        return nullcontext()
+
+    def gradients(self, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+        """Returns this rank's rows."""
+        return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+
+    def left_out(self, wrapped: nn.Module) -> list[str]:
+        """A parameter without a gradient counts as zero."""
+        return []
+
+    def _release(self) -> None:
+        """Lets go of the process groups, which must be gone before they are destroyed."""
+        self.shards = None
+        self._root = self._mesh = None  # type: ignore[assignment]  # the run is over
+
+
+def _mesh(group: Group, *, is_hybrid: bool) -> DeviceMesh:
+    """Returns the ranks in one line, or as nodes x ranks of a node. Raises: ConfigError if nodes differ."""
+    assert group.training is not None
+    kind, topology = group.device.type, group.topology
+    if not is_hybrid:
+        return DeviceMesh.from_group(group.training, kind, mesh_dim_names=("shard",))
+    if topology.nodes * topology.local_world_size != group.world_size:
+        raise ConfigError(
+            f"--fsdp.hybrid: {group.world_size} ranks on {topology.nodes} nodes, {topology.local_world_size} of them here: expected as "
+            "many on each node."
+        )
+    return init_device_mesh(kind, (topology.nodes, topology.local_world_size), mesh_dim_names=("replicate", "shard"))
+
+
+def modules_to_wrap(model: nn.Module, settings: Fsdp) -> list[nn.Module]:
+    """Returns the modules that are split as one, inner ones first. Raises: ConfigError if a class is not in the model."""
+    kinds = sorted({type(module).__name__ for module in model.modules()})
+    for name in settings.wrap:
+        if name not in kinds:
+            near = nearest(name, kinds)
+            hint = f"Did you mean {near}?" if near else f"It has {', '.join(kinds)}."
+            raise ConfigError(f"--fsdp.wrap {name}: the model has no module of that class. {hint}")
+    inner = [module for module in model.modules() if module is not model]
+    chosen = [module for module in inner if type(module).__name__ in settings.wrap]
+    if settings.wrap_size:
+        chosen += [module for module in _of_size(model, settings.wrap_size) if module not in chosen]
+    order = {id(module): i for i, module in enumerate(inner)}
+    return sorted((module for module in chosen if not isinstance(module, nn.ModuleList | nn.ModuleDict)), key=lambda m: -order[id(m)])
+
+
+def _of_size(model: nn.Module, size: int) -> Iterator[nn.Module]:
+    """Yields the smallest modules that have at least `size` parameters."""
+    for child in model.children():
+        if sum(parameter.numel() for parameter in child.parameters()) >= size:
+            inner = list(_of_size(child, size))
+            yield from inner or [child]

@@ -1,0 +1,44 @@
+"""What a strategy makes of a loss call, and what strategies have in common that leave the model whole on each rank."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapped:
+    """`call` stands for the loss call. `step` steps the optimizer (None: the optimizer itself does); `owns` says of which parameters
+    this rank keeps the optimizer's state (None: of all, whole or split as the parameter is)."""
+
+    call: nn.Module
+    step: Callable[[], None] | None = None
+    owns: Callable[[nn.Parameter], bool] | None = None
+
+
+class Whole(ABC):
+    """Every rank has the whole model and whole gradients."""
+
+    shards: dist.ProcessGroup | None = None
+
+    @abstractmethod
+    def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
+        """Returns what stands for the loss call."""
+
+    def shard(self, model: nn.Module) -> None:  # noqa: B027  nothing is what these strategies have to do
+        """Nothing is split."""
+
+    def enter(self, function: Function, *args: Any) -> Any:
+        """Calls it: the bare module is at hand."""
+        return function(*args)
+
+    def gradients(self, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+        """Returns the parameters' own."""
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]

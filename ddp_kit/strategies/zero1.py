@@ -1,0 +1,90 @@
+"""ZeRO stage 1: DDP, with the optimizer's state split over the ranks by whole parameters.
+
+Owns: torch's ZeroRedundancyOptimizer around the recipe's own optimizer, whose class and parameter groups it takes over.
+Refuses: its checkpoints: `consolidate_state_dict` gathers everything on one rank and unpickles a peer's bytes, `state_dict` may be stale,
+`load_state_dict` changes its argument. Each rank saves what it owns under parameter names, and a restore takes what it owns then.
+
+Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv 1910.02054.
+"""
+
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any, final
+
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import Optimizer
+
+from ddp_kit.errors import ConfigError, some
+from ddp_kit.groups import Group
+from ddp_kit.strategies.ddp import DataParallel
+from ddp_kit.strategies.whole import Whole, Wrapped
+
+
+@final
+class ZeroOne(Whole):
+    """Each rank steps its own parameters, and sends them to the others."""
+
+    def __init__(self, group: Group, ddp: DataParallel):
+        self._group, self._ddp = group, ddp
+        self.divisor = ddp.divisor
+
+    def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
+        """Returns `call` in DDP's wrapper. The recipe's optimizer keeps its parameter groups, which schedulers move, and its `state`
+        becomes that of this rank's parameters.
+
+        Raises: ConfigError for an optimizer that cannot be built again from its groups.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        zero = _rebuilt(optimizer, parameters, self._group)
+        zero.param_groups = optimizer.param_groups  # not copies: schedulers hold the recipe's optimizer
+        optimizer.state = zero.optim.state
+        own = {id(parameter) for group in zero.optim.param_groups for parameter in group["params"]}
+        self._group.closing.callback(_release, zero)
+        return Wrapped(call=self._ddp.ddp(call), step=zero.step, owns=lambda parameter: id(parameter) in own)
+
+    def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+        """DDP's."""
+        return self._ddp.micro_batch(wrapped, is_last=is_last)
+
+    def left_out(self, wrapped: nn.Module) -> list[str]:
+        """DDP's own answer."""
+        return self._ddp.left_out(wrapped)
+
+
+def _rebuilt(optimizer: Optimizer, parameters: list[nn.Parameter], group: Group) -> Any:
+    kind = type(optimizer)
+    known = inspect.signature(kind.__init__).parameters
+    defaults = {key: value for key, value in optimizer.defaults.items() if key in known}
+    groups = [{key: value for key, value in own.items() if key == "params" or key in known} for own in optimizer.param_groups]
+    if len(parameters) < group.world_size:
+        raise ConfigError(
+            f"--strategy zero1: {group.world_size} ranks share {len(parameters)} parameters, and one would have none to step. "
+            "Type --strategy ddp, or fsdp, which splits each of them."
+        )
+    if optimizer.state:
+        raise ConfigError(f"--strategy zero1: the optimizer ({kind.__name__}) has state before the first step, which cannot be split.")
+    try:
+        zero = ZeroRedundancyOptimizer(
+            groups,
+            optimizer_class=kind,
+            process_group=group.training,
+            parameters_as_bucket_view=all(parameter.is_contiguous() for parameter in parameters),  # one message a rank, not one a parameter
+            **defaults,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"--strategy zero1: torch's ZeroRedundancyOptimizer cannot build {kind.__name__} for a rank's own parameters: {error}. "
+            "Type --strategy ddp, or fsdp."
+        ) from error
+    lost = [key for own in optimizer.param_groups for key in own if key not in zero.optim.param_groups[0] and key != "params"]
+    if lost and not all(key.startswith("initial_") for key in lost):
+        raise ConfigError(
+            f"--strategy zero1: {kind.__name__} does not take {some(sorted(set(lost)))}, which its groups have, as arguments."
+        )
+    return zero
+
+
+def _release(zero: Any) -> None:
+    """Lets go of the process group, which must be gone before it is destroyed."""
+    zero.process_group = None
