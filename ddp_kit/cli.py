@@ -20,6 +20,7 @@ VERBS = {
     "sweep": ("launch.sweep", "a run for each point: sweep --grid lr=0.1,0.2 RECIPE.py; sweep --show NAME"),
     "new": ("ddp_kit.commands.new", "start a recipe of your own from a shipped one: new my.py --from cifar"),
     "check": ("ddp_kit.commands.check", "two steps and an evaluation of a recipe: memory, rate, time to finish; leaves nothing"),
+    "plan": ("ddp_kit.commands.plan", "what it would cost on N ranks, without them: plan RECIPE.py --ranks 64 --strategy fsdp"),
     "evaluate": ("ddp_kit.evaluate", "evaluate weights: evaluate RECIPE.py --from runs/NAME"),
     "show": ("ddp_kit.commands.show", "one screen about a run: status, metrics, curve: show runs/NAME"),
     "ckpt": ("ddp_kit.commands.ckpt", "a run's checkpoints: ckpt ls RUN, verify, export, diff"),

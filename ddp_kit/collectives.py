@@ -1,6 +1,6 @@
 """Agreement between ranks on small values, over the gloo control group.
 
-Owns: every blocking collective outside the training step. All ranks call each function, in the same order.
+Owns: every blocking collective of small values, those of a step included. All ranks call each function, in the same order.
 Refuses: objects (a peer's bytes are never unpickled), and collectives that some ranks enter only.
 In one process without a group each function returns what it was given.
 """
@@ -88,3 +88,18 @@ def gather_rows(group: Group, rows: torch.Tensor) -> list[torch.Tensor]:
     every = [torch.empty_like(own) for _ in range(group.world_size)]
     dist.all_gather(every, own, group=group.control)
     return [content[:count] for content, count in zip(every, counts, strict=True)]
+
+
+def over_shards(norm: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Returns the Euclidean norm over the parts of all ranks, given that of this rank's; None: the ranks hold no parts."""
+    if group is None:
+        return norm
+    square = norm.double().square()
+    dist.all_reduce(square, group=group)
+    return square.sqrt().to(norm.dtype)
+
+
+def anywhere(found: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Sets a flag on all ranks if it is set on one that holds a part; None: the ranks hold no parts, and know it already."""
+    if group is not None:
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)

@@ -7,7 +7,6 @@ Refuses: knowing strategies. A tensor says itself how it is split; a plain one i
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from ddp_kit.errors import ConfigError
 
@@ -63,18 +62,3 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     detached = tensor.detach()
     full: torch.Tensor = detached.full_tensor() if is_split(detached) else detached  # type: ignore[attr-defined]  # a DTensor
     return full
-
-
-def over_shards(norm: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Returns the Euclidean norm over the parts of all ranks, given that of this rank's; None: the ranks hold no parts."""
-    if group is None:
-        return norm
-    square = norm.double().square()
-    dist.all_reduce(square, group=group)
-    return square.sqrt().to(norm.dtype)
-
-
-def anywhere(found: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    """Sets a flag on all ranks if it is set on one that holds a part; None: the ranks hold no parts, and know it already."""
-    if group is not None:
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)

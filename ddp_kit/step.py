@@ -13,13 +13,13 @@ import math
 
 import torch
 
+from ddp_kit.collectives import anywhere, over_shards
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import DdpKitError, some
 from ddp_kit.finite import find_non_finite, judge, listed, look_back
 from ddp_kit.preemption import StopFlag
 from ddp_kit.seeding import seed_forward
-from ddp_kit.sharded import anywhere, over_shards
 from ddp_kit.training import ObjectiveState, StepSums, Sums, Training
 from ddp_kit.tuning import step_quietly
 
@@ -121,7 +121,8 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
     anywhere(found, shards)
     if training.grad_clip:
         norm = sums.grad_norms[objective.name] = over_shards(torch.nn.utils.get_total_norm(gradients), shards)
-        torch._foreach_mul_(gradients, torch.clamp(training.grad_clip / (norm + 1e-6), max=1.0))
+        coefficient = torch.clamp(training.grad_clip / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(gradients, coefficient.nan_to_num_(nan=1.0))  # else one bad gradient would make all of them bad
     if objective.is_deferred:
         objective.optimizer.found_inf = found  # type: ignore[attr-defined]  # fused optimizers read it, as GradScaler has it
         step_quietly(objective.optimizer)
@@ -135,10 +136,11 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
         found.zero_()
         judge(training, objective, batch, sums)
         return False
-    if objective.step is not None:
-        objective.step()
-    else:
+    if objective.step is None:
         step_quietly(objective.optimizer)
+        return True
+    objective.step()
+    objective.optimizer._opt_called = True  # type: ignore[attr-defined]  # as torch's schedulers note a step
     return True
 
 

@@ -14,6 +14,7 @@ import ddp_kit
 from ddp_kit import Data, LossSum, Recipe
 from ddp_kit.compose import Composition, compose
 from ddp_kit.groups import Group
+from ddp_kit.sharded import whole
 from ddp_kit.step import train_step
 
 
@@ -90,7 +91,7 @@ def trace(group: Group, recipe: Recipe, settings: Settings) -> Trace:
     for batch in made.feed.batches(start=0, end=made.pace.end):
         sums = train_step(made.training, batch)
         if not samples:
-            gradient = {name: p.grad.detach().clone() for name, p in made.training.model.named_parameters() if p.grad is not None}
+            gradient = {name: whole(p.grad).clone() for name, p in made.training.model.named_parameters() if p.grad is not None}
         numbers = range(sums.first, sums.first + sums.size)
         total, count = sum_by_name(group, sums.totals(group.device).tensor(["loss"]), names=["loss"], order=numbers)["loss"]
         losses.append(total / count)
@@ -98,7 +99,7 @@ def trace(group: Group, recipe: Recipe, settings: Settings) -> Trace:
             torch.cat(gather_rows(group, torch.from_numpy(np.concatenate([part.request.indices for part in batch.micro_batches])))).tolist()
         )
     made.training.control.close()
-    state = {name: tensor.detach().clone() for name, tensor in made.training.model.state_dict().items()}
+    state = {name: whole(tensor).clone() for name, tensor in made.training.model.state_dict().items()}
     return Trace(losses, gradient, state, samples)
 
 

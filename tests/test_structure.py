@@ -13,15 +13,15 @@ import ddp_kit
 ROOT = Path(ddp_kit.__file__).parent
 LAYERS = [
     ["errors"],
-    ["topology", "tuning", "batching", "settings", "faults", "flags", "metrics", "logs", "tree", "peak"],
-    ["blame", "meeting", "preflight", "groups", "collectives", "control", "seeding", "sharded"],
+    ["topology", "tuning", "sharded", "batching", "settings", "faults", "flags", "metrics", "logs", "tree", "peak"],
+    ["blame", "meeting", "preflight", "groups", "collectives", "control", "seeding"],
     [
         *("strategies", "data", "checkpoint", "trackers", "precision", "early_stopping", "preemption", "ema", "schedules"),
         *("buffers", "callbacks", "counts", "weights", "best", "run_dir", "environment"),
         *("past", "grace", "watch"),
     ],
     ["recipe", "training", "state", "saving", "finite", "step", "exactness", "rehearsal", "wrapping", "evaluation", "report", "fit"],
-    ["auto", "evaluator", "compose", "resume", "begin", "life", "session", "train", "evaluate", "commands", "cli"],
+    ["auto", "evaluator", "costs", "compose", "resume", "begin", "life", "session", "train", "evaluate", "commands", "cli"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 CORE_APART = {"strategies", "trackers", "commands", "testing", "cli", "environment"}
@@ -62,7 +62,7 @@ def test_only_layer_two_strategies_and_their_users_of_works_import_torch_distrib
     """Beside layer 2 and the strategies: those that launch an asynchronous sum and read it later, and the saving thread."""
     users = {part(path) for path in FILES if "import torch.distributed as dist" in path.read_text()}
     assert users <= {
-        *("blame", "meeting", "preflight", "groups", "collectives", "control", "sharded"),
+        *("blame", "meeting", "preflight", "groups", "collectives", "control"),
         *("strategies", "testing", "buffers", "counts", "report", "checkpoint"),
     }
 

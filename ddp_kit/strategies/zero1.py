@@ -35,8 +35,7 @@ class ZeroOne(Whole):
 
         Raises: ConfigError for an optimizer that cannot be built again from its groups.
         """
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        zero = _rebuilt(optimizer, parameters, self._group)
+        zero = rebuilt(optimizer, self._group)
         zero.param_groups = optimizer.param_groups  # not copies: schedulers hold the recipe's optimizer
         optimizer.state = zero.optim.state
         own = {id(parameter) for group in zero.optim.param_groups for parameter in group["params"]}
@@ -52,16 +51,12 @@ class ZeroOne(Whole):
         return self._ddp.left_out(wrapped)
 
 
-def _rebuilt(optimizer: Optimizer, parameters: list[nn.Parameter], group: Group) -> Any:
-    kind = type(optimizer)
+def rebuilt(optimizer: Optimizer, group: Group) -> Any:
+    """Returns the ZeroRedundancyOptimizer that steps what an optimizer would. Raises: ConfigError if there is none."""
+    kind, parameters = type(optimizer), [parameter for own in optimizer.param_groups for parameter in own["params"]]
     known = inspect.signature(kind.__init__).parameters
     defaults = {key: value for key, value in optimizer.defaults.items() if key in known}
     groups = [{key: value for key, value in own.items() if key == "params" or key in known} for own in optimizer.param_groups]
-    if len(parameters) < group.world_size:
-        raise ConfigError(
-            f"--strategy zero1: {group.world_size} ranks share {len(parameters)} parameters, and one would have none to step. "
-            "Type --strategy ddp, or fsdp, which splits each of them."
-        )
     if optimizer.state:
         raise ConfigError(f"--strategy zero1: the optimizer ({kind.__name__}) has state before the first step, which cannot be split.")
     try:

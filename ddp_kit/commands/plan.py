@@ -1,0 +1,104 @@
+"""`ddp-kit plan RECIPE.py --ranks 64 [--gpu-memory-gib 80] [recipe flags]`: what it would cost, without a GPU or 64 processes.
+
+Owns: its own flags and the table. `costs` finds the figures.
+Refuses: starting ranks, and saying that something fits that was not counted: activations are named as what remains.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from ddp_kit.batching import BatchPlan, describe, plan_batches
+from ddp_kit.costs import Costs, costs_of, fake_group
+from ddp_kit.data.data import as_data
+from ddp_kit.errors import ConfigError, DdpKitError
+from ddp_kit.flags import parse
+from ddp_kit.recipe import Recipe, load_recipe
+from ddp_kit.session import recipe_path, run_command
+from ddp_kit.settings import Settings
+
+GIB, MIB = 2**30, 2**20
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns the exit code: 1 if the parts that are counted do not fit the GPU's memory."""
+
+    def command() -> int:
+        parser = argparse.ArgumentParser(prog="ddp-kit plan", allow_abbrev=False, add_help=False)
+        parser.add_argument("--ranks", type=int, default=8)
+        parser.add_argument("--ranks-per-node", type=int, default=8)
+        parser.add_argument("--gpu-memory-gib", type=float, default=0.0)
+        parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl")
+        given, rest = parser.parse_known_args(argv)
+        source = load_recipe(recipe_path(rest, command="ddp-kit plan"))
+        settings = parse(source.settings, rest[1:], prog=f"ddp-kit plan {rest[0]}")
+        _refuse(given, settings)
+        micro_batch = settings.micro_batch if isinstance(settings.micro_batch, int) else 0
+        plan = plan_batches(settings.global_batch, micro_batch=micro_batch, world_size=given.ranks)
+        recipe = source.build(settings)
+        with fake_group(ranks=given.ranks, ranks_per_node=given.ranks_per_node) as group:
+            costs = costs_of(recipe, settings, plan, group=group, backend=given.backend)
+        print("\n".join(_lines(costs, settings, plan, steps=_steps(recipe, settings), ranks=given.ranks)))
+        return _verdict(costs, given.gpu_memory_gib)
+
+    return run_command(command)
+
+
+def _refuse(given: argparse.Namespace, settings: Settings) -> None:
+    faults = [
+        f"--{name.replace('_', '-')} {getattr(given, name)}: expected at least 1"
+        for name in ("ranks", "ranks_per_node")
+        if getattr(given, name) < 1
+    ]
+    if given.gpu_memory_gib < 0:
+        faults.append(f"--gpu-memory-gib {given.gpu_memory_gib}: expected 0 (not asked) or more")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _steps(recipe: Recipe, settings: Settings) -> str:
+    """Returns how many optimizer steps the run has; the data may not be here."""
+    if not settings.epochs:
+        return f"{settings.max_steps:,}"
+    try:
+        size = len(as_data(recipe.train_data()))
+    except (DdpKitError, OSError, TypeError) as error:
+        return f"{settings.epochs} epochs (of how many steps is not known here: {str(error).splitlines()[0]})"
+    each = size // settings.global_batch
+    return f"{min(settings.epochs * each, settings.max_steps or settings.epochs * each):,} ({each:,} an epoch)"
+
+
+def _lines(costs: Costs, settings: Settings, plan: BatchPlan, *, steps: str, ranks: int) -> list[str]:
+    rows = [
+        ("weights", costs.weights, ""),
+        ("gradients", costs.gradients, ""),
+        ("optimizer", costs.moments, "its state, on the rank that has most"),
+        *([("ema", costs.average, "")] if costs.average else []),
+        *([("buffers", costs.buffers, "")] if costs.buffers else []),
+        *([("gathered", costs.gathered, "weights and gradients that are whole for a moment, at most")] if costs.gathered else []),
+        ("together", costs.held, "without activations and what libraries take for themselves"),
+    ]
+    return [
+        f"{settings.strategy} on {ranks} ranks: {costs.parameters:,} parameters, {settings.precision}",
+        f"batch       {describe(plan)}",
+        f"steps       {steps}",
+        "memory of a rank",
+        *(f"  {name:<10}{amount(size):>12}{f'   {note}' if note else ''}" for name, size, note in rows),
+        f"sent        {amount(costs.sent)} by a rank in a step",
+        f"checkpoint  {amount(costs.checkpoint)}, of which a rank writes up to {amount(costs.written)}",
+    ]
+
+
+def amount(size: float) -> str:
+    """Returns bytes as MiB or GiB."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.2f} MiB"
+
+
+def _verdict(costs: Costs, memory_gib: float) -> int:
+    if not memory_gib:
+        return 0
+    left = memory_gib * GIB - costs.held
+    if left < 0:
+        print(f"does not fit {memory_gib:g} GiB: {amount(-left)} too much. Type --strategy fsdp, or start more ranks.")
+        return 1
+    print(f"fits {memory_gib:g} GiB: {amount(left)} are left for activations and libraries.")
+    return 0

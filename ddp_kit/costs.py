@@ -1,0 +1,194 @@
+"""What a run would hold, send and write on many ranks, found out in one process without any memory for weights.
+
+Owns: the model on the meta device, split by the real strategy over a fake process group, and the sums over what that gives.
+Refuses: activations, which depend on the loss, and what libraries allocate for themselves: it says that they are left out.
+
+Bytes that a rank sends in a collective over W ranks, of n bytes each: Source: Thakur et al., Optimization of Collective Communication
+Operations in MPICH, 2005, sections 4 and 5: all-reduce 2 (W - 1) / W n, all-gather and reduce-scatter (W - 1) / W n, broadcast the same on
+average. gloo makes its reduce-scatter of an all-reduce (seen on torch 2.15 by the kernel's count of bytes sent).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from ddp_kit.batching import BatchPlan
+from ddp_kit.blame import Blame
+from ddp_kit.groups import Group
+from ddp_kit.precision import AUTOCAST, weight_dtype
+from ddp_kit.recipe import Recipe
+from ddp_kit.settings import Settings
+from ddp_kit.sharded import local
+from ddp_kit.strategies import choose_strategy
+from ddp_kit.strategies.fsdp import modules_to_wrap
+from ddp_kit.strategies.zero1 import rebuilt
+from ddp_kit.topology import Topology
+from ddp_kit.wrapping import part_of
+
+Backend = Literal["nccl", "gloo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What the rank that holds most has, in bytes."""
+
+    parameters: int  # their number, of the whole model
+    weights: int
+    gradients: int
+    moments: int  # the optimizer's state
+    average: int  # the EMA
+    buffers: int
+    gathered: int  # of weights that are split: what of them is whole for a moment, at most
+    sent: int  # in a step, by a rank on average
+    checkpoint: int  # of all ranks together, without headers
+    written: int  # of it by the rank that writes most
+
+    @property
+    def held(self) -> int:
+        """All that a rank holds at once, activations left out."""
+        return self.weights + self.gradients + self.moments + self.average + self.buffers + self.gathered
+
+
+@contextmanager
+def fake_group(*, ranks: int, ranks_per_node: int) -> Iterator[Group]:
+    """Yields the group of rank 0 of `ranks`, whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    topology = Topology(world_size=ranks, local_world_size=min(ranks, ranks_per_node), nodes=max(1, ranks // ranks_per_node))
+    group = Group(topology=topology, device=torch.device("cpu"), blame=Blame(rank=0, world_size=ranks))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        group.training = group.control = group.sums = dist.group.WORLD
+        yield group
+        group.closing.close()
+    finally:
+        group.training = group.control = group.sums = None
+        dist.destroy_process_group()
+
+
+def build(recipe: Recipe, settings: Settings) -> nn.Module:
+    """Returns the recipe's model without memory."""
+    with torch.device("meta"):
+        model = recipe.model()
+    return model.to("meta", weight_dtype(settings.precision))
+
+
+def costs_of(recipe: Recipe, settings: Settings, plan: BatchPlan, *, group: Group, backend: Backend) -> Costs:
+    """Returns what training would cost the group's ranks."""
+    model = build(recipe, settings)
+    strategy = choose_strategy(group, settings)
+    pieces = _pieces(model, settings)
+    strategy.shard(model)
+    states, optimizers = _states(recipe, model)
+    kept, whole = (sum(pair[i] for pair in states.values()) for i in (0, 1))
+    if settings.strategy == "zero1" and group.world_size > 1:
+        kept = max(_shares(optimizers, states, group))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights, gradients = _held(model.parameters()), _held(trained)
+    buffers, floats = _held(model.buffers()), _held(buffer for buffer in model.buffers() if buffer.is_floating_point())
+    average = weights + floats if settings.ema else 0
+    rounds = max(map(len, map(plan.of_rank, range(group.world_size))))
+    everything = _whole(model.parameters()) * (2 if settings.ema else 1) + buffers + (floats if settings.ema else 0) + whole
+    own = {"zero1": kept, "fsdp": weights + (weights if settings.ema else 0) + kept}.get(settings.strategy, 0)
+    own_of_all = {"zero1": whole, "fsdp": everything - buffers - (floats if settings.ema else 0)}.get(settings.strategy, 0)
+    is_split = strategy.shards is not None
+    return Costs(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weights=weights,
+        gradients=gradients,
+        moments=kept,
+        average=average,
+        buffers=buffers,
+        gathered=_gathered(pieces, settings, accumulates=rounds > 1) if is_split else 0,
+        sent=round(_sent(pieces, trained, settings, group=group, rounds=rounds, backend=backend)),
+        checkpoint=everything,
+        written=everything // group.world_size if group.world_size == 1 else (everything - own_of_all) // group.world_size + own,
+    )
+
+
+def _held(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(local(tensor).nbytes for tensor in tensors)
+
+
+def _whole(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _pieces(model: nn.Module, settings: Settings) -> list[list[nn.Parameter]]:
+    """Returns the parameters that FSDP gathers together, those of the root last."""
+    taken: set[int] = set()
+    found = []
+    for module in [*modules_to_wrap(model, settings.fsdp), model]:
+        found.append([parameter for parameter in module.parameters() if id(parameter) not in taken])
+        taken |= {id(parameter) for parameter in found[-1]}
+    return found
+
+
+def _states(recipe: Recipe, model: nn.Module) -> tuple[dict[int, tuple[int, int]], list[Optimizer]]:
+    """Steps the optimizers once. Returns the bytes of each parameter's state, here and over all ranks, and the optimizers."""
+    states, optimizers = {}, []
+    for objective in recipe.parts():
+        optimizer = objective.optimizer(part_of(model, objective.trains))
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        for parameter, state in optimizer.state.items():
+            tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+            states[id(parameter)] = _held(tensors), _whole(tensors)
+        optimizers.append(optimizer)
+    return states, optimizers
+
+
+def _shares(optimizers: Sequence[Optimizer], states: Mapping[int, tuple[int, int]], group: Group) -> list[int]:
+    """Returns the bytes of optimizer state that zero1 gives to each rank."""
+    shares = [0] * group.world_size
+    for optimizer in optimizers:
+        optimizer.state.clear()
+        for rank, groups in enumerate(rebuilt(optimizer, group)._partition_parameters()):
+            shares[rank] += sum(states[id(parameter)][0] for own in groups for parameter in own["params"])
+    return shares
+
+
+def _gathered(pieces: Sequence[Sequence[nn.Parameter]], settings: Settings, *, accumulates: bool) -> int:
+    """Returns the bytes of the root's weights, of two more pieces (one in use, one on its way), and of gradients not yet split."""
+    *others, root = [sum(parameter.numel() for parameter in piece) for piece in pieces]
+    width = AUTOCAST[settings.precision].itemsize if settings.precision in AUTOCAST else weight_dtype(settings.precision).itemsize
+    gradients = sum([root, *others]) if accumulates else max([root, *others])
+    return (root + 2 * max(others, default=0)) * width + gradients * weight_dtype(settings.precision).itemsize
+
+
+def _sent(
+    pieces: Sequence[Sequence[nn.Parameter]],
+    trained: Sequence[nn.Parameter],
+    settings: Settings,
+    *,
+    group: Group,
+    rounds: int,
+    backend: Backend,
+) -> float:
+    """Returns the bytes that a rank sends in a step. What is split is padded to equal parts."""
+    ranks, wide = group.world_size, weight_dtype(settings.precision).itemsize
+    if settings.strategy != "fsdp" or ranks == 1:
+        whole = sum(parameter.numel() for parameter in trained)
+        summed = 2 * whole * (2 if settings.comm != "fp32" else wide)
+        return (ranks - 1) / ranks * (summed + (whole * wide if settings.strategy == "zero1" else 0))
+    line = group.topology.local_world_size if settings.fsdp.hybrid else ranks
+    width = AUTOCAST[settings.precision].itemsize if settings.precision in AUTOCAST else wide
+
+    def padded(parameters: Sequence[nn.Parameter]) -> int:
+        return sum(-(-parameter.shape[0] // line) * (parameter.numel() // max(1, parameter.shape[0])) for parameter in parameters) * line
+
+    *others, root = map(padded, pieces)
+    summed = padded([parameter for piece in pieces for parameter in piece if parameter.requires_grad]) * wide
+    gathers = rounds * (root + 2 * sum(others)) * width  # the root stays whole from forward to backward
+    scatters = summed * (2 if backend == "gloo" else 1)
+    lines = ranks // line
+    return (line - 1) / line * (gathers + scatters) + 2 * (lines - 1) / lines * summed / line

@@ -1,0 +1,253 @@
+"""zero1, fsdp and compressed gradients follow ddp; what cannot be is refused by name."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from blocks import Net, Split, averages, half_the_median_norm, split
+from cases import Trace, classify, distance, normed, recipe, trace, vectors, weighted
+from launching import train
+from torch import nn
+
+import ddp_kit
+from ddp_kit.compose import compose
+from ddp_kit.errors import ConfigError, NonFiniteError
+from ddp_kit.evaluator import data_sets
+from ddp_kit.faults import check
+from ddp_kit.groups import Group
+from ddp_kit.settings import Fsdp
+from ddp_kit.sharded import is_split, local, whole
+from ddp_kit.step import train_step
+from ddp_kit.strategies.fsdp import modules_to_wrap
+from ddp_kit.weights import weights_sha256
+
+MORTAL = str(Path(__file__).with_name("mortal.py"))
+WRAPPED = Fsdp(wrap=("Block",))
+OTHERS: list[dict[str, Any]] = [{"strategy": "zero1"}, {"strategy": "fsdp"}, {"strategy": "fsdp", "fsdp": WRAPPED}]
+
+
+def apart(a: Trace, b: Trace) -> float:
+    """Returns the largest difference of two runs' losses."""
+    return max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True))
+
+
+@pytest.mark.ranks(2, 4)
+def test_zero1_and_fsdp_follow_ddp_for_50_steps_clipped_at_half_the_median_norm(group: Group) -> None:
+    settings = replace(Split(), grad_clip=half_the_median_norm(group, Split()))
+    reference = trace(group, split(settings), settings)
+    for choice in OTHERS:
+        ours = trace(group, split(settings), replace(settings, **choice))
+        assert distance(ours.gradient, reference.gradient) <= 1e-12, choice
+        assert apart(ours, reference) <= 1e-9
+        assert distance(ours.state, reference.state) <= 1e-9
+        assert ours.samples == reference.samples
+
+
+@pytest.mark.ranks(2, 3)
+def test_micro_batches_that_do_not_come_out_even_change_nothing(group: Group) -> None:
+    """24 / 3 = 8 micro-batches: on 3 ranks 3 + 3 + 2, so that a rank gathers weights once more than it has work."""
+    for loss in (classify, weighted):
+        settings = Split(micro_batch=3, max_steps=10)
+        reference = trace(group, split(settings, loss=loss), settings)
+        for choice in OTHERS if loss is classify else OTHERS[:2]:  # the other loss uses blocks' weights outside the blocks
+            ours = trace(group, split(settings, loss=loss), replace(settings, **choice))
+            assert distance(ours.gradient, reference.gradient) <= 1e-12
+            assert apart(ours, reference) <= 1e-9
+
+
+@pytest.mark.ranks(2)
+def test_after_one_step_every_parameter_has_moved_and_so_has_the_average(group: Group) -> None:
+    """An optimizer that was built before the model was split would step tensors that nobody reads."""
+    for choice in OTHERS:
+        settings = Split(max_steps=1, grad_clip=0.0, **choice)
+        made = compose(split(settings), settings, group)
+        before = {name: whole(p).clone() for name, p in made.training.model.named_parameters()}
+        train_step(made.training, next(made.feed.batches(start=0, end=1)))
+        after = {name: whole(p).clone() for name, p in made.training.model.named_parameters()}
+        still = [name for name in before if bool((before[name] == after[name]).any())]
+        assert sorted(still) == ["frozen.bias", "frozen.weight"]
+        average = averages(made.training)
+        assert all(torch.allclose(average[name], 0.9 * before[name] + 0.1 * after[name], atol=1e-12) for name in before)
+        assert {name: whole(p).tolist() for name, p in made.training.model.named_parameters()} == {n: t.tolist() for n, t in after.items()}
+        made.training.control.close()
+
+
+@pytest.mark.ranks(2, 4)
+def test_a_rank_keeps_its_part_only(group: Group) -> None:
+    """zero1 and fsdp are for memory: the optimizer's state, and with fsdp weights and gradients, are split."""
+    for choice in OTHERS:
+        settings = Split(**choice)
+        made = compose(split(settings, model=lambda: Net(64)), settings, group)
+        train_step(made.training, next(made.feed.batches(start=0, end=1)))
+        parameters = list(made.training.model.parameters())
+        full = sum(p.numel() * 8 for p in parameters if p.requires_grad)
+        state = made.training.objectives[0].optimizer.state
+        moments = sum(local(value).nbytes for own in state.values() for value in own.values())
+        assert moments <= 2 * full / group.world_size * 1.35 + 8 * len(parameters)  # whole parameters do not come out even
+        held = sum(local(p).nbytes for p in parameters)
+        assert all(is_split(p) for p in parameters) == (choice["strategy"] == "fsdp")
+        if choice["strategy"] == "fsdp":
+            assert held <= sum(p.numel() * 8 for p in parameters) / group.world_size * 1.05 + 8 * len(parameters)
+        made.training.control.close()
+
+
+@pytest.mark.ranks(2)
+def test_in_fp32_they_follow_ddp_at_a_small_rate(group: Group) -> None:
+    settings = Split(precision="fp32", lr=1e-4)
+    reference = trace(group, split(settings), settings)
+    for choice in OTHERS:
+        ours = trace(group, split(settings), replace(settings, **choice))
+        assert distance(ours.gradient, reference.gradient) <= 1e-5
+        assert apart(ours, reference) <= 1e-5
+
+
+@pytest.mark.ranks(2)
+def test_bf16_and_compressed_gradients_stay_within_stated_bounds(group: Group) -> None:
+    """bfloat16 has 8 bits: a rounded gradient is off by 2^-9 of each element, so by at most 2^-9 in norm; with fp16 by 2^-12."""
+    settings = Split(precision="fp32", lr=1e-3, ema=0.0, grad_clip=0.0)
+    reference = trace(group, split(settings), settings)
+    for comm, bound in (("bf16", 2.0**-8), ("fp16", 2.0**-11)):
+        ours = trace(group, split(settings), replace(settings, comm=comm))
+        assert 0 < distance(ours.gradient, reference.gradient) <= bound
+        assert apart(ours, reference) <= bound
+        sharded = trace(group, split(settings), replace(settings, comm=comm, strategy="zero1"))
+        assert sharded.losses == ours.losses
+    lower = replace(settings, precision="bf16")
+    reference = trace(group, split(lower), lower)
+    for choice in OTHERS:
+        ours = trace(group, split(lower), replace(lower, **choice))
+        assert distance(ours.gradient, reference.gradient) <= 0.1
+        assert apart(ours, reference) <= 0.05
+
+
+@pytest.mark.ranks(3)
+def test_running_statistics_and_draws_are_ddps(group: Group) -> None:
+    settings = Split(micro_batch=3, max_steps=20, ema=0.0)
+    for precision in ("fp64", "bf16"):
+        own = replace(settings, precision=precision)
+        reference = trace(group, recipe(own, model=normed), own)
+        for choice in OTHERS[:2]:
+            ours = trace(group, recipe(own, model=normed), replace(own, **choice))
+            assert apart(ours, reference) <= (1e-9 if precision == "fp64" else 0.05)
+            assert distance(ours.state, reference.state) <= (1e-9 if precision == "fp64" else 0.05)
+
+
+@pytest.mark.ranks(3)
+def test_evaluation_is_ddps_also_where_a_rank_has_no_samples(group: Group) -> None:
+    for size in (1, 2, 50):
+        found = []
+        for choice in [{}, *OTHERS]:
+            settings = Split(max_steps=3, **choice)
+            made = compose(split(settings), settings, group)
+            for batch in made.feed.batches(start=0, end=3):
+                train_step(made.training, batch)
+            evaluator = made.evaluator.on(data_sets(vectors(size), what="evaluation"))
+            digest = weights_sha256(made.training.model)
+            found.append(evaluator(made.training.model, average=made.training.average)["loss"])
+            assert weights_sha256(made.training.model) == digest
+            train_step(made.training, next(made.feed.batches(start=3, end=4)))
+            made.training.control.close()
+        assert max(found) - min(found) <= 1e-9
+
+
+@pytest.mark.ranks(2)
+def test_a_step_that_is_not_finite_leaves_weights_and_names_the_sample(group: Group) -> None:
+    bad = vectors()
+    bad.tensors[0][17] = torch.inf
+    for choice in OTHERS:
+        settings = Split(max_steps=10, **choice)
+        made = compose(split(settings, train_data=lambda: ddp_kit.Data(bad)), settings, group)
+        digest = weights_sha256(made.training.model)
+        with pytest.raises(NonFiniteError, match="17"):
+            for batch in made.feed.batches(start=0, end=10):
+                digest = weights_sha256(made.training.model)
+                train_step(made.training, batch)
+        assert weights_sha256(made.training.model) == digest
+        made.training.control.close()
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_that_is_not_finite_on_one_ranks_rows_is_named_on_all(group: Group) -> None:
+    """The square root's derivative at 0: one row of one tensor, which one rank holds."""
+
+    def loss(model: Any, batch: Any) -> ddp_kit.LossSum:
+        found = classify(model, batch)
+        return ddp_kit.LossSum(found.total + (model.blocks[1].layer.weight[0, 0] * 0).sqrt(), found.count)
+
+    settings = Split(strategy="fsdp")
+    made = compose(recipe(settings, model=Net, loss=loss), settings, group)
+    digest = weights_sha256(made.training.model)
+    with pytest.raises(NonFiniteError, match=r"blocks\.1\.layer\.weight"):
+        train_step(made.training, next(made.feed.batches(start=0, end=1)))
+    assert weights_sha256(made.training.model) == digest
+    made.training.control.close()
+
+
+def test_what_is_wrapped_is_found_by_class_and_by_size() -> None:
+    model = Net(8)
+    assert [type(m).__name__ for m in modules_to_wrap(model, Fsdp(wrap=("Block", "Linear")))].count("Block") == 3
+    assert modules_to_wrap(model, Fsdp(wrap_size=80)) == list(reversed(model.blocks))
+    with pytest.raises(ConfigError, match=r"--fsdp.wrap Blok: the model has no module of that class. Did you mean Block\?"):
+        modules_to_wrap(model, Fsdp(wrap=("Blok",)))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"exact": True, "micro_batch": 3, "strategy": "zero1"}, "--exact with --strategy zero1"),
+        ({"exact": True, "micro_batch": 3, "strategy": "fsdp"}, "--exact with --strategy fsdp"),
+        ({"exact": True, "micro_batch": 3, "strategy": "deepspeed"}, "--exact with --strategy deepspeed"),
+        ({"exact": True, "micro_batch": 3, "comm": "bf16"}, "--comm bf16 with --exact"),
+        ({"strategy": "fsdp", "comm": "fp16"}, "--comm fp16 with --strategy fsdp"),
+        ({"fsdp": Fsdp(hybrid=True)}, r"--fsdp.\* is set without --strategy fsdp"),
+        ({"strategy": "fsdp", "precision": "fp16", "fsdp": Fsdp(cpu_offload=True)}, "--fsdp.cpu-offload with --precision fp16"),
+        ({"strategy": "fsdp", "find_unused_parameters": True}, "--strategy fsdp with --find-unused-parameters"),
+        ({"strategy": "fsdp", "micro_batch": "auto"}, "--strategy fsdp with --micro-batch auto"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check(Split(**given))
+
+
+@pytest.mark.ranks(2)
+def test_scalars_several_objectives_and_odd_optimizers_are_refused_by_name(group: Group) -> None:
+    class Scalar(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.warmth = nn.Parameter(torch.tensor(1.0))
+
+    class Odd(torch.optim.SGD):
+        def __init__(self, parameters: Any, *, must: str) -> None:
+            assert must
+            super().__init__(parameters, lr=0.1)
+
+    fsdp, zero1 = Split(strategy="fsdp"), Split(strategy="zero1")
+    with pytest.raises(ConfigError, match=r"cannot split a scalar: give warmth the shape \(1,\)"):
+        compose(split(fsdp, model=Scalar), fsdp, group)
+    with pytest.raises(ConfigError, match="cannot build Odd"):
+        compose(split(zero1, optimizer=lambda model: Odd([p for p in model.parameters() if p.requires_grad], must="x")), zero1, group)
+    parts = [
+        ddp_kit.Objective(loss=classify, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1), trains=f"blocks.{i}") for i in (0, 1)
+    ]
+    with pytest.raises(ConfigError, match="it trains one objective, the recipe has 2"):
+        compose(split(fsdp, loss=None, optimizer=None, objectives=parts), fsdp, group)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None:
+    args = ["--save-every", "5", "--strategy", strategy, "--width", "32"]
+
+    def run(name: str, deaths: str = "") -> Any:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return train(*args, folder=tmp_path / name, recipe=MORTAL, world_size=3, env={"DEATHS": deaths}, limit_s=60)
+
+    whole_run = run("whole")
+    assert whole_run.codes == [0, 0, 0], whole_run.errors
+    assert -9 in run("cut", "13:1").codes
+    last = run("cut")
+    assert last.codes == [0, 0, 0], last.errors
+    assert last.status["weights_sha256"] == whole_run.status["weights_sha256"]
+    assert last.status["metrics"] == whole_run.status["metrics"]
