@@ -25,9 +25,9 @@ from ddp_kit.metrics import LossSum
 from ddp_kit.precision import LossScale
 from ddp_kit.rehearsal import Rehearsal
 from ddp_kit.seeding import forward_key
-from ddp_kit.settings import Precision
+from ddp_kit.settings import Precision, Settings
 from ddp_kit.sharded import local
-from ddp_kit.strategies import DataParallel, ExactDataParallel, ExactSingle, Single, Strategy
+from ddp_kit.strategies import Strategy, choose_strategy
 from ddp_kit.training import LossCall, ObjectiveState, Training
 from ddp_kit.tuning import fuse
 from ddp_kit.weights import require_equal
@@ -59,14 +59,10 @@ def wrap(
 ) -> Training:
     """Wraps a model, its optimizer and its loss for a loop of one's own, with DDP. Every rank calls it; see `wrap_parts`."""
     require_equal(model, group=group)
-    strategy: Strategy = ExactSingle() if exact else Single()
-    if group.world_size > 1:
-        kind = ExactDataParallel if exact else DataParallel
-        strategy = kind(group, find_unused_parameters=find_unused_parameters)
     return wrap_parts(
         model,
         [Part(loss=loss, optimizer=optimizer, scheduler=scheduler)],
-        strategy=strategy,
+        strategy=choose_strategy(group, Settings(exact=exact, find_unused_parameters=find_unused_parameters)),
         group=group,
         feed=feed,
         precision=precision,

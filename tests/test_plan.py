@@ -1,0 +1,141 @@
+"""`ddp-kit plan` says what real ranks hold, send and write."""
+
+import json
+import os
+import socket
+import stat
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blocks import Net, Split, split
+from cases import vectors
+
+from ddp_kit import Data
+from ddp_kit.batching import plan_batches
+from ddp_kit.commands.plan import main
+from ddp_kit.compose import compose
+from ddp_kit.costs import Costs, costs_of, fake_group
+from ddp_kit.groups import Group
+from ddp_kit.saving import save
+from ddp_kit.settings import Fsdp
+from ddp_kit.sharded import local
+from ddp_kit.step import train_step
+from ddp_kit.testing import run_ranks
+
+WIDTH = 256  # 300,000 parameters: what else is sent in a step does not count
+BYTES_SENT = 200  # of struct tcp_info in linux/tcp.h: tcpi_bytes_sent, since Linux 4.19
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"micro_batch": 3},
+    {"comm": "bf16"},
+    {"strategy": "zero1"},
+    {"strategy": "fsdp"},
+    {"strategy": "fsdp", "fsdp": Fsdp(wrap=("Block",))},
+    {"strategy": "fsdp", "fsdp": Fsdp(wrap=("Block",)), "micro_batch": 3},
+    {"strategy": "fsdp", "fsdp": Fsdp(wrap=("Block",)), "precision": "bf16"},
+]
+
+
+def wide() -> Net:
+    return Net(WIDTH)
+
+
+def settings_of(choice: dict[str, Any]) -> Split:
+    return Split(**({"precision": "fp32"} | choice))
+
+
+def planned(settings: Split, ranks: int) -> Costs:
+    plan = plan_batches(settings.global_batch, micro_batch=int(settings.micro_batch), world_size=ranks)
+    with fake_group(ranks=ranks, ranks_per_node=8) as group:
+        return costs_of(split(settings, model=wide), settings, plan, group=group, backend="gloo")
+
+
+def sent() -> int:
+    """Returns the bytes that this process's connections have sent so far, as the kernel counted them."""
+    total = 0
+    for path in Path("/proc/self/fd").iterdir():
+        try:
+            if stat.S_ISSOCK(os.fstat(int(path.name)).st_mode):
+                with socket.socket(fileno=os.dup(int(path.name))) as connection:
+                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                    total += struct.unpack_from("Q", info, BYTES_SENT)[0] if len(info) >= BYTES_SENT + 8 else 0
+        except OSError:  # the listing's own descriptor, or no TCP
+            continue
+    return total
+
+
+def measured(choice: dict[str, Any], folder: str) -> dict[str, int]:
+    """Returns what this rank holds after two steps, and sent in a third."""
+    from ddp_kit.groups import process_group
+
+    settings = settings_of(choice)
+    with process_group(device="cpu") as group:
+        return _measured(group, settings, folder)
+
+
+def _measured(group: Group, settings: Split, folder: str) -> dict[str, int]:
+    made = compose(split(settings, model=wide, train_data=lambda: Data(vectors())), settings, group)
+    training = made.training
+    batches = made.feed.batches(start=0, end=4)
+    for _ in range(2):
+        train_step(training, next(batches))
+    before = sent()
+    for _ in range(2):
+        train_step(training, next(batches))
+    step = (sent() - before) // 2
+    save(training, folder)
+    training.checkpoints.finish(failures=1)
+    training.control.close()
+    state = training.objectives[0].optimizer.state
+    assert training.average is not None
+    return {
+        "weights": sum(local(p).nbytes for p in training.model.parameters()),
+        "gradients": sum(local(p.grad).nbytes for p in training.model.parameters() if p.grad is not None),
+        "moments": sum(local(value).nbytes for own in state.values() for value in own.values()),
+        "average": sum(tensor.nbytes for tensor in training.average.averages),
+        "sent": step,
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of bytes sent is read from Linux's tcp_info")
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(str(value) for value in choice.values()) or "ddp")
+def test_what_is_planned_is_what_real_ranks_hold_send_and_write_within_5_percent(
+    choice: dict[str, Any], ranks: int, tmp_path: Path
+) -> None:
+    costs = planned(settings_of(choice), ranks)
+    found = run_ranks(measured, ranks, choice, str(tmp_path), group=False)
+    for name in ("weights", "gradients", "moments", "average"):
+        assert getattr(costs, name) == pytest.approx(max(own[name] for own in found), rel=0.05), name
+    assert costs.sent == pytest.approx(sum(own["sent"] for own in found) / ranks, rel=0.05)
+    manifest = json.loads(next(tmp_path.rglob("manifest.json")).read_text())
+    sizes = [content[0] for name, content in manifest["files"].items() if name.endswith(".safetensors")]
+    assert costs.checkpoint == pytest.approx(sum(sizes), rel=0.05)
+    assert costs.written == pytest.approx(max(sizes), rel=0.05)
+
+
+def test_64_ranks_are_planned_without_starting_any(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(Path(__file__).with_name("blocky.py"))
+    flags = ["--ranks", "64", "--global-batch", "128", "--strategy", "fsdp", "--fsdp.wrap", "Block"]
+    assert main([recipe, *flags, "--gpu-memory-gib", "80"]) == 0
+    said = capsys.readouterr().out
+    assert "fsdp on 64 ranks: 1,661 parameters, fp64" in said
+    assert "fits 80 GiB: 80.00 GiB are left" in said
+    assert main([recipe, *flags, "--gpu-memory-gib", "0.00001"]) == 1
+    assert "does not fit 1e-05 GiB" in capsys.readouterr().out
+    assert main([recipe, "--ranks", "0"]) == 2
+    assert "--ranks 0: expected at least 1" in capsys.readouterr().err
+
+
+def test_a_model_larger_than_this_machine_is_planned() -> None:
+    """13 thousand million parameters in fp32 and AdamW's moments: 200 GiB, of which nothing is allocated."""
+    settings = Split(precision="fp32", ema=0.0, strategy="fsdp", fsdp=Fsdp(wrap=("Block",)), global_batch=64)
+    plan = plan_batches(64, micro_batch=0, world_size=64)
+    with fake_group(ranks=64, ranks_per_node=8) as group:
+        costs = costs_of(split(settings, model=lambda: Net(65536)), settings, plan, group=group, backend="nccl")
+    assert costs.parameters > 17e9
+    assert costs.weights == pytest.approx(4 * costs.parameters / 64, rel=0.01)
+    assert costs.checkpoint == pytest.approx(4 * 3 * costs.parameters, rel=0.3)
