@@ -5,6 +5,7 @@ Refuses: running anything but what the start needs (rehearsal, one evaluation mi
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ddp_kit.evaluator import Evaluator, data_sets
 from ddp_kit.fit import Pace
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
+from ddp_kit.meta import materialise
 from ddp_kit.precision import weight_dtype
 from ddp_kit.recipe import Recipe
 from ddp_kit.seeding import Purpose, generators_put_back, key
@@ -55,7 +57,9 @@ def require_same_settings(group: Group, settings: Settings, *, text: str) -> Non
 
 def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
     """Returns the model on this rank's device, from weights that depend on the seed alone (or on `init_from`)."""
-    with generators_put_back():
+    is_split = settings.strategy == "fsdp" and group.world_size > 1  # the strategy moves it, part by part
+    is_meta = is_split and settings.fsdp.meta
+    with generators_put_back(), torch.device("meta") if is_meta else nullcontext():
         torch.manual_seed(key(settings.seed, Purpose.WEIGHTS))
         model = recipe.model()
     if not isinstance(model, nn.Module):
@@ -63,14 +67,13 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
     lazy = [name for name, tensor in model.named_parameters() if isinstance(tensor, nn.parameter.UninitializedParameter)]
     if lazy:
         raise ConfigError(f"the model's {lazy[0]} has no shape yet (a lazy module): run one batch through it in the recipe's model().")
-    if settings.init_from:
+    if settings.init_from and not is_meta:
         load_weights(model, Path(settings.init_from), group=group, rename=settings.rename, partial=settings.init_partial)
     if settings.sync_batchnorm:
         if group.device.type != "cuda":
             raise ConfigError("--sync-batchnorm: torch's SyncBatchNorm runs on CUDA only; this rank runs on a CPU. Leave it out.")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.training)
-    is_split = settings.strategy == "fsdp" and group.world_size > 1  # the strategy moves it, part by part
-    model = model.to("cpu" if is_split else group.device, weight_dtype(settings.precision))
+    model = model.to("meta" if is_meta else "cpu" if is_split else group.device, weight_dtype(settings.precision))
     if has_channels_last(model, settings):
         model = model.to(memory_format=torch.channels_last)
     if settings.activation_checkpointing:
@@ -119,8 +122,8 @@ class Composition:
     pace: Pace
 
 
-def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
-    """Calls the recipe's factories and wraps what they give. Every rank calls it."""
+def compose(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool = False) -> Composition:
+    """Calls the recipe's factories and wraps what they give. Every rank calls it. `is_resumed`: a checkpoint's state will follow."""
     model = build_model(recipe, settings, group)
     data = as_data(recipe.train_data())
     placement = placement_of(model, settings, group)
@@ -140,7 +143,7 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     pace = _pace(settings, feed)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the model has nothing to train: it has no parameters, or all of them are frozen.")
-    strategy, base = _spread(model, recipe, settings, group)
+    strategy, base = _spread(model, recipe, settings, group, is_resumed=is_resumed)
     parts = []
     for objective in recipe.parts():
         optimizer = objective.optimizer(part_of(model, objective.trains))
@@ -178,9 +181,11 @@ def compose(recipe: Recipe, settings: Settings, group: Group) -> Composition:
     return Composition(training=training, feed=feed, evaluator=evaluator, pace=pace)
 
 
-def _spread(model: nn.Module, recipe: Recipe, settings: Settings, group: Group) -> tuple[Strategy, str]:
+def _spread(model: nn.Module, recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool) -> tuple[Strategy, str]:
     """Returns the strategy, which has split the model if it does, and the hash of frozen weights that checkpoints leave out, else ""."""
-    require_equal(model, group=group)
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    if not is_meta:
+        require_equal(model, group=group)
     strategy = choose_strategy(group, settings)
     if strategy.shards is not None and len(recipe.parts()) > 1:
         raise ConfigError(
@@ -188,8 +193,14 @@ def _spread(model: nn.Module, recipe: Recipe, settings: Settings, group: Group) 
         )
     if settings.save_trainable_only and all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("--save-trainable-only has no effect: no parameter of the model is frozen. Leave it out.")
+    if settings.save_trainable_only and is_meta:
+        raise ConfigError("--save-trainable-only with --fsdp.meta: the frozen weights have no values yet whose hash could be kept.")
     base = base_sha256(model) if settings.save_trainable_only else ""
     strategy.shard(model)
+    if is_meta:
+        materialise(model, device=group.device, seed=settings.seed, reads_values=is_resumed or bool(settings.init_from))
+        if settings.init_from:
+            load_weights(model, Path(settings.init_from), group=group, rename=settings.rename, partial=settings.init_partial)
     return strategy, base
 
 

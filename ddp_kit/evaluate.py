@@ -19,7 +19,7 @@ from ddp_kit.groups import Group
 from ddp_kit.logs import rank_log
 from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
 from ddp_kit.session import recipe_path, run_command, session
-from ddp_kit.settings import Settings
+from ddp_kit.settings import DeepSpeed, Fsdp, Settings
 from ddp_kit.topology import read_topology
 from ddp_kit.trackers.console import evaluation_line
 from ddp_kit.trackers.jsonl import json_text
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("evaluation needs weights: type --from runs/NAME (and --best for its best checkpoint), or --from FILE.")
         if "--best" in args:
             settings = replace(settings, init_from=str(path_of(Path(settings.init_from), is_best=True, flag_text="--from")))
+        settings = replace(settings, strategy="ddp", fsdp=Fsdp(), deepspeed=DeepSpeed())  # each rank has the whole model
         with session(settings) as group, rank_log(None, rank=group.rank):
             require_same_settings(group, settings, text=source.text)
             _evaluate(source, settings, group)

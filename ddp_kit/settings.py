@@ -61,6 +61,8 @@ class Fsdp:
     """split within a node, repeat across nodes"""
     cpu_offload: bool = False
     """keep weights, gradients and optimizer state in host memory (CUDA only)"""
+    meta: bool = False
+    """build the model without memory and give it values once it is split: by reset_parameters, --init-from or a checkpoint"""
 
 
 @dataclass(frozen=True, kw_only=True)

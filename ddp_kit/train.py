@@ -99,7 +99,9 @@ def _train(build: Callable[[], Recipe], life: Life, group: Group, stack: ExitSta
     stack.enter_context(rank_log(place.path / "logs", rank=group.rank))
     opened = begins_from(settings, group, place)
     needs_base = opened is None or settings.save_trainable_only
-    composition = life.composition = compose(recipe, settings if needs_base else replace(settings, init_from=""), group)
+    composition = life.composition = compose(
+        recipe, settings if needs_base else replace(settings, init_from=""), group, is_resumed=opened is not None
+    )
     reporter, stopping = reporter_of(recipe, settings, group), EarlyStopping(settings.early_stop)
     changed = _take_over(opened, life, composition, reporter, stopping)
     training, pace = composition.training, composition.pace

@@ -19,7 +19,7 @@ from ddp_kit.collectives import first_difference
 from ddp_kit.errors import ConfigError, DdpKitError, nearest, some
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
-from ddp_kit.sharded import whole
+from ddp_kit.sharded import held, whole
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 CONVERT = """ It looks like a pickle, and loading one may run code. Convert a file that you trust, once:
@@ -141,7 +141,8 @@ def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence
         logger.info("--init-from %s: took %d of the model's %d tensors; not these:\n%s", path, len(fitting), len(wanted), table(unfit))
     with torch.no_grad():
         for name in fitting:
-            live[name].copy_(tensors[name])
+            place = held(live[name])
+            place.rows.copy_(tensors[name][place.start : place.stop] if place.shape else tensors[name])
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -16,11 +16,15 @@ from ddp_kit.compose import compose
 from ddp_kit.errors import ConfigError, NonFiniteError
 from ddp_kit.evaluator import data_sets
 from ddp_kit.faults import check
-from ddp_kit.groups import Group
+from ddp_kit.groups import Group, process_group
+from ddp_kit.meta import materialise
+from ddp_kit.saving import save
 from ddp_kit.settings import Fsdp
 from ddp_kit.sharded import is_split, local, whole
 from ddp_kit.step import train_step
 from ddp_kit.strategies.fsdp import modules_to_wrap
+from ddp_kit.testing import run_ranks
+from ddp_kit.topology import read_topology
 from ddp_kit.weights import weights_sha256
 
 MORTAL = str(Path(__file__).with_name("mortal.py"))
@@ -251,3 +255,44 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None
     assert last.codes == [0, 0, 0], last.errors
     assert last.status["weights_sha256"] == whole_run.status["weights_sha256"]
     assert last.status["metrics"] == whole_run.status["metrics"]
+
+
+class Drawn(Net):
+    """Its own parameter has first values too."""
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+
+
+def hybrid_and_meta(folder: str) -> tuple[float, float, bool]:
+    """4 ranks as 2 nodes of 2: split within a node, repeated across; and a model that had no memory before it was split."""
+    topology = replace(read_topology(), nodes=2, local_world_size=2, local_rank=read_topology().rank % 2)
+    with process_group(topology=topology, device="cpu") as group:
+        settings = Split(max_steps=6)
+        reference = trace(group, split(settings), settings)
+        hybrid = replace(settings, strategy="fsdp", fsdp=Fsdp(wrap=("Block",), hybrid=True))
+        ours = trace(group, split(hybrid), hybrid)
+        made = compose(split(hybrid), hybrid, group)
+        assert all(local(p).shape[0] <= -(-p.shape[0] // 2) for p in made.training.model.parameters())
+        save(made.training, folder)
+        made.training.checkpoints.finish(failures=1)
+        made.training.control.close()
+        meta = replace(hybrid, fsdp=replace(hybrid.fsdp, meta=True, hybrid=False), init_from=folder)
+        from_file = trace(group, split(meta), meta)
+        made = compose(split(replace(meta, init_from=""), model=Drawn), replace(meta, init_from=""), group)
+        drawn = {name: whole(p) for name, p in made.training.model.named_parameters()}
+        is_drawn = all(bool(tensor.isfinite().all()) for tensor in drawn.values()) and float(drawn["last.weight"].std()) > 0.05
+        is_tied = made.training.model.first.weight is made.training.model.again.weight
+        for batch in made.feed.batches(start=0, end=2):
+            train_step(made.training, batch)
+        made.training.control.close()
+        return apart(ours, reference), apart(from_file, reference), is_drawn and is_tied
+
+
+def test_hybrid_sharding_and_a_model_without_memory_follow_ddp(tmp_path: Path) -> None:
+    for hybrid, from_file, is_drawn in run_ranks(hybrid_and_meta, 4, str(tmp_path / "a"), group=False):
+        assert hybrid <= 1e-9
+        assert from_file <= 1e-9
+        assert is_drawn
+    with pytest.raises(ConfigError, match=r"--fsdp.meta: scale have tensors|--fsdp.meta: Net have tensors"):
+        materialise(Net(8).to("meta"), device=torch.device("cpu"), seed=0, reads_values=False)
