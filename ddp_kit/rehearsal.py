@@ -63,6 +63,8 @@ class Rehearsal:
         _refuse_unused(training, parameters, allows_unused=self._allows_unused)
         if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
             raise ConfigError("the model has sparse gradients (an Embedding with sparse=True), which cannot be summed: leave sparse out.")
+        for parameter in parameters:
+            parameter.grad = None  # the wrapper's buckets take their memory
         return known
 
     def _run_wrapped(self, wrapped: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
