@@ -84,8 +84,8 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
 
 
 def has_channels_last(model: nn.Module, settings: Settings) -> bool:
-    """Whether a model is given that memory format, which FSDP2 cannot split."""
-    return settings.tuning and settings.strategy != "fsdp" and wants_channels_last(model)
+    """Whether a model is given that memory format, which neither FSDP2 nor ZeRO can split."""
+    return settings.tuning and settings.strategy not in ("fsdp", "deepspeed") and wants_channels_last(model)
 
 
 def placement_of(model: nn.Module, settings: Settings, group: Group) -> Placement:

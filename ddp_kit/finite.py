@@ -17,7 +17,6 @@ from ddp_kit.counts import EMPTY
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.errors import DdpKitError, NonFiniteError, some
-from ddp_kit.sharded import local
 from ddp_kit.training import ObjectiveState, StepSums, Training
 
 
@@ -73,7 +72,8 @@ def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums:
 def _bad_gradients(training: Training, objective: ObjectiveState) -> list[str]:
     """Returns the names of the parameters whose gradient is not finite, on any rank where ranks hold parts."""
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
-    own = [names[id(p)] for p in objective.parameters if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())]
+    parts = {names[id(p)]: training.strategy.gradients([p]) for p in objective.parameters}
+    own = [name for name, found in parts.items() if not all(bool(torch.isfinite(part).all()) for part in found)]
     rows = gather_bytes(training.group, "\n".join(own).encode())
     return [name for name in names.values() if any(name in row.decode().split("\n") for row in rows)]
 

@@ -73,13 +73,19 @@ class Group:
 
         Who holds it registers its release in `closing`.
         """
-        before = _sockets()
-        another = dist.new_group(backend=backend)
-        assert isinstance(another, dist.ProcessGroup)  # every rank is in it
-        dist.all_reduce(torch.zeros(1, device="cpu" if backend == "gloo" else self.device), group=another)  # as in `_join`
+        with self.connecting():
+            another = dist.new_group(backend=backend)
+            assert isinstance(another, dist.ProcessGroup)  # every rank is in it
+            dist.all_reduce(torch.zeros(1, device="cpu" if backend == "gloo" else self.device), group=another)  # as in `_join`
         self.others.append(another)
-        self.sockets |= {descriptor: inode for descriptor, inode in _sockets().items() if before.get(descriptor) != inode}
         return another
+
+    @contextmanager
+    def connecting(self) -> Iterator[None]:
+        """Notes the connections that are made within it: they are cut if this rank fails. A library's own process group goes into `others`."""
+        before = _sockets()
+        yield
+        self.sockets |= {descriptor: inode for descriptor, inode in _sockets().items() if before.get(descriptor) != inode}
 
 
 def _set_timeout(group: dist.ProcessGroup, *, timeout_s: float) -> None:

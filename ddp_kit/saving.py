@@ -31,6 +31,7 @@ from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
+from ddp_kit.sharded import local
 from ddp_kit.state import State, model_tensors, restore_state, state_of
 from ddp_kit.training import Training
 
@@ -193,7 +194,7 @@ def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterato
             yield 0
         return
     live = {name: tensor for name, tensor in model_tensors(model).items() if name in opened.kinds}
-    last = {name: tensor.detach().clone() for name, tensor in live.items()}
+    last = {name: local(tensor).clone() for name, tensor in live.items()}
     try:
         opened.copy_into(live)
         if training.average is not None:
@@ -203,7 +204,7 @@ def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterato
     finally:
         with torch.no_grad():
             for name, tensor in last.items():
-                live[name].copy_(tensor)
+                local(live[name]).copy_(tensor)
 
 
 def _open_best(storage: Storage, keep: Keep, *, group: Group) -> Opened | None:

@@ -7,7 +7,7 @@ Names: `model/NAME`, `ema/NAME`, `optimizer/OBJECTIVE NAME/KEY`, with the bare m
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch.optim import Optimizer
 from ddp_kit.checkpoint.encoding import decode, encode, references
 from ddp_kit.checkpoint.layout import NAMES
 from ddp_kit.checkpoint.restore import Item, Opened, require_fit
+from ddp_kit.checkpoint.sharding import Piece, Shape, cut
 from ddp_kit.collectives import gather_bytes
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.errors import ConfigError
-from ddp_kit.sharded import Held, held, is_split
+from ddp_kit.groups import Group
+from ddp_kit.sharded import Fragment, Held, held, is_split
 from ddp_kit.training import ObjectiveState, Training
 from ddp_kit.weights import tied_names
 
@@ -58,7 +60,8 @@ def _items_of(training: Training) -> dict[str, Item]:
 
 
 def _kind(item: Item) -> tuple[tuple[int, ...], torch.dtype]:
-    return tuple(item.shape), item.rows.dtype if isinstance(item, Held) else item.dtype
+    part = held(item) if isinstance(item, torch.Tensor) else item
+    return tuple(part.shape), part.rows.dtype if isinstance(part, Held) else part.content.dtype
 
 
 def state_of(training: Training, *, early_stopping: EarlyStopping | None = None, more: Mapping[str, Any] | None = None) -> State:
@@ -81,8 +84,20 @@ def state_of(training: Training, *, early_stopping: EarlyStopping | None = None,
         _exchange(training, objectives, kinds)
     values["tensors"] = kinds
     plain = {name: item for name, item in items.items() if isinstance(item, torch.Tensor) and not is_split(item)}
-    parts = {name: item if isinstance(item, Held) else held(item) for name, item in items.items() if name not in plain}
-    return State(plain, parts, values)
+    parts = {name: held(item) if isinstance(item, torch.Tensor) else item for name, item in items.items() if name not in plain}
+    own = {name: part for name, part in parts.items() if isinstance(part, Held)}
+    return State(plain, own | _rows({name: part for name, part in parts.items() if isinstance(part, Fragment)}, training.group), values)
+
+
+def _rows(fragments: Mapping[str, Fragment], group: Group) -> dict[str, Held]:
+    """Puts tensors that are split anywhere together, one at a time, and keeps in host memory the rows that this rank is to write."""
+    shapes = {name: Shape(part.shape, part.content.dtype.itemsize) for name, part in fragments.items()}
+    pieces = {piece.name: piece for piece in cut(shapes, rank=group.rank, world_size=group.world_size)}
+    found = {}
+    for name, part in fragments.items():
+        piece = pieces.get(name, Piece(name, 0, 0))
+        found[name] = Held(part.gather()[piece.start : piece.stop].to("cpu", copy=True), piece.start, part.shape)
+    return found
 
 
 def _exchange(training: Training, objectives: list[dict[str, Any]], kinds: dict[str, Any]) -> None:
@@ -101,17 +116,27 @@ def _objective_values(objective: ObjectiveState, names: Mapping[int, str], items
     for i, group in enumerate(objective.optimizer.param_groups):
         own = {key: value for key, value in group.items() if key not in KEEPS_OWN}
         groups.append(encode(own, shared, name=f"{prefix}group.{i}"))
-        for parameter in group["params"]:
-            kept = objective.optimizer.state.get(parameter)
-            if kept:
-                name = names[id(parameter)]
-                found: dict[str, torch.Tensor] = {}
-                states[name] = {key: encode(value, found, name=f"{prefix}{name}/{key}") for key, value in kept.items()}
-                items |= found if objective.owns is None else {at: held(tensor) for at, tensor in found.items()}
+    for parameter, kept in _moments(objective):
+        name = names[id(parameter)]
+        found: dict[str, torch.Tensor] = {}
+        states[name] = {key: encode(value, found, name=f"{prefix}{name}/{key}") for key, value in kept.items()}
+        if objective.moments is not None:
+            items |= {at: objective.moments.part(parameter, tensor) for at, tensor in found.items()}
+        else:
+            items |= found if objective.owns is None else {at: held(tensor) for at, tensor in found.items()}
     schedule = objective.scheduler.state_dict() if objective.scheduler is not None else None
     encoded = encode(schedule, shared, name=f"scheduler/{objective.name}")
     items |= shared
     return {"name": objective.name, "groups": groups, "state": states, "scheduler": encoded, "scale": asdict(objective.scale)}
+
+
+def _moments(objective: ObjectiveState) -> Iterator[tuple[nn.Parameter, Mapping[str, Any]]]:
+    """Yields the optimizer's state by parameter, where there is some."""
+    if objective.moments is not None:
+        yield from ((parameter, kept) for parameter, kept in objective.moments.items() if kept)
+        return
+    for group in objective.optimizer.param_groups:
+        yield from ((parameter, kept) for parameter in group["params"] if (kept := objective.optimizer.state.get(parameter)))
 
 
 def restore_state(
@@ -137,12 +162,13 @@ def restore_state(
     targets = _items_of(training)
     tensors: dict[str, torch.Tensor] = {}
     for objective in training.objectives:
-        tensors |= _places(opened, objective, saved[objective.name], names)
+        tensors |= _places(opened, objective, saved[objective.name], names, targets)
     loose = [part for entry in values["objectives"] for part in (entry["groups"], entry["scheduler"])]
-    tensors |= {name: torch.empty(opened.kinds[name][0], dtype=opened.kinds[name][1]) for name in references(loose)}
-    targets |= tensors
+    values_of = {name: torch.empty(opened.kinds[name][0], dtype=opened.kinds[name][1]) for name in references(loose)}
+    targets |= values_of
+    tensors |= values_of
     require_fit(opened.kinds, {name: _kind(item) for name, item in targets.items()}, where=opened.folder)
-    opened.copy_into({name: item for name, item in targets.items() if isinstance(item, Held) or not item.is_meta})
+    opened.copy_into({name: item for name, item in targets.items() if not isinstance(item, torch.Tensor) or not item.is_meta})
     for objective in training.objectives:
         _restore_objective(objective, saved[objective.name], names, tensors, keeps_hyperparameters=keeps_hyperparameters)
     training.step, training.skipped = values["step"], values["skipped"]
@@ -152,10 +178,10 @@ def restore_state(
 
 
 def _places(
-    opened: Opened, objective: ObjectiveState, saved: Mapping[str, Any], names: Mapping[str, nn.Parameter]
+    opened: Opened, objective: ObjectiveState, saved: Mapping[str, Any], names: Mapping[str, nn.Parameter], targets: dict[str, Item]
 ) -> dict[str, torch.Tensor]:
     """Returns tensors for an optimizer's state: those that it has, else new ones where torch would have them: like the parameter, a
-    scalar on the CPU; without memory for what other ranks keep.
+    scalar on the CPU; without memory for what other ranks keep. `targets` gets them as what is to be read into them.
 
     Raises: ConfigError for a state that is not shaped like its parameter, where that is split over the ranks.
     """
@@ -167,20 +193,28 @@ def _places(
         for reference in references(kept):
             shape, dtype = opened.kinds[reference]
             has = live.get(reference)
+            whole = tuple(like.shape) if like is not None else ()
+            if like is not None and objective.moments is not None:
+                whole = objective.moments.shape(like)
+            if like is not None and shape == whole and objective.moments is not None:
+                tensors[reference] = objective.moments.empty(like, dtype=dtype)
+                targets[reference] = objective.moments.part(like, tensors[reference])
+                continue
             if like is not None and objective.owns is not None and not objective.owns(like):
                 tensors[reference] = torch.empty(shape, dtype=dtype, device="meta")
             elif isinstance(has, torch.Tensor) and has.shape == shape and has.dtype == dtype:
                 tensors[reference] = has
-            elif like is not None and is_split(like) and shape and like.shape != shape:
+            elif like is not None and (is_split(like) or objective.moments is not None) and shape and shape != whole:
                 raise ConfigError(
-                    f"{opened.folder} cannot go on with --strategy fsdp: the optimizer's {reference} has shape {shape}, its parameter "
-                    f"{tuple(like.shape)}, and only what is shaped alike can be split alike. Type --strategy ddp, or zero1."
+                    f"{opened.folder} cannot go on with this --strategy: the optimizer's {reference} has shape {shape}, its parameter "
+                    f"{whole}, and only what is shaped alike can be split alike. Type --strategy ddp, or zero1."
                 )
             elif like is not None and like.shape == shape:
                 tensors[reference] = torch.empty_like(like, dtype=dtype, requires_grad=False)
             else:
                 on_device = like is not None and (bool(shape) or _steps_on_device(objective.optimizer))
                 tensors[reference] = torch.empty(shape, dtype=dtype, device=like.device if like is not None and on_device else "cpu")
+            targets[reference] = tensors[reference]
     return tensors
 
 
@@ -199,8 +233,12 @@ def _restore_objective(
     optimizer = objective.optimizer
     optimizer.state.clear()
     for name, kept in saved["state"].items():
-        if objective.owns is None or objective.owns(names[name]):
+        if objective.moments is not None:
+            objective.moments.restore(names[name], decode(kept, tensors))
+        elif objective.owns is None or objective.owns(names[name]):
             optimizer.state[names[name]] = decode(kept, tensors)
+    if objective.refresh is not None:
+        objective.refresh()
     groups = [decode(group, tensors) for group in saved["groups"]]
     ratios = [1.0] * len(groups)
     for i, (own, group) in enumerate(zip(optimizer.param_groups, groups, strict=True)):

@@ -25,6 +25,7 @@ from ddp_kit.metrics import LossSum, Number, Totals
 from ddp_kit.precision import LossScale, autocast
 from ddp_kit.settings import Precision
 from ddp_kit.strategies import Strategy
+from ddp_kit.strategies.fragments import Moments
 
 if TYPE_CHECKING:
     from ddp_kit.saving import Checkpoints
@@ -75,6 +76,8 @@ class ObjectiveState:
     found_inf: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     step: Callable[[], None] | None = None  # the strategy's way to step the optimizer
     owns: Callable[[nn.Parameter], bool] | None = None  # whose optimizer state this rank alone keeps; None: all ranks do
+    moments: Moments | None = None  # the optimizer's state by parameter, where it steps partitions
+    refresh: Callable[[], None] | None = None  # takes restored weights into those partitions
     weight: tuple[float, torch.Tensor] = field(default_factory=lambda: (0.0, torch.zeros(())))  # of the last backward pass, kept ready
     one: torch.Tensor = field(default_factory=lambda: torch.ones(()))
 

@@ -49,9 +49,10 @@ def weights_sha256(model: nn.Module) -> str:
 def sha256_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """Returns the SHA-256 over name, dtype, shape and bytes of each tensor, in the order given."""
     digest = hashlib.sha256()
-    for name, tensor in tensors.items():
+    for name, part in tensors.items():
+        tensor = whole(part)
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(whole(tensor)))
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -142,6 +142,8 @@ def _objective(part: Part, rehearsal: Rehearsal, *, precision: Precision, is_onl
         scale=LossScale.of(precision),
         step=wrapped.step,
         owns=wrapped.owns,
+        moments=wrapped.moments,
+        refresh=wrapped.refresh,
         found_inf=torch.zeros((), device=place),
         one=torch.ones((), device=place),
         is_mixed=len({parameter.dtype for parameter in parameters}) > 1,

@@ -39,11 +39,11 @@ from ddp_kit.checkpoint.storage import Storage
 from ddp_kit.collectives import from_rank, gather_bytes
 from ddp_kit.errors import ConfigError, DdpKitError, nearest
 from ddp_kit.groups import Group
-from ddp_kit.sharded import Held, held
+from ddp_kit.sharded import Fragment, Held, held
 
 Read = TypeVar("Read")
 Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
-Item = torch.Tensor | Held  # live: whole, split over the ranks, or a part
+Item = torch.Tensor | Held | Fragment  # live: whole, split over the ranks, or a part
 ATTEMPTS, PAUSE_S = 3, 0.5  # a file server may be away for a moment: that is no damage
 
 
@@ -62,7 +62,8 @@ class Opened:
         """Copies tensors of the checkpoint into live ones of the same shape and dtype, into those rows that are here of ones that the ranks
         hold in parts. Raises: OSError, which must end the run.
         """
-        places = {name: item if isinstance(item, Held) else held(item) for name, item in targets.items()}
+        parts = {name: held(item) if isinstance(item, torch.Tensor) else item for name, item in targets.items()}
+        places = {name: part.rows() if isinstance(part, Fragment) else part for name, part in parts.items()}
         by_file: dict[str, list[Stored]] = {}
         for name, place in places.items():
             for file, stored in self.pieces[name]:
@@ -72,6 +73,9 @@ class Opened:
             with self.storage.open(f"{self.folder}/{file}") as opened:
                 for stored in sorted(items, key=lambda item: item.offset):
                     _read_rows(opened, stored, places[stored.piece.name], name=file)
+        for name, part in parts.items():
+            if isinstance(part, Fragment):
+                part.take(places[name])
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns a tensor of the checkpoint in host memory."""

@@ -60,6 +60,10 @@ def choose_strategy(group: Group, settings: Settings) -> Strategy:
         from ddp_kit.strategies.fsdp import FullyShardedDataParallel
 
         return FullyShardedDataParallel(group, settings.fsdp, precision=settings.precision)
+    if settings.strategy == "deepspeed":
+        from ddp_kit.strategies.deepspeed import Zero
+
+        return Zero(group, settings.deepspeed)
     ddp = DataParallel(group, find_unused_parameters=settings.find_unused_parameters, comm=settings.comm)
     if settings.strategy == "zero1":
         from ddp_kit.strategies.zero1 import ZeroOne

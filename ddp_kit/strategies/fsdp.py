@@ -23,30 +23,8 @@ from ddp_kit.groups import Group
 from ddp_kit.precision import AUTOCAST
 from ddp_kit.settings import Fsdp, Precision
 from ddp_kit.sharded import local
+from ddp_kit.strategies.root import Root, Through
 from ddp_kit.strategies.whole import Function, Wrapped
-
-
-class _Root(nn.Module):
-    """Where parameters outside the wrapped modules are gathered."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Function, *args: Any) -> Any:
-        return function(*args)
-
-
-class _Through(nn.Module):
-    """A loss call that goes through the root."""
-
-    def __init__(self, root: nn.Module, call: nn.Module):
-        super().__init__()
-        self._used = [root, call]  # in a list: they are no submodules
-
-    def forward(self, batch: Any) -> Any:
-        root, call = self._used
-        return root(call, batch)
 
 
 @final
@@ -72,7 +50,7 @@ class FullyShardedDataParallel:
             )
         is_lower = self._precision in AUTOCAST and not any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
         dtype = AUTOCAST[self._precision] if is_lower else None  # running statistics stay fp32, and their layers' weights with them
-        root = _Root(model)
+        root = Root(model)
         for module in [*modules_to_wrap(model, self._settings), root]:
             policy = MixedPrecisionPolicy(
                 param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=module is not root
@@ -84,7 +62,7 @@ class FullyShardedDataParallel:
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` through the root. The optimizer was built from the split parameters."""
-        return Wrapped(call=_Through(self._root, call))
+        return Wrapped(call=Through(self._root, call))
 
     def enter(self, function: Function, *args: Any) -> Any:
         """Calls it through the root, and frees what was gathered: without a backward pass nothing else would."""

@@ -10,17 +10,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from ddp_kit.strategies.fragments import Moments
+
 Function = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapped:
     """`call` stands for the loss call. `step` steps the optimizer (None: the optimizer itself does); `owns` says of which parameters
-    this rank keeps the optimizer's state (None: of all, whole or split as the parameter is)."""
+    this rank keeps the optimizer's state (None: of all, whole or split as the parameter is). Where the optimizer steps partitions,
+    `moments` knows its state by parameter, and `refresh` takes weights that were read into the model into the partitions."""
 
     call: nn.Module
     step: Callable[[], None] | None = None
     owns: Callable[[nn.Parameter], bool] | None = None
+    moments: Moments | None = None
+    refresh: Callable[[], None] | None = None
 
 
 class Whole(ABC):

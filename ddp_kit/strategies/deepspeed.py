@@ -1,0 +1,133 @@
+"""DeepSpeed's ZeRO: stage 1 splits the optimizer's state over the ranks, 2 gradients too, 3 weights too; 0 nothing.
+
+Owns: the engine from `deepspeed.initialize`, and where it takes part in a step: the boundary between steps, the sum, the optimizer.
+Refuses: its loss scale, clipping, schedule and checkpoints, which are ours, and single numbers as parameters.
+
+Weights, gradients and optimizer state stay fp32. DeepSpeed's stages 1 and 2 keep a second copy of the weights that a rank steps (`Moments`
+and `refresh` see to it), stage 3 both.
+
+Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv 1910.02054.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from ddp_kit.errors import ConfigError, require, some
+from ddp_kit.groups import Group
+from ddp_kit.settings import DeepSpeed
+from ddp_kit.strategies.deepspeed_config import config_of
+from ddp_kit.strategies.fragments import Moments, gradients_of, places_of
+from ddp_kit.strategies.root import Root, Through
+from ddp_kit.strategies.whole import Function, Wrapped
+from ddp_kit.topology import environment_default
+
+ACCELERATOR = "DS_ACCELERATOR"
+
+
+@final
+class Zero:
+    """Every rank has the whole model but at stage 3, and of gradients and optimizer state its partition but at stage 0."""
+
+    def __init__(self, group: Group, settings: DeepSpeed):
+        """Raises: ConfigError if the package is missing, or its configuration contradicts the flags."""
+        self._group, self._stage, self._config = group, settings.stage, config_of(settings)
+        self.divisor = group.world_size  # DeepSpeed averages
+        self.shards: dist.ProcessGroup | None = group.training if settings.stage else None
+        self._package = _imported(group)
+        self._root: Any = None
+        self._engine: Any = None
+
+    def shard(self, model: nn.Module) -> None:
+        """Nothing yet: DeepSpeed splits when it gets the optimizer.
+
+        Raises: ConfigError for scalar parameters.
+        """
+        if self._stage and (scalars := [name for name, parameter in model.named_parameters() if not parameter.dim()]):
+            raise ConfigError(
+                f"--strategy deepspeed: ZeRO cannot split a scalar: give {some(scalars)} the shape (1,), or type --strategy zero1."
+            )
+        self._root = Root(model)
+
+    def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
+        """Returns `call` through DeepSpeed's engine. The recipe's optimizer stays the one that steps, with its groups and their rates.
+
+        Raises: ConfigError for an optimizer that cannot step partitions.
+        """
+        _require_splittable(optimizer, stage=self._stage)
+        with self._group.connecting():
+            self._engine, *_ = self._package.initialize(
+                model=self._root, optimizer=optimizer, config=self._config, dist_init_required=False
+            )
+        self._group.closing.callback(self._release)
+        if not self._stage:
+            return Wrapped(call=Through(self._root, call), step=self._engine.step)
+        assert self._group.training is not None
+        moments = Moments(optimizer, places_of(self._engine.optimizer, stage=self._stage), self._group.training)
+        return Wrapped(
+            call=Through(self._engine, call), step=self._engine.step, moments=moments, refresh=self._engine.optimizer.refresh_fp32_params
+        )
+
+    def enter(self, function: Function, *args: Any) -> Any:
+        """Calls it; at stage 3 through the root, whose modules gather what they use."""
+        return self._root(function, *args) if self._stage == 3 else function(*args)
+
+    @contextmanager
+    def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:
+        """Gradients add up on each rank (at stages 2 and 3 in its partition) until the last micro-batch, whose backward ends the sum."""
+        engine = self._engine
+        if self._stage == 3 and engine.is_gradient_accumulation_boundary():  # a step begins: its first sum replaces the one before
+            engine.optimizer.zero_grad()
+            engine.optimizer.grad_partitions_flat_buffer.zero_()  # and a parameter that it leaves out has none
+        engine.set_gradient_accumulation_boundary(is_last)
+        yield
+        if is_last and not self._stage:
+            engine.allreduce_gradients()
+
+    def gradients(self, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+        """Returns this rank's elements, without the padding of partitions."""
+        if not self._stage:
+            return [parameter.grad for parameter in parameters if parameter.grad is not None]
+        wanted = {id(parameter) for parameter in parameters}
+        return [part for parameter, part in gradients_of(self._engine.optimizer, stage=self._stage) if id(parameter) in wanted]
+
+    def left_out(self, wrapped: nn.Module) -> list[str]:
+        """A parameter without a gradient counts as zero."""
+        return []
+
+    def _release(self) -> None:
+        """Lets go of the process groups, which must be gone before they are destroyed, and of what DeepSpeed keeps in its modules."""
+        self._engine.destroy()
+        self._engine = self._root = self.shards = None
+        comm, groups = self._package.comm.comm, self._package.utils.groups
+        comm.cdb = None
+        groups._release_process_group_references()
+
+
+def _imported(group: Group) -> Any:
+    """Returns the package, set to this rank's device.
+
+    Without its operation over shared memory, which training does not use: DeepSpeed would compile it here, and need gcc.
+    """
+    with environment_default(ACCELERATOR, group.device.type):
+        package = require("deepspeed", extra="deepspeed")
+        package.accelerator.get_accelerator()
+        package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return package
+
+
+def _require_splittable(optimizer: Optimizer, *, stage: int) -> None:
+    kind = type(optimizer).__name__
+    if stage and optimizer.state:
+        raise ConfigError(
+            f"--strategy deepspeed: the optimizer ({kind}) has state before the first step, which DeepSpeed cannot split. "
+            "Type --strategy fsdp, or --deepspeed.stage 0."
+        )
+    empty = [i for i, group in enumerate(optimizer.param_groups) if not any(parameter.requires_grad for parameter in group["params"])]
+    if empty:
+        raise ConfigError(f"--strategy deepspeed: parameter group {empty[0]} of the optimizer ({kind}) has nothing to train: leave it out.")
