@@ -82,7 +82,7 @@ class Group:
 
     @contextmanager
     def connecting(self) -> Iterator[None]:
-        """Notes the connections that are made within it: they are cut if this rank fails. A library's own process group goes into `others`."""
+        """Notes the connections made within it, which are cut if this rank fails. A library's own process group goes into `others`."""
         before = _sockets()
         yield
         self.sockets |= {descriptor: inode for descriptor, inode in _sockets().items() if before.get(descriptor) != inode}

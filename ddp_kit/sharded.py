@@ -66,7 +66,7 @@ def is_split(tensor: torch.Tensor) -> bool:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Returns this rank's part of a tensor, without a copy and without gradients; a plain tensor is its own part."""
     detached = getattr(tensor, "ds_tensor", tensor).detach()
-    part: torch.Tensor = detached.to_local() if hasattr(detached, "to_local") else detached  # type: ignore[operator]  # a DTensor, whose import takes a second
+    part: torch.Tensor = detached.to_local() if hasattr(detached, "to_local") else detached  # a DTensor, whose import takes a second
     return part
 
 

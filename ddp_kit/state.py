@@ -85,8 +85,9 @@ def state_of(training: Training, *, early_stopping: EarlyStopping | None = None,
     values["tensors"] = kinds
     plain = {name: item for name, item in items.items() if isinstance(item, torch.Tensor) and not is_split(item)}
     parts = {name: held(item) if isinstance(item, torch.Tensor) else item for name, item in items.items() if name not in plain}
-    own = {name: part for name, part in parts.items() if isinstance(part, Held)}
-    return State(plain, own | _rows({name: part for name, part in parts.items() if isinstance(part, Fragment)}, training.group), values)
+    rows = {name: part for name, part in parts.items() if isinstance(part, Held)}
+    rows |= _rows({name: part for name, part in parts.items() if isinstance(part, Fragment)}, training.group)
+    return State(plain, rows, values)
 
 
 def _rows(fragments: Mapping[str, Fragment], group: Group) -> dict[str, Held]:

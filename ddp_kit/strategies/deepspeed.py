@@ -9,6 +9,8 @@ and `refresh` see to it), stage 3 both.
 Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv 1910.02054.
 """
 
+import importlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
@@ -22,12 +24,10 @@ from ddp_kit.errors import ConfigError, require, some
 from ddp_kit.groups import Group
 from ddp_kit.settings import DeepSpeed
 from ddp_kit.strategies.deepspeed_config import config_of
-from ddp_kit.strategies.fragments import Moments, gradients_of, places_of
+from ddp_kit.strategies.fragments import Moments, Ungathered, gradients_of, places_of
 from ddp_kit.strategies.root import Root, Through
 from ddp_kit.strategies.whole import Function, Wrapped
 from ddp_kit.topology import environment_default
-
-ACCELERATOR = "DS_ACCELERATOR"
 
 
 @final
@@ -42,6 +42,7 @@ class Zero:
         self._package = _imported(group)
         self._root: Any = None
         self._engine: Any = None
+        self._has_looked = False
 
     def shard(self, model: nn.Module) -> None:
         """Nothing yet: DeepSpeed splits when it gets the optimizer.
@@ -64,6 +65,8 @@ class Zero:
             self._engine, *_ = self._package.initialize(
                 model=self._root, optimizer=optimizer, config=self._config, dist_init_required=False
             )
+        if (own := self._engine.data_parallel_group) is not dist.group.WORLD:
+            self._group.others.append(own)
         self._group.closing.callback(self._release)
         if not self._stage:
             return Wrapped(call=Through(self._root, call), step=self._engine.step)
@@ -85,6 +88,11 @@ class Zero:
             engine.optimizer.zero_grad()
             engine.optimizer.grad_partitions_flat_buffer.zero_()  # and a parameter that it leaves out has none
         engine.set_gradient_accumulation_boundary(is_last)
+        if self._stage == 3 and not self._has_looked:  # once, in rehearsal
+            with Ungathered(self._root.model):
+                yield
+            self._has_looked = True
+            return
         yield
         if is_last and not self._stage:
             engine.allreduce_gradients()
@@ -114,11 +122,18 @@ def _imported(group: Group) -> Any:
 
     Without its operation over shared memory, which training does not use: DeepSpeed would compile it here, and need gcc.
     """
-    with environment_default(ACCELERATOR, group.device.type):
+    nvml = environment_default("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # which DeepSpeed sets, and leaves set
+    with nvml, environment_default("DS_ACCELERATOR", group.device.type):
         package = require("deepspeed", extra="deepspeed")
         package.accelerator.get_accelerator()
-        package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]  # its own name for it
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     return package
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """DeepSpeed knows a few optimizers by name and warns of all others."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def _require_splittable(optimizer: Optimizer, *, stage: int) -> None:

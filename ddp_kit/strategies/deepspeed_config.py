@@ -60,9 +60,7 @@ def config_of(settings: DeepSpeed) -> dict[str, Any]:
     Raises: ConfigError for a file that cannot be read, and for all of its keys that something else decides.
     """
     config = _read(settings.config) if settings.config else {}
-    faults = [
-        f"  {key}: {json.dumps(value)[:60]}   decided by {DECIDED[key]}" for key, value in _flat(config).items() if key in DECIDED
-    ]
+    faults = [f"  {key}: {json.dumps(value)[:60]}   decided by {DECIDED[key]}" for key, value in _flat(config).items() if key in DECIDED]
     if faults:
         raise ConfigError("\n".join([f"--deepspeed.config {settings.config}: take these out, which something else decides:", *faults]))
     zero: dict[str, Any] = {"stage": settings.stage}
@@ -89,7 +87,9 @@ def _read(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"--deepspeed.config {path}: this is no JSON: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-        raise ConfigError(f'--deepspeed.config {path}: expected a JSON object, for instance {{"zero_optimization": {{"overlap_comm": true}}}}.')
+        raise ConfigError(
+            f'--deepspeed.config {path}: expected a JSON object, for instance {{"zero_optimization": {{"overlap_comm": true}}}}.'
+        )
     return config
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from ddp_kit.errors import ConfigError
 from ddp_kit.sharded import Fragment
@@ -60,6 +61,26 @@ def gradients_of(zero: Any, *, stage: int) -> Iterator[tuple[nn.Parameter, torch
     groups = zero.fp16_groups if stage == 3 else zero.params_in_partition
     for i, parameters in enumerate(groups):
         yield from zip(parameters, zero.averaged_gradients[i], strict=False)  # padding follows the last one
+
+
+@final
+class Ungathered(TorchFunctionMode):
+    """Watches a pass at stage 3 for weights that are used where DeepSpeed has not gathered them, and so are empty: a penalty would be 0."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function. Raises: ConfigError if the graph of a loss would go on from an empty weight."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.grad_fn is not None:
+            for name in (self._names[id(given)] for given in args if id(given) in self._names and not given.numel()):
+                raise ConfigError(
+                    f"--deepspeed.stage 3: the loss uses {name} outside the forward pass of its module, and weights are gathered there "
+                    "only. Let the optimizer decay weights, or type --deepspeed.stage 2, or --strategy fsdp."
+                )
+        return result
 
 
 @final
@@ -112,8 +133,8 @@ class Moments:
                 own[key].narrow(0, place.at, place.size).copy_(value)
             elif key in own and bool(own[key] != value):
                 raise ConfigError(
-                    f"--strategy deepspeed: the checkpoint's optimizer has {key} {value} for one parameter and {own[key]} for another of the "
-                    "same group, and DeepSpeed steps them as one. Type --strategy ddp, zero1 or fsdp."
+                    f"--strategy deepspeed: the checkpoint's optimizer has {key} {value} for one parameter and {own[key]} for another of "
+                    "the same group, and DeepSpeed steps them as one. Type --strategy ddp, zero1 or fsdp."
                 )
             else:
                 own[key] = value
