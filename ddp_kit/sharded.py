@@ -63,6 +63,11 @@ def is_split(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "to_local") or hasattr(tensor, "ds_tensor")
 
 
+def size(tensor: torch.Tensor) -> int:
+    """Returns how many elements a tensor has on all ranks together."""
+    return int(getattr(tensor, "ds_numel", tensor.numel()))  # one of DeepSpeed's stage 3 is empty itself
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Returns this rank's part of a tensor, without a copy and without gradients; a plain tensor is its own part."""
     detached = getattr(tensor, "ds_tensor", tensor).detach()

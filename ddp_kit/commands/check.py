@@ -16,6 +16,7 @@ from ddp_kit.groups import Group
 from ddp_kit.recipe import load_recipe
 from ddp_kit.report import peak_memory_mib
 from ddp_kit.session import recipe_path, run_command, session
+from ddp_kit.sharded import size
 from ddp_kit.step import train_step
 from ddp_kit.topology import read_topology
 from ddp_kit.trackers.console import duration, evaluation_line
@@ -56,7 +57,7 @@ def _figures(made: Composition, group: Group) -> list[str]:
     training.control.close()
     batches.close()
     trained_s = min(times)
-    weights = sum(parameter.numel() for parameter in training.model.parameters())
+    weights = sum(size(parameter) for parameter in training.model.parameters())
     lines = [
         f"batch   {batching.describe(training.plan)}",
         f"model   {weights:,} parameters",

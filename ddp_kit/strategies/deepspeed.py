@@ -13,6 +13,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, final
 
 import torch
@@ -37,6 +38,7 @@ class Zero:
     def __init__(self, group: Group, settings: DeepSpeed):
         """Raises: ConfigError if the package is missing, or its configuration contradicts the flags."""
         self._group, self._stage, self._config = group, settings.stage, config_of(settings)
+        self._file = settings.config
         self.divisor = group.world_size  # DeepSpeed averages
         self.shards: dist.ProcessGroup | None = group.training if settings.stage else None
         self._package = _imported(group)
@@ -61,10 +63,7 @@ class Zero:
         Raises: ConfigError for an optimizer that cannot step partitions.
         """
         _require_splittable(optimizer, stage=self._stage)
-        with self._group.connecting():
-            self._engine, *_ = self._package.initialize(
-                model=self._root, optimizer=optimizer, config=self._config, dist_init_required=False
-            )
+        self._engine = self._initialized(optimizer)
         if (own := self._engine.data_parallel_group) is not dist.group.WORLD:
             self._group.others.append(own)
         self._group.closing.callback(self._release)
@@ -75,6 +74,23 @@ class Zero:
         return Wrapped(
             call=Through(self._engine, call), step=self._engine.step, moments=moments, refresh=self._engine.optimizer.refresh_fp32_params
         )
+
+    def _initialized(self, optimizer: Optimizer) -> Any:
+        place, device = self._group.topology.local_rank, self._group.device.index
+        with self._group.connecting(), environment_default("LOCAL_RANK", str(place)):  # which srun does not set
+            try:
+                engine, *_ = self._package.initialize(
+                    args=SimpleNamespace(device_rank=place if device is None else device),
+                    model=self._root,
+                    optimizer=optimizer,
+                    config=self._config,
+                    dist_init_required=False,
+                )
+            except (AssertionError, ValueError) as error:
+                if not self._file:
+                    raise
+                raise ConfigError(f"--deepspeed.config {self._file}: DeepSpeed does not take it: {error}") from error
+        return engine
 
     def enter(self, function: Function, *args: Any) -> Any:
         """Calls it; at stage 3 through the root, whose modules gather what they use."""
