@@ -29,8 +29,8 @@ from ddp_kit.errors import ConfigError, MissingPackageError, NonFiniteError
 from ddp_kit.groups import Group, process_group
 from ddp_kit.saving import About, Checkpoints, best_weights
 from ddp_kit.settings import DeepSpeed
-from ddp_kit.state import restore_state
 from ddp_kit.sharded import whole
+from ddp_kit.state import restore_state
 from ddp_kit.step import train_step
 from ddp_kit.strategies.deepspeed_config import DECIDED, config_of
 from ddp_kit.testing import run_ranks
