@@ -42,7 +42,6 @@ IS_THERE = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not IS_THERE, reason="deepspeed is not installed: pip install 'ddp_kit[deepspeed]'")
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 CLOSE = 1e-5  # fp32, a small-rate run
-FOUR = pytest.param(4, marks=pytest.mark.slow)
 
 
 def zero(settings: Settings, stage: Any, **fields: Any) -> Settings:
@@ -107,32 +106,41 @@ def apart(ours: list[float], theirs: list[float]) -> float:
 
 
 @needs_deepspeed
-@pytest.mark.ranks(2, FOUR, deadline_s=170)
-def test_every_stage_follows_ddp_with_clipping_at_half_the_median_norm_and_ema(group: Group) -> None:
-    """Over 50 steps, with accumulation that is not even; every parameter has moved after one step."""
-    settings = Settings(precision="fp32", global_batch=21, micro_batch=10 if group.world_size == 2 else 5, lr=0.01, ema=0.9, grad_clip=1e9)
-    made, norms = recipe(settings, model=normed), list[float]()
-    with life(group, made, settings) as (training, feed):
-        assert {len(training.plan.of_rank(rank)) for rank in range(group.world_size)} == {1, 2}
-        run(training, feed, start=0, end=50, norms=norms)
-    settings = replace(settings, grad_clip=median(norms) / 2)
-    with life(group, made, settings) as (training, feed):
-        losses = run(training, feed, start=0, end=50)
-        assert training.average is not None
-        with training.average.applied():
-            averages = [parameter.detach().clone() for parameter in training.model.parameters()]
-    for stage in (0, 1, 2, 3):
-        with life(group, made, zero(settings, stage)) as (training, feed):
-            before = whole_weights(training)
-            first = run(training, feed, start=0, end=1)
-            assert all(not torch.equal(now, then) for now, then in zip(whole_weights(training), before, strict=True)), stage
-            ours = first + run(training, feed, start=1, end=50)
-            assert abs(ours[0] - losses[0]) <= CLOSE * abs(losses[0])
-            assert apart(ours, losses) <= CLOSE, stage
-            assert training.average is not None
-            with training.average.applied():
-                for ours_now, theirs in zip(whole_weights(training), averages, strict=True):
-                    torch.testing.assert_close(ours_now, theirs, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_stage_follows_ddp_with_clipping_at_half_the_median_norm_and_ema(world_size: int) -> None:
+    """Over 50 steps at a small rate, with accumulation that is not even; every parameter has moved after one step."""
+    run_ranks(following, world_size, deadline_s=170, group=False)
+
+
+def following() -> None:
+    with process_group(device="cpu") as group:
+        settings = Settings(precision="fp32", global_batch=25, micro_batch=5, lr=0.01, ema=0.9)
+        made, norms = recipe(settings, model=moving), list[float]()
+        with life(group, made, replace(settings, grad_clip=1e9)) as (training, feed):
+            assert len({len(training.plan.of_rank(rank)) for rank in range(group.world_size)}) == 2
+            run(training, feed, start=0, end=20, norms=norms)
+        settings = replace(settings, grad_clip=median(norms) / 2)
+        with life(group, made, settings) as (training, feed):
+            losses, averages = run(training, feed, start=0, end=50), averaged(training)
+        for stage in (0, 1, 2, 3):
+            with life(group, made, zero(settings, stage)) as (training, feed):
+                before = whole_weights(training)
+                ours = run(training, feed, start=0, end=1)
+                assert all(not torch.equal(now, then) for now, then in zip(whole_weights(training), before, strict=True)), stage
+                ours += run(training, feed, start=1, end=50)
+                assert apart(ours, losses) <= CLOSE, stage
+                torch.testing.assert_close(averaged(training), averages, rtol=1e-4, atol=1e-5)
+
+
+def moving() -> nn.Module:
+    """`normed` without the bias that the normalisation takes away again: its gradient is 0."""
+    return nn.Sequential(nn.Linear(6, 16, bias=False), *list(normed())[1:])
+
+
+def averaged(training: Training) -> list[torch.Tensor]:
+    assert training.average is not None
+    with training.average.applied():
+        return whole_weights(training)
 
 
 def whole_weights(training: Training) -> list[torch.Tensor]:
@@ -170,7 +178,7 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_the_next_one_is_right(gro
 def steep(model: nn.Module, batch: Any) -> LossSum:
     """A loss whose gradients overflow in float16 at the first scale."""
     result = classify(model, batch)
-    return LossSum(result.total * 3000, result.count)
+    return LossSum(result.total * 100, result.count)
 
 
 # Checkpoints: the same ones
@@ -195,7 +203,7 @@ def saved(group: Group, made: Recipe, settings: Settings, storage: LocalDisk, *,
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stages", [(2, 3), pytest.param((0, 1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stages", [(3,), pytest.param((0, 1, 2), marks=pytest.mark.slow)])
 def test_a_run_moves_to_deepspeed_and_back_with_its_whole_state(tmp_path: Path, stages: tuple[int, ...]) -> None:
     """ddp for 3 steps, deepspeed for 3 and for 3 more, one process for 3: the losses of a run on ddp that never stopped, and the
     bits of one on deepspeed that never stopped.
@@ -326,6 +334,7 @@ def test_without_the_package_the_install_line_is_given(monkeypatch: pytest.Monke
 
 
 @needs_deepspeed
+@pytest.mark.slow
 def test_the_command_says_no_more_than_with_ddp_and_ends_with_0(tmp_path: Path) -> None:
     ended = train("--strategy", "deepspeed", "--deepspeed.stage", "3", folder=tmp_path, limit_s=90)
     assert ended.codes == [0, 0], ended.errors
