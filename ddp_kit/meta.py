@@ -9,7 +9,7 @@ from torch import nn
 
 from ddp_kit.errors import ConfigError, some
 from ddp_kit.seeding import Purpose, generators_put_back, key
-from ddp_kit.sharded import held
+from ddp_kit.sharded import Held, held, local
 from ddp_kit.weights import tied_names
 
 
@@ -35,7 +35,7 @@ def materialise(model: nn.Module, *, device: torch.device, seed: int, reads_valu
         for number, module in enumerate(owners.values()):
             if reads_values:
                 for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                    held(tensor).rows.zero_()
+                    local(tensor).zero_()
             else:
                 torch.manual_seed((key(seed, Purpose.WEIGHTS) + number) % 2**63)
                 _reset(module)
@@ -53,5 +53,6 @@ def _reset(module: nn.Module) -> None:
         drawn = module._parameters[name]
         if parameter is not None and drawn is not None:
             place = held(parameter)
+            assert isinstance(place, Held)  # FSDP2's
             place.rows.copy_(drawn.detach()[place.start : place.stop])
             module._parameters[name] = parameter

@@ -17,7 +17,6 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ddp_kit.sharded import is_split
 from ddp_kit.topology import Topology, environment
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
@@ -76,7 +75,7 @@ def fuse(optimizer: Optimizer) -> bool:
     is_chosen = any(group.get(key) is not None for group in groups for key in ("foreach", "fused"))
     is_special = any(group.get("capturable") or group.get("differentiable") or isinstance(group["lr"], torch.Tensor) for group in groups)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    if type(optimizer) is SGD and any(map(is_split, parameters)):  # no rule for DTensors in torch 2.15
+    if type(optimizer) is SGD and any(hasattr(parameter, "to_local") for parameter in parameters):  # no rule for DTensors in 2.15
         return False
     if is_chosen or is_special or not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters):
         return False

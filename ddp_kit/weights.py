@@ -19,7 +19,7 @@ from ddp_kit.collectives import first_difference
 from ddp_kit.errors import ConfigError, DdpKitError, nearest, some
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
-from ddp_kit.sharded import held, whole
+from ddp_kit.sharded import Held, held, whole
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 CONVERT = """ It looks like a pickle, and loading one may run code. Convert a file that you trust, once:
@@ -143,6 +143,7 @@ def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence
     with torch.no_grad():
         for name in fitting:
             place = held(live[name])
+            assert isinstance(place, Held)  # DeepSpeed has not split it yet
             place.rows.copy_(tensors[name][place.start : place.stop] if place.shape else tensors[name])
 
 
