@@ -32,6 +32,7 @@ from ddp_kit.topology import Topology
 from ddp_kit.wrapping import part_of
 
 Backend = Literal["nccl", "gloo"]
+BUCKET, LIVE = 2_000_000_000, 4_000_000_000  # bytes in fp32 of DeepSpeed's defaults: reduce_bucket_size, stage3_max_live_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,34 +82,42 @@ def build(recipe: Recipe, settings: Settings) -> nn.Module:
 
 def costs_of(recipe: Recipe, settings: Settings, plan: BatchPlan, *, group: Group, backend: Backend) -> Costs:
     """Returns what training would cost the group's ranks."""
-    model = build(recipe, settings)
-    strategy = choose_strategy(group, settings)
+    ranks, model = group.world_size, build(recipe, settings)
+    strategy = settings.strategy if ranks > 1 else "ddp"
     pieces = _pieces(model, settings)
-    strategy.shard(model)
+    if strategy == "fsdp":
+        choose_strategy(group, settings).shard(model)
     states, optimizers = _states(recipe, model)
     kept, whole = (sum(pair[i] for pair in states.values()) for i in (0, 1))
-    if settings.strategy == "zero1" and group.world_size > 1:
-        kept = max(_shares(optimizers, states, group))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights, gradients = _held(model.parameters()), _held(trained)
     buffers, floats = _held(model.buffers()), _held(buffer for buffer in model.buffers() if buffer.is_floating_point())
-    average = weights + floats if settings.ema else 0
-    rounds = max(map(len, map(plan.of_rank, range(group.world_size))))
+    average = weights
+    rounds = max(map(len, map(plan.of_rank, range(ranks))))
     everything = _whole(model.parameters()) * (2 if settings.ema else 1) + buffers + (floats if settings.ema else 0) + whole
-    own = {"zero1": kept, "fsdp": weights + (weights if settings.ema else 0) + kept}.get(settings.strategy, 0)
-    own_of_all = {"zero1": whole, "fsdp": everything - buffers - (floats if settings.ema else 0)}.get(settings.strategy, 0)
-    is_split = strategy.shards is not None
+    own = own_of_all = gathered = 0  # of what is saved, by this rank alone
+    if strategy == "zero1":
+        own, own_of_all = (kept := max(_shares(optimizers, states, group))), whole
+    elif strategy == "fsdp":
+        own, own_of_all = weights * (2 if settings.ema else 1) + kept, everything - buffers - (floats if settings.ema else 0)
+        gathered = _gathered(pieces, settings, accumulates=rounds > 1)
+    elif strategy == "deepspeed":
+        stage = settings.deepspeed.stage
+        gathered = (0, gradients, min(gradients, 2 * BUCKET), min(weights, LIVE) + min(gradients, 2 * BUCKET))[stage]
+        weights, average = (weights, weights) if stage < 3 else (weights // ranks, weights // ranks)
+        if stage:  # the optimizer steps a copy of its part
+            weights, gradients, kept = weights + gradients // ranks, gradients // ranks, kept // ranks
     return Costs(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weights=weights,
         gradients=gradients,
         moments=kept,
-        average=average,
+        average=average + floats if settings.ema else 0,
         buffers=buffers,
-        gathered=_gathered(pieces, settings, accumulates=rounds > 1) if is_split else 0,
+        gathered=gathered,
         sent=round(_sent(pieces, trained, settings, group=group, rounds=rounds, backend=backend)),
         checkpoint=everything,
-        written=everything // group.world_size if group.world_size == 1 else (everything - own_of_all) // group.world_size + own,
+        written=(everything - own_of_all) // ranks + own,
     )
 
 
@@ -176,9 +185,15 @@ def _sent(
 ) -> float:
     """Returns the bytes that a rank sends in a step. What is split is padded to equal parts."""
     ranks, wide = group.world_size, weight_dtype(settings.precision).itemsize
+    whole = sum(parameter.numel() for parameter in trained)
+    summed = 2 * whole * (2 if settings.comm != "fp32" else wide)
+    if settings.strategy == "deepspeed":
+        everything = sum(parameter.numel() for piece in pieces for parameter in piece) * wide
+        gathers = everything * (1 if everything <= LIVE else 2)  # once where all may stay from forward to backward
+        scatters = whole * wide * (2 if backend == "gloo" else 1)
+        stages = (summed, summed + whole * wide, rounds * summed + whole * wide, rounds * (gathers + scatters))  # seen: 1 and 2 all-reduce
+        return (ranks - 1) / ranks * stages[settings.deepspeed.stage]
     if settings.strategy != "fsdp" or ranks == 1:
-        whole = sum(parameter.numel() for parameter in trained)
-        summed = 2 * whole * (2 if settings.comm != "fp32" else wide)
         return (ranks - 1) / ranks * (summed + (whole * wide if settings.strategy == "zero1" else 0))
     line = group.topology.local_world_size if settings.fsdp.hybrid else ranks
     width = AUTOCAST[settings.precision].itemsize if settings.precision in AUTOCAST else wide

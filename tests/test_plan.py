@@ -6,6 +6,7 @@ import socket
 import stat
 import struct
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ddp_kit.compose import compose
 from ddp_kit.costs import Costs, costs_of, fake_group
 from ddp_kit.groups import Group
 from ddp_kit.saving import save
-from ddp_kit.settings import Fsdp
+from ddp_kit.settings import DeepSpeed, Fsdp
 from ddp_kit.sharded import local
 from ddp_kit.step import train_step
 from ddp_kit.testing import run_ranks
@@ -37,6 +38,12 @@ CHOICES: list[dict[str, Any]] = [
     {"strategy": "fsdp", "fsdp": Fsdp(wrap=("Block",)), "micro_batch": 3},
     {"strategy": "fsdp", "fsdp": Fsdp(wrap=("Block",)), "precision": "bf16"},
 ]
+
+
+if find_spec("deepspeed") is not None:
+    CHOICES += [
+        {"strategy": "deepspeed", "deepspeed": DeepSpeed(stage=stage), "micro_batch": micro} for stage in (0, 1, 2, 3) for micro in (0, 3)
+    ]
 
 
 def wide() -> Net:
@@ -83,18 +90,25 @@ def _measured(group: Group, settings: Split, folder: str) -> dict[str, int]:
     for _ in range(2):
         train_step(training, next(batches))
     before = sent()
+    stepped: list[int] = []
+    take = training.strategy.gradients
+    training.strategy.gradients = lambda parameters: stepped.append(sum(part.nbytes for part in take(parameters))) or take(parameters)  # type: ignore[method-assign]  # to look
     for _ in range(2):
         train_step(training, next(batches))
+    gradients = stepped[0]
     step = (sent() - before) // 2
     save(training, folder)
     training.checkpoints.finish(failures=1)
     training.control.close()
-    state = training.objectives[0].optimizer.state
+    objective, zero = training.objectives[0], settings.strategy == "deepspeed" and settings.deepspeed.stage
     assert training.average is not None
+    partitions = [p for own in objective.optimizer.param_groups for p in own["params"]] if zero else []
+    if zero == 3:  # which DeepSpeed takes out of the groups between steps
+        partitions = list(objective.optimizer.state)
     return {
-        "weights": sum(local(p).nbytes for p in training.model.parameters()),
-        "gradients": sum(local(p.grad).nbytes for p in training.model.parameters() if p.grad is not None),
-        "moments": sum(local(value).nbytes for own in state.values() for value in own.values()),
+        "weights": sum(local(p).nbytes for p in training.model.parameters()) + sum(p.nbytes for p in partitions),
+        "gradients": gradients,
+        "moments": sum(local(value).nbytes for own in objective.optimizer.state.values() for value in own.values()),
         "average": sum(tensor.nbytes for tensor in training.average.averages),
         "sent": step,
     }
