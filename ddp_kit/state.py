@@ -194,15 +194,13 @@ def _places(
         for reference in references(kept):
             shape, dtype = opened.kinds[reference]
             has = live.get(reference)
-            whole = tuple(like.shape) if like is not None else ()
-            if like is not None and objective.moments is not None:
-                whole = objective.moments.shape(like)
-            if like is not None and shape == whole and objective.moments is not None:
+            whole = held(like).shape if like is not None else ()
+            if like is not None and objective.owns is not None and not objective.owns(like):
+                tensors[reference] = torch.empty(shape, dtype=dtype, device="meta")
+            elif like is not None and objective.moments is not None and shape == whole:
                 tensors[reference] = objective.moments.empty(like, dtype=dtype)
                 targets[reference] = objective.moments.part(like, tensors[reference])
                 continue
-            if like is not None and objective.owns is not None and not objective.owns(like):
-                tensors[reference] = torch.empty(shape, dtype=dtype, device="meta")
             elif isinstance(has, torch.Tensor) and has.shape == shape and has.dtype == dtype:
                 tensors[reference] = has
             elif like is not None and (is_split(like) or objective.moments is not None) and shape and shape != whole:
@@ -234,9 +232,11 @@ def _restore_objective(
     optimizer = objective.optimizer
     optimizer.state.clear()
     for name, kept in saved["state"].items():
+        if objective.owns is not None and not objective.owns(names[name]):
+            continue
         if objective.moments is not None:
             objective.moments.restore(names[name], decode(kept, tensors))
-        elif objective.owns is None or objective.owns(names[name]):
+        else:
             optimizer.state[names[name]] = decode(kept, tensors)
     if objective.refresh is not None:
         objective.refresh()

@@ -3,8 +3,8 @@
 Owns: the engine from `deepspeed.initialize`, and where it takes part in a step: the boundary between steps, the sum, the optimizer.
 Refuses: its loss scale, clipping, schedule and checkpoints, which are ours, and single numbers as parameters.
 
-Weights, gradients and optimizer state stay fp32. DeepSpeed's stages 1 and 2 keep a second copy of the weights that a rank steps (`Moments`
-and `refresh` see to it), stage 3 both.
+Weights, gradients and optimizer state stay fp32. At stages 1 to 3 the optimizer steps copies of the weights, in flat partitions, and
+DeepSpeed copies them back into the model: what else writes weights (a restore) must `refresh` these.
 
 Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv 1910.02054.
 """
@@ -72,7 +72,11 @@ class Zero:
         assert self._group.training is not None
         moments = Moments(optimizer, places_of(self._engine.optimizer, stage=self._stage), self._group.training)
         return Wrapped(
-            call=Through(self._engine, call), step=self._engine.step, moments=moments, refresh=self._engine.optimizer.refresh_fp32_params
+            call=Through(self._engine, call),
+            step=self._engine.step,
+            owns=moments.has,
+            moments=moments,
+            refresh=self._engine.optimizer.refresh_fp32_params,
         )
 
     def _initialized(self, optimizer: Optimizer) -> Any:

@@ -105,9 +105,9 @@ class Moments:
                     )
             yield parameter, {key: _narrowed(value, place) for key, value in state.items()}
 
-    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        """Returns the whole shape of a parameter."""
-        return self._places[parameter].shape
+    def has(self, parameter: nn.Parameter) -> bool:
+        """Whether the optimizer steps a parameter."""
+        return parameter in self._places
 
     def part(self, parameter: nn.Parameter, content: torch.Tensor) -> torch.Tensor | Fragment:
         """Returns a tensor of `items` with what it is a part of."""
