@@ -118,6 +118,9 @@ def test_an_interrupted_session_ends_its_ranks(inner, pytester: pytest.Pytester)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell without job control starts what is in its background deaf to it
     thread.start()
     result = inner(
         """
@@ -129,6 +132,7 @@ def test_sleeps(tmp_path):
         no_reraise_ctrlc=True,
     )
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert result.ret == pytest.ExitCode.INTERRUPTED
     (file,) = pytester.path.glob("pid-*")
     with pytest.raises(ProcessLookupError):
