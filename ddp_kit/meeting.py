@@ -40,7 +40,8 @@ def meeting(topology: Topology, *, timeout: timedelta, init_method: str | None =
     if init_method is not None:
         yield next(dist.rendezvous(init_method, topology.rank, topology.world_size, timeout=timeout))[0]
         return
-    life = environment().get("TORCHELASTIC_RESTART_COUNT", "0")  # the agent's store outlives the ranks, and keeps their addresses
+    # the agent's store outlives the ranks, and keeps their addresses; rank 0's does not, and agents of several nodes may count differently
+    life = environment().get("TORCHELASTIC_RESTART_COUNT", "0") if _is_agents() else "0"
     with _whole_store(topology, timeout=timeout) as store:
         yield dist.PrefixStore(f"ddp_kit_life_{life}", store)
 

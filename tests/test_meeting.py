@@ -15,7 +15,7 @@ from ddp_kit import preflight, process_group
 from ddp_kit.meeting import _telling
 from ddp_kit.preflight import NodesError
 from ddp_kit.testing import run_ranks
-from ddp_kit.topology import Topology, read_topology
+from ddp_kit.topology import Topology, environment_default, read_topology
 
 JOB = {
     "SLURM_JOB_ID": str(os.getpid()),
@@ -51,6 +51,15 @@ def of_another_job(port: int) -> Iterator[None]:
     listener = socket.create_server(("127.0.0.1", port))
     with _telling("another-job 1\n", listener):
         yield
+
+
+def differently_counted(job: dict[str, str]) -> float:
+    with environment_default("TORCHELASTIC_RESTART_COUNT", os.environ["RANK"]):
+        return sum_of_ranks(job)
+
+
+def test_agents_that_count_restarts_differently_do_not_part_the_ranks() -> None:
+    assert run_ranks(differently_counted, 2, JOB, group=False) == [3.0, 3.0]
 
 
 @pytest.mark.parametrize("taken", [silent, of_another_job])
