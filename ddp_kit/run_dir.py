@@ -64,10 +64,14 @@ class RunDir:
     def claim(self) -> None:
         """Makes the directory, takes its lock and keeps it fresh from a thread.
 
-        Raises: ConfigError if the directory cannot be written or is in use by a live run.
+        Raises: ConfigError if the directory cannot be written or is in use by a live run. After the loss of a node, agents of the same
+        job may start the ranks again before the lock of a rank 0 on the lost one is stale: that is waited for.
         """
+        end = time.monotonic() + STALE_S + BEAT_S
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            while (owner := self.holder()) is not None and _is_lost_peer(owner) and time.monotonic() < end:
+                time.sleep(1.0)
             self._take_lock()
             (self.path / "requeue").unlink(missing_ok=True)  # of a life that is over
         except OSError as error:
@@ -157,6 +161,13 @@ class RunDir:
         self.write_json("status.json", content)
         return content
 
+    def holder(self) -> Owner | None:
+        """Returns whose lock is in force, None if it is nobody's. Takes nothing."""
+        with contextlib.suppress(FileNotFoundError), self._lock.open(encoding="utf-8") as file:
+            owner = _read_owner(file)
+            return owner if owner is not None and _lives(owner, lock=self._lock) else None
+        return None
+
     def _take_lock(self) -> None:
         with _exclusive(self._lock) as file:
             owner = _read_owner(file)
@@ -190,13 +201,7 @@ def require_shared(path: Path, run_id: str, *, group: Group) -> None:
 
 def is_in_use(path: Path) -> bool:
     """Returns whether a live run holds the directory. Changes nothing; anyone may ask."""
-    lock = path / "run.lock"
-    try:
-        with lock.open(encoding="utf-8") as file:
-            owner = _read_owner(file)
-        return owner is not None and _lives(owner, lock=lock)
-    except FileNotFoundError:
-        return False
+    return RunDir(path).holder() is not None
 
 
 def default_name(recipe: str, environ: Mapping[str, str] | None = None) -> Path:
@@ -263,6 +268,13 @@ def _lives(owner: Owner, *, lock: Path) -> bool:
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=lock.parent) as clock:  # a reader may not write here
         now = os.fstat(clock.fileno()).st_mtime  # the file server's clock, by which the beats are dated
     return now - lock.stat().st_mtime < STALE_S
+
+
+def _is_lost_peer(owner: Owner) -> bool:
+    """Whether the owner was a rank of this very life of the job, on another node, and torchrun's agents have begun anew since."""
+    restarts = environment().get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
+    here = _this_process()
+    return restarts and owner.host != here.host and bool(owner.job) and (owner.job, owner.restart) == (here.job, here.restart)
 
 
 def process_start(pid: int) -> str:

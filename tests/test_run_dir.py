@@ -205,6 +205,25 @@ def test_a_job_that_slurm_has_started_again_need_not_wait_for_its_last_lifes_loc
     run.release()
 
 
+def test_ranks_that_torchrun_starts_anew_wait_for_the_lock_of_one_on_a_lost_node(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    monkeypatch.setattr(module, "STALE_S", 2.0)
+    monkeypatch.setattr(module, "BEAT_S", 0.5)
+    write_lock(tmp_path, host="lost", pid=1, job="123")
+    with pytest.raises(ConfigError, match="in use by a live run"):
+        RunDir(tmp_path).claim()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    os.utime(tmp_path / "run.lock")
+    begin = time.monotonic()
+    assert owner_after_claim(tmp_path)[0] == os.getpid()
+    assert time.monotonic() - begin > 1.5
+    write_lock(tmp_path, host="elsewhere", pid=1, job="another")
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match="in use by a live run"):
+        RunDir(tmp_path).claim()
+    assert time.monotonic() - begin < 1
+
+
 def test_the_heart_beats(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BEAT_S", 0.02)
     run = RunDir(tmp_path)
