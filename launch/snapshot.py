@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.environment import environment
 from launch.plan import LaunchError
 
 GIT_TIMEOUT_S = 30.0
+OUTSIDE = "not a git repository"  # what git says where there is none; of one that belongs to somebody else it says another thing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +73,24 @@ class Code:
 
 
 def code_of(recipe: Path, *, copy: Path) -> Code:
-    """Returns the code that a recipe belongs to. Reads only."""
+    """Returns the code that a recipe belongs to. Reads only. Raises: LaunchError if git refuses to read the repository around it."""
     recipe = recipe.resolve()
-    top = _git(recipe.parent, "rev-parse", "--show-toplevel", check=False).strip() if recipe.parent.is_dir() else ""
+    top = _git(recipe.parent, "rev-parse", "--show-toplevel", allows=OUTSIDE).strip() if recipe.parent.is_dir() else ""
     return Code(recipe=recipe, root=Path(top).resolve() if top else recipe.parent, copy=copy, is_tracked=bool(top))
 
 
-def _git(folder: Path, *arguments: str, check: bool = True) -> str:
-    """What git says; "" without git or with `check` off where git refuses."""
+def _git(folder: Path, *arguments: str, check: bool = True, allows: str = "\0") -> str:
+    """What git says; "" without git, with `check` off where git refuses, or where it refuses with what is allowed."""
+    command = ["git", "-C", str(folder), *arguments]
+    environ = {**environment(), "LC_ALL": "C"}
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=GIT_TIMEOUT_S)
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=GIT_TIMEOUT_S)
     except FileNotFoundError:
         return ""
     except subprocess.TimeoutExpired as error:
         raise LaunchError(
             f"git {arguments[0]} in {folder} takes more than {GIT_TIMEOUT_S:g} s. --no-snapshot goes without a copy."
         ) from error
-    if check and done.returncode:
+    if check and done.returncode and allows not in done.stderr:
         raise LaunchError(f"git {arguments[0]} in {folder}: {done.stderr.strip()}. --no-snapshot goes without a copy.")
     return done.stdout if done.returncode == 0 else ""
