@@ -34,7 +34,8 @@ class Preflight:
     topology: Topology
     folder: Path  # the run directory
     within_s: float
-    hosts: Mapping[int, str] = field(default_factory=dict)  # by node rank
+    hosts: Mapping[int, str] = field(default_factory=dict)  # by node rank, where that follows the launcher's order
+    own_host: str = ""  # as the scheduler calls it; "" without one
     fault: str = ""  # of this rank's device
     begin: float = field(default_factory=time.monotonic)
     store: dist.Store | None = None
@@ -58,6 +59,8 @@ class Preflight:
             return
         self.store, own = dist.PrefixStore("ddp_kit_preflight", store), self.topology
         self.store.set(f"size/{own.node_rank}", str(own.local_world_size))
+        if self.own_host:
+            self.store.set(f"host/{own.node_rank}", self.own_host)
         self.store.set(f"device/{own.node_rank}/{own.local_rank}", f"no: {self.fault}" if self.fault else _identity(device))
         if own.rank == 0:
             faults = self._faults()
@@ -163,7 +166,7 @@ class Preflight:
         return faults
 
     def _words(self, faults: Mapping[int, str]) -> str:
-        named = "; ".join(f"{self._host(node)}: {words}" for node, words in faults.items())
+        named = "; ".join(f"{self._host(node) or f'node {node}'}: {words}" for node, words in faults.items())
         return f"the pre-flight check of {self.within_s:.0f} s was not passed. {named}"
 
     def _write(self, nodes: Collection[int]) -> None:
@@ -171,11 +174,16 @@ class Preflight:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{FILE}.{self.topology.rank}"
-        temporary.write_text("".join(f"{self._host(node)}\n" for node in sorted(nodes)), encoding="utf-8")
+        names = [name for node in sorted(nodes) if (name := self._host(node))]
+        temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         temporary.replace(self.folder / FILE)
 
     def _host(self, node: int) -> str:
-        return self.hosts.get(node, f"node {node}")
+        """A node's name, as its own ranks or else the launcher has it; "" if nobody has said."""
+        with contextlib.suppress(dist.DistError):
+            if self.store is not None and self._has(f"host/{node}"):
+                return self._text(f"host/{node}")
+        return self.hosts.get(node, "")
 
     def _size(self, node: int) -> int:
         return int(self._text(f"size/{node}")) if self._has(f"size/{node}") else 0
@@ -203,9 +211,12 @@ def preflight(topology: Topology, folder: Path | None) -> Preflight:
         within_s = float(text or 0)
     except ValueError:
         raise ConfigError(f"DDP_KIT_PREFLIGHT_S={text!r} is not a number of seconds.") from None
-    names = [name for name in environment().get("DDP_KIT_HOSTS", "").split(",") if name]
+    is_torchruns = topology.launcher == "torchrun"  # it numbers its nodes in an order of its own, and those that are left anew
+    names = [] if is_torchruns else [name for name in environment().get("DDP_KIT_HOSTS", "").split(",") if name]
+    host = environment().get("SLURMD_NODENAME", "")
     is_on = topology.nodes > 1 and folder is not None
-    return Preflight(topology=topology, folder=folder or Path(), within_s=within_s if is_on else 0, hosts=dict(enumerate(names)))
+    within_s = within_s if is_on else 0
+    return Preflight(topology=topology, folder=folder or Path(), within_s=within_s, hosts=dict(enumerate(names)), own_host=host)
 
 
 def _identity(device: torch.device) -> str:

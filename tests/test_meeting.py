@@ -78,7 +78,7 @@ def stuck(*args: object, **more: object) -> None:
     raise RuntimeError("at last")
 
 
-def on_two_nodes(folder: str, port: int, what: str) -> str:
+def on_two_nodes(folder: str, port: int, what: str, launcher: str = "slurm") -> str:
     """One rank on each of two nodes. Returns what the check says, "" if all is well."""
     rank = int(os.environ["RANK"])
     if (what, rank) in (("absent", 1), ("first absent", 0)):
@@ -86,7 +86,7 @@ def on_two_nodes(folder: str, port: int, what: str) -> str:
     if (what, rank) == ("stuck", 1):
         dist.init_process_group = stuck
     preflight.LATER_S = 1.0
-    place = Topology(rank=rank, world_size=2, node_rank=rank, nodes=2, launcher="slurm", master="127.0.0.1", port=port)
+    place = Topology(rank=rank, world_size=2, node_rank=rank, nodes=2, launcher=launcher, master="127.0.0.1", port=port)
     device = "cuda" if (what, rank) == ("no device", 1) else "cpu"
     try:
         with process_group(topology=place, device=device, run_dir=Path(folder)) as group:
@@ -114,3 +114,17 @@ def test_the_preflight_check_names_the_node_that_failed_it(what: str, bad: str, 
     assert [words in text or text == "not there" or (what, rank) == ("stuck", 1) for rank, text in enumerate(said)] == [True, True], said
     file = tmp_path / "run" / "bad_nodes"
     assert (file.read_text() if file.exists() else "") == (f"{bad}\n" if bad else "")
+
+
+def of_torchrun(folder: str, port: int) -> str:
+    with environment_default("SLURMD_NODENAME", f"m{os.environ['RANK']}"):
+        return on_two_nodes(folder, port, "no device", "torchrun")
+
+
+def test_nodes_that_torchrun_has_numbered_are_named_by_themselves(tmp_path: Path) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as found:
+        port = found.getsockname()[1]
+    env = {"DDP_KIT_PREFLIGHT_S": "2", "DDP_KIT_HOSTS": "m1,m0", "GLOO_SOCKET_IFNAME": "lo"}
+    said = run_ranks(of_torchrun, 2, str(tmp_path / "run"), port, group=False, env=env)
+    assert ["m1: no CUDA device is visible" in text for text in said] == [True, True], said
+    assert (tmp_path / "run" / "bad_nodes").read_text() == "m1\n"
