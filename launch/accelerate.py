@@ -45,6 +45,15 @@ def default_config(environ: Mapping[str, str] | None = None) -> Path:
     return Path(environ.get("HF_HOME", cache / "huggingface")).expanduser() / "accelerate" / "default_config.yaml"
 
 
+def config_of(named: str | None, *, launcher: str) -> Path:
+    """Returns the file that `--accelerate-config` names, else accelerate's own. Raises: LaunchError if it is not there or has no effect."""
+    if named and launcher != "accelerate":
+        raise LaunchError(f"--accelerate-config {named}: it has no effect without --launcher accelerate.")
+    if named and not Path(named).is_file():
+        raise LaunchError(f"--accelerate-config {named}: there is no such file. `accelerate config --config_file {named}` writes one.")
+    return Path(named) if named else default_config()
+
+
 def counts(path: Path) -> dict[str, int]:
     """Returns the machines and processes (of all machines) that a configuration file names, {} if there is no such file.
 

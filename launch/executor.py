@@ -11,7 +11,7 @@ from typing import Any
 from submitit import Job, SlurmExecutor
 from submitit.core import utils
 
-from launch import task
+from launch import elastic, task
 from launch.plan import LaunchError
 from launch.script import render
 from launch.slurm_plan import Run, SlurmPlan
@@ -65,12 +65,14 @@ def call_of(plan: SlurmPlan, run: Run) -> Sequence[Any]:
     if plan.launcher == "srun":
         return (task.rank, run.folder, *run.words)
     agents = {"torchrun": torchrun_agent, "accelerate": accelerate_agent}
-    return (task.agent, run.folder, *agents[plan.launcher](plan), "--", "-m", "ddp_kit.train", *run.words)
+    agent = elastic.agent if plan.min_nodes else task.agent
+    return (agent, run.folder, *agents[plan.launcher](plan), "--", "-m", "ddp_kit.train", *run.words)
 
 
 def torchrun_agent(plan: SlurmPlan) -> list[str]:
-    """Returns a node's torchrun, with {head}, {port} and {job} to be filled in on the node."""
-    counts = [f"--nnodes={plan.nodes}", f"--nproc-per-node={plan.processes}", f"--max-restarts={plan.max_restarts}"]
+    """Returns a node's torchrun, with {nodes}, {head}, {port} and {job} to be filled in on the node."""
+    least = f"{plan.min_nodes}:" if plan.min_nodes else ""
+    counts = [f"--nnodes={least}{{nodes}}", f"--nproc-per-node={plan.processes}", f"--max-restarts={plan.restarts}"]
     return [plan.python, "-m", "torch.distributed.run", *counts, "--rdzv-backend=c10d", "--rdzv-endpoint={head}:{port}", "--rdzv-id={job}"]
 
 

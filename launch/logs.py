@@ -5,6 +5,7 @@ Refuses: changing anything.
 """
 
 import argparse
+import contextlib
 import re
 import sys
 import time
@@ -18,6 +19,7 @@ from launch.plan import LaunchError, answered
 from launch.runs import FoundRun, find
 
 POLL_S = 0.5
+ASK_S = 4.0  # between two looks at whether a run is over; it is when two say so, since torchrun may begin its ranks anew
 ALIKE_S = 2.0  # between ranks that say the same
 RANK_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")  # of a rank's log, local time
 JOB_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} ")  # of a batch script
@@ -107,23 +109,35 @@ def _main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("ddp-kit logs", description="What a run has said, over all its lives.", allow_abbrev=False)
     parser.add_argument("run", help="its folder or a job id")
     parser.add_argument("--rank", type=int, metavar="K", help="only that rank's")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is added, until Ctrl-C")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is added, until the run is over or Ctrl-C")
     asked = parser.parse_args(argv)
     run = find(asked.run)
     known: dict[Path, Source] = {}
-    is_first = True
-    try:
-        while is_first or asked.follow:
-            lines = [line for source in sources(run, rank=asked.rank, known=known) for line in source.lines()]
-            for line in merged(lines):
-                print(line, flush=True)
-            if is_first and not known:
-                _require_something(run, rank=asked.rank)
-            is_first = False
-            time.sleep(POLL_S if asked.follow else 0)
-    except (KeyboardInterrupt, BrokenPipeError):
-        pass
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        _print_added(run, rank=asked.rank, known=known)
+        if not known:
+            _require_something(run, rank=asked.rank)
+        if asked.follow:
+            _follow(run, rank=asked.rank, known=known)
     return 0
+
+
+def _print_added(run: FoundRun, *, rank: int | None, known: dict[Path, Source]) -> None:
+    lines = [line for source in sources(run, rank=rank, known=known) for line in source.lines()]
+    for line in merged(lines):
+        print(line, flush=True)
+
+
+def _follow(run: FoundRun, *, rank: int | None, known: dict[Path, Source]) -> None:
+    """Prints what is added until the run is over, its last words too."""
+    looks = 0
+    looked = time.monotonic()
+    while looks < 2:
+        time.sleep(POLL_S)
+        if time.monotonic() - looked >= ASK_S:
+            looks = looks + 1 if run.is_over() else 0
+            looked = time.monotonic()
+        _print_added(run, rank=rank, known=known)
 
 
 def _require_something(run: FoundRun, *, rank: int | None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch import accelerate
 from launch.plan import LaunchError, answered, processes_of
 from launch.runs import FoundRun, find
 from launch.script import render
@@ -25,7 +26,11 @@ def plan_again(run: FoundRun, given: Mapping[str, Any]) -> SlurmPlan:
     gpus = int(changes.get("gpus_per_node", earlier.gpus_per_node))
     if "nproc_per_node" in given:
         changes["processes"] = processes_of(given["nproc_per_node"], gpus=gpus)
-    elif "gpus_per_node" in changes and earlier.processes == earlier.gpus_per_node:
+    if "accelerate_config" in given:
+        config = accelerate.config_of(given["accelerate_config"], launcher=str(changes.get("launcher", earlier.launcher)))
+        nodes, each = accelerate.agreed(changes.get("processes"), nodes=changes.get("nodes"), config=config)
+        changes |= {name: value for name, value in (("nodes", nodes), ("processes", each)) if value is not None}
+    if "processes" not in changes and "gpus_per_node" in changes and earlier.processes == earlier.gpus_per_node:
         changes["processes"] = gpus
     changes["exclude"] = run.without_bad_nodes(str(changes.get("exclude", earlier.exclude)))
     words = [*earlier.runs[0].words, *given.get("words", [])]

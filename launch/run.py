@@ -6,7 +6,6 @@ Owns: the command line up to the recipe. Refuses: the recipe's flags; `ddp_kit.t
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from launch import accelerate, local, torchrun
 from launch.environment import visible_gpus
@@ -28,9 +27,9 @@ def parser() -> argparse.ArgumentParser:
 def plan_of(asked: argparse.Namespace) -> Plan:
     """Returns what the flags ask for. Raises: LaunchError."""
     text, gpus = asked.nproc_per_node, visible_gpus()
-    if asked.launcher == "accelerate":
+    if asked.launcher == "accelerate" or asked.accelerate_config:
         given = None if text is None else processes_of(text, gpus=gpus)
-        _, counted = accelerate.agreed(given, nodes=1, config=Path(asked.accelerate_config or accelerate.default_config()))
+        _, counted = accelerate.agreed(given, nodes=1, config=accelerate.config_of(asked.accelerate_config, launcher=asked.launcher))
         text = text if counted is None else str(counted)
     return Plan(words=tuple(asked.words), processes=processes_of(text or "auto", gpus=gpus))
 

@@ -70,6 +70,15 @@ class FoundRun:
             return ""
         return host if host != socket.gethostname() and not owner.get("job") and age_s < STALE_S else ""
 
+    def is_over(self) -> bool:
+        """Whether no job of it waits or runs, and no process has it."""
+        try:
+            age_s = time.time() - (self.folder / "run.lock").stat().st_mtime
+        except OSError:
+            age_s = STALE_S
+        is_held = self.is_alive() or (self.owner().get("host") != socket.gethostname() and age_s < STALE_S)
+        return not is_held and not any(job.state in cluster.LIVING for job in self.jobs())
+
     def require_free(self) -> None:
         """Raises: LaunchError if a job that waits or runs, or a live process, has the run."""
         living = [f"job {job.id} ({job.state.lower()})" for job in self.jobs() if job.state in cluster.LIVING]

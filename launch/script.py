@@ -20,6 +20,14 @@ life=${SLURM_RESTART_COUNT:-0}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
 """
+TASK = """\
+trap "" USR1 USR2  # the warning may come before the program can hear it, and an agent of torchrun would die of it
+if ! command -v "$1" >/dev/null; then
+  echo "ddp-kit: $1 is not there on $(hostname): type --python, or --setup with what makes it appear" >&2
+  exit 127
+fi
+exec "$@"\
+"""  # on each node
 WAIT = """\
 step=$!
 rc=0
@@ -77,7 +85,7 @@ def directives(plan: SlurmPlan) -> Mapping[str, str | None]:
         "chdir": plan.chdir,
         "output": log,
         "open-mode": "append",
-        "nodes": str(plan.nodes),
+        "nodes": str(plan.nodes),  # not the least of them too: SLURM would hand out no more
         "ntasks-per-node": "1" if one_task else str(plan.processes),
         "cpus-per-task": str(plan.cpus_per_task * (plan.processes if one_task else 1)) if plan.cpus_per_task else "",
         "gpus-per-node": str(plan.gpus_per_node) if plan.gpus_per_node else "",
@@ -89,6 +97,8 @@ def directives(plan: SlurmPlan) -> Mapping[str, str | None]:
     }
     flags: dict[str, str | None] = {name: value for name, value in asked.items() if value}
     flags["requeue" if plan.max_requeues else "no-requeue"] = None
+    if plan.min_nodes:
+        flags["no-kill"] = None
     if plan.dependency:
         flags["kill-on-invalid-dep"] = "yes"
     return {**flags, **options(plan.sbatch)}
@@ -163,17 +173,18 @@ def _step(plan: SlurmPlan) -> str:
     """The step that starts the ranks, in the background: a shell that waits for a program in front of it hears no signal."""
     pattern = '"$folder"/%A_%a_%t_log' if plan.is_array else '"$folder"/%j_%t_log'
     tasks = '"$SLURM_NNODES"' if plan.launcher != "srun" else '"$SLURM_NTASKS"'
-    flags = ["--kill-on-bad-exit=1", "--unbuffered", "--open-mode=append", f"--output={pattern}.out", f"--error={pattern}.err"]
+    # the agents that are left re-form; with an input from srun they would be killed when srun's node dies
+    ends = ["--no-kill", "--kill-on-bad-exit=0", "--input=none"] if plan.min_nodes else ["--kill-on-bad-exit=1"]
+    flags = [*ends, "--unbuffered", "--open-mode=append", f"--output={pattern}.out", f"--error={pattern}.err"]
     container = {"container-image": plan.container_image, "container-mounts": plan.container_mounts}
     passed = {**{name: value for name, value in container.items() if value}, **options(plan.srun)}
     flags += [f"--{name}" + ("" if value is None else f"={shlex.quote(value)}") for name, value in passed.items()]
     per_node = 1 if plan.launcher != "srun" else plan.processes
-    # the warning may come before the program can hear it, and an agent of torchrun would die of it
-    program = f'bash -c \'trap "" USR1 USR2; exec "$@"\' sh {shlex.quote(plan.python)} -u -m submitit.core._submit "$folder" &'
+    program = f'bash -c {shlex.quote(TASK)} sh {shlex.quote(plan.python)} -u -m submitit.core._submit "$folder" &'
     return _text(
         [
             "failed=$folder/$job.$life.failed",
-            'rm -f "$run/requeue" "$failed" "$folder/$SLURM_JOB_ID.$life.port"',
+            'rm -f "$run/requeue" "$failed" "$folder/$SLURM_JOB_ID.$life".{port,over}',
             " \\\n  ".join([f"srun -n {tasks} --ntasks-per-node={per_node}", *flags, program]),
         ]
     )

@@ -4,6 +4,7 @@ Owns: the command line up to the recipe, and the order of things at a submission
 """
 
 import argparse
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 TEXTS = ("time", "partition", "qos", "account", "constraint", "exclude", "nodelist", "dependency", "container-image", "container-mounts")
 LISTS = {"env": "NAME=VALUE", "env-preset": "NAME", "setup": "LINE", "sbatch": "K=V", "srun": "K=V"}
 LIST_FIELDS = {"env-preset": "preset"}
-SAME = ("launcher", "gpus_per_node", "cpus_per_task", "max_restarts", "max_requeues", "warn_s", "python", "parallel")  # flag and field
+# flags whose fields have the same name
+SAME = ("launcher", "min_nodes", "gpus_per_node", "cpus_per_task", "max_restarts", "max_requeues", "warn_s", "python", "parallel")
 
 
 def parser(verb: str, *, what: str) -> argparse.ArgumentParser:
@@ -42,6 +44,7 @@ def parser(verb: str, *, what: str) -> argparse.ArgumentParser:
     made.add_argument("--mem", default="", help="of a node, for instance 64G")
     for name in TEXTS:
         made.add_argument(f"--{name}", default="")
+    made.add_argument("--min-nodes", type=int, default=0, metavar="N", help="torchrun only: go on with N when others have died")
     made.add_argument("--max-restarts", type=int, default=0, help="by torchrun, inside one life of the job")
     made.add_argument("--max-requeues", type=int, default=20, help="lives after the first one; 0: it is never requeued")
     made.add_argument("--warn-s", type=int, default=120, help="seconds before the time limit at which the ranks are told to save")
@@ -82,19 +85,49 @@ def split_run_dir(words: Sequence[str]) -> tuple[list[str], str]:
     return kept, found
 
 
+def recipes_words(words: Sequence[str], *, reader: argparse.ArgumentParser) -> list[str]:
+    """Returns the recipe and its flags, without a "--" between them: what follows that one is the recipe's, whatever its name.
+
+    Raises: LaunchError for a launcher's flag behind the recipe, which the job alone would refuse. A field of that name that the recipe's
+    own file declares makes it the recipe's; what it inherits `launch` cannot see.
+    """
+    path = Path(words[0]) if words else Path()
+    if words[1:2] == ["--"]:
+        return [words[0], *words[2:]]
+    if not (path.suffix == ".py" and path.is_file()):
+        return list(words)
+    fields = _fields_in(path.read_text(encoding="utf-8", errors="replace"))
+    for flag in (word.partition("=")[0] for word in words[1:] if word.startswith("--")):
+        name = flag[2:].replace("-", "_")
+        if name != "words" and name in vars(reader.parse_args([])) and name not in fields:
+            raise LaunchError(
+                f"{flag} comes after the recipe, where flags are the recipe's own, and {path} has no field {name}. "
+                f"Type it before: {reader.prog} {flag} ... {path}. If the recipe inherits it: {reader.prog} ... {path} -- {flag} ..."
+            )
+    return list(words)
+
+
+def _fields_in(source: str) -> set[str]:
+    """The names that classes of a Python file annotate; none if it is not Python, which `ddp_kit.train` will say."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return set()
+    lines = [line for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for line in node.body]
+    return {line.target.id for line in lines if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)}
+
+
 def plan_of(asked: argparse.Namespace, *, runs: Sequence[tuple[Path, Sequence[str]]], folder: Path, home: Path) -> SlurmPlan:
     """Returns the plan for runs, each (its folder, its flags), with submitit's `folder`; the code's copy is in `home`.
 
     Raises: LaunchError with all faults.
     """
     words, gpus = asked.words, max(asked.gpus_per_node, 0)
-    if "--dry-run" in words:
-        raise LaunchError("--dry-run comes before the recipe: what follows the recipe are its own flags, and the job would be submitted.")
     if not words or words[0].startswith("-"):
         raise LaunchError(recipe_faults(words, verb="slurm --nodes 2")[0] + ".")
     nodes, each = asked.nodes, None if asked.nproc_per_node is None else processes_of(asked.nproc_per_node, gpus=gpus)
-    if asked.launcher == "accelerate":
-        nodes, each = accelerate.agreed(each, nodes=nodes, config=Path(asked.accelerate_config or accelerate.default_config()))
+    if asked.launcher == "accelerate" or asked.accelerate_config:
+        nodes, each = accelerate.agreed(each, nodes=nodes, config=accelerate.config_of(asked.accelerate_config, launcher=asked.launcher))
     is_file, chdir = words[0].endswith(".py"), Path.cwd()
     code = code_of(Path(words[0]), copy=home / "code") if is_file and not asked.no_snapshot else None
     recipe = str(code.copied_recipe) if code else str(Path(words[0]).resolve()) if is_file else words[0]
@@ -156,7 +189,9 @@ def default_folder(name: str) -> Path:
 
 def planned(argv: Sequence[str]) -> tuple[SlurmPlan, argparse.Namespace]:
     """Returns the plan that a command line asks for, and what was read. Raises: LaunchError with all faults."""
-    asked = with_recipe(parser("slurm", what="Submits a recipe's ranks as a batch job that loses nothing.")).parse_args(argv)
+    reader = with_recipe(parser("slurm", what="Submits a recipe's ranks as a batch job that loses nothing."))
+    asked = reader.parse_args(argv)
+    asked.words = recipes_words(asked.words, reader=reader)
     flags, named = split_run_dir(asked.words[1:])
     home = Path(named).absolute() if named else default_folder(asked.name or Path(asked.words[0] if asked.words else "").stem)
     asked.exclude = FoundRun(home).without_bad_nodes(asked.exclude)

@@ -47,6 +47,7 @@ class SlurmPlan:
     snapshot: str = ""  # folder of the code's copy; "": the code runs where it lies
     code: tuple[str, ...] = ()  # the copy's folders that come first among Python's
     nodes: int = 1
+    min_nodes: int = 0  # with so many it goes on after others have died, in the same job; 0: it takes all of them
     processes: int = 1  # ranks on each node
     gpus_per_node: int = 0
     cpus_per_task: int = 0
@@ -60,7 +61,7 @@ class SlurmPlan:
     nodelist: str = ""
     dependency: str = ""
     launcher: str = "srun"
-    max_restarts: int = 0  # torchrun's, inside one life of the job
+    max_restarts: int = 0  # torchrun's, inside one life of the job; 0: as many as nodes may be lost
     warn_s: int = 120  # before the time limit
     max_requeues: int = 20
     parallel: int = 0  # elements of the array at a time; 0: all
@@ -84,6 +85,11 @@ class SlurmPlan:
     def is_array(self) -> bool:
         """Whether the job is an array of several runs."""
         return len(self.runs) > 1
+
+    @property
+    def restarts(self) -> int:
+        """What torchrun is given: the loss of a node costs the others one."""
+        return self.max_restarts or (self.nodes - self.min_nodes if self.min_nodes else 0)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -112,6 +118,7 @@ class SlurmPlan:
 
 def _number_faults(plan: SlurmPlan) -> list[str]:
     least = {"nodes": 1, "processes": 1, "gpus_per_node": 0, "cpus_per_task": 0, "max_restarts": 0, "warn_s": 1, "max_requeues": 0}
+    least |= {"min_nodes": 0}
     flags = {"processes": "nproc-per-node"}
     faults = [
         f"--{flags.get(name, name.replace('_', '-'))} {getattr(plan, name)}: expected {low} or more"
@@ -120,6 +127,10 @@ def _number_faults(plan: SlurmPlan) -> list[str]:
     ]
     if plan.max_restarts and plan.launcher != "torchrun":
         faults.append("--max-restarts needs --launcher torchrun: srun starts each rank once, and the job is requeued")
+    if plan.min_nodes and plan.launcher != "torchrun":
+        faults.append(f"--min-nodes needs --launcher torchrun: {plan.launcher} cannot go on without a node, and the job is requeued")
+    if plan.min_nodes and plan.min_nodes >= plan.nodes:
+        faults.append(f"--min-nodes {plan.min_nodes}: expected fewer than --nodes {plan.nodes}, or 0 for all of them")
     return faults
 
 

@@ -18,9 +18,9 @@ from launch import local
 from launch.environment import has_slurm, visible_gpus
 from launch.plan import LaunchError, Plan, answered, processes_of, recipe_faults
 from launch.script import render
-from launch.slurm import default_folder, parser, plan_of, split_run_dir, submit_runs, with_recipe
+from launch.slurm import default_folder, parser, plan_of, recipes_words, split_run_dir, submit_runs, with_recipe
 
-HERE = {"nodes", "nproc_per_node", "words", "name", "grid", "here", "python"}  # flags that mean something without SLURM
+HERE = {"nodes", "nproc_per_node", "words", "name", "grid", "here", "python", "dry_run"}  # flags that mean something without SLURM
 STOPPED = (75, 130, 143)  # a signal to one run ends the sweep
 Point = Mapping[str, str]
 
@@ -68,6 +68,12 @@ def claim(home: Path, points: Sequence[Point]) -> None:
         raise LaunchError(f"{home}: cannot be written ({error.strerror}).") from error
 
 
+def commands_here(asked: argparse.Namespace, *, home: Path, points: Sequence[Point], flags: Sequence[str]) -> list[str]:
+    """Returns what one would type to train the points one by one on this machine, as `run_here` does."""
+    start = ["ddp-kit", "run", "--nproc-per-node", str(processes_of(asked.nproc_per_node or "auto", gpus=visible_gpus())), asked.words[0]]
+    return [shlex.join([*start, *flags, *flags_of(point), "--run-dir", str(home / folder_of(point))]) for point in points]
+
+
 def run_here(asked: argparse.Namespace, *, home: Path, points: Sequence[Point], flags: Sequence[str]) -> int:
     """Trains one point after another on this machine; those that are finished already say so. Returns: the first exit code but 0."""
     processes = processes_of(asked.nproc_per_node or "auto", gpus=visible_gpus())
@@ -104,6 +110,7 @@ def _main(argv: Sequence[str]) -> int:
     asked = reader.parse_args(argv)
     if asked.show:
         return show(asked.show)
+    asked.words = recipes_words(asked.words, reader=reader)
     if faults := recipe_faults(asked.words, verb="sweep --grid lr=0.1,0.2"):
         raise LaunchError("; ".join(faults) + ".")
     points = points_of(asked.grid)
@@ -116,6 +123,9 @@ def _main(argv: Sequence[str]) -> int:
         if (needless := typed - HERE) or (asked.nodes or 1) > 1:
             what = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(needless or {"nodes"}))
             raise LaunchError(f"{what}: means something to SLURM only, and this sweep runs here. Leave it out.")
+        if asked.dry_run:
+            print("\n".join(commands_here(asked, home=home, points=points, flags=flags)))
+            return 0
         claim(home, points)
         return run_here(asked, home=home, points=points, flags=flags)
     runs = [(home / folder_of(point), [*flags, *flags_of(point)]) for point in points]

@@ -54,8 +54,8 @@ def _too_early(run_dir: Path) -> Callable[[int, FrameType | None], None]:
 
 
 def agent(run_dir: str, *words: str) -> str:
-    """Runs a node's agent, whose workers are the ranks: what stands before "--" in `words`, with {head}, {port}, {node} and {job} filled
-    in, then the rest as it is. Returns and raises as `rank` does.
+    """Runs a node's agent, whose workers are the ranks: what stands before "--" in `words`, with {nodes}, {head}, {port}, {node} and {job}
+    filled in, then the rest as it is. Returns and raises as `rank` does.
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # handed down: an agent dies of them, and its workers install handlers of their own
@@ -64,9 +64,9 @@ def agent(run_dir: str, *words: str) -> str:
         signal.signal(number, lambda number, frame: told.append(number))  # and this one waits for them
     facts = environment()
     life = f"{facts['SLURM_JOB_ID']}.{facts.get('SLURM_RESTART_COUNT', '0')}"
-    head = facts["DDP_KIT_HOSTS"].split(",")[0]
+    hosts = facts["DDP_KIT_HOSTS"].split(",")
     port = _port(Path(facts["SUBMITIT_FOLDER"]) / f"{life}.port", is_head=facts["SLURM_NODEID"] == "0")
-    facts_of_agent = {"{head}": head, "{port}": str(port), "{node}": facts["SLURM_NODEID"], "{job}": life}
+    facts_of_agent = {"{nodes}": str(len(hosts)), "{head}": hosts[0], "{port}": str(port), "{node}": facts["SLURM_NODEID"], "{job}": life}
     at = words.index("--")
     command = [*(_filled(word, facts_of_agent) for word in words[:at]), *words[at + 1 :]]
     # the default store is shared by the generations of ranks, and a restarted one finds the dead one's addresses (pytorch #135712)

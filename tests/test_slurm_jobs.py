@@ -139,6 +139,9 @@ def test_cancelling_saves_first_and_nothing_is_left(trained: Trained, capsys: py
     run.until_step(3)
     with pytest.raises(LaunchError, match=r"job \d+ \(running\) has it"):
         FoundRun(run.folder).require_free()
+    assert slurm_main([PACED, "--run-dir", str(run.folder)]) == 2
+    said = capsys.readouterr().err
+    assert f"job {run.id} (running) has it. Type another --run-dir, or: ddp-kit cancel {run.folder}" in said
     assert cancel.main([str(run.folder)]) == 0
     run.ended("COMPLETED")
     assert run.status["status"] == "stopped"
@@ -174,6 +177,26 @@ def test_a_python_that_is_not_there_is_named(trained: Trained) -> None:
     run.ended("FAILED")
     assert run.cluster.facts(run.id)["ExitCode"] == "127:0"
     assert "/opt/no/python is not there on" in run.log
+
+
+def test_a_recipe_that_is_not_there_any_more_is_named(trained: Trained, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    shutil.copy(PACED, recipe)
+    run = trained(*SHORT, recipe=str(recipe), slurm=["--nproc-per-node", "1", "--sbatch", "begin=now+3"])
+    recipe.unlink()
+    run.ended("FAILED")
+    assert run.cluster.facts(run.id)["ExitCode"] == "2:0"
+    assert f"{recipe}: no such file" in run.said(0, "err")
+
+
+def test_a_python_that_one_node_lacks_is_named_with_the_node(trained: Trained, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.symlink_to(sys.executable)
+    hides = f"""srun() {{ rm -f {python}; command srun "$@"; }}"""  # after the script's own look, before the tasks'
+    run = trained(*SHORT, slurm=["--python", str(python), "--setup", hides, "--nodes", "2", "--nproc-per-node", "1"])
+    run.ended("FAILED")
+    assert run.cluster.facts(run.id)["ExitCode"] == "127:0"
+    assert f"{python} is not there on n1: type --python" in run.said(1, "err")
 
 
 def test_a_job_submitted_from_a_job_is_none_of_its_own(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +349,44 @@ def test_an_agent_on_each_node_trains_saves_and_comes_back(trained: Trained, lau
     steps = [record["step"] for record in run.lines("metrics.jsonl") if record["kind"] == "train"]
     assert steps == list(range(1, 81))
     assert json.loads((run.folder / "env.json").read_text())["topology"]["world_size"] == 2
+
+
+ELASTIC = ("--nodes", "2", "--nproc-per-node", "1", "--launcher", "torchrun", "--min-nodes", "1", "--sbatch", "exclusive")
+
+
+@pytest.mark.slow
+def test_the_agents_that_are_left_go_on_without_a_node_that_died(trained: Trained) -> None:
+    flags = ("--max-steps", "150", "--save-every", "10", "--exact")
+    whole = trained(*flags, name="whole")
+    whole.ended()
+    run = trained(*flags, "--pace-s", "0.1", slurm=ELASTIC)
+    run.until_step(25, within_s=120)
+    run.cluster.control("kill-node", "n1")
+    run.ended(within_s=200)
+    run.cluster.control("start-node", "n1")
+    run.cluster.wait_node("n1", state="idle", within_s=60)
+    assert run.cluster.facts(run.id)["Restarts"] == "0"
+    assert resumed_at(run)[0] in (20, 30)
+    assert json.loads((run.folder / "env.json").read_text())["topology"]["world_size"] == 2  # of the first life
+    assert "world_size=1" in (run.folder / "logs" / "rank-0.log").read_text()
+    assert run.status["weights_sha256"] == whole.status["weights_sha256"]
+    losses = [
+        {record["step"]: record["loss"] for record in each.lines("metrics.jsonl") if record["kind"] == "train"} for each in (whole, run)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_the_loss_of_the_node_with_the_batch_script_brings_the_job_back(trained: Trained) -> None:
+    run = trained("--max-steps", "150", "--pace-s", "0.1", "--save-every", "10", slurm=ELASTIC)
+    run.until_step(25, within_s=120)
+    run.cluster.control("kill-node", "n0")
+    run.until(lambda: run.cluster.facts(run.id)["Restarts"] == "1", within_s=150)
+    run.cluster.control("start-node", "n0")
+    run.ended(within_s=200)
+    assert run.status["status"] == "finished"
+    assert resumed_at(run)[0] in (20, 30)
+    assert "n0 is lost, and with it the batch script" in run.said(1)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from launch.plan import LaunchError
 from launch.runs import FoundRun, find, runs_in
 from launch.script import render, variables
 from launch.slurm import main as slurm_main
-from launch.slurm import planned
+from launch.slurm import parser, planned, with_recipe
 from launch.slurm_plan import Run, SlurmPlan
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +87,38 @@ def test_the_script_keeps_what_was_met_by_trying() -> None:
     assert "--container-image='a b.sqsh'" in contained
     assert "--container" not in contained.partition("srun")[0]
     assert subprocess.run(["bash", "-n"], input=contained, text=True, check=False).returncode == 0
+
+
+def test_a_flag_of_the_launcher_behind_the_recipe_is_refused_unless_the_recipe_has_it() -> None:
+    Path("recipe.py").write_text("class Settings:\n    nodes: int = 2\n")
+    assert planned(["recipe.py", "--nodes", "4"])[0].runs[0].words[1:3] == ("--nodes", "4")
+    for flag in ("--time", "--nproc_per_node", "--min-nodes"):
+        with pytest.raises(LaunchError, match=f"{flag} comes after the recipe.* Type it before: ddp-kit slurm {flag} "):
+            planned(["recipe.py", "--lr", "1", f"{flag}=3"])
+    assert planned(["recipe.py", "--", "--time", "3"])[0].runs[0].words[1:3] == ("--time", "3")
+    with pytest.raises(LaunchError, match=r"Type it before: ddp-kit sweep --parallel "):
+        sweep._main(["--grid", "lr=1,2", "recipe.py", "--parallel", "2"])
+
+
+def test_every_launchers_flag_is_none_of_ddp_kits() -> None:
+    import ddp_kit
+
+    own = vars(with_recipe(parser("slurm", what="")).parse_args([]))
+    assert {field.name for field in dataclasses.fields(ddp_kit.Settings)} & set(own) == set()
+
+
+def test_torchruns_agents_may_go_on_with_fewer_nodes() -> None:
+    made = plan("--launcher", "torchrun", "--nodes", "4", "--min-nodes", "2")
+    text = render(made)
+    for line in ("#SBATCH --nodes=4", "#SBATCH --no-kill", "srun -n", "  --no-kill \\", "--kill-on-bad-exit=0", "--input=none"):
+        assert line in text, line
+    assert "--no-kill" not in render(plan("--launcher", "torchrun", "--nodes", "4"))
+    assert made.restarts == 2
+    assert dataclasses.replace(made, max_restarts=5).restarts == 5
+    with pytest.raises(LaunchError, match="--min-nodes needs --launcher torchrun: srun cannot go on without a node"):
+        plan("--nodes", "4", "--min-nodes", "2")
+    with pytest.raises(LaunchError, match=r"--min-nodes 4: expected fewer than --nodes 4, or 0"):
+        plan("--launcher", "torchrun", "--nodes", "4", "--min-nodes", "4")
 
 
 def test_options_of_the_user_are_passed_on_and_win() -> None:
@@ -172,6 +204,13 @@ def test_without_git_the_copy_is_the_recipes_folder() -> None:
     assert [path.name for path in Path("copy").iterdir()] == ["recipe.py"]
 
 
+def test_a_repository_that_git_will_not_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    git("init", "-q")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to be in somebody else's repository
+    with pytest.raises(LaunchError, match=r"(?s)git rev-parse in .*: fatal: detected dubious ownership .*safe\.directory.*--no-snapshot"):
+        snapshot.code_of(Path("recipe.py"), copy=Path("copy").absolute())
+
+
 def test_a_grid_gives_every_combination_and_refuses_what_it_cannot_name() -> None:
     points = sweep.points_of(["lr=0.1,0.2", "seed=0,1"])
     assert [sweep.folder_of(point) for point in points] == ["lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", "lr=0.2,seed=1"]
@@ -184,6 +223,10 @@ def test_a_grid_gives_every_combination_and_refuses_what_it_cannot_name() -> Non
 def test_a_sweep_here_refuses_what_only_slurm_can_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep.main(["--grid", "lr=1,2", "--partition", "gpu", "recipe.py"]) == 2
     assert "--partition: means something to SLURM only" in capsys.readouterr().err
+    assert sweep.main(["--grid", "lr=1,2", "--name", "s", "--nproc-per-node", "2", "--dry-run", "recipe.py", "--seed", "3"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    home = Path("runs/s").absolute()
+    assert shown == [f"ddp-kit run --nproc-per-node 2 recipe.py --seed 3 --lr {lr} --run-dir {home}/lr={lr}" for lr in (1, 2)]
     assert sweep.main(["--grid", "lr=1,2", "recipe.py", "--run-dir", "x"]) == 2
     assert "Type --name NAME" in capsys.readouterr().err
     assert not Path("runs").exists()
@@ -207,6 +250,10 @@ def test_accelerates_file_is_honoured_and_contradictions_are_refused(monkeypatch
         accelerate.agreed(3, nodes=2, config=config)
     with pytest.raises(LaunchError, match=r"1 node\(s\) were asked for, and config\.yaml says num_machines: 2"):
         accelerate.agreed(None, nodes=1, config=config)
+    with pytest.raises(LaunchError, match="has no effect without --launcher accelerate"):
+        planned(["--accelerate-config", "config.yaml", "recipe.py"])
+    with pytest.raises(LaunchError, match=r"--accelerate-config none\.yaml: there is no such file"):
+        planned(["--launcher", "accelerate", "--accelerate-config", "none.yaml", "recipe.py"])
     monkeypatch.setenv("HF_HOME", str(Path("home").absolute()))
     assert accelerate.default_config() == Path("home/accelerate/default_config.yaml").absolute()
 
@@ -228,6 +275,13 @@ def test_resubmitting_changes_what_is_typed_and_leaves_bad_nodes_out() -> None:
     again = resubmit.plan_again(run, {"nodes": 4, "words": ["--max-steps", "9"]})
     assert (again.nodes, again.processes, again.qos, again.exclude) == (4, 2, "long", "n7,n3")
     assert again.runs[0].words == ("recipe.py", "--run-dir", str(run.folder), "--max-steps", "9")
+    Path("config.yaml").write_text("num_machines: 3\nnum_processes: 12\n")
+    again = resubmit.plan_again(run, {"launcher": "accelerate", "accelerate_config": "config.yaml"})
+    assert (again.nodes, again.processes) == (3, 4)
+    with pytest.raises(LaunchError, match="--nproc-per-node 2 makes 6 processes"):
+        resubmit.plan_again(run, {"launcher": "accelerate", "accelerate_config": "config.yaml", "nproc_per_node": "2"})
+    with pytest.raises(LaunchError, match="has no effect without --launcher accelerate"):
+        resubmit.plan_again(run, {"accelerate_config": "config.yaml"})
     (run.folder / "launch" / "plan.json").unlink()
     with pytest.raises(LaunchError, match="was not submitted to SLURM"):
         resubmit.plan_again(run, {})
@@ -286,7 +340,7 @@ def test_a_torn_plan_and_a_dry_run_in_the_wrong_place_are_refused(capsys: pytest
     with pytest.raises(LaunchError, match=r"the plan is torn .* ddp-kit slurm"):
         resubmit.plan_again(run, {})
     assert slurm_main(["recipe.py", "--dry-run"]) == 2
-    assert "--dry-run comes before the recipe" in capsys.readouterr().err
+    assert "--dry-run comes after the recipe" in capsys.readouterr().err
 
 
 def test_what_is_submitted_inherits_no_rank_and_the_submitter_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +367,34 @@ def test_logs_are_merged_by_time_over_ranks_and_lives(capsys: pytest.CaptureFixt
     assert [line.split()[-1] for line in shown] == ["first", "0", "second", "third", "early"]
     assert logs.main(["17", "--rank", "1"]) == 0
     assert capsys.readouterr().out.splitlines() == ["[rank 1] 2026-01-01 00:00:02,000 INFO second", "[task 1 stderr] early"]
+
+
+def test_following_the_logs_ends_with_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = submitted("a")
+    lock, log = run.folder / "run.lock", run.folder / "logs" / "rank-0.log"
+    log.parent.mkdir()
+    log.write_text("first\n")
+    start = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": start, "job": ""}))
+    monkeypatch.setattr(logs, "ASK_S", 0.2)
+    monkeypatch.setattr(logs, "POLL_S", 0.05)
+    looks: list[bool] = []
+
+    def is_over(self: FoundRun, ask: Any = FoundRun.is_over) -> bool:
+        looks.append(ask(self))
+        if len(looks) == 3:
+            log.write_text("first\nlast\n")
+            lock.unlink()
+        return looks[-1]
+
+    monkeypatch.setattr(FoundRun, "is_over", is_over)
+    assert logs.main(["a", "-f"]) == 0
+    assert looks == [False, False, False, True, True]
+    assert capsys.readouterr().out.splitlines() == ["[rank 0] first", "[rank 0] last"]
+    lock.write_text(json.dumps({"host": "other", "pid": 1, "start": "1", "job": "17"}))
+    assert not run.is_over()
+    os.utime(lock, (0, 0))
+    assert run.is_over()
 
 
 def test_what_several_ranks_say_alike_is_shown_once() -> None:
