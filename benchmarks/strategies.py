@@ -11,6 +11,7 @@ round. Memory is the peak of resident memory above that after the imports, on th
 import argparse
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -170,7 +171,7 @@ def run(strategy: str, contender: str, *, ranks: int) -> dict[str, float]:
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", str(Path(__file__))]
     environ = os.environ | {"OMP_NUM_THREADS": "1"} | ({"DS_ACCELERATOR": "cpu"} if strategy == "deepspeed" else {})
     done = subprocess.run([*launcher, "--one", strategy, contender], env=environ, capture_output=True, text=True)
-    found = [json.loads(line[line.index("{") : line.index("}") + 1]) for line in done.stdout.splitlines() if '{"step_s"' in line]
+    found = [json.loads(text) for text in re.findall(r'\{"step_s".*?\}', done.stdout)]  # two ranks may write into one line
     if done.returncode or len(found) != ranks:
         raise SystemExit(f"{strategy} by {contender} ended with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     return {name: max(own[name] for own in found) for name in found[0]}

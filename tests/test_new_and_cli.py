@@ -28,7 +28,7 @@ def test_help_lists_every_verb_with_one_line(capsys):
     assert cli.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     launchers = ["run", "slurm", "jobs", "logs", "cancel", "resubmit", "sweep"]
-    assert [line.split()[0] for line in lines[2:-2]] == [*launchers, "new", "check", "evaluate", "show", "ckpt", "env"]
+    assert [line.split()[0] for line in lines[2:-2]] == [*launchers, "new", "check", "plan", "evaluate", "show", "ckpt", "env"]
     assert all(len(line) <= 120 for line in lines)
     assert cli.main([]) == 2
 
@@ -41,7 +41,7 @@ def test_every_verb_has_its_module(verb):
 def test_an_unknown_verb_is_answered_with_the_nearest(capsys):
     assert refused(["shwo", "runs/x"], capsys) == (
         "ddp-kit: unknown verb shwo. Did you mean show? The verbs are: run, slurm, jobs, logs, cancel, resubmit, sweep, "
-        "new, check, evaluate, show, ckpt, env.\n"
+        "new, check, plan, evaluate, show, ckpt, env.\n"
     )
     assert "Did you mean" not in refused(["zzz"], capsys)
 
