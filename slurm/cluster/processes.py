@@ -25,7 +25,7 @@ def start_time(pid: int) -> int | None:
 def command_of(pid: int) -> str:
     """Returns a process's command line, "" for one that is not there."""
     try:
-        return (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return " ".join((PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split())  # one line
     except OSError:
         return ""
 
