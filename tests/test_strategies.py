@@ -19,7 +19,7 @@ from ddp_kit.faults import check
 from ddp_kit.groups import Group, process_group
 from ddp_kit.meta import materialise
 from ddp_kit.saving import save
-from ddp_kit.settings import Fsdp
+from ddp_kit.settings import DeepSpeed, Fsdp
 from ddp_kit.sharded import is_split, local, whole
 from ddp_kit.step import train_step
 from ddp_kit.strategies.fsdp import modules_to_wrap
@@ -59,6 +59,16 @@ def test_micro_batches_that_do_not_come_out_even_change_nothing(group: Group) ->
             ours = trace(group, split(settings, loss=loss), replace(settings, **choice))
             assert distance(ours.gradient, reference.gradient) <= 1e-12
             assert apart(ours, reference) <= 1e-9
+
+
+@pytest.mark.ranks(2)
+def test_layers_that_share_a_weight_are_wrapped_and_share_it_still(group: Group) -> None:
+    """FSDP2 would split the one tensor twice."""
+    settings = Split(max_steps=10)
+    reference = trace(group, split(settings), settings)
+    ours = trace(group, split(settings), replace(settings, strategy="fsdp", fsdp=Fsdp(wrap=("Linear",))))
+    assert apart(ours, reference) <= 1e-9
+    assert ours.state.keys() == reference.state.keys()
 
 
 @pytest.mark.ranks(2)
@@ -193,6 +203,10 @@ def test_what_is_wrapped_is_found_by_class_and_by_size() -> None:
     model = Net(8)
     assert [type(m).__name__ for m in modules_to_wrap(model, Fsdp(wrap=("Block", "Linear")))].count("Block") == 3
     assert modules_to_wrap(model, Fsdp(wrap_size=80)) == list(reversed(model.blocks))
+    tied = [name for name, module in model.named_modules() if module in modules_to_wrap(model, Fsdp(wrap=("Linear",)))]
+    assert sorted(tied) == ["blocks.0.layer", "blocks.1.layer", "blocks.2.layer", "frozen", "last"]
+    twice = nn.Sequential(model.blocks[0], nn.Linear(8, 8), model.blocks[0])
+    assert modules_to_wrap(twice, Fsdp(wrap=("Block",))) == [model.blocks[0]]
     with pytest.raises(ConfigError, match=r"--fsdp.wrap Blok: the model has no module of that class. Did you mean Block\?"):
         modules_to_wrap(model, Fsdp(wrap=("Blok",)))
 
@@ -207,6 +221,7 @@ def test_what_is_wrapped_is_found_by_class_and_by_size() -> None:
         ({"strategy": "fsdp", "comm": "fp16"}, "--comm fp16 with --strategy fsdp"),
         ({"fsdp": Fsdp(hybrid=True)}, r"--fsdp.\* is set without --strategy fsdp"),
         ({"strategy": "fsdp", "precision": "fp16", "fsdp": Fsdp(cpu_offload=True)}, "--fsdp.cpu-offload with --precision fp16"),
+        ({"strategy": "fsdp", "fsdp": Fsdp(cpu_offload=True, hybrid=True)}, "--fsdp.cpu-offload with --fsdp.hybrid"),
         ({"strategy": "fsdp", "find_unused_parameters": True}, "--strategy fsdp with --find-unused-parameters"),
         ({"strategy": "fsdp", "micro_batch": "auto"}, "--strategy fsdp with --micro-batch auto"),
     ],
@@ -214,6 +229,23 @@ def test_what_is_wrapped_is_found_by_class_and_by_size() -> None:
 def test_what_does_not_go_together_is_refused_by_name(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check(Split(**given))
+
+
+@pytest.mark.ranks(2)
+def test_zero1_follows_ddp_where_two_objectives_train_the_same_weights(group: Group) -> None:
+    def sgd(model: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+    parts = [ddp_kit.Objective(loss=classify, optimizer=sgd, trains=name) for name in ("", "last")]
+    found = []
+    for choice in ({}, {"strategy": "zero1"}):
+        settings = Split(max_steps=5, **choice)
+        made = compose(split(settings, loss=None, optimizer=None, objectives=parts), settings, group)
+        for batch in made.feed.batches(start=0, end=5):
+            train_step(made.training, batch)
+        found.append({name: tensor.clone() for name, tensor in made.training.model.state_dict().items()})
+        made.training.control.close()
+    assert distance(*found) <= 1e-12
 
 
 @pytest.mark.ranks(2)
@@ -233,11 +265,22 @@ def test_scalars_several_objectives_and_odd_optimizers_are_refused_by_name(group
         compose(split(fsdp, model=Scalar), fsdp, group)
     with pytest.raises(ConfigError, match="cannot build Odd"):
         compose(split(zero1, optimizer=lambda model: Odd([p for p in model.parameters() if p.requires_grad], must="x")), zero1, group)
+
+    class Every(torch.optim.SGD):
+        def __init__(self, parameters: Any, *, every: int = 1) -> None:
+            self.every = every
+            super().__init__(parameters, lr=0.1)
+
+    with pytest.raises(ConfigError, match=r"built again .* every would not be 3"):
+        compose(split(zero1, optimizer=lambda model: Every([p for p in model.parameters() if p.requires_grad], every=3)), zero1, group)
+    deepspeed = Split(strategy="deepspeed", deepspeed=DeepSpeed(stage=0))
     parts = [
         ddp_kit.Objective(loss=classify, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1), trains=f"blocks.{i}") for i in (0, 1)
     ]
     with pytest.raises(ConfigError, match="it trains one objective, the recipe has 2"):
         compose(split(fsdp, loss=None, optimizer=None, objectives=parts), fsdp, group)
+    with pytest.raises(ConfigError, match="--strategy deepspeed: it trains one objective, the recipe has 2"):
+        compose(split(deepspeed, loss=None, optimizer=None, objectives=parts), deepspeed, group)
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
@@ -295,4 +338,36 @@ def test_hybrid_sharding_and_a_model_without_memory_follow_ddp(tmp_path: Path) -
         assert from_file <= 1e-9
         assert is_drawn
     with pytest.raises(ConfigError, match=r"--fsdp.meta: scale have tensors|--fsdp.meta: Net have tensors"):
-        materialise(Net(8).to("meta"), device=torch.device("cpu"), seed=0, reads_values=False)
+        materialise(Net(8).to("meta"), device=torch.device("cpu"), seed=0, reads="nothing")
+
+
+class Turned(nn.Module):
+    """Angles that no file holds."""
+
+    def __init__(self, *, forgets: bool) -> None:
+        super().__init__()
+        self.forgets = forgets
+        self.register_buffer("angles", torch.empty(3), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if not self.forgets:
+            self.angles = torch.arange(3.0)
+
+
+def test_a_model_without_memory_has_its_buffers_values_or_says_so() -> None:
+    """Rotary embeddings, masks: with a file of weights they would stay 0."""
+
+    def made(forgets: bool) -> nn.Module:
+        with torch.device("meta"):
+            return nn.Sequential(nn.Linear(3, 3), Turned(forgets=forgets))
+
+    for reads in ("nothing", "file"):
+        model = made(False)
+        materialise(model, device=torch.device("cpu"), seed=0, reads=reads)
+        assert model[1].angles.tolist() == [0, 1, 2]
+        with pytest.raises(ConfigError, match=r"--fsdp.meta: 1 has buffers that its reset_parameters\(\) gives no values: angles"):
+            materialise(made(True), device=torch.device("cpu"), seed=0, reads=reads)
+    model = made(True)
+    materialise(model, device=torch.device("cpu"), seed=0, reads="all")
+    assert model[1].angles.tolist() == [0, 0, 0]

@@ -6,6 +6,7 @@ Refuses: what FSDP2 cannot split (scalars), in the words of a recipe's author.
 The root is a module of ours around the model, whose forward calls any function: so parts of the model may be used freely, as with ddp.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
@@ -103,11 +104,18 @@ def _mesh(group: Group, *, is_hybrid: bool) -> DeviceMesh:
             f"--fsdp.hybrid: {group.world_size} ranks on {topology.nodes} nodes, {topology.local_world_size} of them here: expected as "
             "many on each node."
         )
-    return init_device_mesh(kind, (topology.nodes, topology.local_world_size), mesh_dim_names=("replicate", "shard"))
+    with group.connecting():
+        mesh = init_device_mesh(kind, (topology.nodes, topology.local_world_size), mesh_dim_names=("replicate", "shard"))
+        for own in mesh.get_all_groups():
+            dist.all_reduce(torch.zeros(1, device=group.device), group=own)  # connects, so that an error cuts these connections too
+            group.others.append(own)
+    return mesh
 
 
 def modules_to_wrap(model: nn.Module, settings: Fsdp) -> list[nn.Module]:
-    """Returns the modules that are split as one, inner ones first. Raises: ConfigError if a class is not in the model."""
+    """Returns the modules that are split as one, inner ones first; one that shares a parameter with a module outside it stays with those
+    around it: FSDP2 would make two of a tied parameter. Raises: ConfigError if a class is not in the model.
+    """
     kinds = sorted({type(module).__name__ for module in model.modules()})
     for name in settings.wrap:
         if name not in kinds:
@@ -119,7 +127,15 @@ def modules_to_wrap(model: nn.Module, settings: Fsdp) -> list[nn.Module]:
     if settings.wrap_size:
         chosen += [module for module in _of_size(model, settings.wrap_size) if module not in chosen]
     order = {id(module): i for i, module in enumerate(inner)}
-    return sorted((module for module in chosen if not isinstance(module, nn.ModuleList | nn.ModuleDict)), key=lambda m: -order[id(m)])
+    chosen = [module for module in chosen if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+    places = _places(model)
+    closed = [module for module in chosen if all(count == places[identity] for identity, count in _places(module).items())]
+    return sorted(closed, key=lambda module: -order[id(module)])
+
+
+def _places(model: nn.Module) -> Counter[int]:
+    """Returns of each parameter, by its identity, in how many places of the model it is."""
+    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values() if parameter is not None)
 
 
 def _of_size(model: nn.Module, size: int) -> Iterator[nn.Module]:
