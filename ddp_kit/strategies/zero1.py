@@ -20,6 +20,8 @@ from ddp_kit.groups import Group
 from ddp_kit.strategies.ddp import DataParallel
 from ddp_kit.strategies.whole import Whole, Wrapped
 
+PLAIN = (bool, int, float, str, tuple)  # what is compared of an optimizer's own attributes
+
 
 @final
 class ZeroOne(Whole):
@@ -27,6 +29,7 @@ class ZeroOne(Whole):
 
     def __init__(self, group: Group, ddp: DataParallel):
         self._group, self._ddp = group, ddp
+        self._bucketed: set[int] = set()  # parameters that lie in an optimizer's buckets; one that two objectives train can be in one only
         self.divisor = ddp.divisor
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
@@ -35,7 +38,9 @@ class ZeroOne(Whole):
 
         Raises: ConfigError for an optimizer that cannot be built again from its groups.
         """
-        zero = rebuilt(optimizer, self._group)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        zero = rebuilt(optimizer, self._group, in_buckets=not held & self._bucketed)
+        self._bucketed |= held
         zero.param_groups = optimizer.param_groups  # not copies: schedulers hold the recipe's optimizer
         optimizer.state = zero.optim.state
         own = {id(parameter) for group in zero.optim.param_groups for parameter in group["params"]}
@@ -51,8 +56,11 @@ class ZeroOne(Whole):
         return self._ddp.left_out(wrapped)
 
 
-def rebuilt(optimizer: Optimizer, group: Group) -> Any:
-    """Returns the ZeroRedundancyOptimizer that steps what an optimizer would. Raises: ConfigError if there is none."""
+def rebuilt(optimizer: Optimizer, group: Group, *, in_buckets: bool = True) -> Any:
+    """Returns the ZeroRedundancyOptimizer that steps what an optimizer would; `in_buckets` sends one message a rank, not one a parameter.
+
+    Raises: ConfigError if there is none.
+    """
     kind, parameters = type(optimizer), [parameter for own in optimizer.param_groups for parameter in own["params"]]
     known = inspect.signature(kind.__init__).parameters
     defaults = {key: value for key, value in optimizer.defaults.items() if key in known}
@@ -64,7 +72,7 @@ def rebuilt(optimizer: Optimizer, group: Group) -> Any:
             groups,
             optimizer_class=kind,
             process_group=group.training,
-            parameters_as_bucket_view=all(parameter.is_contiguous() for parameter in parameters),  # one message a rank, not one a parameter
+            parameters_as_bucket_view=in_buckets and all(parameter.is_contiguous() for parameter in parameters),
             **defaults,
         )
     except (TypeError, ValueError) as error:
@@ -72,6 +80,12 @@ def rebuilt(optimizer: Optimizer, group: Group) -> Any:
             f"--strategy zero1: torch's ZeroRedundancyOptimizer cannot build {kind.__name__} for a rank's own parameters: {error}. "
             "Type --strategy ddp, or fsdp."
         ) from error
+    unlike = [name for name, value in vars(optimizer).items() if isinstance(value, PLAIN) and vars(zero.optim).get(name, value) != value]
+    if unlike := [name for name in unlike if not name.startswith("_")]:
+        raise ConfigError(
+            f"--strategy zero1: {kind.__name__} is built again for a rank's own parameters, from what is in its groups, and {some(unlike)} "
+            f"would not be {some([repr(getattr(optimizer, name)) for name in unlike])}. Type --strategy ddp, or fsdp."
+        )
     lost = [key for own in optimizer.param_groups for key in own if key not in zero.optim.param_groups[0] and key != "params"]
     if lost and not all(key.startswith("initial_") for key in lost):
         raise ConfigError(
