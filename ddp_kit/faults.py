@@ -106,6 +106,8 @@ def _strategy_faults(settings: Settings) -> list[str]:
         faults.append(f"--strategy {chosen} with --micro-batch auto: it tries sizes out on the whole model. Type a size")
     if settings.fsdp.cpu_offload and settings.precision == "fp16":
         faults.append("--fsdp.cpu-offload with --precision fp16: overflows are looked for on the GPU. Type --precision bf16")
+    if settings.fsdp.cpu_offload and settings.fsdp.hybrid:
+        faults.append("--fsdp.cpu-offload with --fsdp.hybrid: NCCL does not reach host memory for a node's norm. Leave one of them out")
     if settings.fsdp.wrap_size < 0:
         faults.append(f"--fsdp.wrap-size {settings.fsdp.wrap_size}: expected a number of parameters, or 0")
     if chosen == "deepspeed" and settings.precision == "fp64":

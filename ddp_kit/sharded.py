@@ -109,6 +109,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     part = held(tensor) if hasattr(tensor, "ds_tensor") else None
     if isinstance(part, Fragment):
         return part.gather()
-    detached = tensor.detach()
-    full: torch.Tensor = detached.full_tensor() if is_split(detached) else detached  # type: ignore[attr-defined]  # a DTensor
+    detached: Any = tensor.detach()
+    if not is_split(detached):
+        return tensor.detach()
+    full: torch.Tensor = detached.to(detached.device_mesh.device_type).full_tensor()  # one in host memory is where NCCL does not reach
     return full

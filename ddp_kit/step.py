@@ -112,7 +112,7 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
     """Scales, checks and clips the reduced gradients and steps the optimizer. Returns whether the step was applied."""
     gradients, shards = training.strategy.gradients(objective.parameters), training.strategy.shards
     if isinstance(factor, torch.Tensor) or factor != 1:
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(gradients, factor.to(objective.found_inf.device) if isinstance(factor, torch.Tensor) else factor)
     if training.copied is not None:  # a snapshot still reads the weights: the device waits, the host does not
         torch.cuda.current_stream().wait_event(training.copied)
         training.copied = None
