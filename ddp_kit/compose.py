@@ -16,6 +16,7 @@ from ddp_kit.auto import find_micro_batch
 from ddp_kit.batching import BatchPlan, plan_batches, splits_that_keep
 from ddp_kit.best import best_notes
 from ddp_kit.buffers import buffers_put_back
+from ddp_kit.checkpoint.find import is_checkpoint
 from ddp_kit.collectives import first_difference, gather_bytes
 from ddp_kit.data.data import Data, as_data
 from ddp_kit.data.loader import Feed, build_loader, feed_of
@@ -69,6 +70,8 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
         raise ConfigError(f"the model's {lazy[0]} has no shape yet (a lazy module): run one batch through it in the recipe's model().")
     if settings.init_from and not is_meta:
         load_weights(model, Path(settings.init_from), group=group, rename=settings.rename, partial=settings.init_partial)
+    if is_split and settings.fsdp.cpu_offload and group.device.type == "cpu":
+        raise ConfigError("--fsdp.cpu-offload: this rank runs on a CPU, where weights are in host memory anyway. Leave it out.")
     if settings.sync_batchnorm:
         if group.device.type != "cuda":
             raise ConfigError("--sync-batchnorm: torch's SyncBatchNorm runs on CUDA only; this rank runs on a CPU. Leave it out.")
@@ -186,11 +189,9 @@ def _spread(model: nn.Module, recipe: Recipe, settings: Settings, group: Group, 
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     if not is_meta:
         require_equal(model, group=group)
+    if group.world_size > 1:
+        require_one_objective(recipe, settings)
     strategy = choose_strategy(group, settings)
-    if strategy.shards is not None and len(recipe.parts()) > 1:
-        raise ConfigError(
-            f"--strategy {settings.strategy}: it trains one objective, the recipe has {len(recipe.parts())}. Type --strategy zero1."
-        )
     if settings.save_trainable_only and all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("--save-trainable-only has no effect: no parameter of the model is frozen. Leave it out.")
     if settings.save_trainable_only and is_meta:
@@ -198,10 +199,25 @@ def _spread(model: nn.Module, recipe: Recipe, settings: Settings, group: Group, 
     base = base_sha256(model) if settings.save_trainable_only else ""
     strategy.shard(model)
     if is_meta:
-        materialise(model, device=group.device, seed=settings.seed, reads_values=is_resumed or bool(settings.init_from))
+        has_all = is_resumed or bool(settings.init_from and is_checkpoint(Path(settings.init_from)))
+        materialise(
+            model,
+            device=group.device,
+            seed=settings.seed,
+            offloads=settings.fsdp.cpu_offload,
+            reads="all" if has_all else "file" if settings.init_from else "nothing",
+        )
         if settings.init_from:
             load_weights(model, Path(settings.init_from), group=group, rename=settings.rename, partial=settings.init_partial)
     return strategy, base
+
+
+def require_one_objective(recipe: Recipe, settings: Settings) -> None:
+    """Raises: ConfigError for several objectives with a strategy that trains one."""
+    if settings.strategy in ("fsdp", "deepspeed") and len(recipe.parts()) > 1:
+        raise ConfigError(
+            f"--strategy {settings.strategy}: it trains one objective, the recipe has {len(recipe.parts())}. Type --strategy zero1."
+        )
 
 
 def _run_losses(model: nn.Module, recipe: Recipe, data: Data, placement: Placement, settings: Settings, group: Group) -> None:
