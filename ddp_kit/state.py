@@ -121,6 +121,8 @@ def _objective_values(objective: ObjectiveState, names: Mapping[int, str], items
         name = names[id(parameter)]
         found: dict[str, torch.Tensor] = {}
         states[name] = {key: encode(value, found, name=f"{prefix}{name}/{key}") for key, value in kept.items()}
+        if is_split(parameter) and objective.moments is None:
+            _require_alike(parameter, found)
         if objective.moments is not None:
             items |= {at: objective.moments.part(parameter, tensor) for at, tensor in found.items()}
         else:
@@ -129,6 +131,16 @@ def _objective_values(objective: ObjectiveState, names: Mapping[int, str], items
     encoded = encode(schedule, shared, name=f"scheduler/{objective.name}")
     items |= shared
     return {"name": objective.name, "groups": groups, "state": states, "scheduler": encoded, "scale": asdict(objective.scale)}
+
+
+def _require_alike(parameter: nn.Parameter, found: Mapping[str, torch.Tensor]) -> None:
+    """Raises: ConfigError for state that is neither one number nor split as its parameter is: no later life could split it."""
+    for name, tensor in found.items():
+        if tensor.dim() and not (is_split(tensor) and tensor.shape == parameter.shape):
+            raise ConfigError(
+                f"the optimizer's {name} has shape {tuple(tensor.shape)} on a rank and its parameter, of which ranks hold rows, "
+                f"{tuple(parameter.shape)}: only what is shaped alike can be split alike. Type --strategy zero1, or another optimizer."
+            )
 
 
 def _moments(objective: ObjectiveState) -> Iterator[tuple[nn.Parameter, Mapping[str, Any]]]:

@@ -18,6 +18,7 @@ from ddp_kit.groups import Group, process_group
 from ddp_kit.saving import restore, save
 from ddp_kit.settings import Fsdp
 from ddp_kit.sharded import whole
+from ddp_kit.state import state_of
 from ddp_kit.step import train_step
 from ddp_kit.testing import run_ranks
 
@@ -146,6 +147,11 @@ def test_state_that_is_not_shaped_like_its_parameter_cannot_go_to_fsdp_and_it_sa
     composed.training.checkpoints.finish(failures=1)
     composed.training.control.close()
     fsdp = replace(Split(), strategy="fsdp")
+    composed = compose(factored(fsdp), fsdp, group)
+    steps(composed, start=0, end=1)
+    with pytest.raises(ConfigError, match=r"/rows has shape .* only what is shaped alike can be split alike"):
+        state_of(composed.training)  # or it would save what no later life could read
+    composed.training.control.close()
     composed = compose(factored(fsdp), fsdp, group)
     before = {name: whole(p).clone() for name, p in composed.training.model.named_parameters()}
     with pytest.raises(ConfigError, match=r"cannot go on with this --strategy: the optimizer's optimizer/\S+/rows has shape"):
