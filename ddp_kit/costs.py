@@ -46,14 +46,19 @@ class Costs:
     average: int  # the EMA
     buffers: int
     gathered: int  # of weights that are split: what of them is whole for a moment, at most
+    is_offloaded: bool = False  # weights, gradients, moments and average are in host memory
     sent: int  # in a step, by a rank on average
     checkpoint: int  # of all ranks together, without headers
     written: int  # of it by the rank that writes most
 
     @property
     def held(self) -> int:
-        """All that a rank holds at once, activations left out."""
-        return self.weights + self.gradients + self.moments + self.average + self.buffers + self.gathered
+        """All that a rank holds at once on its device, activations left out."""
+        return (
+            self.buffers + self.gathered
+            if self.is_offloaded
+            else self.weights + self.gradients + self.moments + self.average + self.buffers + self.gathered
+        )
 
 
 @contextmanager
@@ -61,7 +66,7 @@ def fake_group(*, ranks: int, ranks_per_node: int) -> Iterator[Group]:
     """Yields the group of rank 0 of `ranks`, whose collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    topology = Topology(world_size=ranks, local_world_size=min(ranks, ranks_per_node), nodes=max(1, ranks // ranks_per_node))
+    topology = Topology(world_size=ranks, local_world_size=min(ranks, ranks_per_node), nodes=-(-ranks // ranks_per_node))
     group = Group(topology=topology, device=torch.device("cpu"), blame=Blame(rank=0, world_size=ranks))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
@@ -74,8 +79,15 @@ def fake_group(*, ranks: int, ranks_per_node: int) -> Iterator[Group]:
 
 
 def build(recipe: Recipe, settings: Settings) -> nn.Module:
-    """Returns the recipe's model without memory."""
-    with torch.device("meta"):
+    """Returns the recipe's model without memory; a model that needs values as it is built (a file's, or a rate of each layer) has some
+    first.
+    """
+    try:
+        with torch.device("meta"):
+            model = recipe.model()
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
         model = recipe.model()
     return model.to("meta", weight_dtype(settings.precision))
 
@@ -115,6 +127,7 @@ def costs_of(recipe: Recipe, settings: Settings, plan: BatchPlan, *, group: Grou
         average=average + floats if settings.ema else 0,
         buffers=buffers,
         gathered=gathered,
+        is_offloaded=strategy == "fsdp" and settings.fsdp.cpu_offload,
         sent=round(_sent(pieces, trained, settings, group=group, rounds=rounds, backend=backend)),
         checkpoint=everything,
         written=(everything - own_of_all) // ranks + own,
@@ -146,7 +159,8 @@ def _states(recipe: Recipe, model: nn.Module) -> tuple[dict[int, tuple[int, int]
         optimizer = objective.optimizer(part_of(model, objective.trains))
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
         for parameter, state in optimizer.state.items():
@@ -162,7 +176,7 @@ def _shares(optimizers: Sequence[Optimizer], states: Mapping[int, tuple[int, int
     for optimizer in optimizers:
         optimizer.state.clear()
         for rank, groups in enumerate(rebuilt(optimizer, group)._partition_parameters()):
-            shares[rank] += sum(states[id(parameter)][0] for own in groups for parameter in own["params"])
+            shares[rank] += sum(states.get(id(parameter), (0, 0))[0] for own in groups for parameter in own["params"])
     return shares
 
 

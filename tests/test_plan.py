@@ -6,11 +6,13 @@ import socket
 import stat
 import struct
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from blocks import Net, Split, split
 from cases import vectors
 
@@ -142,6 +144,29 @@ def test_64_ranks_are_planned_without_starting_any(capsys: pytest.CaptureFixture
     assert "does not fit 1e-05 GiB" in capsys.readouterr().out
     assert main([recipe, "--ranks", "0"]) == 2
     assert "--ranks 0: expected at least 1" in capsys.readouterr().err
+
+
+def test_frozen_weights_optimizers_without_state_and_models_that_need_values_are_planned() -> None:
+    def sgd(momentum: float) -> Any:
+        return lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)  # holds frozen parameters too
+
+    def valued() -> Net:
+        assert torch.linspace(0, 1, 3)[2].item() == 1  # the rates of layers, say
+        return wide()
+
+    settings, plan = Split(precision="fp32", ema=0.0, strategy="zero1"), plan_batches(24, micro_batch=0, world_size=2)
+    trained = sum(parameter.nbytes for parameter in wide().parameters() if parameter.requires_grad)
+    for strategy, momentum, moments in (("ddp", 0.9, trained), ("zero1", 0.0, 0), ("ddp", 0.0, 0)):
+        own = replace(settings, strategy=strategy)
+        with fake_group(ranks=2, ranks_per_node=8) as group:
+            costs = costs_of(split(own, model=valued, optimizer=sgd(momentum)), own, plan, group=group, backend="gloo")
+        assert costs.moments == moments
+
+
+def test_help_lists_the_commands_own_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--gpu-memory-gib" in capsys.readouterr().out
 
 
 def test_a_model_larger_than_this_machine_is_planned() -> None:

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 
 from ddp_kit.batching import BatchPlan, describe, plan_batches
+from ddp_kit.compose import require_one_objective
 from ddp_kit.costs import Costs, costs_of, fake_group
 from ddp_kit.data.data import as_data
 from ddp_kit.errors import ConfigError, DdpKitError
@@ -23,18 +24,22 @@ def main(argv: Sequence[str]) -> int:
     """The command. Returns the exit code: 1 if the parts that are counted do not fit the GPU's memory."""
 
     def command() -> int:
-        parser = argparse.ArgumentParser(prog="ddp-kit plan", allow_abbrev=False, add_help=False)
-        parser.add_argument("--ranks", type=int, default=8)
-        parser.add_argument("--ranks-per-node", type=int, default=8)
-        parser.add_argument("--gpu-memory-gib", type=float, default=0.0)
-        parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl")
+        parser = argparse.ArgumentParser(prog="ddp-kit plan RECIPE.py [--field value ...]", allow_abbrev=False, add_help=False)
+        parser.add_argument("--ranks", type=int, default=8, help="how many there would be (default: 8)")
+        parser.add_argument("--ranks-per-node", type=int, default=8, help="for --fsdp.hybrid (default: 8)")
+        parser.add_argument("--gpu-memory-gib", type=float, default=0.0, help="memory of a GPU: exit code 1 if it is too little")
+        parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="how bytes travel (default: nccl)")
         given, rest = parser.parse_known_args(argv)
+        if {"-h", "--help"} & set(rest):
+            print(parser.format_help())
         source = load_recipe(recipe_path(rest, command="ddp-kit plan"))
         settings = parse(source.settings, rest[1:], prog=f"ddp-kit plan {rest[0]}")
         _refuse(given, settings)
         micro_batch = settings.micro_batch if isinstance(settings.micro_batch, int) else 0
         plan = plan_batches(settings.global_batch, micro_batch=micro_batch, world_size=given.ranks)
         recipe = source.build(settings)
+        if given.ranks > 1:
+            require_one_objective(recipe, settings)
         with fake_group(ranks=given.ranks, ranks_per_node=given.ranks_per_node) as group:
             costs = costs_of(recipe, settings, plan, group=group, backend=given.backend)
         print("\n".join(_lines(costs, settings, plan, steps=_steps(recipe, settings), ranks=given.ranks)))
@@ -62,7 +67,8 @@ def _steps(recipe: Recipe, settings: Settings) -> str:
     try:
         size = len(as_data(recipe.train_data()))
     except (DdpKitError, OSError, TypeError) as error:
-        return f"{settings.epochs} epochs (of how many steps is not known here: {str(error).splitlines()[0]})"
+        reason = (str(error) or repr(error)).splitlines()[0].removesuffix(" Looked for:")
+        return f"{settings.epochs} epochs (of how many steps is not known here: {reason})"
     each = size // settings.global_batch
     return f"{min(settings.epochs * each, settings.max_steps or settings.epochs * each):,} ({each:,} an epoch)"
 
@@ -75,10 +81,14 @@ def _lines(costs: Costs, settings: Settings, plan: BatchPlan, *, steps: str, ran
         *([("ema", costs.average, "")] if costs.average else []),
         *([("buffers", costs.buffers, "")] if costs.buffers else []),
         *([("gathered", costs.gathered, "weights and gradients that are whole for a moment, at most")] if costs.gathered else []),
-        ("together", costs.held, "without activations and what libraries take for themselves"),
+        (
+            "together",
+            costs.held,
+            f"{'of it on the GPU, ' if costs.is_offloaded else ''}without activations and what libraries take for themselves",
+        ),
     ]
     return [
-        f"{settings.strategy} on {ranks} ranks: {costs.parameters:,} parameters, {settings.precision}",
+        f"{f'{settings.strategy} on {ranks} ranks' if ranks > 1 else '1 rank'}: {costs.parameters:,} parameters, {settings.precision}",
         f"batch       {describe(plan)}",
         f"steps       {steps}",
         "memory of a rank",
