@@ -35,7 +35,7 @@ STATUS_S = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended, the same on every rank; `model` holds the last weights."""
+    """How a run ended, the same on every rank; `model` holds the last weights (with fsdp and deepspeed 3 this rank's part of them)."""
 
     status: str
     reason: str
