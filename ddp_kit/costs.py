@@ -29,6 +29,7 @@ from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.fsdp import modules_to_wrap
 from ddp_kit.strategies.zero1 import rebuilt
 from ddp_kit.topology import Topology
+from ddp_kit.weights import tie, tied_names
 from ddp_kit.wrapping import part_of
 
 Backend = Literal["nccl", "gloo"]
@@ -89,7 +90,10 @@ def build(recipe: Recipe, settings: Settings) -> nn.Module:
         if "meta" not in str(error):
             raise
         model = recipe.model()
-    return model.to("meta", weight_dtype(settings.precision))
+    tied = tied_names(model)
+    model = model.to("meta", weight_dtype(settings.precision))
+    tie(model, tied)
+    return model
 
 
 def costs_of(recipe: Recipe, settings: Settings, plan: BatchPlan, *, group: Group, backend: Backend) -> Costs:

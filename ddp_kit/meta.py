@@ -12,7 +12,7 @@ from torch import nn
 from ddp_kit.errors import ConfigError, some
 from ddp_kit.seeding import Purpose, generators_put_back, key
 from ddp_kit.sharded import Held, held, local
-from ddp_kit.weights import tied_names
+from ddp_kit.weights import tie, tied_names
 
 
 def materialise(
@@ -26,10 +26,7 @@ def materialise(
     """
     tied = tied_names(model)
     model.to_empty(device="cpu" if offloads else device)
-    first = dict(model.named_parameters()) | dict(model.named_buffers())
-    for alias, name in tied.items():  # it gave each name memory of its own
-        owner, _, attribute = alias.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, first[name])
+    tie(model, tied)  # it gave each name memory of its own
     owners = {name: module for name, module in model.named_modules() if module._parameters or module._buffers}
     if reads == "file":
         drawn = {name: module for name, module in owners.items() if module._non_persistent_buffers_set}

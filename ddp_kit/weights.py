@@ -152,3 +152,11 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: first[id(tensor)] for name, tensor in everything if first.setdefault(id(tensor), name) != name}
+
+
+def tie(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Gives tensors their further names again, which moving a model from or to the meta device takes from them."""
+    first = dict(model.named_parameters()) | dict(model.named_buffers())
+    for alias, name in tied.items():
+        owner, _, attribute = alias.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, first[name])
