@@ -191,6 +191,10 @@ def _spread(model: nn.Module, recipe: Recipe, settings: Settings, group: Group, 
         require_equal(model, group=group)
     if group.world_size > 1:
         require_one_objective(recipe, settings)
+    elif settings.strategy == "fsdp":  # what would be refused on two ranks is refused on one
+        from ddp_kit.strategies.fsdp import modules_to_wrap
+
+        modules_to_wrap(model, settings.fsdp)
     strategy = choose_strategy(group, settings)
     if settings.save_trainable_only and all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("--save-trainable-only has no effect: no parameter of the model is frozen. Leave it out.")

@@ -209,6 +209,11 @@ def test_what_is_wrapped_is_found_by_class_and_by_size() -> None:
     assert modules_to_wrap(twice, Fsdp(wrap=("Block",))) == [model.blocks[0]]
     with pytest.raises(ConfigError, match=r"--fsdp.wrap Blok: the model has no module of that class. Did you mean Block\?"):
         modules_to_wrap(model, Fsdp(wrap=("Blok",)))
+    with pytest.raises(ConfigError, match=r"--fsdp.wrap ModuleList: it is never called itself"):
+        modules_to_wrap(model, Fsdp(wrap=("ModuleList",)))
+    settings = Split(strategy="fsdp", fsdp=Fsdp(wrap=("Blok",)))
+    with process_group(device="cpu") as group, pytest.raises(ConfigError, match=r"Did you mean Block\?"):
+        compose(split(settings), settings, group)
 
 
 @pytest.mark.parametrize(

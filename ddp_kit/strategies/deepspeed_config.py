@@ -50,6 +50,7 @@ DECIDED = {  # key in the file -> what decides it
     "zero_optimization.parameter_alignment": "ddp_kit: checkpoints hold no padding",
     "zero_optimization.offload_optimizer": "ddp_kit: it clips gradients on the device. For less memory type --deepspeed.stage 3",
     "zero_optimization.offload_param": "ddp_kit: checkpoints read weights on the device. Type --strategy fsdp --fsdp.cpu-offload",
+    "zero_optimization.mics_shard_size": "ddp_kit: all ranks share one set of partitions. Type --strategy fsdp --fsdp.hybrid",
     "zero_optimization.zenflow": "ddp_kit: every step takes the whole gradient",
 }
 

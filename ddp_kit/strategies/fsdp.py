@@ -27,6 +27,8 @@ from ddp_kit.sharded import local
 from ddp_kit.strategies.root import Root, Through
 from ddp_kit.strategies.whole import Function, Wrapped
 
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
 
 @final
 class FullyShardedDataParallel:
@@ -122,12 +124,16 @@ def modules_to_wrap(model: nn.Module, settings: Fsdp) -> list[nn.Module]:
             near = nearest(name, kinds)
             hint = f"Did you mean {near}?" if near else f"It has {', '.join(kinds)}."
             raise ConfigError(f"--fsdp.wrap {name}: the model has no module of that class. {hint}")
+        if name in (kind.__name__ for kind in CONTAINERS):
+            raise ConfigError(
+                f"--fsdp.wrap {name}: it is never called itself, so nothing would be gathered. Name the class of what it holds."
+            )
     inner = [module for module in model.modules() if module is not model]
     chosen = [module for module in inner if type(module).__name__ in settings.wrap]
     if settings.wrap_size:
         chosen += [module for module in _of_size(model, settings.wrap_size) if module not in chosen]
     order = {id(module): i for i, module in enumerate(inner)}
-    chosen = [module for module in chosen if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+    chosen = [module for module in chosen if not isinstance(module, CONTAINERS)]
     places = _places(model)
     closed = [module for module in chosen if all(count == places[identity] for identity, count in _places(module).items())]
     return sorted(closed, key=lambda module: -order[id(module)])
