@@ -88,12 +88,14 @@ def split_run_dir(words: Sequence[str]) -> tuple[list[str], str]:
 def recipes_words(words: Sequence[str], *, reader: argparse.ArgumentParser) -> list[str]:
     """Returns the recipe and its flags, without a "--" between them: what follows that one is the recipe's, whatever its name.
 
-    Raises: LaunchError for a launcher's flag behind the recipe, which the job alone would refuse. A field of that name that the recipe's
-    own file declares makes it the recipe's; what it inherits `launch` cannot see.
+    Raises: LaunchError for --help and for a launcher's flag behind the recipe, which the job alone would answer or refuse. A field
+    of that name that the recipe's own file declares makes it the recipe's; what it inherits `launch` cannot see.
     """
     path = Path(words[0]) if words else Path()
     if words[1:2] == ["--"]:
         return [words[0], *words[2:]]
+    if {"-h", "--help"} & set(words[1:]):
+        raise LaunchError(f"{words[0]}'s own flags are listed by `ddp-kit run {words[0]} --help`, these by `{reader.prog} --help`.")
     if not (path.suffix == ".py" and path.is_file()):
         return list(words)
     fields = _fields_in(path.read_text(encoding="utf-8", errors="replace"))

@@ -100,6 +100,12 @@ def test_a_flag_of_the_launcher_behind_the_recipe_is_refused_unless_the_recipe_h
         sweep._main(["--grid", "lr=1,2", "recipe.py", "--parallel", "2"])
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_behind_the_recipe_submits_no_job(flag: str) -> None:
+    with pytest.raises(LaunchError, match=r"`ddp-kit run recipe.py --help`.*`ddp-kit slurm --help`"):
+        planned(["recipe.py", "--lr", "1", flag])
+
+
 def test_every_launchers_flag_is_none_of_ddp_kits() -> None:
     import ddp_kit
 
