@@ -53,6 +53,13 @@ def some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
 
 
+def no_gradient(names: Sequence[str], *, is_split: bool) -> str:
+    """Returns what to say of parameters that a rank left out; `is_split`: the strategy cannot sum without them, whatever the flags."""
+    flags = "--strategy zero1 --find-unused-parameters" if is_split else "--find-unused-parameters"
+    why = "got no gradient, and the other ranks would wait for it. If the loss leaves parameters out in some steps"
+    return f"{some(names)} {why}, type {flags}"
+
+
 def require(module: str, *, extra: str) -> ModuleType:
     """Imports an optional package on use.
 

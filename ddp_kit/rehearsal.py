@@ -16,7 +16,7 @@ from ddp_kit.buffers import Buffer, buffers_put_back
 from ddp_kit.collectives import first_difference
 from ddp_kit.counts import Count, FixedCount, FoundCount, KnownCount
 from ddp_kit.data.loader import Feed
-from ddp_kit.errors import ConfigError, DdpKitError, some
+from ddp_kit.errors import ConfigError, DdpKitError, no_gradient
 from ddp_kit.finite import samples_named
 from ddp_kit.groups import Group
 from ddp_kit.seeding import generators_put_back, seed_forward
@@ -119,10 +119,8 @@ def _refuse_unused(training: Training, parameters: Sequence[nn.Parameter], *, al
             f"rank {training.group.rank} finds {len(unused)} parameters without a gradient for the same samples, others another number."
         )
     if unused and training.group.world_size > 1 and not allows_unused:
-        raise ConfigError(
-            f"{some(unused)} got no gradient, and the other ranks would wait for it. If the loss leaves parameters out in some "
-            "steps, type --find-unused-parameters; if it never uses them, freeze them with requires_grad_(False) or remove them."
-        )
+        said = no_gradient(unused, is_split=training.strategy.shards is not None)
+        raise ConfigError(f"{said}; if it never uses them, freeze them with requires_grad_(False) or remove them.")
 
 
 def _note_buffers(training: Training, before: Sequence[tuple[Buffer, torch.Tensor]], *, exact: bool) -> None:

@@ -16,7 +16,6 @@ import torch
 from ddp_kit.collectives import anywhere, over_shards
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
-from ddp_kit.errors import DdpKitError, some
 from ddp_kit.finite import find_non_finite, judge, listed, look_back
 from ddp_kit.preemption import StopFlag
 from ddp_kit.seeding import seed_forward
@@ -76,11 +75,6 @@ def _objective_step(training: Training, objective: ObjectiveState, batch: RankBa
                 statistics.launch()
             _backward(total, weight / count.divisor(), objective)
         sums.parts.append((objective.name, {"loss": (total.detach(), own_count), **metrics}))
-    if left_out := strategy.left_out(objective.call):
-        raise DdpKitError(
-            f"{some(left_out)} got no gradient in the last micro-batch of step {training.step + 1}, and the other ranks would wait "
-            "for it. If the loss leaves parameters out in some steps, type --find-unused-parameters."
-        )
     factor = count.factor() * left  # read in the order of the launches, so that none is waited for while a failed one is unread
     statistics.finish()
     return _apply(training, objective, batch, sums, factor)

@@ -38,13 +38,13 @@ class Strategy(Protocol):
         """Calls a function that uses the model, outside training's wrapper: for evaluation and rehearsal."""
 
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-        """Within it go forward and backward of one micro-batch. After the last one of a rank gradients are those of all ranks."""
+        """Within it go forward and backward of one micro-batch. After the last one of a rank gradients are those of all ranks.
+
+        Raises: DdpKitError, naming parameters that got no gradient, for whose sum the other ranks would wait in vain.
+        """
 
     def gradients(self, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
         """Returns this rank's part of the summed gradients, to be changed in place before the optimizer steps."""
-
-    def left_out(self, wrapped: nn.Module) -> list[str]:
-        """Returns the parameters for whose sum the other ranks wait in vain: the backward pass that should have begun it left them out."""
 
 
 def choose_strategy(group: Group, settings: Settings) -> Strategy:

@@ -6,13 +6,15 @@ Refuses: DDP's own buffer broadcasts (running statistics would be thrown away on
 
 import inspect
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ddp_kit.errors import DdpKitError, no_gradient
 from ddp_kit.groups import Group
 from ddp_kit.settings import Comm
 from ddp_kit.strategies.whole import Whole, Wrapped
@@ -51,24 +53,26 @@ class DataParallel(Whole):
             wrapped.register_comm_hook(self._group.training, hook)
         return wrapped
 
-    def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:
         """DDP's `no_sync` for all but the last."""
         assert isinstance(wrapped, DistributedDataParallel)
-        context: AbstractContextManager[None] = nullcontext() if is_last else wrapped.no_sync()
-        return context
+        with nullcontext() if is_last else wrapped.no_sync():
+            yield
+        if is_last:
+            _require_all(wrapped)
 
-    def left_out(self, wrapped: nn.Module) -> list[str]:
-        """Asks DDP, which would itself complain in the next forward pass only, and with indices in place of names."""
-        assert isinstance(wrapped, DistributedDataParallel)
-        try:
-            wrapped._check_reducer_finalized()
-        except RuntimeError as error:
-            indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
-            if indices is None:
-                raise
-            names = [name.removeprefix("module.model.") for name, p in wrapped.named_parameters() if p.requires_grad]
-            return [names[int(index)] for index in indices[1].split()]
-        return []
+
+def _require_all(wrapped: DistributedDataParallel) -> None:
+    """Asks DDP, which would itself complain in the next forward pass only, and with indices in place of names."""
+    try:
+        wrapped._check_reducer_finalized()
+    except RuntimeError as error:
+        indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        if indices is None:
+            raise
+        names = [name.removeprefix("module.model.") for name, p in wrapped.named_parameters() if p.requires_grad]
+        raise DdpKitError(no_gradient([names[int(index)] for index in indices[1].split()], is_split=False)) from None
 
 
 def _no_buffer_sync() -> dict[str, Any]:

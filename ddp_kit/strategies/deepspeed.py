@@ -12,7 +12,7 @@ Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion 
 import importlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, final
 
@@ -27,6 +27,7 @@ from ddp_kit.settings import DeepSpeed
 from ddp_kit.strategies.deepspeed_config import config_of
 from ddp_kit.strategies.fragments import Moments, Ungathered, gradients_of, places_of
 from ddp_kit.strategies.root import Root, Through
+from ddp_kit.strategies.uses import Uses
 from ddp_kit.strategies.whole import Function, Wrapped
 from ddp_kit.topology import environment_default
 
@@ -67,12 +68,16 @@ class Zero:
         if (own := self._engine.data_parallel_group) is not dist.group.WORLD:
             self._group.others.append(own)
         self._group.closing.callback(self._release)
+        gathered = [
+            module for module in self._root.modules() if self._stage == 3 and next(module.parameters(recurse=False), None) is not None
+        ]
+        self._uses = Uses(self._root, gathered, is_summed_in_order=self._stage > 0)
         if not self._stage:
-            return Wrapped(call=Through(self._root, call), step=self._engine.step)
+            return Wrapped(call=Through(self._root, call, self._uses), step=self._engine.step)
         assert self._group.training is not None
         moments = Moments(optimizer, places_of(self._engine.optimizer, stage=self._stage), self._group.training)
         return Wrapped(
-            call=Through(self._engine, call),
+            call=Through(self._engine, call, self._uses),
             step=self._engine.step,
             owns=moments.has,
             moments=moments,
@@ -108,12 +113,9 @@ class Zero:
             engine.optimizer.zero_grad()
             engine.optimizer.grad_partitions_flat_buffer.zero_()  # and a parameter that it leaves out has none
         engine.set_gradient_accumulation_boundary(is_last)
-        if self._stage == 3 and not self._has_looked:  # once, in rehearsal
-            with Ungathered(self._root.model):
-                yield
-            self._has_looked = True
-            return
-        yield
+        is_first, self._has_looked = self._stage == 3 and not self._has_looked, True  # once, in rehearsal
+        with self._uses.micro_batch(wrapped), Ungathered(self._root.model) if is_first else nullcontext():
+            yield
         if is_last and not self._stage:
             engine.allreduce_gradients()
 
@@ -123,10 +125,6 @@ class Zero:
             return [parameter.grad for parameter in parameters if parameter.grad is not None]
         wanted = {id(parameter) for parameter in parameters}
         return [part for parameter, part in gradients_of(self._engine.optimizer, stage=self._stage) if id(parameter) in wanted]
-
-    def left_out(self, wrapped: nn.Module) -> list[str]:
-        """A parameter without a gradient counts as zero."""
-        return []
 
     def _release(self) -> None:
         """Lets go of the process groups, which must be gone before they are destroyed, and of what DeepSpeed keeps in its modules."""

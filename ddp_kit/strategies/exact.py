@@ -76,10 +76,6 @@ class ExactSingle(Whole):
         if is_last:
             leaves.give()
 
-    def left_out(self, wrapped: nn.Module) -> list[str]:
-        """Nobody waits."""
-        return []
-
 
 @final
 class ExactDataParallel(Whole):
@@ -123,11 +119,8 @@ class ExactDataParallel(Whole):
         if self._find_unused:  # DDP has seen them used, and expects a gradient; it gives one to all that any rank has used
             for i in leaves.used:
                 leaves.parameters[i].grad = torch.full_like(leaves.parameters[i], NOTHING)
-        yield
+        with self._ddp.micro_batch(wrapped, is_last=True):
+            yield
         self._exchange.check()
         leaves.fold.clear()
         leaves.used.clear()
-
-    def left_out(self, wrapped: nn.Module) -> list[str]:
-        """DDP's own answer."""
-        return self._ddp.left_out(wrapped)

@@ -8,7 +8,7 @@ The root is a module of ours around the model, whose forward calls any function:
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, final
 
 import torch
@@ -25,6 +25,7 @@ from ddp_kit.precision import AUTOCAST
 from ddp_kit.settings import Fsdp, Precision
 from ddp_kit.sharded import local
 from ddp_kit.strategies.root import Root, Through
+from ddp_kit.strategies.uses import Uses
 from ddp_kit.strategies.whole import Function, Wrapped
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -53,19 +54,21 @@ class FullyShardedDataParallel:
             )
         is_lower = self._precision in AUTOCAST and not any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
         dtype = AUTOCAST[self._precision] if is_lower else None  # running statistics stay fp32, and their layers' weights with them
-        root = Root(model)
-        for module in [*modules_to_wrap(model, self._settings), root]:
+        root, inner = Root(model), modules_to_wrap(model, self._settings)
+        for module in [*inner, root]:
             policy = MixedPrecisionPolicy(
                 param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=module is not root
             )
             offload = CPUOffloadPolicy() if self._settings.cpu_offload else OffloadPolicy()
             fully_shard(module, mesh=self._mesh, mp_policy=policy, offload_policy=offload)
-        self._root = root
+        self._root, self._uses = root, Uses(root, inner)
+        if hasattr(root, "set_reduce_scatter_unused_params"):  # from torch 2.15 on: a rank that leaves one out ends its backward pass
+            self._root.set_reduce_scatter_unused_params(True)
         self._group.closing.callback(self._release)
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` through the root. The optimizer was built from the split parameters."""
-        return Wrapped(call=Through(self._root, call))
+        return Wrapped(call=Through(self._root, call, self._uses))
 
     def enter(self, function: Function, *args: Any) -> Any:
         """Calls it through the root, and frees what was gathered: without a backward pass nothing else would."""
@@ -79,15 +82,11 @@ class FullyShardedDataParallel:
         """Gradients stay whole on each rank until the last micro-batch, whose backward sums and splits them."""
         self._root.set_requires_gradient_sync(is_last)
         self._root.set_is_last_backward(is_last)
-        return nullcontext()
+        return self._uses.micro_batch(wrapped)
 
     def gradients(self, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
         """Returns this rank's rows."""
         return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-
-    def left_out(self, wrapped: nn.Module) -> list[str]:
-        """A parameter without a gradient counts as zero."""
-        return []
 
     def _release(self) -> None:
         """Lets go of the process groups, which must be gone before they are destroyed."""

@@ -8,6 +8,7 @@ from typing import Any, final
 
 from torch import nn
 
+from ddp_kit.strategies.uses import Uses
 from ddp_kit.strategies.whole import Function
 
 
@@ -28,11 +29,17 @@ class Root(nn.Module):
 class Through(nn.Module):
     """A loss call that goes through the root, or through what stands for it."""
 
-    def __init__(self, root: nn.Module, call: nn.Module):
+    def __init__(self, root: nn.Module, call: nn.Module, uses: Uses):
         super().__init__()
         self._used = [root, call]  # in a list: they are no submodules
+        self._uses = uses
 
     def forward(self, batch: Any) -> Any:
         """Calls the loss on a micro-batch."""
-        root, call = self._used
-        return root(call, batch)
+        root, _ = self._used
+        return root(self._noted, batch)
+
+    def _noted(self, batch: Any) -> Any:
+        result = self._used[1](batch)
+        self._uses.end_forward(result[0])  # inside the root, so that its hooks come before those that sum gradients
+        return result

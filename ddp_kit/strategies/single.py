@@ -22,7 +22,3 @@ class Single(Whole):
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """Nothing is ever summed over ranks."""
         return nullcontext()
-
-    def left_out(self, wrapped: nn.Module) -> list[str]:
-        """Nobody waits."""
-        return []

@@ -51,10 +51,6 @@ class ZeroOne(Whole):
         """DDP's."""
         return self._ddp.micro_batch(wrapped, is_last=is_last)
 
-    def left_out(self, wrapped: nn.Module) -> list[str]:
-        """DDP's own answer."""
-        return self._ddp.left_out(wrapped)
-
 
 def rebuilt(optimizer: Optimizer, group: Group, *, in_buckets: bool = True) -> Any:
     """Returns the ZeroRedundancyOptimizer that steps what an optimizer would; `in_buckets` sends one message a rank, not one a parameter.
