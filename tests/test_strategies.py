@@ -253,6 +253,12 @@ def test_zero1_follows_ddp_where_two_objectives_train_the_same_weights(group: Gr
     assert distance(*found) <= 1e-12
 
 
+def reading(model: nn.Module, batch: Any) -> ddp_kit.LossSum:
+    """A loss whose own term never meets a plain tensor that has a dimension."""
+    result = classify(model, batch)
+    return replace(result, total=result.total + sum(parameter.square().sum() for parameter in model.parameters()))
+
+
 @pytest.mark.ranks(2)
 def test_scalars_several_objectives_and_odd_optimizers_are_refused_by_name(group: Group) -> None:
     class Scalar(Net):
@@ -268,6 +274,10 @@ def test_scalars_several_objectives_and_odd_optimizers_are_refused_by_name(group
     fsdp, zero1 = Split(strategy="fsdp"), Split(strategy="zero1")
     with pytest.raises(ConfigError, match=r"cannot split a scalar: give warmth the shape \(1,\)"):
         compose(split(fsdp, model=Scalar), fsdp, group)
+    wrapped = Split(strategy="fsdp", fsdp=WRAPPED)
+    for loss in (weighted, reading):
+        with pytest.raises(ConfigError, match=r"--fsdp\.wrap: the loss uses weights of a wrapped module outside"):
+            compose(split(wrapped, loss=loss), wrapped, group)
     with pytest.raises(ConfigError, match="cannot build Odd"):
         compose(split(zero1, optimizer=lambda model: Odd([p for p in model.parameters() if p.requires_grad], must="x")), zero1, group)
 

@@ -28,6 +28,10 @@ from ddp_kit.strategies.root import Root, Through
 from ddp_kit.strategies.uses import Uses
 from ddp_kit.strategies.whole import Function, Wrapped
 
+OUTSIDE = (
+    "--fsdp.wrap: the loss uses weights of a wrapped module outside its forward pass, where each rank has its rows only. Let the optimizer "
+    "decay weights, wrap fewer modules, or type --strategy zero1."
+)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
@@ -71,9 +75,19 @@ class FullyShardedDataParallel:
         return Wrapped(call=Through(self._root, call, self._uses))
 
     def enter(self, function: Function, *args: Any) -> Any:
-        """Calls it through the root, and frees what was gathered: without a backward pass nothing else would."""
+        """Calls it through the root, and frees what was gathered: without a backward pass nothing else would.
+
+        Raises: ConfigError if it uses weights of a wrapped module outside its forward pass.
+        """
         try:
-            return self._root(function, *args)
+            result = self._root(function, *args)
+            if any(hasattr(part, "to_local") for part in (result if isinstance(result, tuple) else [result])):
+                raise ConfigError(OUTSIDE)
+            return result
+        except RuntimeError as error:
+            if "DTensor" in str(error):
+                raise ConfigError(OUTSIDE) from error
+            raise
         finally:
             if not torch.is_grad_enabled():
                 self._root.reshard()

@@ -23,14 +23,12 @@ SUMMED = f"Ranks sum gradients as they come, and would mix them up: {SAME}"
 
 @dataclass
 class Rehearsed:
-    """What a loss call used in its first micro-batch."""
+    """What a loss call used in its first micro-batch: modules in the order of their calls, of which the first `forward` came before
+    backward, which may call some again (activation checkpointing), and parameters in the order in which they got a gradient."""
 
     modules: list[str]
-    """in the order of their calls; backward may call some again (activation checkpointing)"""
     forward: int
-    """how many of the calls came before backward"""
     parameters: list[str]
-    """in the order in which they got a gradient"""
 
 
 @final
