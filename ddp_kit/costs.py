@@ -8,7 +8,7 @@ Operations in MPICH, 2005, sections 4 and 5: all-reduce 2 (W - 1) / W n, all-gat
 average. gloo makes its reduce-scatter of an all-reduce (seen on torch 2.15 by the kernel's count of bytes sent).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Optimizer
 
 from ddp_kit.batching import BatchPlan
 from ddp_kit.blame import Blame
@@ -26,6 +25,7 @@ from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
 from ddp_kit.sharded import local
 from ddp_kit.strategies import choose_strategy
+from ddp_kit.strategies.deepspeed_config import config_of, require_splittable
 from ddp_kit.strategies.fsdp import modules_to_wrap
 from ddp_kit.strategies.zero1 import rebuilt
 from ddp_kit.topology import Topology
@@ -33,7 +33,7 @@ from ddp_kit.weights import tie, tied_names
 from ddp_kit.wrapping import part_of
 
 Backend = Literal["nccl", "gloo"]
-BUCKET, LIVE = 2_000_000_000, 4_000_000_000  # bytes in fp32 of DeepSpeed's defaults: reduce_bucket_size, stage3_max_live_parameters
+BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's defaults: reduce_bucket_size, stage3_max_live_parameters, in elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def costs_of(recipe: Recipe, settings: Settings, plan: BatchPlan, *, group: Grou
     pieces = _pieces(model, settings)
     if strategy == "fsdp":
         choose_strategy(group, settings).shard(model)
-    states, optimizers = _states(recipe, model)
+    states, shares = _states(recipe, model, settings, group)
     kept, whole = (sum(pair[i] for pair in states.values()) for i in (0, 1))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights, gradients = _held(model.parameters()), _held(trained)
@@ -113,13 +113,13 @@ def costs_of(recipe: Recipe, settings: Settings, plan: BatchPlan, *, group: Grou
     everything = _whole(model.parameters()) * (2 if settings.ema else 1) + buffers + (floats if settings.ema else 0) + whole
     own = own_of_all = gathered = 0  # of what is saved, by this rank alone
     if strategy == "zero1":
-        own, own_of_all = (kept := max(_shares(optimizers, states, group))), whole
+        own, own_of_all = (kept := max(sum(states[key][0] for key in share if key in states) for share in shares)), whole
     elif strategy == "fsdp":
         own, own_of_all = weights * (2 if settings.ema else 1) + kept, everything - buffers - (floats if settings.ema else 0)
         gathered = _gathered(pieces, settings, accumulates=rounds > 1)
     elif strategy == "deepspeed":
-        stage = settings.deepspeed.stage
-        gathered = (0, gradients, min(gradients, 2 * BUCKET), min(weights, LIVE) + min(gradients, 2 * BUCKET))[stage]
+        stage, (bucket, live) = settings.deepspeed.stage, _limits(settings)
+        gathered = (0, gradients, min(gradients, 2 * bucket), min(weights, live) + min(gradients, 2 * bucket))[stage]
         weights, average = (weights, weights) if stage < 3 else (weights // ranks, weights // ranks)
         if stage:  # the optimizer steps a copy of its part
             weights, gradients, kept = weights + gradients // ranks, gradients // ranks, kept // ranks
@@ -156,32 +156,37 @@ def _pieces(model: nn.Module, settings: Settings) -> list[list[nn.Parameter]]:
     return found
 
 
-def _states(recipe: Recipe, model: nn.Module) -> tuple[dict[int, tuple[int, int]], list[Optimizer]]:
-    """Steps the optimizers once. Returns the bytes of each parameter's state, here and over all ranks, and the optimizers."""
-    states, optimizers = {}, []
+def _limits(settings: Settings) -> tuple[int, int]:
+    """Returns the bytes of a bucket of gradients and those of gathered weights that DeepSpeed keeps."""
+    zero = config_of(settings.deepspeed)["zero_optimization"]
+    wide = weight_dtype(settings.precision).itemsize
+    return int(zero.get("reduce_bucket_size", BUCKET)) * wide, int(zero.get("stage3_max_live_parameters", LIVE)) * wide
+
+
+def _states(recipe: Recipe, model: nn.Module, settings: Settings, group: Group) -> tuple[dict[int, tuple[int, int]], list[list[int]]]:
+    """Steps the optimizers once. Returns the bytes of each parameter's state, here and over all ranks, and whose state zero1 gives to
+    each rank.
+
+    Raises: ConfigError for an optimizer that the strategy cannot split.
+    """
+    states: dict[int, tuple[int, int]] = {}
+    shares: list[list[int]] = [[] for _ in range(group.world_size)]
     for objective in recipe.parts():
         optimizer = objective.optimizer(part_of(model, objective.trains))
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
+        if group.world_size > 1 and settings.strategy == "zero1":
+            for share, groups in zip(shares, rebuilt(optimizer, group)._partition_parameters(), strict=True):
+                share += [id(parameter) for own in groups for parameter in own["params"]]
+        if group.world_size > 1 and settings.strategy == "deepspeed":
+            require_splittable(optimizer, stage=settings.deepspeed.stage)
+        for parameter in (parameter for own in optimizer.param_groups for parameter in own["params"]):
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
         for parameter, state in optimizer.state.items():
             tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
             states[id(parameter)] = _held(tensors), _whole(tensors)
-        optimizers.append(optimizer)
-    return states, optimizers
-
-
-def _shares(optimizers: Sequence[Optimizer], states: Mapping[int, tuple[int, int]], group: Group) -> list[int]:
-    """Returns the bytes of optimizer state that zero1 gives to each rank."""
-    shares = [0] * group.world_size
-    for optimizer in optimizers:
-        optimizer.state.clear()
-        for rank, groups in enumerate(rebuilt(optimizer, group)._partition_parameters()):
-            shares[rank] += sum(states.get(id(parameter), (0, 0))[0] for own in groups for parameter in own["params"])
-    return shares
+    return states, shares
 
 
 def _gathered(pieces: Sequence[Sequence[nn.Parameter]], settings: Settings, *, accumulates: bool) -> int:
@@ -207,7 +212,7 @@ def _sent(
     summed = 2 * whole * (2 if settings.comm != "fp32" else wide)
     if settings.strategy == "deepspeed":
         everything = sum(parameter.numel() for piece in pieces for parameter in piece) * wide
-        gathers = everything * (1 if everything <= LIVE else 2)  # once where all may stay from forward to backward
+        gathers = everything * (1 if everything <= _limits(settings)[1] else 2)  # once where all may stay from forward to backward
         scatters = whole * wide * (2 if backend == "gloo" else 1)
         stages = (summed, summed + whole * wide, rounds * summed + whole * wide, rounds * (gathers + scatters))  # seen: 1 and 2 all-reduce
         return (ranks - 1) / ranks * stages[settings.deepspeed.stage]

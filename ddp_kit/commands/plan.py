@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         with fake_group(ranks=given.ranks, ranks_per_node=given.ranks_per_node) as group:
             costs = costs_of(recipe, settings, plan, group=group, backend=given.backend)
         print("\n".join(_lines(costs, settings, plan, steps=_steps(recipe, settings), ranks=given.ranks)))
-        return _verdict(costs, given.gpu_memory_gib)
+        return _verdict(costs, given.gpu_memory_gib, settings=settings)
 
     return run_command(command)
 
@@ -103,12 +103,16 @@ def amount(size: float) -> str:
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.2f} MiB"
 
 
-def _verdict(costs: Costs, memory_gib: float) -> int:
+def _verdict(costs: Costs, memory_gib: float, *, settings: Settings) -> int:
     if not memory_gib:
         return 0
     left = memory_gib * GIB - costs.held
     if left < 0:
-        print(f"does not fit {memory_gib:g} GiB: {amount(-left)} too much. Type --strategy fsdp, or start more ranks.")
+        less = {
+            "fsdp": "--fsdp.cpu-offload" if settings.fsdp.wrap or settings.fsdp.wrap_size else "--fsdp.wrap CLASS, of its blocks",
+            "deepspeed": "--strategy fsdp" if settings.deepspeed.stage == 3 else "--deepspeed.stage 3",
+        }.get(settings.strategy, "--strategy fsdp")
+        print(f"does not fit {memory_gib:g} GiB: {amount(-left)} too much. Type {less}, or start more ranks.")
         return 1
     print(f"fits {memory_gib:g} GiB: {amount(left)} are left for activations and libraries.")
     return 0

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from ddp_kit.errors import ConfigError, require, some
 from ddp_kit.groups import Group
 from ddp_kit.settings import DeepSpeed
-from ddp_kit.strategies.deepspeed_config import config_of
+from ddp_kit.strategies.deepspeed_config import config_of, require_splittable
 from ddp_kit.strategies.fragments import Moments, Ungathered, gradients_of, places_of
 from ddp_kit.strategies.root import Root, Through
 from ddp_kit.strategies.uses import Uses
@@ -63,7 +63,7 @@ class Zero:
 
         Raises: ConfigError for an optimizer that cannot step partitions.
         """
-        _require_splittable(optimizer, stage=self._stage)
+        require_splittable(optimizer, stage=self._stage)
         self._engine = self._initialized(optimizer)
         if (own := self._engine.data_parallel_group) is not dist.group.WORLD:
             self._group.others.append(own)
@@ -152,15 +152,3 @@ def _imported(group: Group) -> Any:
 def _is_news(record: logging.LogRecord) -> bool:
     """DeepSpeed knows a few optimizers by name and warns of all others."""
     return "untested optimizer" not in record.getMessage()
-
-
-def _require_splittable(optimizer: Optimizer, *, stage: int) -> None:
-    kind = type(optimizer).__name__
-    if stage and optimizer.state:
-        raise ConfigError(
-            f"--strategy deepspeed: the optimizer ({kind}) has state before the first step, which DeepSpeed cannot split. "
-            "Type --strategy fsdp, or --deepspeed.stage 0."
-        )
-    empty = [i for i, group in enumerate(optimizer.param_groups) if not any(parameter.requires_grad for parameter in group["params"])]
-    if empty:
-        raise ConfigError(f"--strategy deepspeed: parameter group {empty[0]} of the optimizer ({kind}) has nothing to train: leave it out.")

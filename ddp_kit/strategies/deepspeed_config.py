@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import DeepSpeed
 
@@ -78,6 +80,19 @@ def config_of(settings: DeepSpeed) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def require_splittable(optimizer: Optimizer, *, stage: int) -> None:
+    """Raises: ConfigError for an optimizer that DeepSpeed cannot take."""
+    kind = type(optimizer).__name__
+    if stage and optimizer.state:
+        raise ConfigError(
+            f"--strategy deepspeed: the optimizer ({kind}) has state before the first step, which DeepSpeed cannot split. "
+            "Type --strategy fsdp, or --deepspeed.stage 0."
+        )
+    empty = [i for i, group in enumerate(optimizer.param_groups) if not any(parameter.requires_grad for parameter in group["params"])]
+    if empty:
+        raise ConfigError(f"--strategy deepspeed: parameter group {empty[0]} of the optimizer ({kind}) has nothing to train: leave it out.")
 
 
 def _read(path: str) -> dict[str, Any]:
