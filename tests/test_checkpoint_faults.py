@@ -74,6 +74,25 @@ def test_a_rank_killed_at_any_file_operation_of_a_save_costs_no_more_than_steps(
     assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 11)), "each once, none lost"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp", "deepspeed"])
+def test_so_it_is_with_every_strategy(tmp_path: Path, strategy: str) -> None:
+    if strategy == "deepspeed":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'ddp_kit[deepspeed]'")
+    flags = ["--strategy", strategy, *(["--deepspeed.stage", "3", "--precision", "fp32"] if strategy == "deepspeed" else [])]
+    whole = run(tmp_path / "whole", *flags, limit_s=60)
+    assert whole.codes == [0, 0], whole.errors
+    for rank, at in EVERY_PUSH:
+        folder = tmp_path / f"{rank}-{at}"
+        cut = run(folder, "--keep", "1", *flags, disk=f"kill {rank} 8 {at}", limit_s=60)
+        assert cut.codes[rank] == -signal.SIGKILL, cut.errors
+        all_good(cut)
+        ended = run(folder, "--keep", "1", *flags, limit_s=60)
+        assert ended.codes == [0, 0], ended.errors
+        assert events(ended, "resume")[-1]["step"] == (4 if rank or at <= 12 else 8)
+        assert ended.status["weights_sha256"] == whole.status["weights_sha256"]
+
+
 def test_the_positions_are_all_that_there_are(tmp_path: Path) -> None:
     """The last one is there; one further, and there is no operation left at which to die."""
     cut = run(tmp_path / "cut", "--keep", "1", disk=f"kill 0 8 {LAST[0]}")

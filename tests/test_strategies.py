@@ -253,6 +253,24 @@ def test_zero1_follows_ddp_where_two_objectives_train_the_same_weights(group: Gr
     assert distance(*found) <= 1e-12
 
 
+@pytest.mark.ranks(2)
+def test_hooks_of_the_recipes_optimizer_are_called_under_zero1(group: Group) -> None:
+    seen: list[str] = []
+
+    def sgd(model: nn.Module) -> torch.optim.Optimizer:
+        made = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        made.register_step_pre_hook(lambda *_: seen.append("before"))
+        made.register_step_post_hook(lambda *_: seen.append("after"))
+        return made
+
+    settings = Split(strategy="zero1")
+    made = compose(split(settings, optimizer=sgd), settings, group)
+    for batch in made.feed.batches(start=0, end=2):
+        train_step(made.training, batch)
+    assert seen == ["before", "after"] * 2
+    made.training.control.close()
+
+
 def reading(model: nn.Module, batch: Any) -> ddp_kit.LossSum:
     """A loss whose own term never meets a plain tensor that has a dimension."""
     result = classify(model, batch)

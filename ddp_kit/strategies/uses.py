@@ -108,9 +108,9 @@ class Uses:
             if not self._is_on:
                 return
             if self._expected is not None:
-                expected = self._expected.modules[len(self._modules) :][:1]
-                if expected != [name]:
-                    there = expected[0] if expected else "nothing"
+                at, expected = len(self._modules), self._expected.modules
+                there = expected[at] if at < len(expected) else "nothing"
+                if name != there:
                     raise DdpKitError(f"{name} was called where {there} was before the first step. {GATHERED}")
             self._modules.append(name)
 

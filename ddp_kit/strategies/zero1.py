@@ -43,6 +43,8 @@ class ZeroOne(Whole):
         self._bucketed |= held
         zero.param_groups = optimizer.param_groups  # not copies: schedulers hold the recipe's optimizer
         optimizer.state = zero.optim.state
+        for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):  # what the recipe has registered, and will
+            setattr(zero.optim, name, getattr(optimizer, name))
         own = {id(parameter) for group in zero.optim.param_groups for parameter in group["params"]}
         self._group.closing.callback(_release, zero)
         return Wrapped(call=self._ddp.ddp(call), step=zero.step, owns=lambda parameter: id(parameter) in own)
