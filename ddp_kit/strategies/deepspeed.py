@@ -81,7 +81,7 @@ class Zero:
             step=self._engine.step,
             owns=moments.has,
             moments=moments,
-            refresh=self._engine.optimizer.refresh_fp32_params,
+            refresh=self._refresh,
         )
 
     def _initialized(self, optimizer: Optimizer) -> Any:
@@ -103,7 +103,23 @@ class Zero:
 
     def enter(self, function: Function, *args: Any) -> Any:
         """Calls it; at stage 3 through the root, whose modules gather what they use."""
-        return self._root(function, *args) if self._stage == 3 else function(*args)
+        if self._stage != 3:
+            return function(*args)
+        try:
+            return self._root(function, *args)
+        finally:
+            if not torch.is_grad_enabled():
+                self._free()
+
+    def _free(self) -> None:
+        """Drops gathered weights: DeepSpeed keeps them until the next step, and would use them though others were put in their place."""
+        if self._stage == 3 and self._engine is not None:
+            self._engine.optimizer.parameter_offload.partition_all_parameters()
+
+    def _refresh(self) -> None:
+        """Takes what was written into the model for what is stepped and used."""
+        self._free()
+        self._engine.optimizer.refresh_fp32_params()
 
     @contextmanager
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:
