@@ -33,6 +33,7 @@ from ddp_kit.recipe import Recipe
 from ddp_kit.seeding import Purpose, generators_put_back, key
 from ddp_kit.settings import Settings, digest, flag, flatten
 from ddp_kit.strategies import Strategy, choose_strategy
+from ddp_kit.strategies.splittable import require_splittable
 from ddp_kit.training import LossCall, Training
 from ddp_kit.tuning import wants_channels_last
 from ddp_kit.weights import base_sha256, load_weights, require_equal
@@ -189,12 +190,7 @@ def _spread(model: nn.Module, recipe: Recipe, settings: Settings, group: Group, 
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     if not is_meta:
         require_equal(model, group=group)
-    if group.world_size > 1:
-        require_one_objective(recipe, settings)
-    elif settings.strategy == "fsdp":  # what would be refused on two ranks is refused on one
-        from ddp_kit.strategies.fsdp import modules_to_wrap
-
-        modules_to_wrap(model, settings.fsdp)
+    require_splittable(model, settings, objectives=len(recipe.parts()))
     strategy = choose_strategy(group, settings)
     if settings.save_trainable_only and all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("--save-trainable-only has no effect: no parameter of the model is frozen. Leave it out.")
@@ -203,25 +199,18 @@ def _spread(model: nn.Module, recipe: Recipe, settings: Settings, group: Group, 
     base = base_sha256(model) if settings.save_trainable_only else ""
     strategy.shard(model)
     if is_meta:
+        is_partial = settings.init_partial and not is_resumed  # what does not fit keeps its first values
         has_all = is_resumed or bool(settings.init_from and is_checkpoint(Path(settings.init_from)))
         materialise(
             model,
             device=group.device,
             seed=settings.seed,
             offloads=settings.fsdp.cpu_offload,
-            reads="all" if has_all else "file" if settings.init_from else "nothing",
+            reads="all" if has_all and not is_partial else "file" if settings.init_from and not is_partial else "nothing",
         )
         if settings.init_from:
             load_weights(model, Path(settings.init_from), group=group, rename=settings.rename, partial=settings.init_partial)
     return strategy, base
-
-
-def require_one_objective(recipe: Recipe, settings: Settings) -> None:
-    """Raises: ConfigError for several objectives with a strategy that trains one."""
-    if settings.strategy in ("fsdp", "deepspeed") and len(recipe.parts()) > 1:
-        raise ConfigError(
-            f"--strategy {settings.strategy}: it trains one objective, the recipe has {len(recipe.parts())}. Type --strategy zero1."
-        )
 
 
 def _run_losses(model: nn.Module, recipe: Recipe, data: Data, placement: Placement, settings: Settings, group: Group) -> None:

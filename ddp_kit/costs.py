@@ -19,20 +19,23 @@ from torch import nn
 
 from ddp_kit.batching import BatchPlan
 from ddp_kit.blame import Blame
+from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
-from ddp_kit.precision import AUTOCAST, weight_dtype
+from ddp_kit.precision import weight_dtype
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
 from ddp_kit.sharded import local
 from ddp_kit.strategies import choose_strategy
-from ddp_kit.strategies.deepspeed_config import config_of, require_splittable
-from ddp_kit.strategies.fsdp import modules_to_wrap
+from ddp_kit.strategies.deepspeed_config import config_of
+from ddp_kit.strategies.fsdp import gathered_dtype, modules_to_wrap
+from ddp_kit.strategies.splittable import require_elementwise, require_splittable
 from ddp_kit.strategies.zero1 import rebuilt
 from ddp_kit.topology import Topology
 from ddp_kit.weights import tie, tied_names
 from ddp_kit.wrapping import part_of
 
 Backend = Literal["nccl", "gloo"]
+Key = tuple[int, int]  # number of an objective, identity of a parameter
 BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's defaults: reduce_bucket_size, stage3_max_live_parameters, in elements
 
 
@@ -100,12 +103,15 @@ def costs_of(recipe: Recipe, settings: Settings, plan: BatchPlan, *, group: Grou
     """Returns what training would cost the group's ranks."""
     ranks, model = group.world_size, build(recipe, settings)
     strategy = settings.strategy if ranks > 1 else "ddp"
+    require_splittable(model, settings, objectives=len(recipe.parts()))
+    narrow = (gathered_dtype(model, settings.precision) or weight_dtype(settings.precision)).itemsize
     pieces = _pieces(model, settings)
     if strategy == "fsdp":
         choose_strategy(group, settings).shard(model)
     states, shares = _states(recipe, model, settings, group)
     kept, whole = (sum(pair[i] for pair in states.values()) for i in (0, 1))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parts = [part_of(model, objective.trains) for objective in recipe.parts()]
+    trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]  # summed for each objective
     weights, gradients = _held(model.parameters()), _held(trained)
     buffers, floats = _held(model.buffers()), _held(buffer for buffer in model.buffers() if buffer.is_floating_point())
     average = weights
@@ -116,7 +122,7 @@ def costs_of(recipe: Recipe, settings: Settings, plan: BatchPlan, *, group: Grou
         own, own_of_all = (kept := max(sum(states[key][0] for key in share if key in states) for share in shares)), whole
     elif strategy == "fsdp":
         own, own_of_all = weights * (2 if settings.ema else 1) + kept, everything - buffers - (floats if settings.ema else 0)
-        gathered = _gathered(pieces, settings, accumulates=rounds > 1)
+        gathered = _gathered(pieces, narrow, settings, accumulates=rounds > 1)
     elif strategy == "deepspeed":
         stage, (bucket, live) = settings.deepspeed.stage, _limits(settings)
         gathered = (0, gradients, min(gradients, 2 * bucket), min(weights, live) + min(gradients, 2 * bucket))[stage]
@@ -132,7 +138,7 @@ def costs_of(recipe: Recipe, settings: Settings, plan: BatchPlan, *, group: Grou
         buffers=buffers,
         gathered=gathered,
         is_offloaded=strategy == "fsdp" and settings.fsdp.cpu_offload,
-        sent=round(_sent(pieces, trained, settings, group=group, rounds=rounds, backend=backend)),
+        sent=round(_sent(pieces, trained, narrow, settings, group=group, rounds=rounds, backend=backend)),
         checkpoint=everything,
         written=(everything - own_of_all) // ranks + own,
     )
@@ -163,36 +169,40 @@ def _limits(settings: Settings) -> tuple[int, int]:
     return int(zero.get("reduce_bucket_size", BUCKET)) * wide, int(zero.get("stage3_max_live_parameters", LIVE)) * wide
 
 
-def _states(recipe: Recipe, model: nn.Module, settings: Settings, group: Group) -> tuple[dict[int, tuple[int, int]], list[list[int]]]:
-    """Steps the optimizers once. Returns the bytes of each parameter's state, here and over all ranks, and whose state zero1 gives to
-    each rank.
+def _states(recipe: Recipe, model: nn.Module, settings: Settings, group: Group) -> tuple[dict[Key, tuple[int, int]], list[list[Key]]]:
+    """Steps the optimizers once. Returns the bytes of each objective's state by parameter, here and over all ranks, and what of it zero1
+    gives to each rank.
 
-    Raises: ConfigError for an optimizer that the strategy cannot split.
+    Raises: ConfigError for an optimizer that the strategy cannot split, or that cannot be stepped without memory.
     """
-    states: dict[int, tuple[int, int]] = {}
-    shares: list[list[int]] = [[] for _ in range(group.world_size)]
-    for objective in recipe.parts():
+    states: dict[Key, tuple[int, int]] = {}
+    shares: list[list[Key]] = [[] for _ in range(group.world_size)]
+    for number, objective in enumerate(recipe.parts()):
         optimizer = objective.optimizer(part_of(model, objective.trains))
         if group.world_size > 1 and settings.strategy == "zero1":
             for share, groups in zip(shares, rebuilt(optimizer, group)._partition_parameters(), strict=True):
-                share += [id(parameter) for own in groups for parameter in own["params"]]
+                share += [(number, id(parameter)) for own in groups for parameter in own["params"]]
         if group.world_size > 1 and settings.strategy == "deepspeed":
-            require_splittable(optimizer, stage=settings.deepspeed.stage)
+            require_elementwise(optimizer, stage=settings.deepspeed.stage)
         for parameter in (parameter for own in optimizer.param_groups for parameter in own["params"]):
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            if "meta" not in str(error):
+                raise
+            raise ConfigError(f"{type(optimizer).__name__} reads numbers as it steps, which are not there without memory.") from error
         optimizer.zero_grad()
         for parameter, state in optimizer.state.items():
             tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
-            states[id(parameter)] = _held(tensors), _whole(tensors)
+            states[number, id(parameter)] = _held(tensors), _whole(tensors)
     return states, shares
 
 
-def _gathered(pieces: Sequence[Sequence[nn.Parameter]], settings: Settings, *, accumulates: bool) -> int:
+def _gathered(pieces: Sequence[Sequence[nn.Parameter]], width: int, settings: Settings, *, accumulates: bool) -> int:
     """Returns the bytes of the root's weights, of two more pieces (one in use, one on its way), and of gradients not yet split."""
     *others, root = [sum(parameter.numel() for parameter in piece) for piece in pieces]
-    width = AUTOCAST[settings.precision].itemsize if settings.precision in AUTOCAST else weight_dtype(settings.precision).itemsize
     gradients = sum([root, *others]) if accumulates else max([root, *others])
     return (root + 2 * max(others, default=0)) * width + gradients * weight_dtype(settings.precision).itemsize
 
@@ -200,6 +210,7 @@ def _gathered(pieces: Sequence[Sequence[nn.Parameter]], settings: Settings, *, a
 def _sent(
     pieces: Sequence[Sequence[nn.Parameter]],
     trained: Sequence[nn.Parameter],
+    width: int,
     settings: Settings,
     *,
     group: Group,
@@ -219,7 +230,6 @@ def _sent(
     if settings.strategy != "fsdp" or ranks == 1:
         return (ranks - 1) / ranks * (summed + (whole * wide if settings.strategy == "zero1" else 0))
     line = group.topology.local_world_size if settings.fsdp.hybrid else ranks
-    width = AUTOCAST[settings.precision].itemsize if settings.precision in AUTOCAST else wide
 
     def padded(parameters: Sequence[nn.Parameter]) -> int:
         return sum(-(-parameter.shape[0] // line) * (parameter.numel() // max(1, parameter.shape[0])) for parameter in parameters) * line

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from blocks import Net, Split, split
-from cases import vectors
+from cases import classify, vectors
 
-from ddp_kit import Data
+from ddp_kit import Data, Objective
 from ddp_kit.batching import plan_batches
 from ddp_kit.commands.plan import main
 from ddp_kit.compose import compose
@@ -173,6 +173,28 @@ def test_an_optimizer_that_training_would_refuse_is_not_planned() -> None:
         recipe = split(settings, optimizer=lambda model: torch.optim.Adagrad(p for p in model.parameters() if p.requires_grad))
         with fake_group(ranks=2, ranks_per_node=8) as group, pytest.raises(ConfigError, match="has state before the first step"):
             costs_of(recipe, settings, plan, group=group, backend="gloo")
+
+
+def test_an_optimizer_that_needs_numbers_is_named() -> None:
+    settings, plan = Split(precision="fp32"), plan_batches(24, micro_batch=0, world_size=2)
+    recipe = split(settings, optimizer=lambda model: torch.optim.Adafactor(p for p in model.parameters() if p.requires_grad))
+    with fake_group(ranks=2, ranks_per_node=8) as group, pytest.raises(ConfigError, match="Adafactor reads numbers as it steps"):
+        costs_of(recipe, settings, plan, group=group, backend="gloo")
+
+
+def test_every_objective_has_a_state_and_a_sum_of_its_own() -> None:
+    def adam(model: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+
+    settings, plan, found = Split(precision="fp32"), plan_batches(24, micro_batch=0, world_size=2), []
+    for trains in (("",), ("", "last")):
+        parts = [Objective(loss=classify, optimizer=adam, trains=name) for name in trains]
+        with fake_group(ranks=2, ranks_per_node=8) as group:
+            recipe = split(settings, loss=None, optimizer=None, objectives=parts)
+            found.append(costs_of(recipe, settings, plan, group=group, backend="gloo"))
+    last = sum(parameter.nbytes for parameter in Net().last.parameters())
+    assert found[1].moments - found[0].moments == pytest.approx(2 * last, abs=16)
+    assert found[1].sent - found[0].sent == last
 
 
 def test_limits_in_deepspeeds_own_file_are_planned_with(tmp_path: Path) -> None:

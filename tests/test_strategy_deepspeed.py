@@ -255,7 +255,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_what_cannot_be_split_is_na
                 run(training, feed, start=2, end=3)
             assert weights_sha256(training.model) == before
     for stage, message, parts in (
-        (3, "--deepspeed.stage 3: the loss uses 0.weight outside the forward pass of its module", {"loss": weighted}),
+        (3, "--deepspeed.stage 3: the loss or `evaluate` uses 0.weight outside the forward pass of its module", {"loss": weighted}),
         (2, "has state before the first step", {"optimizer": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.1)}),
         (1, "cannot split a scalar: give scale the shape", {"model": Scaled}),
     ):

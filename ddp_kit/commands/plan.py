@@ -8,7 +8,6 @@ import argparse
 from collections.abc import Sequence
 
 from ddp_kit.batching import BatchPlan, describe, plan_batches
-from ddp_kit.compose import require_one_objective
 from ddp_kit.costs import Costs, costs_of, fake_group
 from ddp_kit.data.data import as_data
 from ddp_kit.errors import ConfigError, DdpKitError
@@ -38,8 +37,6 @@ def main(argv: Sequence[str]) -> int:
         micro_batch = settings.micro_batch if isinstance(settings.micro_batch, int) else 0
         plan = plan_batches(settings.global_batch, micro_batch=micro_batch, world_size=given.ranks)
         recipe = source.build(settings)
-        if given.ranks > 1:
-            require_one_objective(recipe, settings)
         with fake_group(ranks=given.ranks, ranks_per_node=given.ranks_per_node) as group:
             costs = costs_of(recipe, settings, plan, group=group, backend=given.backend)
         print("\n".join(_lines(costs, settings, plan, steps=_steps(recipe, settings), ranks=given.ranks)))
@@ -54,7 +51,7 @@ def _refuse(given: argparse.Namespace, settings: Settings) -> None:
         for name in ("ranks", "ranks_per_node")
         if getattr(given, name) < 1
     ]
-    if given.gpu_memory_gib < 0:
+    if not given.gpu_memory_gib >= 0:
         faults.append(f"--gpu-memory-gib {given.gpu_memory_gib}: expected 0 (not asked) or more")
     if faults:
         raise ConfigError("\n".join(faults))

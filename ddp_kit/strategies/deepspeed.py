@@ -20,13 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
-from ddp_kit.errors import ConfigError, require, some
+from ddp_kit.errors import ConfigError, require
 from ddp_kit.groups import Group
 from ddp_kit.settings import DeepSpeed
-from ddp_kit.strategies.deepspeed_config import config_of, require_splittable
+from ddp_kit.strategies.deepspeed_config import config_of
 from ddp_kit.strategies.fragments import Moments, Ungathered, gradients_of, places_of
 from ddp_kit.strategies.root import Root, Through
+from ddp_kit.strategies.splittable import require_elementwise
 from ddp_kit.strategies.uses import Uses
 from ddp_kit.strategies.whole import Function, Wrapped
 from ddp_kit.topology import environment_default
@@ -45,17 +47,10 @@ class Zero:
         self._package = _imported(group)
         self._root: Any = None
         self._engine: Any = None
-        self._has_looked = False
+        self._has_looked = self._has_evaluated = False
 
     def shard(self, model: nn.Module) -> None:
-        """Nothing yet: DeepSpeed splits when it gets the optimizer.
-
-        Raises: ConfigError for scalar parameters.
-        """
-        if self._stage and (scalars := [name for name, parameter in model.named_parameters() if not parameter.dim()]):
-            raise ConfigError(
-                f"--strategy deepspeed: ZeRO cannot split a scalar: give {some(scalars)} the shape (1,), or type --strategy zero1."
-            )
+        """Nothing yet: DeepSpeed splits when it gets the optimizer."""
         self._root = Root(model)
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
@@ -63,7 +58,7 @@ class Zero:
 
         Raises: ConfigError for an optimizer that cannot step partitions.
         """
-        require_splittable(optimizer, stage=self._stage)
+        require_elementwise(optimizer, stage=self._stage)
         self._engine = self._initialized(optimizer)
         if (own := self._engine.data_parallel_group) is not dist.group.WORLD:
             self._group.others.append(own)
@@ -95,7 +90,7 @@ class Zero:
                     config=self._config,
                     dist_init_required=False,
                 )
-            except (AssertionError, ValueError) as error:
+            except (AssertionError, ValueError, self._package.runtime.config.DeepSpeedConfigError) as error:
                 if not self._file:
                     raise
                 raise ConfigError(f"--deepspeed.config {self._file}: DeepSpeed does not take it: {error}") from error
@@ -105,11 +100,15 @@ class Zero:
         """Calls it; at stage 3 through the root, whose modules gather what they use."""
         if self._stage != 3:
             return function(*args)
-        try:
+        if torch.is_grad_enabled():
             return self._root(function, *args)
+        is_first, self._has_evaluated = not self._has_evaluated, True
+        try:  # the first one, in rehearsal, with a graph, by which a use of weights that are not there is seen
+            with torch.set_grad_enabled(is_first), Ungathered(self._root.model) if is_first else nullcontext():
+                result = self._root(function, *args)
+            return tree_map_only(torch.Tensor, torch.Tensor.detach, result)
         finally:
-            if not torch.is_grad_enabled():
-                self._free()
+            self._free()
 
     def _free(self) -> None:
         """Drops gathered weights: DeepSpeed keeps them until the next step, and would use them though others were put in their place."""

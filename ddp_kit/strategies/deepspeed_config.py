@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import DeepSpeed
 
@@ -24,6 +22,7 @@ DECIDED = {  # key in the file -> what decides it
     "gradient_allreduce_op": "the count that the loss returns",
     "fp16": "--precision",
     "bf16": "--precision",
+    "bfloat16": "--precision",
     "amp": "--precision",
     "torch_autocast": "--precision",
     "data_types": "--precision",
@@ -49,9 +48,12 @@ DECIDED = {  # key in the file -> what decides it
     "zero_optimization.stage": "--deepspeed.stage",
     "zero_optimization.compute_grad_norm": "--grad-clip",
     "zero_optimization.stage3_param_persistence_threshold": "ddp_kit: averaged and restored weights must be the ones that are gathered",
+    "zero_optimization.param_persistence_threshold": "ddp_kit: averaged and restored weights must be the ones that are gathered",
     "zero_optimization.parameter_alignment": "ddp_kit: checkpoints hold no padding",
     "zero_optimization.offload_optimizer": "ddp_kit: it clips gradients on the device. For less memory type --deepspeed.stage 3",
     "zero_optimization.offload_param": "ddp_kit: checkpoints read weights on the device. Type --strategy fsdp --fsdp.cpu-offload",
+    "zero_optimization.cpu_offload": "ddp_kit: it clips gradients on the device. For less memory type --deepspeed.stage 3",
+    "zero_optimization.cpu_offload_param": "ddp_kit: checkpoints read weights on the device. Type --strategy fsdp --fsdp.cpu-offload",
     "zero_optimization.mics_shard_size": "ddp_kit: all ranks share one set of partitions. Type --strategy fsdp --fsdp.hybrid",
     "zero_optimization.zenflow": "ddp_kit: every step takes the whole gradient",
 }
@@ -80,19 +82,6 @@ def config_of(settings: DeepSpeed) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-
-
-def require_splittable(optimizer: Optimizer, *, stage: int) -> None:
-    """Raises: ConfigError for an optimizer that DeepSpeed cannot take."""
-    kind = type(optimizer).__name__
-    if stage and optimizer.state:
-        raise ConfigError(
-            f"--strategy deepspeed: the optimizer ({kind}) has state before the first step, which DeepSpeed cannot split. "
-            "Type --strategy fsdp, or --deepspeed.stage 0."
-        )
-    empty = [i for i, group in enumerate(optimizer.param_groups) if not any(parameter.requires_grad for parameter in group["params"])]
-    if empty:
-        raise ConfigError(f"--strategy deepspeed: parameter group {empty[0]} of the optimizer ({kind}) has nothing to train: leave it out.")
 
 
 def _read(path: str) -> dict[str, Any]:

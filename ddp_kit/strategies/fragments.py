@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ddp_kit.errors import ConfigError
 from ddp_kit.sharded import Fragment
@@ -75,10 +76,11 @@ class Ungathered(TorchFunctionMode):
         """Calls the function. Raises: ConfigError if the graph of a loss would go on from an empty weight."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.grad_fn is not None:
-            for name in (self._names[id(given)] for given in args if id(given) in self._names and not given.numel()):
+            used = [leaf for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._names and not leaf.numel()]
+            if used:
                 raise ConfigError(
-                    f"--deepspeed.stage 3: the loss uses {name} outside the forward pass of its module, and weights are gathered there "
-                    "only. Let the optimizer decay weights, or type --deepspeed.stage 2, or --strategy fsdp."
+                    f"--deepspeed.stage 3: the loss or `evaluate` uses {self._names[id(used[0])]} outside the forward pass of its module, "
+                    "and weights are gathered there only. Let the optimizer decay weights, or type --deepspeed.stage 2, or --strategy fsdp."
                 )
         return result
 

@@ -1,7 +1,7 @@
 """FSDP2: parameters, gradients and optimizer state split over the ranks by rows, gathered module by module where they are used.
 
 Owns: what is split as one, the precision in which weights travel, and one root through which every use of the model goes.
-Refuses: what FSDP2 cannot split (scalars), in the words of a recipe's author.
+Refuses: saying what FSDP2 cannot split (see `splittable`).
 
 The root is a module of ours around the model, whose forward calls any function: so parts of the model may be used freely, as with ddp.
 """
@@ -17,9 +17,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
-from ddp_kit.errors import ConfigError, nearest, some
+from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.groups import Group
 from ddp_kit.precision import AUTOCAST
 from ddp_kit.settings import Fsdp, Precision
@@ -29,10 +31,11 @@ from ddp_kit.strategies.uses import Uses
 from ddp_kit.strategies.whole import Function, Wrapped
 
 OUTSIDE = (
-    "--fsdp.wrap: the loss uses weights of a wrapped module outside its forward pass, where each rank has its rows only. Let the optimizer "
-    "decay weights, wrap fewer modules, or type --strategy zero1."
+    "--fsdp.wrap, --fsdp.wrap-size: the loss or `evaluate` uses weights of a wrapped module outside its forward pass, where each rank has "
+    "its rows only. Let the optimizer decay weights, wrap fewer modules, or type --strategy zero1."
 )
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+NEVER_CALLED = (*CONTAINERS, NonDynamicallyQuantizableLinear)  # the latter is attention's, which reads its weight
 
 
 @final
@@ -48,16 +51,8 @@ class FullyShardedDataParallel:
         self._root: Any = None
 
     def shard(self, model: nn.Module) -> None:
-        """Splits the modules of the given classes, or from a number of parameters on, each as one, and the rest with the root.
-
-        Raises: ConfigError for a class that the model does not have, and for scalar parameters.
-        """
-        if scalars := [name for name, parameter in model.named_parameters() if not parameter.dim()]:
-            raise ConfigError(
-                f"--strategy fsdp: FSDP2 cannot split a scalar: give {some(scalars)} the shape (1,), or type --strategy zero1."
-            )
-        is_lower = self._precision in AUTOCAST and not any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
-        dtype = AUTOCAST[self._precision] if is_lower else None  # running statistics stay fp32, and their layers' weights with them
+        """Splits the modules of the given classes, or from a number of parameters on, each as one, and the rest with the root."""
+        dtype = gathered_dtype(model, self._precision)
         root, inner = Root(model), modules_to_wrap(model, self._settings)
         for module in [*inner, root]:
             policy = MixedPrecisionPolicy(
@@ -81,7 +76,7 @@ class FullyShardedDataParallel:
         """
         try:
             result = self._root(function, *args)
-            if any(hasattr(part, "to_local") for part in (result if isinstance(result, tuple) else [result])):
+            if any(hasattr(part, "to_local") for part in tree_leaves(result)):
                 raise ConfigError(OUTSIDE)
             return result
         except RuntimeError as error:
@@ -127,6 +122,12 @@ def _mesh(group: Group, *, is_hybrid: bool) -> DeviceMesh:
     return mesh
 
 
+def gathered_dtype(model: nn.Module, precision: Precision) -> torch.dtype | None:
+    """Returns the type in which weights are gathered, None: their own. Running statistics stay fp32, and all layers' weights with them."""
+    has_statistics = any(isinstance(module, _NormBase) and module.track_running_stats for module in model.modules())
+    return None if has_statistics else AUTOCAST.get(precision)
+
+
 def modules_to_wrap(model: nn.Module, settings: Fsdp) -> list[nn.Module]:
     """Returns the modules that are split as one, inner ones first; one that shares a parameter with a module outside it stays with those
     around it: FSDP2 would make two of a tied parameter. Raises: ConfigError if a class is not in the model.
@@ -146,7 +147,7 @@ def modules_to_wrap(model: nn.Module, settings: Fsdp) -> list[nn.Module]:
     if settings.wrap_size:
         chosen += [module for module in _of_size(model, settings.wrap_size) if module not in chosen]
     order = {id(module): i for i, module in enumerate(inner)}
-    chosen = [module for module in chosen if not isinstance(module, CONTAINERS)]
+    chosen = [module for module in chosen if not isinstance(module, NEVER_CALLED)]
     places = _places(model)
     closed = [module for module in chosen if all(count == places[identity] for identity, count in _places(module).items())]
     return sorted(closed, key=lambda module: -order[id(module)])
@@ -158,8 +159,8 @@ def _places(model: nn.Module) -> Counter[int]:
 
 
 def _of_size(model: nn.Module, size: int) -> Iterator[nn.Module]:
-    """Yields the smallest modules that have at least `size` parameters."""
+    """Yields the smallest modules that have at least `size` parameters, and are called."""
     for child in model.children():
-        if sum(parameter.numel() for parameter in child.parameters()) >= size:
+        if not isinstance(child, NonDynamicallyQuantizableLinear) and sum(parameter.numel() for parameter in child.parameters()) >= size:
             inner = list(_of_size(child, size))
             yield from inner or [child]

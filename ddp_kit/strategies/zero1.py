@@ -84,7 +84,7 @@ def rebuilt(optimizer: Optimizer, group: Group, *, in_buckets: bool = True) -> A
             f"--strategy zero1: {kind.__name__} is built again for a rank's own parameters, from what is in its groups, and {some(unlike)} "
             f"would not be {some([repr(getattr(optimizer, name)) for name in unlike])}. Type --strategy ddp, or fsdp."
         )
-    lost = [key for own in optimizer.param_groups for key in own if key not in zero.optim.param_groups[0] and key != "params"]
+    lost = [key for own in optimizer.param_groups for key in own if key not in (*zero.optim.param_groups[0], "params", "param_names")]
     if lost and not all(key.startswith("initial_") for key in lost):
         raise ConfigError(
             f"--strategy zero1: {kind.__name__} does not take {some(sorted(set(lost)))}, which its groups have, as arguments."

@@ -1,0 +1,83 @@
+"""What cannot be split over ranks is refused before training starts: by one process as by many, and by `ddp-kit plan`.
+
+Owns: what models, optimizers and settings must be like for `fsdp` and `deepspeed`.
+Refuses: nothing that whole copies on each rank can do.
+"""
+
+import importlib.util
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ddp_kit.errors import ConfigError, require, some
+from ddp_kit.settings import Settings
+from ddp_kit.strategies.deepspeed_config import config_of
+
+
+def require_splittable(model: nn.Module, settings: Settings, *, objectives: int) -> None:
+    """Raises: ConfigError for what `--strategy` cannot split, or if its package or file is missing. Another strategy takes anything."""
+    chosen = settings.strategy
+    if chosen not in ("fsdp", "deepspeed"):
+        return
+    if objectives > 1:
+        raise ConfigError(f"--strategy {chosen}: it trains one objective, the recipe has {objectives}. Type --strategy zero1.")
+    if chosen == "deepspeed":
+        config_of(settings.deepspeed)
+        if importlib.util.find_spec("deepspeed") is None:  # it is imported where its environment is set
+            require("deepspeed", extra="deepspeed")
+        if not settings.deepspeed.stage:
+            return
+    else:
+        from ddp_kit.strategies.fsdp import modules_to_wrap
+
+        modules_to_wrap(model, settings.fsdp)
+    named = list(model.named_parameters())
+    if scalars := [name for name, parameter in named if not parameter.dim()]:
+        raise ConfigError(f"--strategy {chosen} cannot split a scalar: give {some(scalars)} the shape (1,), or type --strategy zero1.")
+    if strided := [name for name, parameter in named if not parameter.is_contiguous()]:
+        raise ConfigError(
+            f"--strategy {chosen} splits memory that is contiguous: {some(strided)} is a view of other strides. Make it contiguous(), "
+            "or type --strategy zero1."
+        )
+
+
+def require_elementwise(optimizer: Optimizer, *, stage: int) -> None:
+    """Tries out on small tensors whether an optimizer steps many parameters laid into one as it steps each: DeepSpeed does that.
+
+    Raises: ConfigError if it does not, has state before its first step, or a group with nothing to train.
+    """
+    kind = type(optimizer).__name__
+    if stage and optimizer.state:
+        raise ConfigError(
+            f"--strategy deepspeed: the optimizer ({kind}) has state before the first step, which DeepSpeed cannot split. "
+            "Type --strategy fsdp, or --deepspeed.stage 0."
+        )
+    empty = [i for i, group in enumerate(optimizer.param_groups) if not any(parameter.requires_grad for parameter in group["params"])]
+    if empty:
+        raise ConfigError(f"--strategy deepspeed: parameter group {empty[0]} of the optimizer ({kind}) has nothing to train: leave it out.")
+    if not stage:
+        return
+    small, large = torch.linspace(0.1, 0.4, 4).view(2, 2), torch.linspace(10.0, 60.0, 6).view(2, 3)
+    why = "DeepSpeed lays parameters into one, and it would step them otherwise than each by itself"
+    try:
+        each, together = _stepped(optimizer, [small, large]), _stepped(optimizer, [torch.cat([small.flatten(), large.flatten()])])
+        if torch.allclose(each, together, rtol=1e-5):
+            return
+    except Exception as error:  # whatever an optimizer raises
+        why = f"it cannot be tried out on a tensor of one dimension ({error})"
+    raise ConfigError(f"--strategy deepspeed: the optimizer is {kind}: {why}. Type --strategy zero1 or ddp, or --deepspeed.stage 0.")
+
+
+def _stepped(optimizer: Optimizer, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Returns what two steps of such an optimizer make of the tensors, flat."""
+    parameters = [nn.Parameter(tensor.clone()) for tensor in tensors]
+    known = inspect.signature(type(optimizer).__init__).parameters
+    made: Any = type(optimizer)(parameters, **{key: value for key, value in optimizer.defaults.items() if key in known})
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = parameter.detach().cos()  # of no fixed ratio to the parameter
+        made.step()
+    return torch.cat([parameter.detach().flatten() for parameter in parameters])
