@@ -66,6 +66,14 @@ def test_one_process_refuses_what_many_would(settings: Split) -> None:
                 compose(split(missing), missing, group)
 
 
+@pytest.mark.ranks(2)
+def test_an_optimizer_that_cannot_step_rows_is_named(group: Group) -> None:
+    made = compose(split(FSDP, optimizer=lambda model: torch.optim.Adafactor(trained(model), lr=0.01)), FSDP, group)
+    with pytest.raises(ConfigError, match="--strategy fsdp: Adafactor cannot step weights that are split"):
+        train_step(made.training, next(made.feed.batches(start=0, end=1)))
+    made.training.control.close()
+
+
 class Layerwise(torch.optim.SGD):
     """Divides by the norm of the whole tensor."""
 

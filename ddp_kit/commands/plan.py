@@ -109,7 +109,8 @@ def _verdict(costs: Costs, memory_gib: float, *, settings: Settings) -> int:
             "fsdp": "--fsdp.cpu-offload" if settings.fsdp.wrap or settings.fsdp.wrap_size else "--fsdp.wrap CLASS, of its blocks",
             "deepspeed": "--strategy fsdp" if settings.deepspeed.stage == 3 else "--deepspeed.stage 3",
         }.get(settings.strategy, "--strategy fsdp")
-        print(f"does not fit {memory_gib:g} GiB: {amount(-left)} too much. Type {less}, or start more ranks.")
+        advice = "Start" if settings.fsdp.cpu_offload else f"Type {less}, or start"
+        print(f"does not fit {memory_gib:g} GiB: {amount(-left)} too much. {advice} more ranks.")
         return 1
     print(f"fits {memory_gib:g} GiB: {amount(left)} are left for activations and libraries.")
     return 0

@@ -6,6 +6,7 @@ Refuses: saying what FSDP2 cannot split (see `splittable`).
 The root is a module of ours around the model, whose forward calls any function: so parts of the model may be used freely, as with ddp.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -29,6 +30,7 @@ from ddp_kit.sharded import local
 from ddp_kit.strategies.root import Root, Through
 from ddp_kit.strategies.uses import Uses
 from ddp_kit.strategies.whole import Function, Wrapped
+from ddp_kit.tuning import step_quietly
 
 OUTSIDE = (
     "--fsdp.wrap, --fsdp.wrap-size: the loss or `evaluate` uses weights of a wrapped module outside its forward pass, where each rank has "
@@ -67,7 +69,7 @@ class FullyShardedDataParallel:
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` through the root. The optimizer was built from the split parameters."""
-        return Wrapped(call=Through(self._root, call, self._uses))
+        return Wrapped(call=Through(self._root, call, self._uses), step=lambda: _step(optimizer))
 
     def enter(self, function: Function, *args: Any) -> Any:
         """Calls it through the root, and frees what was gathered: without a backward pass nothing else would.
@@ -120,6 +122,17 @@ def _mesh(group: Group, *, is_hybrid: bool) -> DeviceMesh:
             dist.all_reduce(torch.zeros(1, device=group.device), group=own)  # connects, so that an error cuts these connections too
             group.others.append(own)
     return mesh
+
+
+def _step(optimizer: Optimizer) -> None:
+    """Raises: ConfigError for an optimizer that does what FSDP2's tensors cannot."""
+    try:
+        step_quietly(optimizer)
+    except (NotImplementedError, RuntimeError) as error:
+        if not {"DTensor", "placement"} & set(re.findall(r"\w+", str(error))):
+            raise
+        kind = type(optimizer).__name__
+        raise ConfigError(f"--strategy fsdp: {kind} cannot step weights that are split ({error}). Type --strategy zero1.") from error
 
 
 def gathered_dtype(model: nn.Module, precision: Precision) -> torch.dtype | None:
