@@ -126,7 +126,6 @@ class Zero:
         engine = self._engine
         if self._stage == 3 and engine.is_gradient_accumulation_boundary():  # a step begins: its first sum replaces the one before
             engine.optimizer.zero_grad()
-            engine.optimizer.grad_partitions_flat_buffer.zero_()  # and a parameter that it leaves out has none
         engine.set_gradient_accumulation_boundary(is_last)
         is_first, self._has_looked = self._stage == 3 and not self._has_looked, True  # once, in rehearsal
         with self._uses.micro_batch(wrapped), Ungathered(self._root.model) if is_first else nullcontext():
