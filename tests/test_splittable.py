@@ -145,6 +145,8 @@ def test_what_a_file_leaves_out_has_first_values_without_memory_too(group: Group
     made = compose(split(settings, model=Drawn), settings, group)
     weights = {name: whole(parameter) for name, parameter in made.training.model.named_parameters()}
     assert (weights["last.bias"] == 3).all()
+    assert not torch.equal(*weights["first.weight"].split(9)), "each rank has rows of its own"
+    assert made.training.model.again.weight is made.training.model.first.weight
     assert all(float(weights[name].abs().sum()) > 0 for name in weights if name.endswith("weight") or name == "scale")
     made.training.control.close()
 
