@@ -19,7 +19,7 @@ AGAIN_S = 0.5  # between two signals: a second one means at once
 
 def cancel(run: FoundRun, *, now: bool) -> str:
     """Tells a run to end. Returns: what will happen, in words. Raises: LaunchError if nothing of it waits or runs."""
-    living = [job for job in run.jobs() if job.state in cluster.LIVING]
+    living = [job for job in run.jobs() if job.is_living]
     waiting = [job.id for job in living if job.is_waiting]
     if waiting:
         cluster.ask("scancel", *waiting)

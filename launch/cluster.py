@@ -13,7 +13,9 @@ from launch.plan import LaunchError
 from launch.slurm_plan import SlurmPlan, options
 
 TIMEOUT_S = 60.0
-LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
+# every other state lives, those that a newer SLURM may add too: a job that is taken for dead would share its run directory with the next
+ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 MARK = "ddp_kit:"  # before the run's folder, in a job's comment
 
 
@@ -28,8 +30,13 @@ class Job:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it has not started."""
-        return self.state in ("PENDING", "CONFIGURING")
+        """Whether it has not started, or not again."""
+        return self.state in WAITING
+
+    @property
+    def is_living(self) -> bool:
+        """Whether it waits, runs or may come back by itself."""
+        return self.state not in ENDED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ def _state(run: FoundRun, status: Mapping[str, Any], job: cluster.Job | None) ->
     own, reason = str(status.get("status", "")), str(status.get("reason", "")).splitlines()
     if job is not None and job.is_waiting:
         return "waiting", job.reason if job.reason != "None" else "SLURM has not looked at it yet"
-    if job is not None and job.state in cluster.LIVING:
+    if job is not None and job.is_living:
         return job.state.lower(), ""
     if own == "running" and not run.is_alive() and (job is not None or not run.owner()):
         return "gone", f"no process has it any more; SLURM says {job.state.lower()}" if job else "no process has it any more"
@@ -82,7 +82,7 @@ def _main(argv: Sequence[str]) -> int:
         print(f"{error}\nWithout its answer, as the run directories have it:", file=sys.stderr)
     found = {run.folder: run for run in runs_in(Path(asked.folder))}
     for job in jobs.values():  # of other folders
-        if job.folder and job.state in cluster.LIVING:
+        if job.folder and job.is_living:
             found |= {run.folder: run for run in runs_of(Path(job.folder))}
     since = time.time() - 3600 * asked.hours if asked.hours else 0
     shown = [run for run in found.values() if run.changed >= since]

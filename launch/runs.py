@@ -77,11 +77,11 @@ class FoundRun:
         except OSError:
             age_s = STALE_S
         is_held = self.is_alive() or (self.owner().get("host") != socket.gethostname() and age_s < STALE_S)
-        return not is_held and not any(job.state in cluster.LIVING for job in self.jobs())
+        return not is_held and not any(job.is_living for job in self.jobs())
 
     def require_free(self) -> None:
         """Raises: LaunchError if a job that waits or runs, or a live process, has the run."""
-        living = [f"job {job.id} ({job.state.lower()})" for job in self.jobs() if job.state in cluster.LIVING]
+        living = [f"job {job.id} ({job.state.lower()})" for job in self.jobs() if job.is_living]
         living += ["a live run"] if self.is_alive() else [f"a live run on {host}" for host in [self.elsewhere()] if host]
         if living:
             raise LaunchError(f"{self.folder}: {living[0]} has it. Type another --run-dir, or: ddp-kit cancel {self.quoted}")

@@ -340,6 +340,19 @@ def test_a_lock_tells_a_living_process_from_a_later_one_of_its_number_and_from_o
     assert run.elsewhere() == ""
 
 
+@pytest.mark.parametrize("state", ["SPECIAL_EXIT", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "A_NEWER_SLURMS"])
+def test_a_job_in_any_state_but_an_ended_one_keeps_its_run(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = submitted("a")
+    known = [cluster.Job(id="17", state=state, reason="None", folder="")]
+    monkeypatch.setattr(FoundRun, "jobs", lambda self: known)
+    with pytest.raises(LaunchError, match=rf"job 17 \({state.lower()}\) has it"):
+        run.require_free()
+    assert not run.is_over()
+    known[0] = dataclasses.replace(known[0], state="OUT_OF_MEMORY")
+    run.require_free()
+    assert run.is_over()
+
+
 def test_a_torn_plan_and_a_dry_run_in_the_wrong_place_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     run = submitted("a")
     (run.folder / "launch" / "plan.json").write_text('{"nodes": 1')
