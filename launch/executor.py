@@ -31,22 +31,24 @@ class Executor(SlurmExecutor):
         calls = [utils.DelayedSubmission(*call_of(plan, run)) for run in plan.runs]
         folder = Path(plan.folder)
         pickles = [folder / f".{uuid.uuid4().hex}.pkl" for _ in calls]
-        for call, path in zip(calls, pickles, strict=True):
-            call.dump(path)
         try:
+            for call, path in zip(calls, pickles, strict=True):
+                call.dump(path)
             first: Job[str] = self._submit_command(self._submitit_command_str)
+            jobs = [first]
+            if plan.is_array:
+                tasks = range(first.num_tasks)
+                jobs = [self.job_class(folder=folder, job_id=f"{first.job_id}_{number}", tasks=tasks) for number in range(len(calls))]
+            for job, path in zip(jobs, pickles, strict=True):
+                job.paths.move_temporary_file(path, "submitted_pickle")
         except utils.FailedJobError as error:
-            for path in pickles:
-                path.unlink()
             raise LaunchError(f"sbatch: {_said(error)}") from error
+        except utils.FailedSubmissionError as error:
+            said = str(error).splitlines()[0]
+            raise LaunchError(f"{said}: expected 'Submitted batch job N'. If there is one all the same (squeue --me): scancel N") from error
         finally:
-            self._temporary.unlink(missing_ok=True)  # SLURM has its own copy
-        jobs = [first]
-        if plan.is_array:
-            tasks = range(first.num_tasks)
-            jobs = [self.job_class(folder=folder, job_id=f"{first.job_id}_{number}", tasks=tasks) for number in range(len(calls))]
-        for job, path in zip(jobs, pickles, strict=True):
-            job.paths.move_temporary_file(path, "submitted_pickle")
+            for path in (*pickles, self._temporary):  # SLURM has its own copy of the script
+                path.unlink(missing_ok=True)
         return jobs
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:

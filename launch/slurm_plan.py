@@ -24,7 +24,12 @@ TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFI
 MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 VARIABLE = re.compile(r"[A-Za-z_]\w*=[^\n]*")
 OPTION = re.compile(r"-{0,2}([a-z][a-z0-9-]*)(=.*)?", re.DOTALL)
-OURS = ("nodes", "ntasks", "ntasks-per-node", "output", "error", "open-mode", "signal", "array", "chdir", "job-name", "comment", "requeue")
+OURS = (
+    *("nodes", "ntasks", "ntasks-per-node", "output", "error", "open-mode", "signal", "array", "chdir", "job-name", "comment"),
+    *("requeue", "no-requeue"),
+)
+NO_START = ("test-only", "help", "usage", "version")
+NO_JOB = {"sbatch": (*NO_START, "parsable", "quiet", "wait", "wrap"), "srun": NO_START}  # or sbatch does not say which job it has made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +179,8 @@ def _list_faults(plan: SlurmPlan) -> list[str]:
                 faults.append(f"--{flag} {option}: expected a long option of {flag} as NAME=VALUE or NAME")
             elif match[1] in OURS:
                 faults.append(f"--{flag} {option}: {match[1]} is set by ddp_kit. `ddp-kit slurm --help` lists its flags")
+            elif match[1] in NO_JOB[flag]:
+                faults.append(f"--{flag} {option}: no job would come of it. To see the script: --dry-run")
     return faults
 
 

@@ -135,6 +135,47 @@ def test_options_of_the_user_are_passed_on_and_win() -> None:
     assert "\nmodule load x\n" in text
 
 
+@pytest.mark.parametrize("option", ["parsable", "quiet", "wait", "wrap=date", "test-only", "help", "usage", "version", "no-requeue"])
+def test_options_with_which_sbatch_makes_no_job_of_ours_are_refused(option: str) -> None:
+    with pytest.raises(LaunchError, match=rf"--sbatch {option}: (no job would come of it|no-requeue is set by ddp_kit)"):
+        plan("--sbatch", option)
+    if option != "no-requeue":
+        assert "srun" in render(plan("--srun", "wait=60"))
+
+
+def fake_sbatch(answer: str, monkeypatch: pytest.MonkeyPatch, *, folder: str) -> None:
+    """An sbatch that keeps the script and says `answer`, and the folder of a submission."""
+    Path("bin").mkdir()
+    Path(folder).mkdir(parents=True)
+    for name in ("sbatch", "srun"):
+        Path("bin", name).write_text(f'#!/bin/sh\ncp "$1" submitted.sh; echo "{answer}"\n')
+        Path("bin", name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}:/usr/bin:/bin")
+
+
+def test_submitit_hands_our_script_to_sbatch_and_its_answer_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.executor import Executor
+
+    made = plan("--nodes", "2", "--nproc-per-node", "2")
+    fake_sbatch("Submitted batch job 17", monkeypatch, folder=made.folder)
+    jobs = Executor(made).submit_plan()
+    assert [job.job_id for job in jobs] == ["17"]
+    assert jobs[0].num_tasks == 4
+    assert Path("submitted.sh").read_text() == render(made)
+    left = sorted(path.name for path in Path(made.folder).iterdir())
+    assert left == ["17_submission.sh", "17_submitted.pkl"]
+
+
+def test_an_answer_of_sbatch_that_names_no_job_is_said_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.executor import Executor
+
+    made = plan()
+    fake_sbatch("17;other", monkeypatch, folder=made.folder)
+    with pytest.raises(LaunchError, match=r'"17;other": expected .Submitted batch job N.\. If there is one .*: scancel N'):
+        Executor(made).submit_plan()
+    assert list(Path(made.folder).iterdir()) == []
+
+
 def test_without_a_slurm_it_says_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
     assert slurm_main(["recipe.py"]) == 2
     assert "there is no SLURM client here (sbatch, squeue). On this machine alone: ddp-kit run RECIPE.py" in capsys.readouterr().err
