@@ -5,7 +5,7 @@ Owns: squeue, sinfo, scancel and scontrol as ddp_kit uses them. Refuses: account
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from launch.environment import environment, has_slurm
@@ -93,6 +93,19 @@ def partitions() -> list[Partition]:
             gpus=max(gpus, earlier.gpus if earlier else 0),
         )
     return sorted(rows.values(), key=lambda row: row.name != default)
+
+
+def hosts(text: str) -> Iterator[str]:
+    """Yields the names in a list of nodes as SLURM writes it: "n[1,08-10],m" is n1, n08, n09, n10 and m."""
+    for name in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
+        head, bracket, rest = name.partition("[")
+        if not bracket:
+            yield name
+            continue
+        numbers, _, tail = rest.partition("]")
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", numbers):
+            for number in range(int(first), int(last or first) + 1):
+                yield from hosts(f"{head}{number:0{len(first)}}{tail}")
 
 
 def minutes(text: str) -> float:

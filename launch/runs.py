@@ -46,10 +46,11 @@ class FoundRun:
         return [job for job in cluster.jobs(ids=ids) if job.id in ids] if ids and has_slurm() else []
 
     def without_bad_nodes(self, excluded: str) -> str:
-        """Returns a list of nodes to leave out, with those added that failed the run's pre-flight check."""
+        """Returns a list of nodes to leave out, as it was typed, with those added that failed the run's pre-flight check."""
         path = self.folder / "bad_nodes"
-        bad = path.read_text(encoding="utf-8").split() if path.exists() else []
-        return ",".join(dict.fromkeys(name for name in [*excluded.split(","), *bad] if name))
+        bad = path.read_text(encoding="utf-8").split() if path.exists() and "/" not in excluded else []  # with a / it names a file
+        named = set(cluster.hosts(excluded))
+        return ",".join([*([excluded] if excluded else []), *(name for name in dict.fromkeys(bad) if name not in named)])
 
     def owner(self) -> Mapping[str, Any]:
         """Returns who holds the run's lock, {} if nobody does: {"host", "pid", "job", ...}."""

@@ -185,7 +185,16 @@ def test_without_a_slurm_it_says_what_to_type(capsys: pytest.CaptureFixture[str]
 def test_nodes_that_failed_the_check_are_left_out_by_the_next_submission() -> None:
     Path("runs/a").mkdir(parents=True)
     Path("runs/a/bad_nodes").write_text("n3\nn4\n")
-    assert planned(["--exclude", "n4,n5", "recipe.py", "--run-dir", "runs/a"])[0].exclude == "n4,n5,n3"
+    for typed, excluded in {
+        "": "n3,n4",
+        "n4,n5": "n4,n5,n3",
+        "n[1,3],m[2,3]": "n[1,3],m[2,3],n4",
+        "n[1-3,4]": "n[1-3,4]",
+        "n[03-04]": "n[03-04],n3,n4",
+        "./bad": "./bad",
+    }.items():
+        assert planned(["--exclude", typed, "recipe.py", "--run-dir", "runs/a"])[0].exclude == excluded
+    assert list(cluster.hosts("n[1,08-10]x,m,r[1-2]c[0,2]")) == ["n1x", "n08x", "n09x", "n10x", "m", "r1c0", "r1c2", "r2c0", "r2c2"]
 
 
 def test_the_shells_own_choices_for_sbatch_do_not_win_over_the_scripts() -> None:
