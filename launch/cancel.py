@@ -6,6 +6,7 @@ Owns: how a run is told: a file that its rank 0 looks for, SLURM's scancel, a si
 import argparse
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -29,16 +30,16 @@ def cancel(run: FoundRun, *, now: bool) -> str:
     if living and now:
         cluster.ask("scancel", *(job.id for job in living))
         return f"job {living[0].id} is ended; the newest checkpoint is kept"
-    host = run.elsewhere()
-    if not living and not host and not run.is_alive():
+    host = run.holder()
+    if not living and not host:
         raise LaunchError(f"{run.folder}: nothing of it waits or runs (ddp-kit jobs).")
-    if now and host:
+    if now and host != socket.gethostname():
         raise LaunchError(f"{run.folder}: it runs on {host}, where `--now` can be typed; without --now it ends after a save from here too.")
     if now:
         pid = int(run.owner()["pid"])
         os.kill(pid, signal.SIGTERM)
         time.sleep(AGAIN_S)
-        if run.is_alive():
+        if run.holder():
             os.kill(pid, signal.SIGINT)  # a second SIGTERM so soon is taken for the echo of the first
         return "ended; the newest checkpoint is kept"
     try:

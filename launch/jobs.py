@@ -54,7 +54,7 @@ def _state(run: FoundRun, status: Mapping[str, Any], job: cluster.Job | None) ->
         return "waiting", job.reason if job.reason != "None" else "SLURM has not looked at it yet"
     if job is not None and job.is_living:
         return job.state.lower(), ""
-    if own == "running" and not run.is_alive() and (job is not None or not run.owner()):
+    if own == "running" and not run.holder():
         return "gone", f"no process has it any more; SLURM says {job.state.lower()}" if job else "no process has it any more"
     if own:
         return own, reason[0] if reason else ""

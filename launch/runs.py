@@ -56,36 +56,33 @@ class FoundRun:
         """Returns who holds the run's lock, {} if nobody does: {"host", "pid", "job", ...}."""
         return _json(self.folder / "run.lock")
 
-    def is_alive(self) -> bool:
-        """Whether a process of this host holds the run's lock: that very one, not a later one of its number."""
-        owner = self.owner()
-        return owner.get("host") == socket.gethostname() and _start_of(owner.get("pid")) == owner.get("start")
+    def holder(self) -> str:
+        """Returns the host on which a process holds the run's lock, "" if none does, by the rule of `ddp_kit.run_dir`.
 
-    def elsewhere(self) -> str:
-        """Returns the other host on which a process outside of jobs holds the run's lock and keeps it fresh, "" if there is none."""
+        Here it is that very process, not a later one of its number; of another host one that keeps the lock fresh.
+        """
         owner = self.owner()
         host = str(owner.get("host", ""))
+        if host == socket.gethostname():
+            return host if _start_of(owner.get("pid")) == owner.get("start") else ""
         try:
             age_s = time.time() - (self.folder / "run.lock").stat().st_mtime
         except OSError:
             return ""
-        return host if host != socket.gethostname() and not owner.get("job") and age_s < STALE_S else ""
+        return host if age_s < STALE_S else ""
 
     def is_over(self) -> bool:
         """Whether no job of it waits or runs, and no process has it."""
-        try:
-            age_s = time.time() - (self.folder / "run.lock").stat().st_mtime
-        except OSError:
-            age_s = STALE_S
-        is_held = self.is_alive() or (self.owner().get("host") != socket.gethostname() and age_s < STALE_S)
-        return not is_held and not any(job.is_living for job in self.jobs())
+        return not self.holder() and not any(job.is_living for job in self.jobs())
 
     def require_free(self) -> None:
         """Raises: LaunchError if a job that waits or runs, or a live process, has the run."""
-        living = [f"job {job.id} ({job.state.lower()})" for job in self.jobs() if job.is_living]
-        living += ["a live run"] if self.is_alive() else [f"a live run on {host}" for host in [self.elsewhere()] if host]
+        living = [f"job {job.id} ({job.state.lower()}) has it." for job in self.jobs() if job.is_living]
+        if not living and (host := self.holder()):
+            stale = "" if host == socket.gethostname() else f" If it was killed there, its lock is void after {STALE_S:g} s."
+            living = [f"a live run on {host} has it.{stale}"]
         if living:
-            raise LaunchError(f"{self.folder}: {living[0]} has it. Type another --run-dir, or: ddp-kit cancel {self.quoted}")
+            raise LaunchError(f"{self.folder}: {living[0]} Type another --run-dir, or: ddp-kit cancel {self.quoted}")
 
     @property
     def changed(self) -> float:

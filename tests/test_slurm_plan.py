@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch import accelerate, cancel, cluster, logs, resubmit, snapshot, sweep
+from launch import accelerate, cancel, cluster, jobs, logs, resubmit, snapshot, sweep
 from launch.environment import outside_job
 from launch.plan import LaunchError
 from launch.runs import FoundRun, find, runs_in
@@ -158,9 +158,9 @@ def test_submitit_hands_our_script_to_sbatch_and_its_answer_back(monkeypatch: py
 
     made = plan("--nodes", "2", "--nproc-per-node", "2")
     fake_sbatch("Submitted batch job 17", monkeypatch, folder=made.folder)
-    jobs = Executor(made).submit_plan()
-    assert [job.job_id for job in jobs] == ["17"]
-    assert jobs[0].num_tasks == 4
+    handed = Executor(made).submit_plan()
+    assert [job.job_id for job in handed] == ["17"]
+    assert handed[0].num_tasks == 4
     assert Path("submitted.sh").read_text() == render(made)
     left = sorted(path.name for path in Path(made.folder).iterdir())
     assert left == ["17_submission.sh", "17_submitted.pkl"]
@@ -374,12 +374,14 @@ def test_a_lock_tells_a_living_process_from_a_later_one_of_its_number_and_from_o
     own = {"host": socket.gethostname(), "pid": os.getpid(), "start": start, "job": ""}
     lock = run.folder / "run.lock"
     lock.write_text(json.dumps(own))
-    assert run.is_alive()
+    assert run.holder() == socket.gethostname()
+    with pytest.raises(LaunchError, match=r"has it\. Type another --run-dir"):
+        run.require_free()
     lock.write_text(json.dumps(own | {"start": "1"}))
-    assert not run.is_alive()
+    assert run.holder() == ""
     run.require_free()
     lock.write_text(json.dumps(own | {"host": "other"}))
-    assert (run.is_alive(), run.elsewhere()) == (False, "other")
+    assert run.holder() == "other"
     with pytest.raises(LaunchError, match="a live run on other has it"):
         run.require_free()
     with pytest.raises(LaunchError, match="it runs on other"):
@@ -387,7 +389,19 @@ def test_a_lock_tells_a_living_process_from_a_later_one_of_its_number_and_from_o
     assert "it stops after this step" in cancel.cancel(run, now=False)
     assert (run.folder / "STOP").exists()
     os.utime(lock, (0, 0))
-    assert run.elsewhere() == ""
+    assert run.holder() == ""
+
+
+def test_a_run_that_died_without_a_word_is_gone_once_nobody_has_its_lock() -> None:
+    run = submitted("a")
+    (run.folder / "status.json").write_text('{"status": "running", "step": 3}')
+    lock = run.folder / "run.lock"
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": "of another process", "job": "17"}))
+    assert jobs.rows([run], {})[0][2::5] == ("gone", "no process has it any more")
+    lock.write_text(json.dumps({"host": "other", "pid": 1, "start": "1", "job": "17"}))
+    assert jobs.rows([run], {})[0][2] == "running"
+    os.utime(lock, (0, 0))
+    assert jobs.rows([run], {})[0][2] == "gone"
 
 
 @pytest.mark.parametrize("state", ["SPECIAL_EXIT", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "A_NEWER_SLURMS"])
