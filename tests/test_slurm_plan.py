@@ -253,6 +253,20 @@ def test_the_copy_is_what_git_tracks_as_it_is_now_and_new_modules_beside_the_rec
         dataclasses.replace(code, copy=Path("/proc/copy")).take()
 
 
+def test_code_and_names_in_another_encoding_are_copied_as_they_are() -> None:
+    names = [os.fsdecode(name) for name in (b"gr\xfc\xdfe.txt", b"tab\tand\nline.txt")]
+    git("init", "-q")
+    for name in names:
+        Path(name).write_bytes(b"\xfc\r\n")
+    git("add", "recipe.py", *names)
+    git("commit", "-qm", "first")
+    Path(names[0]).write_bytes(b"\xe4\r\n")
+    snapshot.code_of(Path("recipe.py"), copy=Path("copy").absolute()).take()
+    assert sorted(path.name for path in Path("copy").iterdir()) == sorted([*names, "recipe.py"])
+    assert Path("copy", names[0]).read_bytes() == b"\xe4\r\n"
+    assert b"-\xfc\r\n+\xe4\r\n" in Path("code.diff").read_bytes()
+
+
 def test_without_git_the_copy_is_the_recipes_folder() -> None:
     Path("notes.txt").write_text("x")
     code = snapshot.code_of(Path("recipe.py"), copy=Path("copy").absolute())
