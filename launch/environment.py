@@ -14,6 +14,11 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTE
 OWN = tuple(f"DDP_KIT_{name}" for name in ("LAUNCHER", "LISTENER", "REQUEUE", "GRACE_S", "PREFLIGHT_S", "HOSTS"))  # from launcher to ranks
 FOREIGN = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "SUBMITIT_", "PMI")  # a launcher's own: of a job that this start may be part of
 KEPT = ("SLURM_CONF",)  # where the cluster is
+# of the job that a start on this machine is part of: the run's name, its lives, whether and when it stops for the next one
+JOBS = (
+    *(f"SLURM_{name}" for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "JOB_END_TIME")),
+    *("DDP_KIT_REQUEUE", "DDP_KIT_GRACE_S"),
+)
 
 
 def environment() -> Mapping[str, str]:
@@ -25,6 +30,11 @@ def clean(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns an environment without the rank and job variables of whoever has started us."""
     foreign = {name for name in environ if name in RANK_VARIABLES + OWN or name.startswith(FOREIGN)} - set(KEPT)
     return {name: value for name, value in environ.items() if name not in foreign}
+
+
+def inside_job(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns a clean environment with the facts of the job that we are in: for ranks on this machine, which live and end with it."""
+    return clean(environ) | {name: environ[name] for name in JOBS if name in environ}
 
 
 @contextmanager
@@ -44,8 +54,8 @@ def outside_job(*, without: Collection[str] = ()) -> Iterator[None]:
 
 
 def become(words: Sequence[str]) -> NoReturn:
-    """Replaces this process by a program, in a clean environment."""
-    os.execve(words[0], list(words), clean(environment()))
+    """Replaces this process by a launcher of ranks, in a clean environment."""
+    os.execve(words[0], list(words), inside_job(environment()))
 
 
 def has_slurm() -> bool:

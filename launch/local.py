@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from launch.environment import clean, environment
+from launch.environment import environment, inside_job
 from launch.plan import Plan
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -46,7 +46,7 @@ def _start(plan: Plan, rank: int, *, listener: socket.socket) -> "subprocess.Pop
         own["DDP_KIT_LISTENER"] = str(listener.fileno())
     return subprocess.Popen(
         plan.command,
-        env={**clean(environment()), **{name: str(value) for name, value in facts.items()}, **own},
+        env={**inside_job(environment()), **{name: str(value) for name, value in facts.items()}, **own},
         stdin=None if rank == 0 else subprocess.DEVNULL,
         pass_fds=[listener.fileno()] if rank == 0 else [],
         start_new_session=True,  # Ctrl-C reaches the launcher alone, which hands it on: twice would mean "leave at once"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launch import cancel
+from launch import cancel, local, torchrun
 from launch.environment import visible_gpus
 from launch.local import PEERS_S
 from launch.plan import LaunchError, Plan, processes_of
@@ -104,6 +104,28 @@ def test_auto_is_one_rank_for_each_visible_gpu(tmp_path: Path) -> None:
     assert visible_gpus(environ={"CUDA_VISIBLE_DEVICES": ""}, driver=tmp_path / "gpus") == 0
     assert visible_gpus(environ={}, driver=tmp_path / "none") == 0
     assert [processes_of("auto", gpus=gpus) for gpus in (0, 1, 3)] == [1, 1, 3]
+
+
+@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+def test_ranks_inside_a_batch_job_know_their_job_but_not_its_ranks(launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What names the run directory, counts lives, asks for the requeue and sets the time limit is the job's; ranks are this launcher's."""
+    job = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "2"}
+    job |= {"SLURM_JOB_END_TIME": "99", "DDP_KIT_REQUEUE": "1", "DDP_KIT_GRACE_S": "120"}
+    foreign = {"SLURM_PROCID": "5", "SLURM_LOCALID": "5", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in {**job, **foreign}.items():
+        monkeypatch.setenv(name, value)
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nenv > {tmp_path}/env.txt\n")
+    program.chmod(0o755)
+    plan = Plan(words=(DIGITS,), python=str(program))
+    if launcher == "local":
+        assert local.run(plan) == 0
+    else:
+        monkeypatch.setattr(os, "execve", lambda path, words, environ: subprocess.run(words, env=environ, check=True))
+        torchrun.run(plan)
+    found = dict(line.split("=", 1) for line in (tmp_path / "env.txt").read_text().splitlines() if "=" in line)
+    assert {name: found.get(name) for name in job} == job
+    assert not set(foreign) & set(found)
 
 
 def test_two_ranks_train_to_the_end_and_nothing_is_left(started: Any) -> None:
