@@ -71,21 +71,33 @@ def agent(run_dir: str, *words: str) -> str:
     command = [*(_filled(word, facts_of_agent) for word in words[:at]), *words[at + 1 :]]
     # the default store is shared by the generations of ranks, and a restarted one finds the dead one's addresses (pytorch #135712)
     environ = {**facts, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    before = _stamp(Path(run_dir))
 
     def run() -> None:
         code = subprocess.run(command, env=environ, check=False).returncode
-        raise SystemExit(_code_of_ranks(code if code >= 0 else 128 - code, run_dir=Path(run_dir), is_told=signal.SIGTERM in told))
+        status = _status(Path(run_dir)) if _stamp(Path(run_dir)) != before else {}  # not an earlier life's
+        code = code if code >= 0 else 128 - code
+        raise SystemExit(_code_of_ranks(code, run_dir=Path(run_dir), status=status, is_told=signal.SIGTERM in told))
 
     return _ended(run, run_dir=Path(run_dir))
 
 
-def _code_of_ranks(code: int, *, run_dir: Path, is_told: bool) -> int:
-    """Returns what the ranks have ended with, of which agents make 1."""
+def _code_of_ranks(code: int, *, run_dir: Path, status: Mapping[str, Any], is_told: bool) -> int:
+    """Returns what the ranks have ended with, of which agents make 1: what this life's `status` says, if it got so far."""
     if code and (run_dir / "requeue").exists():
         return REQUEUE
-    if code and is_told and _status(run_dir).get("status") != "failed":
+    if code and is_told and status.get("status") != "failed":
         return 128 + signal.SIGTERM
-    return code
+    return int(status.get("exit_code") or code) if code == 1 else code
+
+
+def _stamp(run_dir: Path) -> tuple[int, int]:
+    """Another one after each change of status.json, whatever the clocks of its writers say."""
+    try:
+        facts = (run_dir / "status.json").stat()
+    except OSError:
+        return 0, 0
+    return facts.st_ino, facts.st_mtime_ns
 
 
 def _filled(word: str, facts: Mapping[str, str]) -> str:

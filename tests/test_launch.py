@@ -106,6 +106,28 @@ def test_auto_is_one_rank_for_each_visible_gpu(tmp_path: Path) -> None:
     assert [processes_of("auto", gpus=gpus) for gpus in (0, 1, 3)] == [1, 1, 3]
 
 
+@pytest.mark.parametrize(
+    ("agent", "code"),
+    [
+        ("""echo '{"status": "failed", "exit_code": 124}' > new; mv new status.json; exit 1""", 124),
+        ("""echo '{"status": "running", "exit_code": null}' > new; mv new status.json; exit 1""", 1),
+        ("exit 1", 1),  # the status is an earlier life's
+        ("touch requeue; exit 1", 75),
+        ("exit 3", 3),
+        ("kill -9 $$", 137),
+    ],
+)
+def test_an_agents_task_ends_with_the_code_of_its_ranks(agent: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"status": "failed", "exit_code": 130}')
+    task = ["-c", "import sys; from launch.task import agent; agent(*sys.argv[1:])", str(tmp_path), "sh", "-c", agent, "--"]
+    facts = {"SLURM_JOB_ID": "17", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "DDP_KIT_HOSTS": "n0", "SUBMITIT_EXECUTOR": "slurm"}
+    environ = os.environ | facts | {"SUBMITIT_FOLDER": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *task], env=environ, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == code, done.stderr
+    first = tmp_path / "17.0.failed"
+    assert (first.read_text() if first.exists() else "") == ("" if code == 75 else f"{code}\n")
+
+
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
 def test_ranks_inside_a_batch_job_know_their_job_but_not_its_ranks(launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What names the run directory, counts lives, asks for the requeue and sets the time limit is the job's; ranks are this launcher's."""
