@@ -5,6 +5,7 @@ Owns: which variables belong to a launcher and not to the user. Refuses: the ran
 
 import os
 import shutil
+import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,12 @@ def outside_job(*, without: Collection[str] = ()) -> Iterator[None]:
 
 
 def become(words: Sequence[str]) -> NoReturn:
-    """Replaces this process by a launcher of ranks, in a clean environment."""
+    """Replaces this process by a launcher of ranks, in a clean environment.
+
+    SIGUSR1 and SIGUSR2, warnings of an end to come, are ignored: agents of torchrun die of them. Ranks install handlers of their own.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     os.execve(words[0], list(words), inside_job(environment()))
 
 

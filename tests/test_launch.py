@@ -143,11 +143,17 @@ def test_ranks_inside_a_batch_job_know_their_job_but_not_its_ranks(launcher: str
     if launcher == "local":
         assert local.run(plan) == 0
     else:
+        monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest's own process goes on
         monkeypatch.setattr(os, "execve", lambda path, words, environ: subprocess.run(words, env=environ, check=True))
         torchrun.run(plan)
     found = dict(line.split("=", 1) for line in (tmp_path / "env.txt").read_text().splitlines() if "=" in line)
     assert {name: found.get(name) for name in job} == job
     assert not set(foreign) & set(found)
+
+
+def test_an_agent_of_torchrun_that_we_have_become_outlives_the_warnings() -> None:
+    code = "from launch.environment import become; become(['/bin/sh', '-c', 'kill -USR1 $$; kill -USR2 $$; exit 7'])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 7
 
 
 def test_two_ranks_train_to_the_end_and_nothing_is_left(started: Any) -> None:
