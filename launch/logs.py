@@ -1,6 +1,6 @@
 """`ddp-kit logs RUN [--rank K] [-f]`: what a run has said, over all its lives.
 
-Owns: the order of lines: the job's own and the ranks' by their time, then what the ranks' tasks left on stderr.
+Owns: the order of lines: the job's own and the ranks' by their time, with what the ranks' tasks left on stdout and stderr, each once.
 Refuses: changing anything.
 """
 
@@ -22,6 +22,8 @@ POLL_S = 0.5
 ASK_S = 4.0  # between two looks at whether a run is over; it is when two say so, since torchrun may begin its ranks anew
 ALIKE_S = 2.0  # between ranks that say the same
 RANK_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")  # of a rank's log, local time
+LEVEL = re.compile(r"[A-Z]+ ")  # after it
+SUBMITITS = re.compile(r"submitit [A-Z]+ \((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3})\) - ")  # its lines in a task's stdout
 JOB_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} ")  # of a batch script
 
 
@@ -63,25 +65,58 @@ class Source:
 def _time(line: str) -> float:
     if match := RANK_TIME.match(line):
         return datetime.strptime(match[0].strip(), "%Y-%m-%d %H:%M:%S,%f").timestamp()
+    if match := SUBMITITS.match(line):
+        return datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()
     if match := JOB_TIME.match(line):
         return datetime.strptime(match[0].strip(), "%Y-%m-%dT%H:%M:%S%z").timestamp()
     return 0.0
 
 
-def sources(run: FoundRun, *, rank: int | None, known: dict[Path, Source]) -> list[Source]:
-    """Returns the files that a run has now, those of `known` among them: the jobs' own, the ranks' logs, the tasks' stderr."""
+def sources(run: FoundRun, *, rank: int | None) -> list[tuple[Path, str]]:
+    """Returns the files that a run has now, and whose lines they are: the jobs' own, what tasks have printed, the ranks' logs.
+
+    The logs come last: they are read last, and so hold whatever a task's stdout repeats.
+    """
     found: list[tuple[Path, str]] = []
     for submission in run.submissions():
         folder, job = Path(str(submission["folder"])), str(submission["job"])
-        if rank is None:
-            found.append((folder / f"{job}.log", "job"))
-        found += [(path, f"task {path.name.split('_')[-2]} stderr") for path in sorted(folder.glob(f"{job}_*_log.err"))]
+        found.append((folder / f"{job}.log", "job"))
+        for kind, name in (("err", "stderr"), ("out", "stdout")):
+            found += [(path, f"task {path.name.split('_')[-2]} {name}") for path in sorted(folder.glob(f"{job}_*_log.{kind}"))]
     logs = sorted((run.folder / "logs").glob("rank-*.log"), key=lambda path: int(path.stem.split("-")[1]))
     found += [(path, f"rank {path.stem.split('-')[1]}") for path in logs]
-    for path, label in found:
-        if rank is None or label in (f"rank {rank}", f"task {rank} stderr"):
-            known.setdefault(path, Source(path, label))
-    return list(known.values())
+    asked = (f"rank {rank}", f"task {rank} stderr", f"task {rank} stdout")
+    return [(path, label) for path, label in found if path.exists() and (rank is None or label in asked)]
+
+
+class Reader:
+    """Reads what a run has said, from the beginning on. `rank`: only that one's."""
+
+    def __init__(self, run: FoundRun, *, rank: int | None):
+        self.run = run
+        self.rank = rank
+        self._known: dict[Path, Source] = {}
+        self._said: dict[str, list[float]] = {}  # in the ranks' logs: when, by text
+        self._clocks: dict[str, float] = {}  # of each stdout: when its last line that a log has too was written
+
+    def added(self) -> list[Line]:
+        """Returns the lines that are new since the last call."""
+        for path, label in sources(self.run, rank=self.rank):
+            self._known.setdefault(path, Source(path, label))
+        lines = [line for source in self._known.values() for line in source.lines()]
+        for line in lines:
+            if line.label.startswith("rank "):
+                self._said.setdefault(LEVEL.sub("", RANK_TIME.sub("", line.text), count=1), []).append(line.time)
+        printed = [own for line in lines if line.label.endswith("stdout") for own in self._own(line)]
+        return [*(line for line in lines if not line.label.endswith("stdout")), *printed]
+
+    def _own(self, line: Line) -> list[Line]:
+        """A line of a task's stdout, dated by those around it, or nothing: submitit has said it, or a rank's log has it."""
+        clock = max(self._clocks.get(line.label, 0.0), line.time if SUBMITITS.match(line.text) else 0.0)
+        again = next((time for time in self._said.get(line.text, []) if time >= clock), None)
+        self._clocks[line.label] = clock if again is None else again
+        is_said = again is not None or SUBMITITS.match(line.text)
+        return [] if is_said else [line._replace(time=clock or line.time)]
 
 
 def merged(lines: Sequence[Line]) -> Iterator[str]:
@@ -112,40 +147,41 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument("-f", "--follow", action="store_true", help="go on with what is added, until the run is over or Ctrl-C")
     asked = parser.parse_args(argv)
     run = find(asked.run)
-    known: dict[Path, Source] = {}
+    reader = Reader(run, rank=asked.rank)
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-        _print_added(run, rank=asked.rank, known=known)
-        if not known:
-            _require_something(run, rank=asked.rank)
+        if not _print(reader.added()):
+            print(_nothing(run, rank=asked.rank), file=sys.stderr, flush=True)
         if asked.follow:
-            _follow(run, rank=asked.rank, known=known)
+            _follow(reader)
     return 0
 
 
-def _print_added(run: FoundRun, *, rank: int | None, known: dict[Path, Source]) -> None:
-    lines = [line for source in sources(run, rank=rank, known=known) for line in source.lines()]
+def _print(lines: Sequence[Line]) -> bool:
+    """Prints lines by their time. Returns: whether there were any."""
     for line in merged(lines):
         print(line, flush=True)
+    return bool(lines)
 
 
-def _follow(run: FoundRun, *, rank: int | None, known: dict[Path, Source]) -> None:
+def _follow(reader: Reader) -> None:
     """Prints what is added until the run is over, its last words too."""
     looks = 0
     looked = time.monotonic()
     while looks < 2:
         time.sleep(POLL_S)
         if time.monotonic() - looked >= ASK_S:
-            looks = looks + 1 if run.is_over() else 0
+            looks = looks + 1 if reader.run.is_over() else 0
             looked = time.monotonic()
-        _print_added(run, rank=rank, known=known)
+        _print(reader.added())
 
 
-def _require_something(run: FoundRun, *, rank: int | None) -> None:
+def _nothing(run: FoundRun, *, rank: int | None) -> str:
+    """Returns why there are no lines yet. Raises: LaunchError if the run has ranks, but not that one."""
     logs = sorted(int(path.stem.split("-")[1]) for path in (run.folder / "logs").glob("rank-*.log"))
-    if rank is not None and logs:
+    if rank is not None and logs and rank not in logs:
         raise LaunchError(f"--rank {rank}: the run has ranks {logs[0]} to {logs[-1]}.")
-    waiting = [f"job {job.id} waits: {job.reason}" for job in run.jobs() if job.is_waiting]
-    raise LaunchError(f"{run.folder}: nothing has been said yet. {'; '.join(waiting)}".rstrip())
+    waiting = [f" Job {job.id} waits: {job.reason}." for job in run.jobs() if job.is_waiting]
+    return f"{run.folder}: nothing has been said yet.{''.join(waiting)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -464,6 +465,42 @@ def test_logs_are_merged_by_time_over_ranks_and_lives(capsys: pytest.CaptureFixt
     assert [line.split()[-1] for line in shown] == ["first", "0", "second", "third", "early"]
     assert logs.main(["17", "--rank", "1"]) == 0
     assert capsys.readouterr().out.splitlines() == ["[rank 1] 2026-01-01 00:00:02,000 INFO second", "[task 1 stderr] early"]
+
+
+def test_what_a_recipe_prints_is_shown_among_the_lines_of_its_log(capsys: pytest.CaptureFixture[str]) -> None:
+    run = submitted("a")
+    (run.folder / "logs").mkdir()
+    log, out = run.folder / "logs" / "rank-0.log", run.folder / "launch" / "17_0_log.out"
+    log.write_text(
+        "".join(f"2026-01-01 00:0{life}:0{at},000 INFO {text}\n" for life in (0, 1) for at, text in ((1, "begins"), (9, "ends")))
+    )
+    submitits = "submitit INFO (2026-01-01 00:0{}:00,500) - Starting with JobEnvironment(job_id=17)\n"
+    out.write_text("".join(f"{submitits.format(life)}begins\nprint in life {life}\nends\n" for life in (0, 1)))
+    assert logs.main(["a"]) == 0
+    shown = [re.sub("2026.* INFO ", "", line) for line in capsys.readouterr().out.splitlines()]
+    once = ("[rank 0] begins", "[task 0 stdout] print in life {}", "[rank 0] ends")
+    assert shown == [text.format(life) for life in (0, 1) for text in once]
+
+
+def test_a_run_that_waits_says_so_and_is_followed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = submitted("a")
+    job = cluster.Job(id="17", state="PENDING", reason="Priority", folder="")
+    monkeypatch.setattr(FoundRun, "jobs", lambda self: [job])
+    assert logs.main(["a"]) == 0
+    assert capsys.readouterr().err == f"{run.folder}: nothing has been said yet. Job 17 waits: Priority.\n"
+    monkeypatch.setattr(logs, "ASK_S", 0.0)
+    monkeypatch.setattr(logs, "POLL_S", 0.01)
+
+    def is_over(self: FoundRun) -> bool:
+        (run.folder / "logs").mkdir(exist_ok=True)
+        (run.folder / "logs" / "rank-0.log").write_text("at last\n")
+        return True
+
+    monkeypatch.setattr(FoundRun, "is_over", is_over)
+    assert logs.main(["a", "--rank", "0", "-f"]) == 0
+    assert capsys.readouterr().out == "[rank 0] at last\n"
+    assert logs.main(["a", "--rank", "3"]) == 2
+    assert "--rank 3: the run has ranks 0 to 0" in capsys.readouterr().err
 
 
 def test_following_the_logs_ends_with_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
