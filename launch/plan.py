@@ -56,8 +56,14 @@ def recipe_faults(words: Sequence[str], *, verb: str) -> list[str]:
         return [f"the recipe is missing: ddp-kit {verb} RECIPE.py [recipe flags]"]
     if words[0].startswith("-"):
         return [f"{words[0]} is no flag of the launcher, and the recipe comes before its own flags. `ddp-kit {verb.split()[0]} --help`"]
-    if words[0].endswith(".py") and not Path(words[0]).is_file():
-        return [f"{words[0]} is not there (looked in {Path.cwd()})"]
+    path = Path(words[0])
+    if words[0].endswith(".py") or "/" in words[0] or path.exists():  # a file to ddp_kit too, and otherwise a module
+        near = f". Did you mean {path}.py?" if Path(f"{path}.py").is_file() else ""
+        if not path.is_file():
+            return [f"{path} is not there (looked in {Path.cwd()}){near}"]
+        return [] if path.suffix == ".py" else [f"{path}: expected a .py file{near}"]
+    if not all(part.isidentifier() for part in words[0].split(".")):
+        return [f"{words[0]}: expected a recipe's .py file, or the dotted name of a module"]
     return []
 
 

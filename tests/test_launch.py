@@ -92,6 +92,16 @@ def test_a_plan_says_all_faults_at_once_and_what_to_type() -> None:
         Plan(words=("no_such.py",), processes=0)
     with pytest.raises(LaunchError, match="--lr is no flag of the launcher, and the recipe comes before its own flags"):
         Plan(words=("--lr", "1"))
+    folder, name = Path(DIGITS).parent, Path(DIGITS).stem
+    for word, fault in {
+        f"{folder / name}": f"{name} is not there .*Did you mean {folder / name}.py\\?",
+        f"{folder}": "recipes is not there",
+        f"{folder.parent / 'README.md'}": r"README\.md: expected a \.py file",
+        "no recipe": "no recipe: expected a recipe's .py file, or the dotted name of a module",
+    }.items():
+        with pytest.raises(LaunchError, match=fault):
+            Plan(words=(word,))
+    assert Plan(words=("package.module",)).words == ("package.module",)
     with pytest.raises(LaunchError, match="expected a number or auto"):
         processes_of("many", gpus=1)
 

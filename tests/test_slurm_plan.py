@@ -63,6 +63,14 @@ def test_all_faults_are_said_at_once() -> None:
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("word", ["recipes/mine", "recipes", "mine x"])
+def test_a_recipe_that_is_neither_a_file_nor_a_modules_name_is_not_submitted(word: str) -> None:
+    Path("recipes").mkdir()
+    Path("recipes/mine.py").write_text("x = 1\n")
+    with pytest.raises(LaunchError, match=rf"{word}:? (is not there .*|expected a recipe's \.py file)"):
+        planned([word, "--lr", "1"])
+
+
 def test_the_script_keeps_what_was_met_by_trying() -> None:
     text = render(
         plan("--nodes", "2", "--gpus-per-node", "4", "--time", "1:00:00", "--env-preset", "nccl-debug", "--env", "NCCL_DEBUG=WARN")
