@@ -5,7 +5,7 @@ Owns: squeue, sinfo, scancel and scontrol as ddp_kit uses them. Refuses: account
 
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from launch.environment import environment, has_slurm
@@ -84,7 +84,7 @@ def partitions() -> list[Partition]:
     for line in ask("sinfo", "--all", "--noheader", "--format=%P|%l|%D|%G").splitlines():
         name, limit, nodes, gres = line.split("|", 3)
         default = name.rstrip("*") if name.endswith("*") else default
-        gpus = sum(int(number) for number in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
+        gpus = _gpus_in(gres)
         earlier = rows.get(name.rstrip("*"))
         rows[name.rstrip("*")] = Partition(
             name=name.rstrip("*"),
@@ -124,11 +124,28 @@ def minutes(text: str) -> float:
     return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
 
 
+def _gpus_in(gres: str) -> int:
+    """The GPUs in a list of generic resources: 6 of "gpu:a100:4,gpu:2(S:0-1),shard:8"."""
+    return sum(int(number) for number in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
+
+
+def _asked_gpus(plan: SlurmPlan) -> Mapping[str, int]:
+    """How many GPUs of a node a plan asks for, by the flag that does."""
+    passed = options(plan.sbatch)
+    each, gres = passed.get("gpus-per-node") or "", passed.get("gres") or ""
+    return {
+        f"--gpus-per-node {plan.gpus_per_node}": plan.gpus_per_node if not each else 0,
+        f"--sbatch gpus-per-node={each}": _gpus_in(f"gpu:{each.replace(',', ',gpu:')}"),
+        f"--sbatch gres={gres}": _gpus_in(gres),
+    }
+
+
 def require_fits(plan: SlurmPlan) -> None:
     """Raises: LaunchError with everything that the plan's partition cannot give; SLURM would let such a job wait for ever."""
     known = partitions()
     named = {partition.name: partition for partition in known}
-    asked = options(plan.sbatch).get("partition") or plan.partition or environment().get("SBATCH_PARTITION", "")
+    passed = options(plan.sbatch)
+    asked = passed.get("partition") or plan.partition or environment().get("SBATCH_PARTITION", "")
     names = asked.split(",") if asked else [known[0].name] if known else []
     faults = [f"--partition {name}: there is none of that name; there are {', '.join(named)}" for name in names if name not in named]
     chosen = [named[name] for name in names if name in named]
@@ -138,9 +155,9 @@ def require_fits(plan: SlurmPlan) -> None:
         where = f"partition {', '.join(row.name for row in chosen)}"
         if plan.nodes > nodes:
             faults.append(f"--nodes {plan.nodes}: {where} has {nodes}")
-        if plan.gpus_per_node > gpus:
-            faults.append(f"--gpus-per-node {plan.gpus_per_node}: a node of {where} has {gpus}")
-        if plan.time and minutes(plan.time) > limit:
-            faults.append(f"--time {plan.time}: {where} allows {limit:g} minutes")
+        faults += [f"{flag}: a node of {where} has {gpus}" for flag, number in _asked_gpus(plan).items() if number > gpus]
+        time, flag = (passed["time"], "--sbatch time=") if passed.get("time") else (plan.time, "--time ")
+        if time and minutes(time) > limit:
+            faults.append(f"{flag}{time}: {where} allows {limit:g} minutes")
     if faults:
         raise LaunchError("; ".join(faults) + ".")

@@ -312,6 +312,30 @@ def test_a_sweep_here_refuses_what_only_slurm_can_do(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--time", "2-0"], "--time 2-0: partition short allows 60 minutes"),
+        (["--sbatch", "time=5-0"], "--sbatch time=5-0: partition short allows 60 minutes"),
+        (["--time", "2-0", "--sbatch", "time=30"], ""),
+        (["--gpus-per-node", "5"], "--gpus-per-node 5: a node of partition short has 4"),
+        (["--sbatch", "gpus-per-node=a100:5"], "--sbatch gpus-per-node=a100:5: a node of partition short has 4"),
+        (["--sbatch", "gres=shard:9,gpu:5"], "--sbatch gres=shard:9,gpu:5: a node of partition short has 4"),
+        (["--sbatch", "gpus-per-node=4", "--sbatch", "gres=shard:9"], ""),
+    ],
+)
+def test_what_is_passed_on_to_sbatch_is_held_to_the_partitions_limits_too(
+    words: list[str], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "ask", lambda *asked: "short*|1:00:00|2|gpu:a100:4(S:0-1)\n")
+    made = plan(*words)
+    if not fault:
+        cluster.require_fits(made)
+        return
+    with pytest.raises(LaunchError, match=re.escape(fault)):
+        cluster.require_fits(made)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [("30", 30), ("90:30", 90.5), ("1:30:00", 90), ("2-0", 2880), ("1-12:30", 2190), ("1-1:1:30", 1501.5), ("infinite", float("inf"))],
 )
