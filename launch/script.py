@@ -159,6 +159,7 @@ def _surroundings(plan: SlurmPlan) -> str:
     if plan.code:
         lines.append(f"export PYTHONPATH={shlex.quote(':'.join(plan.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     lines.append("export SUBMITIT_EXECUTOR=slurm")
+    lines.append('[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK')  # srun does not take it from sbatch
     for line in plan.setup:
         failed = shlex.quote(f"--setup {line}: it failed")
         lines += [line, f"if [ $? -ne 0 ]; then say {failed}; exit 1; fi"]

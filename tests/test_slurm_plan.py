@@ -82,6 +82,7 @@ def test_the_script_keeps_what_was_met_by_trying() -> None:
         "#SBATCH --signal=USR1@120",
         "#SBATCH --requeue",
         "--kill-on-bad-exit=1",
+        "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
         "export DDP_KIT_REQUEUE=1",
         "export NCCL_DEBUG=WARN",
         'exit "$rc"',
