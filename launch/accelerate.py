@@ -61,7 +61,7 @@ def counts(path: Path) -> dict[str, int]:
     """
     if not path.is_file():
         return {}
-    found = (re.match(r"(\w+):\s*(\d+)\s*$", line) for line in path.read_text(encoding="utf-8").splitlines())
+    found = (re.match(r"(\w+):\s*[\"']?(\d+)[\"']?\s*(?:#.*)?$", line) for line in path.read_text(encoding="utf-8").splitlines())
     return {match[1]: int(match[2]) for match in found if match and match[1] in COUNTS}
 
 

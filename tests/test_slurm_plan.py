@@ -348,6 +348,8 @@ def test_accelerates_file_is_honoured_and_contradictions_are_refused(monkeypatch
     config = Path("config.yaml")
     config.write_text("compute_environment: LOCAL_MACHINE\nnum_machines: 2\nnum_processes: 8\nfsdp_config:\n  num_processes: 3\n")
     assert accelerate.agreed(None, nodes=None, config=config) == (2, 4)
+    config.write_text("""num_machines: 2  # two\nnum_processes: '8'\nmain_process_port: "1"\n""")
+    assert accelerate.counts(config) == {"num_machines": 2, "num_processes": 8}
     assert accelerate.agreed(4, nodes=2, config=config) == (2, 4)
     assert accelerate.agreed(3, nodes=1, config=Path("none.yaml")) == (1, 3)
     with pytest.raises(LaunchError, match=r"--nproc-per-node 3 makes 6 processes, and config\.yaml says num_processes: 8"):
