@@ -123,7 +123,7 @@ class SlurmPlan:
 
 def _number_faults(plan: SlurmPlan) -> list[str]:
     least = {"nodes": 1, "processes": 1, "gpus_per_node": 0, "cpus_per_task": 0, "max_restarts": 0, "warn_s": 1, "max_requeues": 0}
-    least |= {"min_nodes": 0}
+    least |= {"min_nodes": 0, "parallel": 0}
     flags = {"processes": "nproc-per-node"}
     faults = [
         f"--{flags.get(name, name.replace('_', '-'))} {getattr(plan, name)}: expected {low} or more"

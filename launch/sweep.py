@@ -33,6 +33,8 @@ def points_of(grids: Sequence[str]) -> list[dict[str, str]]:
         name, equals, values = grid.partition("=")
         if not equals or not name or not all(values.split(",")):
             faults.append(f"--grid {grid}: expected a flag of the recipe and its values, for instance --grid lr=0.1,0.2")
+        elif name.replace("_", "-") == "run-dir":
+            faults.append(f"--grid {grid}: the points have folders of their own. --name NAME puts them into runs/NAME")
         elif name in axes:
             faults.append(f"--grid {name} is given twice")
         axes[name] = list(dict.fromkeys(values.split(",")))

@@ -296,6 +296,11 @@ def test_a_grid_gives_every_combination_and_refuses_what_it_cannot_name() -> Non
     assert [sweep.folder_of(point) for point in points] == ["lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", "lr=0.2,seed=1"]
     assert sweep.flags_of(points[1]) == ["--lr", "0.1", "--seed", "1"]
     assert sweep.folder_of({"data-root": "/a/b%c"}) == "data-root=_a_b_c"
+    for name in ("run-dir", "run_dir"):
+        with pytest.raises(LaunchError, match=rf"--grid {name}=a,b: the points have folders of their own\. --name NAME"):
+            sweep.points_of([f"{name}=a,b"])
+    with pytest.raises(LaunchError, match="--parallel -1: expected 0 or more"):
+        dataclasses.replace(plan(), parallel=-1)
     with pytest.raises(LaunchError, match=r"--grid lr: expected.*--grid seed is given twice.*--grid x=a/b,a%b: some of these"):
         sweep.points_of(["lr", "seed=1", "seed=2", "x=a/b,a%b"])
 
