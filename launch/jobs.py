@@ -86,7 +86,8 @@ def _main(argv: Sequence[str]) -> int:
             found |= {run.folder: run for run in runs_of(Path(job.folder))}
     since = time.time() - 3600 * asked.hours if asked.hours else 0
     shown = [run for run in found.values() if run.changed >= since]
-    print(table(rows(shown, jobs), width=shutil.get_terminal_size().columns) if shown else f"no runs in {asked.folder}")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize  # a pipe or a file has no end
+    print(table(rows(shown, jobs), width=width) if shown else f"no runs in {asked.folder}")
     return 0
 
 

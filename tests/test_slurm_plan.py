@@ -186,6 +186,15 @@ def test_an_answer_of_sbatch_that_names_no_job_is_said_and_leaves_nothing(monkey
     assert list(Path(made.folder).iterdir()) == []
 
 
+def test_why_a_run_waits_is_cut_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = submitted("a")
+    why = "DependencyNeverSatisfied and other reasons " * 5
+    monkeypatch.setattr(jobs, "_state", lambda *asked: ("waiting", why.strip()))
+    assert jobs.main([str(run.folder.parent)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(why.strip())
+    assert why not in jobs.table(jobs.rows([run], {}), width=80)
+
+
 def test_without_a_slurm_it_says_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
     assert slurm_main(["recipe.py"]) == 2
     assert "there is no SLURM client here (sbatch, squeue). On this machine alone: ddp-kit run RECIPE.py" in capsys.readouterr().err
