@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from launch.environment import environment, has_slurm
 from launch.plan import LaunchError
-from launch.slurm_plan import SlurmPlan, options
+from launch.slurm_plan import SlurmPlan, minutes, options
 
 TIMEOUT_S = 60.0
 # every other state lives, those that a newer SLURM may add too: a job that is taken for dead would share its run directory with the next
@@ -108,22 +108,6 @@ def hosts(text: str) -> Iterator[str]:
                 yield from hosts(f"{head}{number:0{len(first)}}{tail}")
 
 
-def minutes(text: str) -> float:
-    """Returns a SLURM time in minutes: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; infinity for words."""
-    days, dash, rest = text.rpartition("-")
-    parts = rest.split(":")
-    if not all(part.isdigit() for part in parts):
-        return float("inf")
-    numbers = [int(part) for part in parts]
-    if dash:
-        hours, mins, seconds = (*numbers, 0, 0)[:3]
-    elif len(numbers) == 3:
-        hours, mins, seconds = numbers
-    else:
-        hours, (mins, seconds) = 0, (*numbers, 0)[:2]
-    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
-
-
 def _gpus_in(gres: str) -> int:
     """The GPUs in a list of generic resources: 6 of "gpu:a100:4,gpu:2(S:0-1),shard:8"."""
     return sum(int(number) for number in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
@@ -156,8 +140,8 @@ def require_fits(plan: SlurmPlan) -> None:
         if plan.nodes > nodes:
             faults.append(f"--nodes {plan.nodes}: {where} has {nodes}")
         faults += [f"{flag}: a node of {where} has {gpus}" for flag, number in _asked_gpus(plan).items() if number > gpus]
-        time, flag = (passed["time"], "--sbatch time=") if passed.get("time") else (plan.time, "--time ")
+        flag, time = plan.limit
         if time and minutes(time) > limit:
-            faults.append(f"{flag}{time}: {where} allows {limit:g} minutes")
+            faults.append(f"{flag}: {where} allows {limit:g} minutes")
     if faults:
         raise LaunchError("; ".join(faults) + ".")

@@ -152,9 +152,9 @@ def _surroundings(plan: SlurmPlan) -> str:
         "DDP_KIT_GRACE_S": str(plan.warn_s),
         "DDP_KIT_PREFLIGHT_S": str(PREFLIGHT_S),
         "PYTHONSAFEPATH": "1" if plan.code else "",  # a program's own folder would come before the copied code
-        **plan.environment,
     }
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in own.items() if value]
+    stated = {**{name: value for name, value in own.items() if value}, **plan.environment}  # --env A= makes it empty
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in stated.items()]
     lines.append('export DDP_KIT_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)"')
     if plan.code:
         lines.append(f"export PYTHONPATH={shlex.quote(':'.join(plan.code))}${{PYTHONPATH:+:$PYTHONPATH}}")

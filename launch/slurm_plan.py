@@ -92,6 +92,12 @@ class SlurmPlan:
         return len(self.runs) > 1
 
     @property
+    def limit(self) -> tuple[str, str]:
+        """The flag that limits the job's time, and the time; "" where none does. sbatch's own wins."""
+        passed = options(self.sbatch).get("time")
+        return (f"--sbatch time={passed}", passed) if passed else (f"--time {self.time}", self.time)
+
+    @property
     def restarts(self) -> int:
         """What torchrun is given: the loss of a node costs the others one."""
         return self.max_restarts or (self.nodes - self.min_nodes if self.min_nodes else 0)
@@ -121,6 +127,22 @@ class SlurmPlan:
         return cls(**{**values, "runs": runs, **changes})
 
 
+def minutes(text: str) -> float:
+    """Returns a SLURM time in minutes: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; infinity for words."""
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in (*parts, days or "0")):
+        return float("inf")
+    numbers = [int(part) for part in parts]
+    if dash:
+        hours, mins, seconds = (*numbers, 0, 0)[:3]
+    elif len(numbers) == 3:
+        hours, mins, seconds = numbers
+    else:
+        hours, (mins, seconds) = 0, (*numbers, 0)[:2]
+    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
+
+
 def _number_faults(plan: SlurmPlan) -> list[str]:
     least = {"nodes": 1, "processes": 1, "gpus_per_node": 0, "cpus_per_task": 0, "max_restarts": 0, "warn_s": 1, "max_requeues": 0}
     least |= {"min_nodes": 0, "parallel": 0}
@@ -130,6 +152,9 @@ def _number_faults(plan: SlurmPlan) -> list[str]:
         for name, low in least.items()
         if getattr(plan, name) < low
     ]
+    flag, time = plan.limit
+    if time and 0 < minutes(time) * 60 <= plan.warn_s:  # 0: no limit
+        faults.append(f"--warn-s {plan.warn_s}: expected fewer than the {minutes(time) * 60:g} seconds of {flag}")
     if plan.max_restarts and plan.launcher != "torchrun":
         faults.append("--max-restarts needs --launcher torchrun: srun starts each rank once, and the job is requeued")
     if plan.min_nodes and plan.launcher != "torchrun":

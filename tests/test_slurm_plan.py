@@ -186,6 +186,15 @@ def test_an_answer_of_sbatch_that_names_no_job_is_said_and_leaves_nothing(monkey
     assert list(Path(made.folder).iterdir()) == []
 
 
+def test_an_empty_variable_is_set_and_a_warning_comes_before_the_end() -> None:
+    assert "\nexport A=''\n" in render(plan("--env", "A="))
+    for words in (["--time", "2"], ["--time", "1:00:00", "--sbatch", "time=2"], ["--time", "5", "--warn-s", "300"]):
+        with pytest.raises(LaunchError, match=r"--warn-s \d+: expected fewer than the \d+ seconds of --(sbatch )?time"):
+            plan(*words)
+    for words in (["--time", "3"], ["--time", "0"], ["--time", "UNLIMITED"], ["--sbatch", "time=x-1"], ["--time", "2", "--warn-s", "60"]):
+        assert "--signal=USR1@" in render(plan(*words))
+
+
 def test_why_a_run_waits_is_cut_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run = submitted("a")
     why = "DependencyNeverSatisfied and other reasons " * 5
