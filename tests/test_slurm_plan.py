@@ -231,6 +231,24 @@ def test_the_shells_own_choices_for_sbatch_do_not_win_over_the_scripts() -> None
     assert "SBATCH_ACCOUNT" not in names  # not stated in the script: the user's choice holds
 
 
+def test_a_refused_requeue_names_the_command_that_goes_on() -> None:
+    """The script itself, with an srun that leaves what a saved run does, and a scontrol that may not requeue."""
+    made = planned(["--python", sys.executable, "--no-snapshot", "recipe.py", "--run-dir", "runs/a b"])[0]
+    run = Path(made.runs[0].folder)
+    run.mkdir(parents=True)
+    Path("bin").mkdir()
+    for name, line in {"srun": f"touch '{run}/requeue'; exit 75", "scontrol": 'test "$1" = show'}.items():
+        Path("bin", name).write_text(f"#!/bin/sh\n{line}\n")
+        Path("bin", name).chmod(0o755)
+    environ = {"PATH": f"{Path('bin').absolute()}:/usr/bin:/bin", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n0", "SLURM_NTASKS": "1"}
+    done = subprocess.run(["bash"], input=render(made), env=environ, text=True, capture_output=True, check=False)
+    assert done.returncode == 75, done.stderr
+    command = str(run).replace(" ", "\\ ")
+    assert (
+        f"life 0 of job 17 has stopped with nothing lost: it could not be requeued. To go on: ddp-kit resubmit {command}\n" in done.stdout
+    )
+
+
 def test_a_setup_line_that_fails_ends_the_job() -> None:
     text = render(plan("--setup", "module load 'x y'"))
     begin = text.index("module load")
