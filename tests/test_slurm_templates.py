@@ -1,6 +1,7 @@
 """The batch scripts for people who write their own: SLURM accepts them, and a stop that was saved becomes another life."""
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -99,6 +100,27 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_exit_code(scripts: Scripts,
     assert scripts.cluster.facts(job)["ExitCode"] == "9:0"
     assert all("recipe.py --note two words --fail --run-dir" in life for life in scripts.lives.values())
     assert not (scripts.run_dir / "requeue").exists()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_refused_requeue_names_the_command_that_goes_on_as_one_types_it(name: str, tmp_path: Path) -> None:
+    run = tmp_path / "a run's $HOME"
+    answers = {"srun": 'touch "$RUN_DIR/requeue"', "scontrol": 'test "$1" != requeue'}
+    for program, answer in answers.items():
+        (tmp_path / program).write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / program).chmod(0o755)
+    words = ["my recipe.py", "--note", "two 'words'; $(touch x)"]
+    facts = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_JOB_NODELIST": "n0", "SLURM_NNODES": "1", "RUN_DIR": str(run)}
+    environ = {**facts, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    script = ["bash", str(ROOT / "slurm" / f"{name}.sbatch"), *words]
+    done = subprocess.run(script, env=environ, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == 75, done.stderr
+    told, _, command = done.stderr.strip().partition(" To go on: ")
+    assert told == "job 7 is saved, but may not be requeued here."
+    typed = f"""sbatch() {{ printf '%s\\n' "$RUN_DIR" "$@"; }}; {command}"""
+    again = subprocess.run(["bash", "-c", typed], cwd=tmp_path, text=True, capture_output=True, check=True).stdout
+    assert again.splitlines() == [str(run), "[flags]", f"slurm/{name}.sbatch", *words]
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow
