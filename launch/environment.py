@@ -6,6 +6,7 @@ Owns: which variables belong to a launcher and not to the user. Refuses: the ran
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,15 @@ def become(words: Sequence[str]) -> NoReturn:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     os.execve(words[0], list(words), inside_job(environment()))
+
+
+def python_paths(env: Sequence[str] = ()) -> list[str]:
+    """Returns where ranks look for modules beside their own folder, installed packages apart: PYTHONPATH, of `env` (NAME=VALUE) too,
+    then what editable installs have added.
+    """
+    named = [pair.partition("=")[2] for pair in env if pair.startswith("PYTHONPATH=")] or [environment().get("PYTHONPATH", "")]
+    found = [path for path in named[-1].split(os.pathsep) if path] + sys.path[1:]  # the first one is this program's own
+    return [path for path in found if not {"site-packages", "dist-packages"} & set(Path(path).parts)]
 
 
 def has_slurm() -> bool:

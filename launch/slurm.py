@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import accelerate, cluster
-from launch.environment import outside_job
+from launch.environment import outside_job, python_paths
 from launch.plan import LaunchError, answered, processes_of, recipe_faults
 from launch.runs import FoundRun
 from launch.script import render, variables
 from launch.slurm_plan import LAUNCHERS, Run, SlurmPlan
-from launch.snapshot import code_of
+from launch.snapshot import code_of, code_of_module
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -130,21 +130,31 @@ def plan_of(asked: argparse.Namespace, *, runs: Sequence[tuple[Path, Sequence[st
     nodes, each = asked.nodes, None if asked.nproc_per_node is None else processes_of(asked.nproc_per_node, gpus=gpus)
     if asked.launcher == "accelerate" or asked.accelerate_config:
         nodes, each = accelerate.agreed(each, nodes=nodes, config=accelerate.config_of(asked.accelerate_config, launcher=asked.launcher))
-    is_file, chdir = words[0].endswith(".py"), Path.cwd()
-    code = code_of(Path(words[0]), copy=home / "code") if is_file and not asked.no_snapshot else None
-    recipe = str(code.copied_recipe) if code else str(Path(words[0]).resolve()) if is_file else words[0]
+    is_file, chdir, paths, code = words[0].endswith(".py"), Path.cwd(), python_paths(asked.env), None
+    if is_file and not asked.no_snapshot:
+        code = code_of(Path(words[0]), copy=home / "code")
+    elif not asked.no_snapshot:
+        code = code_of_module(words[0], copy=home / "code", paths=[str(chdir), *paths])
+    recipe = words[0] if not is_file else str(code.copied_recipe if code else Path(words[0]).resolve())
     return SlurmPlan(
-        source=str(Path(words[0]).absolute()) if Path(words[0]).is_file() else words[0],
+        source=str(Path(words[0]).absolute()) if Path(words[0]).is_file() else str(code.recipe) if code and not is_file else words[0],
         runs=tuple(Run(folder=str(path), words=(recipe, *flags, "--run-dir", str(path))) for path, flags in runs),
         folder=str(folder),
         name=asked.name or Path(words[0]).stem,
         chdir=str(chdir),
         snapshot=str(code.copy) if code else "",
-        code=code.folders(chdir) if code else (),
+        code=code.folders(chdir, paths=paths) if code else (),
         nodes=1 if nodes is None else nodes,
         processes=max(1, gpus) if each is None else each,
         **fields_of(vars(asked)),
     )
+
+
+def tell_if_uncopied(plan: SlurmPlan, *, asked: argparse.Namespace) -> None:
+    """Says of a recipe that there is no copy of it, where nobody has asked for that: it is a module outside of any git repository."""
+    if not plan.snapshot and not asked.no_snapshot:
+        why = "it is a module outside of any git repository, and runs where it lies, with every later edit"
+        print(f"{plan.source} is not copied: {why}. Name its file for a copy, or type --no-snapshot.", file=sys.stderr)
 
 
 def submit(plan: SlurmPlan, *, copies: bool = True) -> "Job[str]":
@@ -202,6 +212,7 @@ def planned(argv: Sequence[str]) -> tuple[SlurmPlan, argparse.Namespace]:
 
 def _main(argv: Sequence[str]) -> int:
     plan, asked = planned(argv)
+    tell_if_uncopied(plan, asked=asked)
     if asked.dry_run:
         print(render(plan), end="")
         return 0

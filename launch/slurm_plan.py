@@ -80,7 +80,8 @@ class SlurmPlan:
     python: str = sys.executable
 
     def __post_init__(self) -> None:
-        is_copied = Path(self.runs[0].words[0]).is_file()
+        recipe = self.runs[0].words[0]
+        is_copied = Path(recipe).is_file() or (not recipe.endswith(".py") and self.snapshot != "" and Path(self.snapshot).is_dir())
         faults = [] if is_copied else recipe_faults([self.source] if self.source else [], verb="slurm --nodes 2")
         faults += _number_faults(self) + _text_faults(self) + _list_faults(self)
         if faults:

@@ -32,9 +32,12 @@ class Code:
         """The recipe inside the copy."""
         return self.copy / self.recipe.relative_to(self.root)
 
-    def folders(self, chdir: Path) -> tuple[str, ...]:
-        """Returns the copy's folders that Python looks into: for modules beside where the user stands, then at the root."""
-        inside = [self.copy / chdir.relative_to(self.root)] if chdir.is_relative_to(self.root) else []
+    def folders(self, chdir: Path, *, paths: Sequence[str] = ()) -> tuple[str, ...]:
+        """Returns the copy's folders that Python looks into: for modules beside where the user stands, for those of `paths` that are in the
+        repository (`src` on PYTHONPATH, an editable install), then at the root.
+        """
+        looked = [chdir, *(Path(path).resolve() for path in paths)]
+        inside = [self.copy / path.relative_to(self.root) for path in looked if path.is_relative_to(self.root)]
         return tuple(dict.fromkeys(str(path) for path in [*inside, self.copy]))
 
     def take(self) -> None:
@@ -78,6 +81,20 @@ def code_of(recipe: Path, *, copy: Path) -> Code:
     recipe = recipe.resolve()
     top = _git(recipe.parent, "rev-parse", "--show-toplevel", allows=OUTSIDE).rstrip(b"\n") if recipe.parent.is_dir() else b""
     return Code(recipe=recipe, root=Path(os.fsdecode(top)).resolve() if top else recipe.parent, copy=copy, is_tracked=bool(top))
+
+
+def code_of_module(name: str, *, copy: Path, paths: Sequence[str]) -> Code | None:
+    """Returns the code that a module (`package.module`) belongs to, found in `paths` and not imported.
+
+    None if it is not there, or the repository that it is in does not hold that folder of `paths` too. Raises: as `code_of`.
+    """
+    parts = Path(*name.split("."))
+    for folder in (Path(path).resolve() for path in paths):
+        for path in (folder / parts / "__init__.py", folder / f"{parts}.py"):
+            if path.is_file():
+                code = code_of(path, copy=copy)
+                return code if code.is_tracked and folder.is_relative_to(code.root) else None
+    return None
 
 
 def _git(folder: Path, *arguments: str, check: bool = True, allows: str = "\0") -> bytes:

@@ -18,7 +18,7 @@ from launch import local
 from launch.environment import has_slurm, visible_gpus
 from launch.plan import LaunchError, Plan, answered, processes_of, recipe_faults
 from launch.script import render
-from launch.slurm import default_folder, parser, plan_of, recipes_words, split_run_dir, submit_runs, with_recipe
+from launch.slurm import default_folder, parser, plan_of, recipes_words, split_run_dir, submit_runs, tell_if_uncopied, with_recipe
 
 HERE = {"nodes", "nproc_per_node", "words", "name", "grid", "here", "python", "dry_run"}  # flags that mean something without SLURM
 STOPPED = (75, 130, 143)  # a signal to one run ends the sweep
@@ -132,6 +132,7 @@ def _main(argv: Sequence[str]) -> int:
         return run_here(asked, home=home, points=points, flags=flags)
     runs = [(home / folder_of(point), [*flags, *flags_of(point)]) for point in points]
     plan = plan_of(asked, runs=runs, folder=home / "launch", home=home)
+    tell_if_uncopied(plan, asked=asked)
     if asked.dry_run:
         print(render(plan), end="")
         return 0

@@ -313,6 +313,40 @@ def test_code_and_names_in_another_encoding_are_copied_as_they_are() -> None:
     assert b"-\xfc\r\n+\xe4\r\n" in Path("code.diff").read_bytes()
 
 
+@pytest.mark.parametrize("word", ["recipes/mine.py", "mypkg.mine"])
+@pytest.mark.parametrize("how", ["PYTHONPATH", "--env", "editable install"])
+def test_a_src_layouts_modules_come_from_the_copy(word: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ("recipes/mine.py", "src/mypkg/__init__.py", "src/mypkg/mine.py")
+    for name in files:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    git("init", "-q")
+    git("add", *files)
+    src = Path("src").absolute()
+    monkeypatch.setenv("PYTHONPATH", "src" if how == "PYTHONPATH" else "")
+    monkeypatch.setattr(sys, "path", [*sys.path, *([str(src)] if how == "editable install" else [])])
+    made = planned([*(["--env", f"PYTHONPATH={src}"] if how == "--env" else []), word, "--run-dir", "runs/a"])[0]
+    copy = Path("runs/a/code").absolute()
+    assert (made.snapshot, made.code) == (str(copy), (str(copy), str(copy / "src")))
+    assert made.runs[0].words[0] == (str(copy / word) if word.endswith(".py") else word)
+    snapshot.code_of(Path(made.source), copy=copy).take()
+    Path("src/mypkg/mine.py").unlink()
+    environ = {"PYTHONPATH": os.pathsep.join([*made.code, str(src)])}
+    code = "import mypkg.mine; print(mypkg.mine.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], env=environ, cwd="runs", text=True, capture_output=True, check=True).stdout
+    assert found.strip() == str(copy / "src" / "mypkg" / "mine.py")
+    assert SlurmPlan.from_json(made.to_json()) == made  # though the module may be gone by then
+
+
+def test_a_module_without_a_copy_is_said_to_run_where_it_lies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert slurm_main(["--dry-run", "recipe"]) == 0
+    said = capsys.readouterr()
+    assert "recipe is not copied: it is a module outside of any git repository" in said.err
+    assert "/code" not in said.out
+    assert slurm_main(["--dry-run", "--no-snapshot", "recipe"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_without_git_the_copy_is_the_recipes_folder() -> None:
     Path("notes.txt").write_text("x")
     code = snapshot.code_of(Path("recipe.py"), copy=Path("copy").absolute())
