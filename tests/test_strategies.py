@@ -316,7 +316,7 @@ def test_scalars_several_objectives_and_odd_optimizers_are_refused_by_name(group
         compose(split(deepspeed, loss=None, optimizer=None, objectives=parts), deepspeed, group)
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero1", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None:
     args = ["--save-every", "5", "--strategy", strategy, "--width", "32"]
 
