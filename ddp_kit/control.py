@@ -89,6 +89,13 @@ class Control:
         self._send(stop=stop)
         return self._read()
 
+    @property
+    def in_flight(self) -> dist.Work | None:
+        """The packet on its way, to be waited for before what was sent after it: once a sum has failed unread, because a peer is lost, gloo
+        lets later ones of the same group wait until their timeout.
+        """
+        return self._work
+
     def close(self) -> None:
         """Completes the packet in flight, so that no rank leaves another waiting."""
         self._read()

@@ -36,7 +36,7 @@ class _Pending:
     tail: dict[str, Any]
     names: list[str]
     sums: torch.Tensor | list[list[list[float]]]  # [micro-batch of all ranks][name] -> (sum, count)
-    work: "dist.Work | None"
+    works: "Sequence[dist.Work | None]"  # to be waited for in this order
     norms: Mapping[str, torch.Tensor]
 
 
@@ -94,7 +94,7 @@ class Reporter:
         head = {"kind": "train", "step": step, "epoch": epoch, "samples": step * plan.global_batch}
         totals = sums.totals(device)
         names = self._agreed(sorted({prefix + name for prefix, part in sums.parts for name in part}), training)
-        work = None
+        works: list[dist.Work | None] = []
         values: torch.Tensor | list[list[list[float]]]
         # Not beside DDP's own: after a collective that failed unread, gloo lets a later one of the same group wait until its timeout.
         group = training.group.training if device.type == "cuda" else training.group.control
@@ -103,13 +103,15 @@ class Reporter:
         else:
             values = torch.zeros(plan.micro_batches, len(names), 2, dtype=torch.float64, device=device)
             values[sums.first : sums.first + sums.size] = totals.tensor(names)  # x + 0 is exact, and the slots are summed in order
-            work = None if group is None else dist.all_reduce(values, group=group, async_op=True)
+            if group is not None:  # beside the packet that went before it in the same group
+                works = [training.control.in_flight if group is training.group.control else None]
+                works.append(dist.all_reduce(values, group=group, async_op=True))
         rates = {"samples_per_s": (step - self._since[0]) * plan.global_batch / seconds, "data_wait": self._wait_s / seconds}
         rates |= {"mfu": rates["samples_per_s"] / self._peak_rate} if self._peak_rate else {}
         tail = learning_rates(sums) | rates | {"peak_memory_mib": self._peak(now, device)}
         if training.objectives[0].scale.is_on:
             tail |= {"loss_scale": training.objectives[0].scale.scale, "skipped": training.skipped}
-        self._pending = _Pending(head, tail, names, values, work, dict(sums.grad_norms))
+        self._pending = _Pending(head, tail, names, values, works, dict(sums.grad_norms))
         self._since, self._wait_s = (step, now), 0.0
 
     def _peak(self, now: float, device: torch.device) -> float:
@@ -145,8 +147,9 @@ class Reporter:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        if pending.work is not None:
-            pending.work.wait()
+        for work in pending.works:
+            if work is not None:
+                work.wait()
         if self._trackers:
             self._arrived.append(pending)
 
