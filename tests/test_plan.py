@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import Net, Split, split
-from cases import classify, vectors
+from cases import classify, normed, vectors
 
 from ddp_kit import Data, Objective
 from ddp_kit.batching import plan_batches
@@ -178,6 +178,19 @@ def test_an_optimizer_that_training_would_refuse_is_not_planned() -> None:
         recipe = split(settings, optimizer=lambda model: torch.optim.Adagrad(p for p in model.parameters() if p.requires_grad))
         with fake_group(ranks=2, ranks_per_node=8) as group, pytest.raises(ConfigError, match="has state before the first step"):
             costs_of(recipe, settings, plan, group=group, backend="gloo")
+
+
+def test_a_model_with_running_statistics_is_gathered_in_fp32_whatever_the_precision() -> None:
+    """As `fsdp` does it in training."""
+    plan = plan_batches(24, micro_batch=0, world_size=2)
+
+    def sent(model: Any, precision: Any) -> int:
+        settings = Split(precision=precision, strategy="fsdp")
+        with fake_group(ranks=2, ranks_per_node=8) as group:
+            return costs_of(split(settings, model=model), settings, plan, group=group, backend="nccl").sent
+
+    assert sent(normed, "bf16") == sent(normed, "fp32")
+    assert sent(Net, "bf16") < sent(Net, "fp32")
 
 
 def test_an_optimizer_that_needs_numbers_is_named() -> None:

@@ -116,7 +116,9 @@ def test_zero1_takes_an_optimizer_of_named_parameters(group: Group) -> None:
     settings = Split(strategy="zero1")
     named = split(settings, optimizer=lambda model: torch.optim.AdamW((n, p) for n, p in model.named_parameters() if p.requires_grad))
     made = compose(named, settings, group)
+    before = [parameter.detach().clone() for parameter in trained(made.training.model)]
     train_step(made.training, next(made.feed.batches(start=0, end=1)))
+    assert not any(torch.equal(now, then) for now, then in zip(trained(made.training.model), before, strict=True))
     made.training.control.close()
 
 

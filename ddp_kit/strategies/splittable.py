@@ -5,7 +5,6 @@ Refuses: nothing that whole copies on each rank can do.
 """
 
 import importlib.util
-import inspect
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from ddp_kit.errors import ConfigError, require, some
 from ddp_kit.settings import Settings
 from ddp_kit.strategies.deepspeed_config import config_of
+from ddp_kit.strategies.whole import arguments_of
 
 
 def require_splittable(model: nn.Module, settings: Settings, *, objectives: int) -> None:
@@ -74,8 +74,7 @@ def require_elementwise(optimizer: Optimizer, *, stage: int) -> None:
 def _stepped(optimizer: Optimizer, tensors: list[torch.Tensor]) -> torch.Tensor:
     """Returns what two steps of such an optimizer make of the tensors, flat."""
     parameters = [nn.Parameter(tensor.clone()) for tensor in tensors]
-    known = inspect.signature(type(optimizer).__init__).parameters
-    made: Any = type(optimizer)(parameters, **{key: value for key, value in optimizer.defaults.items() if key in known})
+    made: Any = type(optimizer)(parameters, **arguments_of(optimizer))
     for _ in range(2):
         for parameter in parameters:
             parameter.grad = parameter.detach().cos()  # of no fixed ratio to the parameter

@@ -1,5 +1,6 @@
 """What a strategy makes of a loss call, and what strategies have in common that leave the model whole on each rank."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ class Wrapped:
     owns: Callable[[nn.Parameter], bool] | None = None
     moments: Moments | None = None
     refresh: Callable[[], None] | None = None
+
+
+def arguments_of(optimizer: Optimizer) -> dict[str, Any]:
+    """Returns what an optimizer of the same kind is built with again: its defaults, without what it adds to them itself."""
+    known = inspect.signature(type(optimizer).__init__).parameters
+    return {key: value for key, value in optimizer.defaults.items() if key in known}
 
 
 class Whole(ABC):

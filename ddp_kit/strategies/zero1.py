@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ddp_kit.errors import ConfigError, some
 from ddp_kit.groups import Group
 from ddp_kit.strategies.ddp import DataParallel
-from ddp_kit.strategies.whole import Whole, Wrapped
+from ddp_kit.strategies.whole import Whole, Wrapped, arguments_of
 
 PLAIN = (bool, int, float, str, tuple)  # what is compared of an optimizer's own attributes
 
@@ -61,7 +61,6 @@ def rebuilt(optimizer: Optimizer, group: Group, *, in_buckets: bool = True) -> A
     """
     kind, parameters = type(optimizer), [parameter for own in optimizer.param_groups for parameter in own["params"]]
     known = inspect.signature(kind.__init__).parameters
-    defaults = {key: value for key, value in optimizer.defaults.items() if key in known}
     groups = [{key: value for key, value in own.items() if key == "params" or key in known} for own in optimizer.param_groups]
     if optimizer.state:
         raise ConfigError(f"--strategy zero1: the optimizer ({kind.__name__}) has state before the first step, which cannot be split.")
@@ -71,7 +70,7 @@ def rebuilt(optimizer: Optimizer, group: Group, *, in_buckets: bool = True) -> A
             optimizer_class=kind,
             process_group=group.training,
             parameters_as_bucket_view=in_buckets and all(parameter.is_contiguous() for parameter in parameters),
-            **defaults,
+            **arguments_of(optimizer),
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(
