@@ -136,7 +136,22 @@ def test_an_evaluation_that_reads_split_weights_is_refused(group: Group, setting
 
 @pytest.mark.ranks(2)
 def test_what_a_file_leaves_out_has_first_values_without_memory_too(group: Group, tmp_path: Path) -> None:
+    class Holder(nn.Module):
+        """Has a buffer that another module has too."""
+
+        def __init__(self, mark: torch.Tensor) -> None:
+            super().__init__()
+            self.register_buffer("mark", mark)
+
+        def reset_parameters(self) -> None:
+            self.get_buffer("mark").fill_(2)
+
     class Drawn(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            mark = torch.zeros(2, dtype=torch.float64)  # of the run: a conversion would make two of it, with or without memory
+            self.one, self.other = Holder(mark), Holder(mark)
+
         def reset_parameters(self) -> None:
             nn.init.ones_(self.scale)
 
@@ -149,6 +164,9 @@ def test_what_a_file_leaves_out_has_first_values_without_memory_too(group: Group
     assert (weights["last.bias"] == 3).all()
     assert not torch.equal(*weights["first.weight"].split(9)), "each rank has rows of its own"
     assert made.training.model.again.weight is made.training.model.first.weight
+    one, other = (made.training.model.get_buffer(f"{name}.mark") for name in ("one", "other"))
+    assert one is other
+    assert one.tolist() == [2, 2]
     assert all(float(weights[name].abs().sum()) > 0 for name in weights if name.endswith("weight") or name == "scale")
     made.training.control.close()
 
