@@ -1,25 +1,22 @@
 """Each strategy beside the same thing written by hand in bare torch (or DeepSpeed): time of a step and peak memory of a rank.
 
-    python benchmarks/strategies.py                     # ddp, zero1, fsdp
-    python benchmarks/strategies.py --strategies deepspeed
+    python benchmarks/strategies.py                     # ddp, zero1, fsdp; DeepSpeed's stages 1 to 3 where it is installed
 
-Contenders take turns as processes of their own under torchrun, so that each has its own peak; both have ddp_kit's scheduling class, one
-thread a rank and torch's fused AdamW, and read the same kind of batches. A round's figure is its median step; a ratio is taken round by
-round. Memory is the peak of resident memory above that after the imports, on the rank that has most.
+The two contenders of a strategy have ranks of their own, which take turns step by step. Both have ddp_kit's scheduling class
+and allocator settings, one thread a rank and torch's fused AdamW, and read the same kind of batches. A ratio is taken round by round.
+
+Memory is taken in other starts, with an allocator that gives back at once what is freed: else the peak is what fragments of the heap add up
+to, up to twice what is in use, and another figure each time. It is the peak of resident memory above that after the imports, on the rank
+that has most.
 """
 
 import argparse
-import json
+import ctypes
 import os
-import re
 import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,6 +26,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
+from turns import serve, show, start, take_turns
 
 import ddp_kit
 from ddp_kit import LossSum, Recipe, process_group
@@ -36,11 +34,13 @@ from ddp_kit.compose import compose
 from ddp_kit.groups import Group
 from ddp_kit.settings import DeepSpeed, Fsdp
 from ddp_kit.step import train_step
+from ddp_kit.tuning import M_MMAP_THRESHOLD
 
 WIDTH, LAYERS, SYMBOLS, LENGTH, BATCH = 512, 6, 256, 64, 8  # 19 million parameters: 300 MB with gradients and AdamW's moments
-WARM, STEPS = 3, 20
+STAGES = ["deepspeed-1", "deepspeed-2", "deepspeed-3"]
+STEPS_TO_PEAK = 6  # after which none adds any
+CONTENDERS = ["by hand", "ddp_kit"]
 TIME, MEMORY = 1.03, 1.02  # targets
-KIB = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Settings(ddp_kit.Settings):
     """What the contenders share."""
 
     global_batch: int = 2 * BATCH
-    max_steps: int = WARM + STEPS
+    max_steps: int = 10**9
     device: Any = "cpu"
     threads: int = 1
     fsdp: Fsdp = field(default_factory=Fsdp)
@@ -91,11 +91,12 @@ def ours(group: Group, strategy: str) -> Callable[[], None]:
 
     chosen: dict[str, Any] = {"strategy": strategy}
     chosen |= {"fsdp": Fsdp(wrap=("TransformerEncoderLayer",))} if strategy == "fsdp" else {}
-    chosen |= {"deepspeed": DeepSpeed(stage=2)} if strategy == "deepspeed" else {}
+    if strategy in STAGES:
+        chosen = {"strategy": "deepspeed", "deepspeed": DeepSpeed(stage=int(strategy[-1]))}
     settings = Settings(**chosen)
     recipe = Recipe(model=Net, loss=loss, optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-4), train_data=data)
     made = compose(recipe, settings, group)
-    found = made.feed.batches(start=0, end=settings.max_steps)
+    found = made.feed.batches(start=0, end=10**9)
     group.closing.callback(made.training.control.close)
 
     def step() -> None:
@@ -108,8 +109,8 @@ def by_hand(group: Group, strategy: str) -> Callable[[], None]:
     """The same, as people write it."""
     torch.manual_seed(0)
     net, found = Net(), batches()
-    if strategy == "deepspeed":
-        return _deepspeed_by_hand(net, found)
+    if strategy in STAGES:
+        return _deepspeed_by_hand(net, found, stage=int(strategy[-1]))
     wrapped: nn.Module = net
     if strategy == "fsdp":
         for block in net.blocks:
@@ -134,10 +135,15 @@ def by_hand(group: Group, strategy: str) -> Callable[[], None]:
     return step
 
 
-def _deepspeed_by_hand(net: nn.Module, found: Iterator[torch.Tensor]) -> Callable[[], None]:
+def _deepspeed_by_hand(net: nn.Module, found: Iterator[torch.Tensor], *, stage: int) -> Callable[[], None]:
     import deepspeed
 
-    config = {"train_micro_batch_size_per_gpu": BATCH, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+    }
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config, dist_init_required=False)
 
@@ -149,66 +155,73 @@ def _deepspeed_by_hand(net: nn.Module, found: Iterator[torch.Tensor]) -> Callabl
     return step
 
 
-def peak_kib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def one(strategy: str, contender: str) -> None:
-    """A rank of one contender: prints its median step and its memory as JSON."""
-    with process_group(device="cpu", threads=1) as group:
-        base = peak_kib()
+def one(strategy: str, contender: str, *, takes_memory: bool) -> None:
+    """A rank of one contender: takes its turns, then says how far its memory went."""
+    if strategy in STAGES:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed  # noqa: F401  # its memory is not the step's
+    if takes_memory:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
+    with process_group(device="cpu", threads=1, tuning=not takes_memory) as group:
+        base = peak_mib()
         step = (ours if contender == "ddp_kit" else by_hand)(group, strategy)
-        times = []
-        for _ in range(WARM + STEPS):
-            begin = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - begin)
-        print(json.dumps({"step_s": statistics.median(times[WARM:]), "memory_mib": (peak_kib() - base) / KIB}), flush=True)
 
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                step()
 
-def run(strategy: str, contender: str, *, ranks: int) -> dict[str, float]:
-    """Returns the slowest rank's step and the largest memory."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", str(Path(__file__))]
-    environ = os.environ | {"OMP_NUM_THREADS": "1"} | ({"DS_ACCELERATOR": "cpu"} if strategy == "deepspeed" else {})
-    done = subprocess.run([*launcher, "--one", strategy, contender], env=environ, capture_output=True, text=True)
-    found = [json.loads(text) for text in re.findall(r'\{"step_s".*?\}', done.stdout)]  # two ranks may write into one line
-    if done.returncode or len(found) != ranks:
-        raise SystemExit(f"{strategy} by {contender} ended with exit code {done.returncode}:\n{done.stderr[-3000:]}")
-    return {name: max(own[name] for own in found) for name in found[0]}
+        serve(run)
+        print(f"memory {peak_mib() - base}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--strategies", nargs="+", default=["ddp", "zero1", "fsdp"], choices=["ddp", "zero1", "fsdp", "deepspeed"])
-    parser.add_argument("--rounds", type=int, default=5)
+    known = ["ddp", "zero1", "fsdp", *STAGES]
+    parser.add_argument("--strategies", nargs="+", default=known if find_spec("deepspeed") else known[:3], choices=known)
+    parser.add_argument("--starts", type=int, default=4, help="times that a strategy's ranks are started anew")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of each start")
+    parser.add_argument("--steps", type=int, default=1, help="optimizer steps in a turn")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--one", nargs=2, metavar=("STRATEGY", "CONTENDER"), help="be a rank of one contender")
+    parser.add_argument("--strategy", help="with --contender: be a rank of one")
+    parser.add_argument("--contender", choices=CONTENDERS)
+    parser.add_argument("--takes-memory", action="store_true")
     given = parser.parse_args()
-    if given.one:
-        one(*given.one)
+    if given.contender:
+        one(given.strategy, given.contender, takes_memory=given.takes_memory)
         return
+    print(f"{given.ranks} ranks, {BATCH} samples a rank, torch {torch.__version__}; {given.starts} starts, ", end="")
+    print(f"{given.rounds} rounds each of {given.steps} steps a turn", flush=True)
     for strategy in given.strategies:
-        rounds: dict[str, list[dict[str, float]]] = {"by hand": [], "ddp_kit": []}
-        for number in range(given.rounds):
-            for contender in list(rounds) if number % 2 == 0 else list(rounds)[::-1]:
-                rounds[contender].append(run(strategy, contender, ranks=given.ranks))
-        show(strategy, rounds, ranks=given.ranks)
-    print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}")
+        print(f"\n{strategy}")
+        show(times_of(strategy, given), targets={"ddp_kit": TIME}, digits=3)
+        show(peaks_of(strategy, given), unit="peak MiB", targets={"ddp_kit": MEMORY}, digits=3)
 
 
-def show(strategy: str, rounds: dict[str, list[dict[str, float]]], *, ranks: int) -> None:
-    """Prints medians with their spread, and the two ratios."""
-    for contender, own in rounds.items():
-        rate = [ranks * BATCH / found["step_s"] for found in own]
-        memory = [found["memory_mib"] for found in own]
-        print(
-            f"{strategy:10}{contender:9}{statistics.median(rate):8.1f} samples/s ({min(rate):.1f}-{max(rate):.1f})"
-            f"{statistics.median(memory):9.1f} MiB ({min(memory):.1f}-{max(memory):.1f})"
-        )
-    for name, target in (("step_s", TIME), ("memory_mib", MEMORY)):
-        ratios = [a[name] / b[name] for a, b in zip(rounds["ddp_kit"], rounds["by hand"], strict=True)]
-        said = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
-        print(f"{strategy:10}ddp_kit / by hand, {name}: {said}  target {target:.2f}", flush=True)
+def times_of(strategy: str, given: argparse.Namespace) -> dict[str, list[float]]:
+    """Returns milliseconds per step, round by round."""
+    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for number in range(given.starts):
+        names = CONTENDERS if number % 2 == 0 else CONTENDERS[::-1]
+        contenders = start(names, script=__file__, world_size=given.ranks, arguments=["--strategy", strategy])
+        for name, own in take_turns(contenders, rounds=given.rounds, steps=given.steps).items():
+            times[name] += own
+        for contender in contenders:
+            contender.close()
+    return times
+
+
+def peaks_of(strategy: str, given: argparse.Namespace) -> dict[str, list[float]]:
+    """Returns MiB of the rank that has most."""
+    peaks: dict[str, list[float]] = {}
+    arguments = ["--strategy", strategy, "--takes-memory"]
+    for contender in start(CONTENDERS, script=__file__, world_size=given.ranks, arguments=arguments):
+        contender.run(STEPS_TO_PEAK)
+        peaks[contender.name] = [max(float(said.split("memory ")[1].split()[0]) for said in contender.close())]
+    return peaks
 
 
 if __name__ == "__main__":

@@ -56,33 +56,48 @@ class Ranks:
             process.stdin.flush()
         return float(self.answer("took").split()[1])
 
-    def close(self) -> None:
+    def close(self) -> list[str]:
+        """Ends the ranks; returns what each has said since its last turn."""
         for process in self._processes:
             process.stdin.close()
+        said = [process.stdout.read() for process in self._processes]
         for process in self._processes:
             process.wait(timeout=60)
+        return said
+
+
+def start(names: Sequence[str], *, script: str, world_size: int, arguments: Sequence[str] = ()) -> list[Ranks]:
+    """Returns the contenders when all of them wait for their turn."""
+    contenders = []
+    for name in names:  # one at a time: starting is heavier than running
+        contenders.append(Ranks(name, script=script, world_size=world_size, arguments=arguments))
+        contenders[-1].answer("ready")
+    return contenders
+
+
+def take_turns(contenders: Sequence[Ranks], *, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Returns each contender's milliseconds per step, round by round."""
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for contender in contenders:
+        contender.run(max(3, steps // 4))
+    for number in range(rounds):
+        for contender in contenders if number % 2 == 0 else contenders[::-1]:
+            times[contender.name].append(contender.run(steps) / steps * 1e3)
+    return times
 
 
 def compare(
     names: Sequence[str], *, script: str, world_size: int, rounds: int, steps: int, arguments: Sequence[str] = ()
 ) -> dict[str, list[float]]:
-    """Returns each contender's milliseconds per step, round by round."""
-    contenders = []
-    for name in names:  # one at a time: starting is heavier than running
-        contenders.append(Ranks(name, script=script, world_size=world_size, arguments=arguments))
-        contenders[-1].answer("ready")
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for contender in contenders:
-        contender.run(max(3, steps // 4))
-    for _ in range(rounds):
-        for contender in contenders:
-            times[contender.name].append(contender.run(steps) / steps * 1e3)
+    """Starts the contenders, lets them take turns and ends them; returns what `take_turns` does."""
+    contenders = start(names, script=script, world_size=world_size, arguments=arguments)
+    times = take_turns(contenders, rounds=rounds, steps=steps)
     for contender in contenders:
         contender.close()
     return times
 
 
-def show(times: dict[str, list[float]], *, unit: str = "ms/step", targets: Mapping[str, float] | None = None) -> None:
+def show(times: dict[str, list[float]], *, unit: str = "ms/step", targets: Mapping[str, float] | None = None, digits: int = 2) -> None:
     """Prints medians with their spread, and ratios to the first row, taken round by round, beside the most they should be."""
     base = next(iter(times))
     print(f"{'contender':48} {f'{unit}: median (min-max)':30} ratio to {base!r}: median (min-max)")
@@ -90,5 +105,5 @@ def show(times: dict[str, list[float]], *, unit: str = "ms/step", targets: Mappi
         ratios = [a / b for a, b in zip(own, times[base], strict=True)]
         spread = f"{statistics.median(own):.4g} ({min(own):.4g}-{max(own):.4g})"
         target = f"  target {targets[name]:.2f}" if targets and name in targets else ""
-        print(f"{name:48} {spread:30} {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f}){target}")
-    print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}")
+        print(f"{name:48} {spread:30} {statistics.median(ratios):.3f} ({min(ratios):.{digits}f}-{max(ratios):.{digits}f}){target}")
+    print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}", flush=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from statistics import median
 from typing import Any
 
@@ -262,6 +263,28 @@ def test_a_step_that_is_not_finite_is_not_applied_and_what_cannot_be_split_is_na
         with pytest.raises(ConfigError, match=message), life(group, recipe(settings, **parts), zero(settings, stage)):
             pass
         group.closing.close()
+
+
+@needs_deepspeed
+@pytest.mark.ranks(2, deadline_s=120)
+def test_keys_of_the_configuration_that_deepspeed_does_not_know_are_named_and_those_that_it_knows_are_taken(group: Group) -> None:
+    settings = Settings(precision="fp32")
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "ds.json")
+        file.write_text(json.dumps({"zero_optimisation": {"overlap_comm": False}, "steps_per_print": 5, "thresold": 1}))
+        named = r"'zero_optimisation' \(did you mean 'zero_optimization'\?\), 'thresold'"
+        with pytest.raises(ConfigError, match=named), life(group, recipe(settings), zero(settings, 2, config=str(file))):
+            pass
+        group.closing.close()
+        known = {
+            "steps_per_print": 5,
+            "wall_clock_breakdown": False,
+            "communication_data_type": "fp32",
+            "flops_profiler": {"enabled": False},
+        }
+        file.write_text(json.dumps(known | {"aio": {"queue_depth": 4}, "comms_logger": {"enabled": False}}))
+        with life(group, recipe(settings), zero(settings, 2, config=str(file))) as (training, feed):
+            run(training, feed, start=0, end=1)
 
 
 class Bad:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 from ddp_kit.errors import ConfigError, require
 from ddp_kit.groups import Group
 from ddp_kit.settings import DeepSpeed
-from ddp_kit.strategies.deepspeed_config import config_of
+from ddp_kit.strategies.deepspeed_config import Noted, config_of
 from ddp_kit.strategies.fragments import Moments, Ungathered, gradients_of, places_of
 from ddp_kit.strategies.root import Root, Through
 from ddp_kit.strategies.splittable import require_elementwise
@@ -80,20 +80,21 @@ class Zero:
         )
 
     def _initialized(self, optimizer: Optimizer) -> Any:
-        place, device = self._group.topology.local_rank, self._group.device.index
+        place, device, config = self._group.topology.local_rank, self._group.device.index, Noted(self._config)
         with self._group.connecting(), environment_default("LOCAL_RANK", str(place)):  # which srun does not set
             try:
                 engine, *_ = self._package.initialize(
                     args=SimpleNamespace(device_rank=place if device is None else device),
                     model=self._root,
                     optimizer=optimizer,
-                    config=self._config,
+                    config=config,
                     dist_init_required=False,
                 )
             except (AssertionError, ValueError, self._package.runtime.config.DeepSpeedConfigError) as error:
                 if not self._file:
                     raise
                 raise ConfigError(f"--deepspeed.config {self._file}: DeepSpeed does not take it: {error}") from error
+        config.require_known(self._file)
         return engine
 
     def enter(self, function: Function, *args: Any) -> Any:

@@ -1,15 +1,15 @@
 """DeepSpeed's configuration: what follows from our flags, and a file for the rest.
 
 Owns: which of DeepSpeed's keys flags and recipe decide already, or have no effect here.
-Refuses: a second source of truth. Such a key in the file is named, with what decides it.
+Refuses: a second source of truth, and keys that DeepSpeed does not know and would pass over. Both are named.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
-from ddp_kit.errors import ConfigError
+from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.settings import DeepSpeed
 
 DECIDED = {  # key in the file -> what decides it
@@ -57,6 +57,36 @@ DECIDED = {  # key in the file -> what decides it
     "zero_optimization.mics_shard_size": "ddp_kit: all ranks share one set of partitions. Type --strategy fsdp --fsdp.hybrid",
     "zero_optimization.zenflow": "ddp_kit: every step takes the whole gradient",
 }
+
+
+@final
+class Noted(dict[str, Any]):
+    """A configuration that notes what DeepSpeed looks for in it, from which follows what it knows."""
+
+    def __init__(self, content: Mapping[str, Any]):
+        super().__init__(content)
+        self._sought = set[object]()
+
+    def __getitem__(self, key: str) -> Any:
+        self._sought.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self._sought.add(key)
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns what a dict does."""
+        self._sought.add(key)
+        return super().get(key, default)
+
+    def require_known(self, path: str) -> None:
+        """Raises: ConfigError for keys of the file at `path` that were never looked for."""
+        known = {*map(str, self._sought), *DECIDED}
+        unknown = [(key, nearest(key, known)) for key in self if key not in known]
+        if unknown:
+            named = ", ".join(f"{key!r}{f' (did you mean {near!r}?)' if near else ''}" for key, near in unknown)
+            raise ConfigError(f"--deepspeed.config {path}: DeepSpeed knows no {named} and would pass over it. Take it out, or mend it.")
 
 
 def config_of(settings: DeepSpeed) -> dict[str, Any]:
