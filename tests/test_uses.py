@@ -37,6 +37,7 @@ REST = [
     *(pytest.param((*ZERO, stage), "part", NO_GRADIENT, marks=needs_deepspeed) for stage in "12"),
     pytest.param((*ZERO, "2"), "swap", "blocks.1.b.bias got its gradient where blocks.2.b.bias did", marks=needs_deepspeed),
     pytest.param((*ZERO, "3"), "part", "blocks.2.a was called where blocks.1.b was before the first step", marks=needs_deepspeed),
+    pytest.param((*ZERO, "3"), "cut", "blocks.0.a.bias, blocks.0.a.weight, blocks.0.b.bias", marks=needs_deepspeed),
     pytest.param((*ZERO, "3"), "skip", "blocks.2.a was called where blocks.1.a was before the first step", marks=needs_deepspeed),
 ]
 

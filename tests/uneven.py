@@ -43,6 +43,8 @@ class Net(nn.Module):
             hidden = self.blocks[i](hidden, is_part=i == 1 and trouble.is_due("part"))
             if i == 1 and trouble.is_due("detach"):
                 hidden = hidden.detach() + 0 * self.first(inputs)
+            if i == 1 and trouble.is_due("cut"):
+                hidden = hidden.detach()
         logits: torch.Tensor = self.last(hidden)
         return logits
 

@@ -37,9 +37,10 @@ class Through(nn.Module):
     def forward(self, batch: Any) -> Any:
         """Calls the loss on a micro-batch."""
         root, _ = self._used
-        return root(self._noted, batch)
+        total, *rest = root(self._noted, batch)
+        return self._uses.watched(total), *rest
 
     def _noted(self, batch: Any) -> Any:
         result = self._used[1](batch)
-        self._uses.end_forward(result[0])  # inside the root, so that its hooks come before those that sum gradients
+        self._uses.end_forward()  # inside the root, before what it does at its end
         return result

@@ -65,16 +65,21 @@ class Uses:
                 hook.remove()
         self._rehearsed.setdefault(id(call), Rehearsed(self._modules, self._forward, self._reached))
 
-    def end_forward(self, total: torch.Tensor) -> None:
+    def end_forward(self) -> None:
         """Called between forward and backward. Raises: DdpKitError if calls of the rehearsal are missing."""
         if not self._is_on:
             return
         self._forward = len(self._modules)
-        if self._expected is None:
-            return
-        if self._forward < self._expected.forward:
+        if self._expected is not None and self._forward < self._expected.forward:
             raise DdpKitError(f"{self._expected.modules[self._forward]} was not called, as it was before the first step. {GATHERED}")
-        total.register_hook(lambda _: Variable._execution_engine.queue_callback(self._end_backward))
+
+    def watched(self, total: torch.Tensor) -> torch.Tensor:
+        """Returns what backward is to begin at: a tensor of its own, so that its hook comes before those that sum gradients."""
+        if not self._is_on or self._expected is None:
+            return total
+        outer = total.view_as(total)
+        outer.register_hook(lambda _: Variable._execution_engine.queue_callback(self._end_backward))
+        return outer
 
     def _end_backward(self) -> None:
         """Called when all gradients are there, before the sums that wait for that."""
