@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
-from cases import Settings, classify, normed, plain, recipe, weighted
+from cases import Settings, classify, normed, plain, recipe, vectors, weighted
 from launching import train
 from torch import nn
 from torch.nn.functional import linear
@@ -42,6 +42,7 @@ from ddp_kit.weights import weights_sha256
 IS_THERE = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not IS_THERE, reason="deepspeed is not installed: pip install 'ddp_kit[deepspeed]'")
 FAULTY = str(Path(__file__).with_name("faulty.py"))
+KEEPS_NOTHING = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 CLOSE = 1e-5  # fp32, a small-rate run
 
 
@@ -238,6 +239,33 @@ def moving_about(path: str, stages: tuple[int, ...]) -> None:
             saved(group, made, ours, cut, start=0, end=3)
             again = saved(group, made, ours, cut, start=3, end=6)
             assert (never_cut[0][3:], never_cut[1]) == again, stage
+
+
+@needs_deepspeed
+@pytest.mark.ranks(2, deadline_s=120)
+@pytest.mark.parametrize("limits", [{"zero_hpz_partition_size": 2}, pytest.param(KEEPS_NOTHING, marks=pytest.mark.slow)])
+def test_evaluations_of_the_average_change_no_step_whatever_deepspeed_keeps(group: Group, limits: dict[str, int]) -> None:
+    settings = Settings(precision="fp32", lr=0.01, ema=0.5)
+    found = []
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "ds.json")
+        file.write_text(json.dumps({"zero_optimization": limits}))
+        for own in (settings, zero(settings, 3, config=str(file))):
+            made = recipe(own, model=encoder, loss=classify, eval_data=lambda: vectors(50))
+            composed = compose(made, own, group)
+            training, losses = composed.training, list[float]()
+            for step in range(6):
+                losses += run(training, composed.feed, start=step, end=step + 1)
+                composed.evaluator(training.model, average=training.average)
+            training.control.close()
+            group.closing.close()
+            found.append(losses)
+    assert apart(*found) <= CLOSE
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(6, 2, 16, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Linear(6, 6), nn.Unflatten(0, (-1, 1)), layer, nn.Flatten(0, 1), nn.Linear(6, 4))
 
 
 # What is refused

@@ -112,9 +112,16 @@ class Zero:
             self._free()
 
     def _free(self) -> None:
-        """Drops gathered weights: DeepSpeed keeps them until the next step, and would use them though others were put in their place."""
+        """Drops gathered weights: DeepSpeed keeps them until the next step, a node's copy of all with `zero_hpz_partition_size`, and would
+        use them though others were put in their place. With them goes the order in which it fetches: after another pass it would fail.
+        """
         if self._stage == 3 and self._engine is not None:
-            self._engine.optimizer.parameter_offload.partition_all_parameters()
+            optimizer = self._engine.optimizer
+            optimizer.parameter_offload.partition_all_parameters()
+            optimizer.invalidate_secondary_tensor()
+            order = optimizer.parameter_offload.get_param_coordinator()
+            if not order.is_invalid_trace():
+                order._invalidate_trace()
 
     def _refresh(self) -> None:
         """Takes what was written into the model for what is stepped and used."""

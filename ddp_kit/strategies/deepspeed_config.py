@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-from ddp_kit.errors import ConfigError, nearest
+from ddp_kit.errors import ConfigError, nearest, some
 from ddp_kit.settings import DeepSpeed
 
 DECIDED = {  # key in the file -> what decides it
@@ -63,6 +63,7 @@ DECIDED = {  # key in the file -> what decides it
     "zero_optimization.offload_param": "ddp_kit: checkpoints read weights on the device. Type --strategy fsdp --fsdp.cpu-offload",
     "zero_optimization.cpu_offload": "ddp_kit: it clips gradients on the device. For less memory type --deepspeed.stage 3",
     "zero_optimization.cpu_offload_param": "ddp_kit: checkpoints read weights on the device. Type --strategy fsdp --fsdp.cpu-offload",
+    "zero_optimization.zero_quantized_nontrainable_weights": "ddp_kit: checkpoints hold weights as they are, frozen ones too",
     "zero_optimization.mics_shard_size": "ddp_kit: all ranks share one set of partitions. Type --strategy fsdp --fsdp.hybrid",
     "zero_optimization.zenflow": "ddp_kit: every step takes the whole gradient",
 }
@@ -105,8 +106,13 @@ def config_of(settings: DeepSpeed) -> dict[str, Any]:
     """
     config = _read(settings.config) if settings.config else {}
     faults = [f"  {key}: {json.dumps(value)[:60]}   decided by {DECIDED[key]}" for key, value in _flat(config).items() if key in DECIDED]
+    unset = [key for key, value in _flat(config).items() if value == "auto" and key not in DECIDED]
     if faults:
         raise ConfigError("\n".join([f"--deepspeed.config {settings.config}: take these out, which something else decides:", *faults]))
+    if unset:
+        raise ConfigError(
+            f'--deepspeed.config {settings.config}: {some(unset)}: "auto" is for others to fill in. Type a value, or leave it out.'
+        )
     zero: dict[str, Any] = {"stage": settings.stage}
     if settings.stage in (1, 2):
         zero["compute_grad_norm"] = False  # it is taken before

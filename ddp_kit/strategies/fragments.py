@@ -71,17 +71,22 @@ class Ungathered(TorchFunctionMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._derived = list[torch.Tensor]()  # kept, so that no other tensor gets the identity of one
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the function. Raises: ConfigError if the graph of a loss would go on from an empty weight."""
+        """Calls the function. Raises: ConfigError if it makes something of an empty weight: a part of a loss's graph, or a number."""
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.grad_fn is not None:
-            used = [leaf for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._names and not leaf.numel()]
-            if used:
-                raise ConfigError(
-                    f"--deepspeed.stage 3: the loss or `evaluate` uses {self._names[id(used[0])]} outside the forward pass of its module, "
-                    "and weights are gathered there only. Let the optimizer decay weights, or type --deepspeed.stage 2, or --strategy fsdp."
-                )
+        if not isinstance(result, torch.Tensor):
+            return result
+        name = next((self._names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._names and not leaf.numel()), "")
+        if name and (result.grad_fn is not None or result.numel()):
+            raise ConfigError(
+                f"--deepspeed.stage 3: the loss or `evaluate` uses {name} outside the forward pass of its module, and weights are gathered "
+                "there only. Let the optimizer decay weights, or type --deepspeed.stage 2, or --strategy fsdp."
+            )
+        if name and id(result) not in self._names:  # detached, for instance
+            self._names[id(result)] = name
+            self._derived.append(result)
         return result
 
 
