@@ -21,7 +21,7 @@ from ddp_kit.settings import DeepSpeed, Fsdp
 from ddp_kit.sharded import whole
 from ddp_kit.step import train_step
 from ddp_kit.strategies.fsdp import modules_to_wrap
-from ddp_kit.strategies.splittable import require_elementwise
+from ddp_kit.strategies.splittable import require_elementwise, require_separate
 
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 FSDP = Split(strategy="fsdp", fsdp=Fsdp(wrap=("Block",)))
@@ -68,10 +68,21 @@ def test_one_process_refuses_what_many_would(settings: Split) -> None:
 
 @pytest.mark.ranks(2)
 def test_an_optimizer_that_cannot_step_rows_is_named(group: Group) -> None:
-    made = compose(split(FSDP, optimizer=lambda model: torch.optim.Adafactor(trained(model), lr=0.01)), FSDP, group)
-    with pytest.raises(ConfigError, match="--strategy fsdp: Adafactor cannot step weights that are split"):
-        train_step(made.training, next(made.feed.batches(start=0, end=1)))
-    made.training.control.close()
+    for kind, said in ((Sparse, "Sparse cannot step weights that are split"), (torch.optim.Adafactor, "Adafactor reads numbers off")):
+        made = compose(split(FSDP, optimizer=lambda model, kind=kind: kind(trained(model), lr=0.01)), FSDP, group)
+        with pytest.raises(ConfigError, match=f"--strategy fsdp: {said}"):
+            train_step(made.training, next(made.feed.batches(start=0, end=1)))
+        made.training.control.close()
+        group.closing.close()
+
+
+class Sparse(torch.optim.SGD):
+    """Steps what is not zero, for which torch has no rule of how it is split."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            parameter[parameter.grad.nonzero(as_tuple=True)] -= 0.1
 
 
 class Layerwise(torch.optim.SGD):
@@ -102,6 +113,87 @@ def test_only_an_optimizer_that_steps_element_by_element_goes_with_deepspeed(kin
     with pytest.raises(ConfigError, match=f"the optimizer is {kind.__name__}: .*{said}.* Type --strategy zero1"):
         require_elementwise(made, stage=2)
     require_elementwise(made, stage=0)
+
+
+class Normed(torch.optim.SGD):
+    """Divides by the norm of all gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        stepped = [parameter for group in self.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in stepped])
+        for parameter in stepped:
+            parameter.sub_(0.1 * parameter.grad / norm)
+
+
+class Reading(torch.optim.SGD):
+    """Reads a number off each tensor."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            parameter.sub_(parameter.grad, alpha=0.1 * parameter.norm().item())
+
+
+def test_what_an_optimizer_takes_over_all_parameters_is_no_part_of_them() -> None:
+    parameters = [nn.Parameter(torch.ones(3, 2))]
+    with pytest.raises(ConfigError, match=r"the optimizer is Normed: .*Type --strategy zero1"):
+        require_elementwise(Normed(parameters, lr=0.1), stage=1)
+    with pytest.raises(ConfigError, match="--strategy zero1: Normed takes something over all parameters at once"):
+        require_separate(Normed(parameters, lr=0.1))
+    for kind in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adafactor, Layerwise, torch.optim.LBFGS):
+        require_separate(kind(parameters, lr=0.1))
+
+
+@pytest.mark.ranks(2)
+def test_numbers_that_would_be_of_a_part_only_are_refused(group: Group) -> None:
+    settings = Split(strategy="zero1")
+    with pytest.raises(ConfigError, match="--strategy zero1: Normed takes something over all parameters at once"):
+        compose(split(settings, optimizer=lambda model: Normed(trained(model), lr=0.1)), settings, group)
+    group.closing.close()
+    settings = replace(FSDP, ema=0.0)
+    made = compose(split(settings, optimizer=lambda model: Reading(trained(model), lr=0.1)), settings, group)
+    with pytest.raises(ConfigError, match="--strategy fsdp: Reading reads numbers off weights or gradients that are split"):
+        train_step(made.training, next(made.feed.batches(start=0, end=1)))
+    made.training.control.close()
+    with pytest.raises(ConfigError, match="outside its forward pass, where each rank has its rows only"):
+        compose(split(settings, evaluate=lambda model, batch: {"l2": (float(model.blocks[0].layer.weight.norm()), 1)}), settings, group)
+    group.closing.close()
+    if importlib.util.find_spec("deepspeed"):
+        settings = replace(ZERO, deepspeed=DeepSpeed(stage=3), ema=0.0)
+        with pytest.raises(ConfigError, match=r"the loss or `evaluate` uses blocks\.0\.layer\.weight outside"):
+            compose(split(settings, evaluate=detached), settings, group)
+
+
+def detached(model: Any, batch: Any) -> dict[str, Any]:
+    return {"l2": (model.blocks[0].layer.weight.detach().square().sum(), 1)}
+
+
+def test_what_is_wrapped_by_size_is_called_and_a_flag_that_wraps_nothing_is_refused() -> None:
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    assert [type(module).__name__ for module in modules_to_wrap(nn.Sequential(Expert(), Expert()), Fsdp(wrap_size=200))] == ["Expert"] * 2
+    for settings in (Fsdp(wrap_size=10**6), Fsdp(wrap=("Tied",))):
+        with pytest.raises(ConfigError, match="nothing is left to split by itself"):
+            modules_to_wrap(Pair(), settings)
+    with pytest.raises(ConfigError, match=r"--fsdp\.wrap ParameterList: it is never called"):
+        modules_to_wrap(nn.Sequential(nn.ParameterList([torch.ones(2)])), Fsdp(wrap=("ParameterList",)))
+
+
+class Tied(nn.Linear):
+    """Shares its weight."""
+
+
+class Pair(nn.Module):
+    """Of which nothing can be split by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Tied(4, 4, bias=False), Tied(4, 4, bias=False)
+        self.second.weight = self.first.weight
 
 
 def test_attentions_own_projection_is_not_wrapped_since_nobody_calls_it() -> None:

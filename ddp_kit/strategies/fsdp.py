@@ -8,8 +8,8 @@ The root is a module of ours around the model, whose forward calls any function:
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ddp_kit.errors import ConfigError, nearest
@@ -36,7 +37,8 @@ OUTSIDE = (
     "--fsdp.wrap, --fsdp.wrap-size: the loss or `evaluate` uses weights of a wrapped module outside its forward pass, where each rank has "
     "its rows only. Let the optimizer decay weights, wrap fewer modules, or type --strategy zero1."
 )
-CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+READS = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__format__"}
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 NEVER_CALLED = (*CONTAINERS, NonDynamicallyQuantizableLinear)  # the latter is attention's, which reads its weight
 
 
@@ -51,6 +53,7 @@ class FullyShardedDataParallel:
         has_offload = settings.cpu_offload  # gradients are then where NCCL does not reach
         self.shards: dist.ProcessGroup | None = group.control if has_offload else self._mesh.get_group(self._mesh.ndim - 1)
         self._root: Any = None
+        self._has_evaluated = False
 
     def shard(self, model: nn.Module) -> None:
         """Splits the modules of the given classes, or from a number of parameters on, each as one, and the rest with the root."""
@@ -69,15 +72,18 @@ class FullyShardedDataParallel:
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` through the root. The optimizer was built from the split parameters."""
-        return Wrapped(call=Through(self._root, call, self._uses), step=lambda: _step(optimizer))
+        return Wrapped(call=Through(self._root, call, self._uses), step=_stepping(optimizer))
 
     def enter(self, function: Function, *args: Any) -> Any:
         """Calls it through the root, and frees what was gathered: without a backward pass nothing else would.
 
         Raises: ConfigError if it uses weights of a wrapped module outside its forward pass.
         """
+        is_rehearsed = torch.is_grad_enabled() or not self._has_evaluated
+        self._has_evaluated |= not torch.is_grad_enabled()
         try:
-            result = self._root(function, *args)
+            with Unread(OUTSIDE) if is_rehearsed else nullcontext():
+                result = self._root(function, *args)
             if any(hasattr(part, "to_local") for part in tree_leaves(result)):
                 raise ConfigError(OUTSIDE)
             return result
@@ -124,12 +130,39 @@ def _mesh(group: Group, *, is_hybrid: bool) -> DeviceMesh:
     return mesh
 
 
+@final
+class Unread(TorchFunctionMode):
+    """Watches for numbers that are read off tensors of which this rank has a part: torch gives those of the part, and says nothing."""
+
+    def __init__(self, message: str):
+        super().__init__()
+        self._message = message
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function. Raises: ConfigError with the message if it would read such a number."""
+        if getattr(func, "__name__", "") in READS and any(not at.is_replicate() for at in getattr(args[0], "placements", ())):
+            raise ConfigError(self._message)
+        return func(*args, **(kwargs or {}))
+
+
+def _stepping(optimizer: Optimizer) -> Callable[[], None]:
+    """Returns what steps an optimizer, watched for the first time."""
+    kind = type(optimizer).__name__
+    watches = [Unread(f"--strategy fsdp: {kind} reads numbers off weights or gradients that are split. Type --strategy zero1.")]
+
+    def step() -> None:
+        with watches.pop() if watches else nullcontext():
+            _step(optimizer)
+
+    return step
+
+
 def _step(optimizer: Optimizer) -> None:
     """Raises: ConfigError for an optimizer that does what FSDP2's tensors cannot."""
     try:
         step_quietly(optimizer)
     except (NotImplementedError, RuntimeError) as error:
-        if not {"DTensor", "placement"} & set(re.findall(r"\w+", str(error))):
+        if not {"DTensor", "DeviceMesh", "placement"} & set(re.findall(r"\w+", str(error))):
             raise
         kind = type(optimizer).__name__
         raise ConfigError(f"--strategy fsdp: {kind} cannot step weights that are split ({error}). Type --strategy zero1.") from error
@@ -163,6 +196,11 @@ def modules_to_wrap(model: nn.Module, settings: Fsdp) -> list[nn.Module]:
     chosen = [module for module in chosen if not isinstance(module, NEVER_CALLED)]
     places = _places(model)
     closed = [module for module in chosen if all(count == places[identity] for identity, count in _places(module).items())]
+    if (settings.wrap or settings.wrap_size) and not closed:
+        raise ConfigError(
+            "--fsdp.wrap, --fsdp.wrap-size: nothing is left to split by itself: no module that is called is so large, or it shares "
+            "parameters with the rest. Name another class, type a smaller size, or leave it out."
+        )
     return sorted(closed, key=lambda module: -order[id(module)])
 
 
@@ -174,6 +212,6 @@ def _places(model: nn.Module) -> Counter[int]:
 def _of_size(model: nn.Module, size: int) -> Iterator[nn.Module]:
     """Yields the smallest modules that have at least `size` parameters, and are called."""
     for child in model.children():
-        if not isinstance(child, NonDynamicallyQuantizableLinear) and sum(parameter.numel() for parameter in child.parameters()) >= size:
+        if sum(parameter.numel() for parameter in child.parameters()) >= size:
             inner = list(_of_size(child, size))
-            yield from inner or [child]
+            yield from inner or ([] if isinstance(child, NEVER_CALLED) else [child])

@@ -60,15 +60,39 @@ def require_elementwise(optimizer: Optimizer, *, stage: int) -> None:
         raise ConfigError(f"--strategy deepspeed: parameter group {empty[0]} of the optimizer ({kind}) has nothing to train: leave it out.")
     if not stage:
         return
-    small, large = torch.linspace(0.1, 0.4, 4).view(2, 2), torch.linspace(10.0, 60.0, 6).view(2, 3)
     why = "DeepSpeed lays parameters into one, and it would step them otherwise than each by itself"
     try:
-        each, together = _stepped(optimizer, [small, large]), _stepped(optimizer, [torch.cat([small.flatten(), large.flatten()])])
-        if torch.allclose(each, together, rtol=1e-5):
+        together = _stepped(optimizer, [torch.cat([tensor.flatten() for tensor in _small_and_large()])])
+        if torch.allclose(_stepped_alone(optimizer), together, rtol=1e-5):
             return
     except Exception as error:  # whatever an optimizer raises
         why = f"it cannot be tried out on a tensor of one dimension ({error})"
     raise ConfigError(f"--strategy deepspeed: the optimizer is {kind}: {why}. Type --strategy zero1 or ddp, or --deepspeed.stage 0.")
+
+
+def require_separate(optimizer: Optimizer) -> None:
+    """Tries out on small tensors whether an optimizer steps each parameter by itself: with zero1 a rank steps some of them.
+
+    Raises: ConfigError if it takes something over all of them, a norm for instance, which would be another on each rank.
+    """
+    try:
+        is_separate = torch.allclose(_stepped_alone(optimizer), _stepped(optimizer, _small_and_large()), rtol=1e-5)
+    except Exception:  # whatever an optimizer raises: what it needs to be built and stepped is for its first step to say
+        return
+    if not is_separate:
+        raise ConfigError(
+            f"--strategy zero1: {type(optimizer).__name__} takes something over all parameters at once, of which each rank steps some. "
+            "Type --strategy ddp, or fsdp."
+        )
+
+
+def _small_and_large() -> list[torch.Tensor]:
+    return [torch.linspace(0.1, 0.4, 4).view(2, 2), torch.linspace(10.0, 60.0, 6).view(2, 3)]
+
+
+def _stepped_alone(optimizer: Optimizer) -> torch.Tensor:
+    """Returns what optimizers of that kind make of the tensors, one each."""
+    return torch.cat([_stepped(optimizer, [tensor]) for tensor in _small_and_large()])
 
 
 def _stepped(optimizer: Optimizer, tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ddp_kit.errors import ConfigError, some
 from ddp_kit.groups import Group
 from ddp_kit.strategies.ddp import DataParallel
+from ddp_kit.strategies.splittable import require_separate
 from ddp_kit.strategies.whole import Whole, Wrapped, arguments_of
 
 PLAIN = (bool, int, float, str, tuple)  # what is compared of an optimizer's own attributes
@@ -64,6 +65,7 @@ def rebuilt(optimizer: Optimizer, group: Group, *, in_buckets: bool = True) -> A
     groups = [{key: value for key, value in own.items() if key == "params" or key in known} for own in optimizer.param_groups]
     if optimizer.state:
         raise ConfigError(f"--strategy zero1: the optimizer ({kind.__name__}) has state before the first step, which cannot be split.")
+    require_separate(optimizer)
     try:
         zero = ZeroRedundancyOptimizer(
             groups,
