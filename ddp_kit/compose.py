@@ -71,7 +71,7 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
         raise ConfigError(f"the model's {lazy[0]} has no shape yet (a lazy module): run one batch through it in the recipe's model().")
     if settings.init_from and not is_meta:
         load_weights(model, Path(settings.init_from), group=group, rename=settings.rename, partial=settings.init_partial)
-    if is_split and settings.fsdp.cpu_offload and group.device.type == "cpu":
+    if settings.fsdp.cpu_offload and group.device.type == "cpu":
         raise ConfigError("--fsdp.cpu-offload: this rank runs on a CPU, where weights are in host memory anyway. Leave it out.")
     if settings.sync_batchnorm:
         if group.device.type != "cuda":

@@ -5,6 +5,7 @@ Refuses: the arithmetic. Gradients are summed in `strategies.exact`, running sta
 metrics have a slot for each micro-batch (`counts`, `report`, `evaluation`) in every mode.
 """
 
+from ddp_kit.batching import BatchPlan
 from ddp_kit.data.loader import Feed
 from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
@@ -20,10 +21,15 @@ def require_fit(feed: Feed, group: Group) -> None:
     """Raises: ConfigError on every rank if a run of this feed on these ranks cannot be exact."""
     if feed.sampler is None:
         raise ConfigError("--exact: the training data is iterable, and its order is its own. Give it __getitem__ and __len__.")
-    whole, micro = feed.plan.global_batch, feed.plan.stated or feed.plan.global_batch
+    require_subtrees(feed.plan, world_size=group.world_size)
+
+
+def require_subtrees(plan: BatchPlan, *, world_size: int) -> None:
+    """Raises: ConfigError if some of the ranks would not hold whole subtrees."""
+    whole, micro = plan.global_batch, plan.stated or plan.global_batch
     fitting = fitting_world_sizes(whole // micro) if whole % micro == 0 else []
-    if group.world_size not in fitting:
+    if world_size not in fitting:
         raise ConfigError(
-            f"--exact: {whole} / {micro} = {whole // micro} micro-batches do not fit {group.world_size} ranks. "
+            f"--exact: {whole} / {micro} = {whole // micro} micro-batches do not fit {world_size} ranks. "
             f"World sizes that fit: {', '.join(map(str, fitting))}."
         )

@@ -85,11 +85,16 @@ def _inexact(settings: Settings) -> list[str]:
     return faults
 
 
+def without_strategy(name: str) -> str:
+    """Returns what to say of a strategy's own flags where another one is chosen."""
+    return f"--{name}.* is set without --strategy {name}: type --strategy {name} too"
+
+
 def _strategy_faults(settings: Settings) -> list[str]:
     """Returns what does not go together with the strategy."""
     chosen = settings.strategy
     faults = [
-        f"--{name}.* is set without --strategy {name}: type --strategy {name} too"
+        without_strategy(name)
         for name, unset in (("fsdp", Fsdp()), ("deepspeed", DeepSpeed()))
         if getattr(settings, name) != unset and chosen != name
     ]

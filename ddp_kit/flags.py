@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ddp_kit.errors import ConfigError, nearest
-from ddp_kit.faults import check
+from ddp_kit.faults import check, without_strategy
 from ddp_kit.settings import Settings, converted, fits, flag
 
 REDACTED = "[redacted]"  # what a run writes in place of a secret (trackers)
@@ -55,6 +55,10 @@ def parse(cls: type[AnySettings], args: Sequence[str], *, prog: str, rank: int =
     _refuse_peers(cls, rest)
     settings = _tyro(cls, rest, default=default, prog=prog, prints_help=rank == 0)
     check(settings)
+    chosen: object = getattr(settings, "strategy", "")
+    for name in ("fsdp", "deepspeed"):
+        if chosen != name and any(arg.startswith(f"--{name}.") for arg in rest):  # with its default, which `check` cannot see
+            raise ConfigError(without_strategy(name))
     return settings
 
 

@@ -108,6 +108,13 @@ def test_the_peers_names_are_answered_with_ours(peer: str) -> None:
         assert named <= flags._flags(Settings)
 
 
+@pytest.mark.parametrize("arg", ["--deepspeed.stage=2", "--fsdp.wrap-size=0"])
+def test_a_strategys_own_flag_without_it_is_refused_though_it_has_its_default(arg: str) -> None:
+    name = arg[2:].partition(".")[0]
+    with pytest.raises(ConfigError, match=rf"--{name}\.\* is set without --strategy {name}"):
+        parse(Settings, [arg], prog="test")
+
+
 def test_a_recipe_may_use_a_peers_name_for_itself() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Own(Settings):

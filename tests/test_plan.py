@@ -28,6 +28,7 @@ from ddp_kit.saving import save
 from ddp_kit.settings import DeepSpeed, Fsdp
 from ddp_kit.sharded import local
 from ddp_kit.step import train_step
+from ddp_kit.strategies.deepspeed_config import config_of
 from ddp_kit.testing import run_ranks
 
 WIDTH = 256  # 300,000 parameters: what else is sent in a step does not count
@@ -225,6 +226,25 @@ def test_limits_in_deepspeeds_own_file_are_planned_with(tmp_path: Path) -> None:
             found.append(costs_of(split(settings), settings, plan, group=group, backend="nccl"))
     assert found[1].gathered == 2 * 50 * 4 < found[0].gathered
     assert found[1].sent == pytest.approx(1.5 * found[0].sent, rel=0.1)
+
+
+def test_what_training_would_refuse_is_not_planned_and_what_does_not_fit_is_told_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, recipe = tmp_path / "auto.json", str(Path(__file__).with_name("blocky.py"))
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": "auto"}}))
+    with pytest.raises(ConfigError, match=r'zero_optimization\.reduce_bucket_size: "auto" is for others to fill in'):
+        config_of(DeepSpeed(config=str(file)))
+    assert main([recipe, "--exact", "--micro-batch", "6", "--global-batch", "24", "--ranks", "3"]) == 2
+    assert "24 / 6 = 4 micro-batches do not fit 3 ranks" in capsys.readouterr().err
+    for args, words in (
+        (["--ranks", "8"], "Type --strategy fsdp.\n"),
+        (["--ranks", "1"], "Type --strategy fsdp, and start more ranks."),
+        (["--ranks", "8", "--strategy", "zero1"], "Type --strategy fsdp, or start more ranks."),
+        (["--ranks", "1", "--strategy", "zero1"], "Start more ranks."),
+    ):
+        assert main([recipe, "--gpu-memory-gib", "0.00001", *args]) == 1
+        assert words in capsys.readouterr().out
 
 
 def test_help_lists_the_commands_own_flags(capsys: pytest.CaptureFixture[str]) -> None:

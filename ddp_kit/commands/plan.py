@@ -11,6 +11,7 @@ from ddp_kit.batching import BatchPlan, describe, plan_batches
 from ddp_kit.costs import Costs, costs_of, fake_group
 from ddp_kit.data.data import as_data
 from ddp_kit.errors import ConfigError, DdpKitError
+from ddp_kit.exactness import require_subtrees
 from ddp_kit.flags import parse
 from ddp_kit.recipe import Recipe, load_recipe
 from ddp_kit.session import recipe_path, run_command
@@ -36,11 +37,13 @@ def main(argv: Sequence[str]) -> int:
         _refuse(given, settings)
         micro_batch = settings.micro_batch if isinstance(settings.micro_batch, int) else 0
         plan = plan_batches(settings.global_batch, micro_batch=micro_batch, world_size=given.ranks)
+        if settings.exact:
+            require_subtrees(plan, world_size=given.ranks)
         recipe = source.build(settings)
         with fake_group(ranks=given.ranks, ranks_per_node=given.ranks_per_node) as group:
             costs = costs_of(recipe, settings, plan, group=group, backend=given.backend)
         print("\n".join(_lines(costs, settings, plan, steps=_steps(recipe, settings), ranks=given.ranks)))
-        return _verdict(costs, given.gpu_memory_gib, settings=settings)
+        return _verdict(costs, given.gpu_memory_gib, settings=settings, ranks=given.ranks, objectives=len(recipe.parts()))
 
     return run_command(command)
 
@@ -100,17 +103,29 @@ def amount(size: float) -> str:
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.2f} MiB"
 
 
-def _verdict(costs: Costs, memory_gib: float, *, settings: Settings) -> int:
+def _verdict(costs: Costs, memory_gib: float, *, settings: Settings, ranks: int, objectives: int) -> int:
     if not memory_gib:
         return 0
     left = memory_gib * GIB - costs.held
     if left < 0:
-        less = {
-            "fsdp": "--fsdp.cpu-offload" if settings.fsdp.wrap or settings.fsdp.wrap_size else "--fsdp.wrap CLASS, of its blocks",
-            "deepspeed": "--strategy fsdp" if settings.deepspeed.stage == 3 else "--deepspeed.stage 3",
-        }.get(settings.strategy, "--strategy fsdp")
-        advice = "Start" if settings.fsdp.cpu_offload else f"Type {less}, or start"
-        print(f"does not fit {memory_gib:g} GiB: {amount(-left)} too much. {advice} more ranks.")
+        print(f"does not fit {memory_gib:g} GiB: {amount(-left)} too much. {_advice(settings, ranks=ranks, objectives=objectives)}")
         return 1
     print(f"fits {memory_gib:g} GiB: {amount(left)} are left for activations and libraries.")
     return 0
+
+
+def _advice(settings: Settings, *, ranks: int, objectives: int) -> str:
+    """Returns what would make a rank hold less."""
+    is_split = {"ddp": False, "zero1": True, "fsdp": not settings.fsdp.hybrid, "deepspeed": settings.deepspeed.stage > 0}[settings.strategy]
+    less = {
+        "fsdp": "--fsdp.cpu-offload" if settings.fsdp.wrap or settings.fsdp.wrap_size else "--fsdp.wrap CLASS, of its blocks",
+        "deepspeed": "--strategy fsdp" if settings.deepspeed.stage == 3 else "--deepspeed.stage 3",
+    }.get(settings.strategy, "--strategy fsdp")
+    if objectives > 1:  # which zero1 alone can split
+        less = "" if settings.strategy == "zero1" else "--strategy zero1"
+    if settings.fsdp.cpu_offload or (is_split and ranks == 1):
+        less = ""
+    if ranks == 1 and less:
+        return f"Type {less}, and start more ranks."
+    more = "tart more ranks." if is_split else ""
+    return f"Type {less}{f', or s{more}' if more else '.'}" if less else f"S{more}" if more else "A smaller model would."
