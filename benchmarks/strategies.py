@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import os
 import resource
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -197,7 +198,10 @@ def main() -> None:
     print(f"{given.rounds} rounds each of {given.steps} steps a turn", flush=True)
     for strategy in given.strategies:
         print(f"\n{strategy}")
-        show(times_of(strategy, given), targets={"ddp_kit": TIME}, digits=3)
+        times = times_of(strategy, given)
+        rates = [f"{name} {given.ranks * BATCH * 1e3 / statistics.median(own):.1f}" for name, own in times.items()]
+        print(f"samples/s: {', '.join(rates)}")
+        show(times, targets={"ddp_kit": TIME}, digits=3)
         show(peaks_of(strategy, given), unit="peak MiB", targets={"ddp_kit": MEMORY}, digits=3)
 
 

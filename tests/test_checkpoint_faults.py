@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from lives import alone
 from ddp_kit.checkpoint.restore import open_checkpoint
 from ddp_kit.checkpoint.retention import steps
 from ddp_kit.checkpoint.storage import LocalDisk
+
+needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed: pip install 'ddp_kit[deepspeed]'")
 
 MORTAL = str(Path(__file__).with_name("mortal.py"))
 SMALL = ["--epochs", "1", "--width", "16", "--save-every", "4", "--eval-every", "100"]  # saves at 4, 8 and 10
@@ -75,10 +78,8 @@ def test_a_rank_killed_at_any_file_operation_of_a_save_costs_no_more_than_steps(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero1", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp", pytest.param("deepspeed", marks=needs_deepspeed)])
 def test_so_it_is_with_every_strategy(tmp_path: Path, strategy: str) -> None:
-    if strategy == "deepspeed":
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'ddp_kit[deepspeed]'")
     flags = ["--strategy", strategy, *(["--deepspeed.stage", "3", "--precision", "fp32"] if strategy == "deepspeed" else [])]
     whole = run(tmp_path / "whole", *flags, limit_s=60)
     assert whole.codes == [0, 0], whole.errors
