@@ -127,5 +127,6 @@ def _advice(settings: Settings, *, ranks: int, objectives: int) -> str:
         less = ""
     if ranks == 1 and less:
         return f"Type {less}, and start more ranks."
-    more = "tart more ranks." if is_split else ""
-    return f"Type {less}{f', or s{more}' if more else '.'}" if less else f"S{more}" if more else "A smaller model would."
+    if less:
+        return f"Type {less}, or start more ranks." if is_split else f"Type {less}."
+    return "Start more ranks." if is_split else "No strategy makes it less: take a smaller model, or GPUs with more memory."

@@ -20,7 +20,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ddp_kit.errors import ConfigError, nearest
@@ -29,6 +28,7 @@ from ddp_kit.precision import AUTOCAST
 from ddp_kit.settings import Fsdp, Precision
 from ddp_kit.sharded import local
 from ddp_kit.strategies.root import Root, Through
+from ddp_kit.strategies.splittable import Unread
 from ddp_kit.strategies.uses import Uses
 from ddp_kit.strategies.whole import Function, Wrapped
 from ddp_kit.tuning import step_quietly
@@ -37,7 +37,6 @@ OUTSIDE = (
     "--fsdp.wrap, --fsdp.wrap-size: the loss or `evaluate` uses weights of a wrapped module outside its forward pass, where each rank has "
     "its rows only. Let the optimizer decay weights, wrap fewer modules, or type --strategy zero1."
 )
-READS = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__format__"}
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 NEVER_CALLED = (*CONTAINERS, NonDynamicallyQuantizableLinear)  # the latter is attention's, which reads its weight
 
@@ -81,8 +80,9 @@ class FullyShardedDataParallel:
         """
         is_rehearsed = torch.is_grad_enabled() or not self._has_evaluated
         self._has_evaluated |= not torch.is_grad_enabled()
+        is_compiled = self._root.model._compiled_call_impl is not None  # anew for a pass that is watched
         try:
-            with Unread(OUTSIDE) if is_rehearsed else nullcontext():
+            with Unread(OUTSIDE) if is_rehearsed and not is_compiled else nullcontext():
                 result = self._root(function, *args)
             if any(hasattr(part, "to_local") for part in tree_leaves(result)):
                 raise ConfigError(OUTSIDE)
@@ -128,21 +128,6 @@ def _mesh(group: Group, *, is_hybrid: bool) -> DeviceMesh:
             dist.all_reduce(torch.zeros(1, device=group.device), group=own)  # connects, so that an error cuts these connections too
             group.others.append(own)
     return mesh
-
-
-@final
-class Unread(TorchFunctionMode):
-    """Watches for numbers that are read off tensors of which this rank has a part: torch gives those of the part, and says nothing."""
-
-    def __init__(self, message: str):
-        super().__init__()
-        self._message = message
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the function. Raises: ConfigError with the message if it would read such a number."""
-        if getattr(func, "__name__", "") in READS and any(not at.is_replicate() for at in getattr(args[0], "placements", ())):
-            raise ConfigError(self._message)
-        return func(*args, **(kwargs or {}))
 
 
 def _stepping(optimizer: Optimizer) -> Callable[[], None]:

@@ -1,20 +1,23 @@
 """What cannot be split over ranks is refused before training starts: by one process as by many, and by `ddp-kit plan`.
 
-Owns: what models, optimizers and settings must be like for `fsdp` and `deepspeed`.
+Owns: what models, optimizers and settings must be like for `fsdp`, `deepspeed` and `zero1`.
 Refuses: nothing that whole copies on each rank can do.
 """
 
 import importlib.util
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from ddp_kit.errors import ConfigError, require, some
 from ddp_kit.settings import Settings
 from ddp_kit.strategies.deepspeed_config import config_of
 from ddp_kit.strategies.whole import arguments_of
+
+READS = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__format__"}
 
 
 def require_splittable(model: nn.Module, settings: Settings, *, objectives: int) -> None:
@@ -104,3 +107,18 @@ def _stepped(optimizer: Optimizer, tensors: list[torch.Tensor]) -> torch.Tensor:
             parameter.grad = parameter.detach().cos()  # of no fixed ratio to the parameter
         made.step()
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+
+@final
+class Unread(TorchFunctionMode):
+    """Watches for numbers that are read off tensors of which this rank has a part: torch gives those of the part, and says nothing."""
+
+    def __init__(self, message: str):
+        super().__init__()
+        self._message = message
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function. Raises: ConfigError with the message if it would read such a number."""
+        if getattr(func, "__name__", "") in READS and any(not at.is_replicate() for at in getattr(args[0], "placements", ())):
+            raise ConfigError(self._message)
+        return func(*args, **(kwargs or {}))
