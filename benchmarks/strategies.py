@@ -16,7 +16,7 @@ import os
 import resource
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -52,7 +52,6 @@ class Settings(ddp_kit.Settings):
     max_steps: int = 10**9
     device: Any = "cpu"
     threads: int = 1
-    fsdp: Fsdp = field(default_factory=Fsdp)
 
 
 class Net(nn.Module):
