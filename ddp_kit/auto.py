@@ -53,7 +53,8 @@ def _fits(
         torch.cuda.empty_cache()  # what a larger size has left
         torch.cuda.reset_peak_memory_stats(group.device)
     try:
-        batch: MicroBatch = feed_of(data, plan=plan, rank=0, seed=settings.seed, placement=placement).rehearsal()
+        feed = feed_of(data, plan=plan, rank=0, seed=settings.seed, placement=placement, num_workers=settings.num_workers)
+        batch: MicroBatch = feed.rehearsal()
         with generators_put_back():
             for part in parts:
                 call = LossCall(model, part.loss, precision=settings.precision, device=group.device)

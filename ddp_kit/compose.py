@@ -216,7 +216,8 @@ def _spread(model: nn.Module, recipe: Recipe, settings: Settings, group: Group, 
 def _run_losses(model: nn.Module, recipe: Recipe, data: Data, placement: Placement, settings: Settings, group: Group) -> None:
     """Runs the losses on two samples, as many as BatchNorm needs."""
     plan = plan_batches(min(2, settings.global_batch), micro_batch=0, world_size=1)
-    batch = feed_of(data, plan=plan, rank=0, seed=settings.seed, placement=placement).rehearsal().batch
+    feed = feed_of(data, plan=plan, rank=0, seed=settings.seed, placement=placement, num_workers=settings.num_workers)
+    batch = feed.rehearsal().batch
     for part in recipe.parts():
         LossCall(model, part.loss, precision=settings.precision, device=group.device)(batch)
 

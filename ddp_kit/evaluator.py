@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from ddp_kit.data.agreement import require_same_samples
 from ddp_kit.data.data import Data, as_data
-from ddp_kit.data.loader import evaluation_batches
+from ddp_kit.data.loader import evaluation_batches, first_of_evaluation
 from ddp_kit.data.placement import Placement
 from ddp_kit.ema import WeightAverage
 from ddp_kit.errors import ConfigError, DataError, nearest
@@ -87,11 +88,21 @@ class Evaluator:
         workers = self.settings.num_workers
         return evaluation_batches(data, group=self.group, micro_batch=self.micro_batch, placement=self.placement, num_workers=workers)
 
+    def _compare_streams(self) -> None:
+        """Raises: DataError on every rank if a stream gives ranks other samples: each would then measure its share of a share."""
+        for prefix, data in self.sets.items():
+            if not data.is_iterable or self.group.world_size == 1:
+                continue
+            first = first_of_evaluation(data, micro_batch=self.micro_batch, num_workers=self.settings.num_workers)
+            what = f"evaluation data {prefix[:-1]}" if prefix else "evaluation data"
+            require_same_samples(self.group, first.batch if first is not None else None, what=what, is_iterable=True)
+
     def rehearse(self, model: nn.Module) -> None:
         """Runs one micro-batch: a wrong metric name or too little memory shows now, not hours later.
 
         Raises: ConfigError if early stopping watches a metric that evaluation does not produce.
         """
+        self._compare_streams()
         self.names = self(model, limit=1)
         metric = self.settings.early_stop.metric
         is_wanted = not self.names or (metric and metric not in self.names)  # rows alone have no metrics without it

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ddp_kit.buffers import Buffer, buffers_put_back
 from ddp_kit.collectives import first_difference
 from ddp_kit.counts import Count, FixedCount, FoundCount, KnownCount
+from ddp_kit.data.agreement import require_same_samples
 from ddp_kit.data.loader import Feed
 from ddp_kit.errors import ConfigError, DdpKitError, no_gradient
 from ddp_kit.finite import samples_named
@@ -31,6 +32,7 @@ class Rehearsal:
         """Args: `allows_unused` whether parameters may stay without a gradient; `exact` whether bits must not depend on the ranks."""
         self.training, self._feed, self._allows_unused, self._exact = training, feed, allows_unused, exact
         self._batch = feed.rehearsal()
+        require_same_samples(training.group, self._batch.batch, what="training data", is_iterable=feed.data.is_iterable)
 
     def run(
         self, call: LossCall, optimizer: Optimizer, parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]

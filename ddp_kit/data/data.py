@@ -25,11 +25,12 @@ class Data:
     """A data set and how it is read. A recipe may return a bare data set where nothing else is said.
 
     Args: `dataset` map-style, with `__getitems__`, or iterable; `collate(samples)` makes a batch of a list of samples (default:
-        torch's); `augment(batch, draws)` changes a training batch, vectorised, from draws keyed by (seed, epoch, index);
+        torch's); `augment(batch, draws)` changes a training batch, vectorised, from draws keyed by (seed, epoch, index,
+        how often the sample came before in the epoch);
         `order(seed, epoch, size)` returns the indices of an epoch, a pure function (default: a permutation); `count(batch)` the
         loss's count where it varies but is known before the forward pass.
 
-    An iterable data set is evaluated in the training process whatever `num_workers` is: each worker would read the whole stream.
+    An iterable data set is evaluated by at most one worker whatever `num_workers` is: each would read the whole stream.
     """
 
     dataset: Any

@@ -6,11 +6,12 @@ Refuses: order and randomness (sampler, reader). With `num_workers=0` a user's c
 
 import contextlib
 import copy
+import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from ddp_kit.data.data import Data, as_data
 from ddp_kit.data.placement import Placement, has_cuda_tensors, map_tensors
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
-from ddp_kit.data.stream import Course, TrainingStream, evaluation_stream, is_stateful
+from ddp_kit.data.stream import Course, EvaluationStream, TrainingStream, is_stateful
 from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
 
@@ -74,22 +75,37 @@ class Feed:
         requests = self.sampler.requests(start=start, end=end)
         if self.num_workers:
             yield from _with_workers(reader, requests, num_workers=self.num_workers)
-        else:
-            yield from map(reader.read, requests)
+            return
+        per_step = len(self.plan.of_rank(self.rank))
+        while own := list(itertools.islice(requests, per_step)):
+            yield from reader.read(own)
 
     def rehearsal(self) -> MicroBatch:
-        """Returns the fixed micro-batch of the passes that come before the first step: the same on all ranks."""
+        """Returns the fixed micro-batch of the passes that come before the first step: the same on all ranks.
+
+        With workers it is read by one, so that theirs is a data set that nobody has touched: what it opens at its first sample each
+        of them opens for itself.
+        """
         size = self.plan.largest
         if self.sampler is None:
-            whole = replace(self.plan, global_batch=size, bounds=(0, size), firsts=(0, 1))
-            state = copy.deepcopy(self.data.dataset.state_dict()) if self.course is not None else None
-            answer = next(iter(TrainingStream(self.data, plan=whole, rank=0, seed=self.seed, start=0, end=1)))
-            if state is not None:
-                self.data.dataset.load_state_dict(state)
+            answer = self._start_of_stream(size)
         else:
-            request = Request(0, 0, 0, self.sampler.epoch_order(0)[:size])
-            answer = Reader(self.data, seed=self.seed, training=True).read(request)
+            request = self.sampler.request(0, slice(0, size), step=0, micro_batch=0)
+            reader = Reader(self.data, seed=self.seed, training=True)
+            answer = _by_one_worker(reader, [request]) if self.num_workers else reader.read([request])[0]
         return MicroBatch(answer.request, self.placement(answer.batch))
+
+    def _start_of_stream(self, size: int) -> MicroBatch:
+        whole = replace(self.plan, global_batch=size, bounds=(0, size), firsts=(0, 1))
+        stream = TrainingStream(self.data, plan=whole, rank=0, seed=self.seed, start=0, end=1)
+        if self.num_workers:
+            return _by_one_worker(stream, None)
+        if self.course is None:
+            return next(iter(stream))
+        state = copy.deepcopy(self.data.dataset.state_dict())
+        answer = next(iter(stream))
+        self.data.dataset.load_state_dict(state)
+        return answer
 
 
 def build_loader(
@@ -126,18 +142,36 @@ def evaluation_batches(
     data: Any, *, group: Group, micro_batch: int, placement: Placement | None = None, num_workers: int = 0
 ) -> Generator[MicroBatch, None, None]:
     """Yields this rank's micro-batches of an evaluation: each sample once over all ranks, and the same number on every rank."""
-    data, placement = as_data(data), placement or Placement(group.device)
-    if data.is_iterable:  # read in the training process: each worker would read the whole stream for its part of it
-        stream = evaluation_stream(data, micro_batch=micro_batch, rank=group.rank, world_size=group.world_size)
-        yield from placed(stream, placement)
+    share = {"micro_batch": micro_batch, "rank": group.rank, "world_size": group.world_size}
+    yield from placed(_evaluation(as_data(data), share, num_workers=num_workers), placement or Placement(group.device))
+
+
+def first_of_evaluation(data: Data, *, micro_batch: int, num_workers: int = 0) -> MicroBatch | None:
+    """Returns the first micro-batch of a whole evaluation set, on the CPU; None of an empty one."""
+    share = {"micro_batch": micro_batch, "rank": 0, "world_size": 1}
+    with contextlib.closing(_evaluation(data, share, num_workers=num_workers)) as answers:
+        return next(answers, None)
+
+
+def _evaluation(data: Data, share: Mapping[str, int], *, num_workers: int) -> Generator[MicroBatch, None, None]:
+    if data.is_iterable:
+        stream = EvaluationStream(data, **share)
+        # one worker: each would read the whole stream for its part of it
+        yield from _with_workers(stream, None, num_workers=1) if num_workers else stream
         return
-    requests = evaluation_requests(len(data), micro_batch=micro_batch, rank=group.rank, world_size=group.world_size)
+    requests = evaluation_requests(len(data), **share)
     reader = Reader(data, seed=0, training=False)
-    if not num_workers:
-        yield from placed(map(reader.read, requests), placement)
+    if num_workers:
+        yield from _with_workers(reader, requests, num_workers=num_workers)
         return
-    with contextlib.closing(_with_workers(reader, requests, num_workers=num_workers)) as answers:
-        yield from placed(answers, placement)
+    for request in requests:
+        yield from reader.read([request])
+
+
+def _by_one_worker(dataset: Any, requests: Iterable[Request] | None) -> MicroBatch:
+    """Returns the first answer of a worker that lives for it alone."""
+    with contextlib.closing(_with_workers(dataset, requests, num_workers=1)) as answers:
+        return next(answers)
 
 
 def _with_workers(dataset: Any, requests: Iterable[Request] | None, *, num_workers: int) -> Generator[MicroBatch, None, None]:

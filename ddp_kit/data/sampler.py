@@ -15,7 +15,7 @@ from ddp_kit.batching import BatchPlan
 from ddp_kit.data.data import Order
 from ddp_kit.data.reader import Request
 from ddp_kit.errors import DataError
-from ddp_kit.seeding import permutation
+from ddp_kit.seeding import occurrences_in, permutation
 
 
 class GlobalBatchSampler(DistributedSampler[Any]):
@@ -33,6 +33,7 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         self._size = len(dataset)
         self._runs = plan.of_rank(rank)
         self._known: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
+        self._occurrences: NDArray[np.int64] | None = None  # in the known epoch's order
         self._length = len(self.epoch_order(0))
         if self._length < plan.global_batch:
             given = "is empty" if not self._size else f"has {self._length} samples an epoch"
@@ -57,15 +58,22 @@ class GlobalBatchSampler(DistributedSampler[Any]):
                     f"the order of epoch {epoch} has {len(order)} samples, that of epoch 0 has {self._length}; expected the same."
                 )
             self._known = (epoch, order)
+            self._occurrences = None if self._order is permutation else occurrences_in(order)
         return self._known[1]
 
     def requests(self, *, start: int, end: int) -> Iterator[Request]:
         """Yields this rank's micro-batches of steps start to end - 1. Any `start` costs the same."""
         for step in range(start, end):
             epoch, k = divmod(step, self.steps_per_epoch)
-            batch = self.epoch_order(epoch)[k * self._plan.global_batch : (k + 1) * self._plan.global_batch]
+            begin = k * self._plan.global_batch
             for index, first, stop in self._runs:
-                yield Request(step, epoch, index, batch[first:stop])
+                yield self.request(epoch, slice(begin + first, begin + stop), step=step, micro_batch=index)
+
+    def request(self, epoch: int, places: slice, *, step: int, micro_batch: int) -> Request:
+        """Returns the request for the samples at some places of an epoch's order."""
+        indices = self.epoch_order(epoch)[places]
+        occurrences = None if self._occurrences is None else self._occurrences[places]
+        return Request(step, epoch, micro_batch, indices, occurrences=occurrences)
 
     def __iter__(self) -> Iterator[Any]:
         first = self.epoch * self.steps_per_epoch

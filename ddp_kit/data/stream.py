@@ -7,18 +7,23 @@ own (`state_dict`, `load_state_dict`, plain data) is not replayed: a checkpoint 
 """
 
 import copy
+import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
+from torch.utils.data._utils import worker as torch_worker
 
 from ddp_kit.batching import BatchPlan
 from ddp_kit.data.data import Data
 from ddp_kit.data.reader import MicroBatch, Request
 from ddp_kit.errors import DataError
-from ddp_kit.seeding import Draws, Purpose, generators_put_back, key, seed_generators
+from ddp_kit.seeding import Draws, Purpose, generators_aside, key, seed_generators
+
+EVALUATION_RUN = 64  # samples of an evaluation that are read under one seed, at any micro-batch and number of ranks
 
 
 @dataclass(frozen=True)
@@ -48,24 +53,62 @@ def is_stateful(dataset: Any) -> bool:
     return hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
 
 
-def _samples(data: Data, *, seed: int, epoch: int, begin: Place = Place()) -> Iterator[Any]:
-    """Yields the samples of an epoch from a place on, each read under generators keyed by its position."""
-    set_epoch = getattr(data.dataset, "set_epoch", None)
-    if set_epoch is not None:
-        set_epoch(epoch)
-    if begin.state is not None:
-        data.dataset.load_state_dict(begin.state)
-    samples = iter(data.dataset)
-    position = begin.position
-    while True:
-        with generators_put_back():
-            seed_generators(key(seed, Purpose.STREAM, epoch, position))
-            try:
-                sample = next(samples)
-            except StopIteration:
-                return
-        yield sample
-        position += 1
+class Keyed:
+    """Default generators seeded for a piece of a stream's code; the training process has its own back afterwards."""
+
+    def __init__(self, seed: int):
+        """Hides from the data set that it is read in a loader worker: a stream that shares itself out by `get_worker_info()`, as
+        torch's documentation shows, would be shared out twice. The worker is this stream's alone."""
+        self.seed = seed
+        self._is_worker = get_worker_info() is not None
+        self._numpy = np.random.MT19937(0)
+        torch_worker._worker_info = None
+
+    @contextmanager
+    def by(self, purpose: Purpose, epoch: int, position: int) -> Iterator[None]:
+        """Seeds the generators while it lasts."""
+        value = key(self.seed, purpose, epoch, position)
+        if self._is_worker:  # nobody else draws in it
+            seed_generators(value)
+            yield
+            return
+        with generators_aside(self._numpy):
+            seed_generators(value)
+            yield
+
+
+class Samples:
+    """The samples of one epoch of a stream from a place on, read a run of them at a time.
+
+    A stream cannot be read again, so its generators are seeded once a run, by the position of the first sample: runs must begin at the
+    same positions for every reader.
+    """
+
+    def __init__(self, data: Data, *, keyed: Keyed, epoch: int, begin: Place = Place()):
+        self._dataset, self._keyed, self._epoch, self._begin = data.dataset, keyed, epoch, begin
+        self._samples: Iterator[Any] | None = None
+        self.position = begin.position  # of the next sample
+
+    @contextmanager
+    def run(self, size: int) -> Iterator[Iterator[Any]]:
+        """Yields the next `size` samples, fewer at the stream's end."""
+        with self._keyed.by(Purpose.STREAM, self._epoch, self.position):
+            if self._samples is None:
+                self._samples = self._started()
+            yield self._counted(itertools.islice(self._samples, size))
+
+    def _started(self) -> Iterator[Any]:
+        set_epoch = getattr(self._dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self._epoch)
+        if self._begin.state is not None:
+            self._dataset.load_state_dict(self._begin.state)
+        return iter(self._dataset)
+
+    def _counted(self, samples: Iterator[Any]) -> Iterator[Any]:
+        for sample in samples:
+            self.position += 1
+            yield sample
 
 
 class TrainingStream(IterableDataset[MicroBatch]):
@@ -78,78 +121,112 @@ class TrainingStream(IterableDataset[MicroBatch]):
         self._data, self._plan, self._seed, self._start, self._end = data, plan, seed, start, end
         self._runs = plan.of_rank(rank)
         self._collate = data.collate or default_collate
+        self._may_draw = data.collate is not None or data.augment is not None
 
     def __iter__(self) -> Iterator[MicroBatch]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        keyed = Keyed(self._seed)
         taken = 0
-        for step, epoch, first, samples in self._global_batches():
+        for step, epoch, first, samples in self._global_batches(keyed):
             for index, start, stop in self._runs:
                 if taken % workers == worker and step >= self._start:
                     own = samples[start - self._runs[0][1] : stop - self._runs[0][1]]
-                    yield self._micro_batch(Request(step, epoch, index, np.arange(first + start, first + stop)), own)
+                    yield self._micro_batch(Request(step, epoch, index, np.arange(first + start, first + stop)), own, keyed)
                 taken += step >= self._start
 
-    def _global_batches(self) -> Iterator[tuple[int, int, int, list[Any]]]:
+    def _global_batches(self, keyed: Keyed) -> Iterator[tuple[int, int, int, list[Any]]]:
         """Yields (step, epoch, position of the global batch in the stream, this rank's samples); a ragged tail is dropped."""
-        begin, finish = self._runs[0][1], self._runs[-1][2]
         place = self._course.begin if self._course is not None and self._course.begin is not None else Place()
         step = 0 if place == Place() else self._start
         epoch = place.epoch
         while step < self._end:
-            size, kept, before = 0, [], step
-            for position, sample in enumerate(_samples(self._data, seed=self._seed, epoch=epoch, begin=place), place.position):
-                if begin <= size < finish:
-                    kept.append(sample)
-                size += 1
-                if size == self._plan.global_batch:
-                    if self._course is not None:
-                        self._course.note(step + 1, Place(epoch, position + 1, copy.deepcopy(self._data.dataset.state_dict())))
-                    yield step, epoch, position + 1 - size, kept
-                    step, size, kept = step + 1, 0, []
-                    if step >= self._end:
-                        return
+            samples, before = Samples(self._data, keyed=keyed, epoch=epoch, begin=place), step
+            while step < self._end:
+                first = samples.position
+                kept = self._own_of(samples)
+                if samples.position - first < self._plan.global_batch:
+                    break
+                if self._course is not None:
+                    state = copy.deepcopy(self._data.dataset.state_dict())
+                    self._course.note(step + 1, Place(epoch, samples.position, state))
+                yield step, epoch, first, kept
+                step += 1
             if step == before and not place.position:
                 raise DataError(
-                    f"the training stream ended after {size} samples, less than one global batch of {self._plan.global_batch}. "
-                    "Type a smaller --global-batch, or give the stream more samples."
+                    f"the training stream ended after {samples.position} samples, less than one global batch of "
+                    f"{self._plan.global_batch}. Type a smaller --global-batch, or give the stream more samples."
                 )
             epoch, place = epoch + 1, Place()
 
-    def _micro_batch(self, request: Request, samples: list[Any]) -> MicroBatch:
-        with generators_put_back():
-            seed_generators(key(self._seed, Purpose.BATCH, request.epoch, int(request.indices[0])))
+    def _own_of(self, samples: Samples) -> list[Any]:
+        """Reads a global batch and returns this rank's samples of it."""
+        begin = self._runs[0][1]
+        end = self._runs[-1][2]
+        kept = []
+        with samples.run(self._plan.global_batch) as run:
+            for number, sample in enumerate(run):
+                if begin <= number < end:
+                    kept.append(sample)
+        return kept
+
+    def _micro_batch(self, request: Request, samples: list[Any], keyed: Keyed) -> MicroBatch:
+        if not self._may_draw:
+            return MicroBatch(request, self._collate(samples))
+        with keyed.by(Purpose.BATCH, request.epoch, int(request.indices[0])):
             batch = self._collate(samples)
             if self._data.augment is not None:
                 batch = self._data.augment(batch, Draws(self._seed, request.epoch, request.indices))
         return MicroBatch(request, batch)
 
 
-def evaluation_stream(data: Data, *, micro_batch: int, rank: int, world_size: int) -> Iterator[MicroBatch]:
-    """Yields a rank's micro-batches of an evaluation over an iterable data set: every world_size-th, each sample once.
+class EvaluationStream(IterableDataset[MicroBatch]):
+    """A rank's micro-batches of an evaluation over an iterable data set: every world_size-th, each sample once.
 
-    All ranks yield the same number: those without one more repeat the stream's first sample, marked as padding.
+    All ranks have the same number: those without one more repeat the stream's first sample, marked as padding.
     """
-    collate = data.collate or default_collate
-    spare: list[Any] = []
-    block: list[Any] = []
-    blocks = 0
 
-    def answer(samples: list[Any], first: int) -> MicroBatch:
-        return MicroBatch(Request(0, 0, blocks, np.arange(first, first + len(samples))), collate(samples))
+    def __init__(self, data: Data, *, micro_batch: int, rank: int, world_size: int):
+        super().__init__()
+        self._data, self._size, self._rank, self._world_size = data, micro_batch, rank, world_size
+        self._collate = data.collate or default_collate
 
-    position = -1
-    for position, sample in enumerate(_samples(data, seed=0, epoch=0)):
-        if not spare:
-            spare = [sample]
-        block.append(sample)
-        if len(block) == micro_batch:
-            if blocks % world_size == rank:
-                yield answer(block, position + 1 - len(block))
-            block, blocks = [], blocks + 1
-    if block:
-        if blocks % world_size == rank:
-            yield answer(block, position + 1 - len(block))
-        blocks += 1
-    if blocks % world_size and rank >= blocks % world_size:
-        yield MicroBatch(Request(0, 0, blocks, np.zeros(1, dtype=np.int64), is_padding=True), collate(spare))
+    def __iter__(self) -> Iterator[MicroBatch]:
+        keyed = Keyed(0)
+        spare: list[Any] = []
+        block: list[Any] = []
+        blocks = 0
+        for sample in self._samples(keyed):
+            if not spare:
+                spare = [sample]
+            block.append(sample)
+            if len(block) == self._size:
+                if blocks % self._world_size == self._rank:
+                    yield self._answer(block, blocks, keyed)
+                block = []
+                blocks += 1
+        if block:
+            if blocks % self._world_size == self._rank:
+                yield self._answer(block, blocks, keyed)
+            blocks += 1
+        left = blocks % self._world_size
+        if left and self._rank >= left:
+            request = Request(0, 0, blocks, np.zeros(1, dtype=np.int64), is_padding=True)
+            yield MicroBatch(request, self._answer(spare, blocks, keyed).batch)
+
+    def _samples(self, keyed: Keyed) -> Iterator[Any]:
+        samples = Samples(self._data, keyed=keyed, epoch=0)
+        while True:
+            with samples.run(EVALUATION_RUN) as run:
+                found = list(run)
+            yield from found
+            if len(found) < EVALUATION_RUN:
+                return
+
+    def _answer(self, samples: list[Any], block: int, keyed: Keyed) -> MicroBatch:
+        first = block * self._size
+        request = Request(0, 0, block, np.arange(first, first + len(samples)))
+        if self._data.collate is None:
+            return MicroBatch(request, self._collate(samples))
+        with keyed.by(Purpose.BATCH, 0, first):
+            return MicroBatch(request, self._collate(samples))

@@ -1,0 +1,84 @@
+"""Whether all ranks read the same samples, before training shares them out."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ddp_kit.collectives import gather_bytes
+from ddp_kit.errors import DataError
+from ddp_kit.groups import Group
+
+SPOTS = 64  # of a floating-point tensor, that are compared
+TOLERANCE = 1e-3  # decoding and resizing may round otherwise on another kind of CPU
+
+
+def require_same_samples(group: Group, batch: Any, *, what: str, is_iterable: bool) -> None:
+    """Compares one fixed batch over ranks: whole numbers bit for bit, floating-point ones at some spots. Every rank calls it.
+
+    Raises: DataError on every rank that names the first one that reads other samples than rank 0.
+    """
+    if group.world_size == 1:
+        return
+    prints = [json.loads(row) for row in gather_bytes(group, json.dumps(_print_of(batch)).encode())]
+    for rank, other in enumerate(prints):
+        if not _is_alike(prints[0], other):
+            raise DataError(_refusal(what, rank=rank, is_iterable=is_iterable))
+
+
+def _refusal(what: str, *, rank: int, is_iterable: bool) -> str:
+    said = f"the {what} gives rank {rank} other samples than rank 0 for the same places."
+    if is_iterable:
+        return (
+            f"{said} Every rank must get the whole stream, of which ddp_kit takes its share: leave out what shares it out by rank "
+            "(split_by_node, split_dataset_by_node, [rank::world_size])."
+        )
+    return (
+        f"{said} It must hold the same samples on every rank and draw from the default generators alone, which are keyed by sample: "
+        "leave out what depends on the rank, and generators of its own that are not seeded by the sample's index."
+    )
+
+
+def _print_of(batch: Any) -> list[Any]:
+    """Returns what tells a batch's content from another's: for each tensor its shape and a checksum, or the values at some spots."""
+    if isinstance(batch, torch.Tensor):
+        return [_print_of_tensor(batch.detach().cpu())]
+    if isinstance(batch, Mapping):
+        return _print_of(list(batch.values()))
+    if isinstance(batch, (tuple, list)):
+        found = []
+        for value in batch:
+            found += _print_of(value)
+        return found
+    if isinstance(batch, (str, bytes, int)):
+        return [[[], zlib.crc32(repr(batch).encode())]]
+    return []
+
+
+def _print_of_tensor(values: torch.Tensor) -> list[Any]:
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    if values.is_floating_point():
+        flat = values.double().flatten()
+        spots = flat[:: max(1, len(flat) // SPOTS)][:SPOTS]
+        return [list(values.shape), torch.nan_to_num(spots).tolist()]
+    content = values.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+    return [list(values.shape), zlib.crc32(content)]
+
+
+def _is_alike(first: list[Any], other: list[Any]) -> bool:
+    if len(first) != len(other):
+        return False
+    for (shape, content), (others_shape, others_content) in zip(first, other, strict=True):
+        if shape != others_shape or isinstance(content, list) != isinstance(others_content, list):
+            return False
+        if not isinstance(content, list):
+            if content != others_content:
+                return False
+            continue
+        scale = max((abs(value) for value in content), default=0.0)
+        if any(abs(a - b) > TOLERANCE * scale for a, b in zip(content, others_content, strict=True)):
+            return False
+    return True
