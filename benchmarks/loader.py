@@ -1,23 +1,26 @@
-"""Samples/s of the augmented in-memory CIFAR feed, against torch's DataLoader with per-sample torchvision transforms.
+"""Samples/s of ddp_kit's feed against torch's DataLoader: in-memory CIFAR augmented by the batch or by torchvision for each sample,
+data sets that answer one sample at a time, and streams.
 
     python benchmarks/loader.py [--rounds 5] [--seconds 1.0]
 
-One process and one thread each, in turn within a run; uint8 images of CIFAR's shape, crop of a padded image, flip, normalisation,
-batches of 128. Both feeds end in float tensors and labels. Prints median, min-max, and the ratio round by round.
+One process and one thread each, in turn within a run; uint8 images of CIFAR's shape, batches of 128. "augmented" is a crop of a padded
+image, a flip and normalisation; "plain" samples are float tensors that are only looked up. Prints median, min-max, and the ratio to
+DataLoader round by round.
 """
 
 import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchvision.transforms import v2
 
 from ddp_kit import build_loader, process_group
@@ -49,19 +52,55 @@ class PerSample(Dataset[tuple[Tensor, int]]):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def torch_batches(images: np.ndarray, labels: np.ndarray) -> Batches:
-    dataset = PerSample(images, labels)
-    sampler: DistributedSampler[int] = DistributedSampler(dataset, num_replicas=1, rank=0)
+class Plain(Dataset[tuple[Tensor, int]]):
+    """Float images, looked up one at a time."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255).contiguous()
+        self.labels = labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+class Stream(IterableDataset[tuple[Tensor, int]]):
+    """The same samples one after another."""
+
+    def __init__(self, plain: Plain):
+        self.plain = plain
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return (self.plain[index] for index in range(len(self.plain)))
+
+
+def torch_batches(dataset: Dataset[Any]) -> Batches:
     for epoch in count():
+        if isinstance(dataset, IterableDataset):
+            yield from DataLoader(dataset, batch_size=BATCH, drop_last=True)
+            continue
+        sampler: DistributedSampler[int] = DistributedSampler(dataset, num_replicas=1, rank=0)
         sampler.set_epoch(epoch)
         yield from DataLoader(dataset, batch_size=BATCH, sampler=sampler, drop_last=True)
 
 
-def our_batches(images: np.ndarray, labels: np.ndarray) -> Batches:
-    data = ImageArray(images, labels, mean=MEAN, std=STD, crop_padding=PADDING, flip=True)
+def our_batches(dataset: Any) -> Batches:
     with process_group(device="cpu") as group:  # of one process: none is made
-        for batch in build_loader(data, group=group, global_batch=BATCH).batches(start=0, end=2**40):
+        for batch in build_loader(dataset, group=group, global_batch=BATCH).batches(start=0, end=2**40):
             yield batch.micro_batches[0].batch
+
+
+def pairs(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, Batches, Batches, float]]:
+    """Yields (name, DataLoader's batches, ours, the least that ours should reach of DataLoader's; 0: no target yet)."""
+    plain = Plain(images[:10_000], labels[:10_000])
+    per_sample = PerSample(images, labels)
+    by_batch = ImageArray(images, labels, mean=MEAN, std=STD, crop_padding=PADDING, flip=True)
+    yield "augmented by the batch", torch_batches(per_sample), our_batches(by_batch), 20.0
+    yield "augmented for each sample", torch_batches(per_sample), our_batches(per_sample), 0.0
+    yield "plain single samples", torch_batches(plain), our_batches(plain), 0.0
+    yield "plain stream", torch_batches(Stream(plain)), our_batches(Stream(plain)), 0.0
 
 
 def samples_per_s(batches: Batches, *, seconds: float) -> float:
@@ -83,19 +122,24 @@ def main() -> None:
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (SAMPLES, 32, 32, 3), dtype=np.uint8)
     labels = random.integers(0, 10, SAMPLES)
-    make: dict[str, Callable[[np.ndarray, np.ndarray], Batches]] = {"DataLoader": torch_batches, "ddp_kit": our_batches}
-    contenders = {name: start(images, labels) for name, start in make.items()}
-    for batches in contenders.values():  # a round for warming up
-        samples_per_s(batches, seconds=options.seconds / 2)
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(options.rounds):
-        for name, batches in contenders.items():
-            rates[name].append(samples_per_s(batches, seconds=options.seconds))
+    contenders = list(pairs(images, labels))
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name, *_ in contenders}
+    for round_ in range(options.rounds + 1):
+        for name, theirs, ours, _ in contenders:
+            found = tuple(samples_per_s(batches, seconds=options.seconds) for batches in (theirs, ours))
+            if round_:  # the first round warms up
+                rates[name].append(found)
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {platform.machine()}, 1 thread, {options.rounds} rounds")
-    for name, found in rates.items():
-        print(f"{name:12} {statistics.median(found):9,.0f} samples/s ({min(found):,.0f} - {max(found):,.0f})")
-    ratios = [ours / theirs for ours, theirs in zip(rates["ddp_kit"], rates["DataLoader"], strict=True)]
-    print(f"ratio        {statistics.median(ratios):9.1f} ({min(ratios):.1f} - {max(ratios):.1f}); target 20 or more")
+    print(f"{'data':28} {'DataLoader: samples/s':32} {'ddp_kit':32} ratio")
+    for name, _, _, target in contenders:
+        columns = [spread([pair[i] for pair in rates[name]]) for i in (0, 1)]
+        ratios = [ours / theirs for theirs, ours in rates[name]]
+        asked = f"; target {target:g} or more" if target else ""
+        print(f"{name:28} {columns[0]:32} {columns[1]:32} {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}){asked}")
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f})"
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from ddp_kit import LossSum, build_loader, process_group, wrap
 from ddp_kit.data.loader import batches_of
@@ -41,6 +42,7 @@ BATCH, LOG_EVERY = 64, 10
 TARGETS = {  # (base, contender): ratio
     ("bare loop", "ddp_kit, its own loader"): 1.00,
     ("bare loop", "ddp_kit, the same DataLoader"): 1.02,
+    ("bare loop", "ddp_kit, its own loader, single samples"): 1.20,
     ("bare DDP, default class", "ddp_kit, its defaults (SCHED_BATCH)"): 0.50,
     ("bare DDP, SCHED_BATCH", "ddp_kit, its defaults (SCHED_BATCH)"): 1.03,
 }
@@ -56,7 +58,20 @@ def data(samples: int = 60_000) -> TensorDataset:
     return TensorDataset(torch.randn(samples, 784, generator=generator), torch.randint(10, (samples,), generator=generator))
 
 
-def endless(group: Group, dataset: TensorDataset) -> Iterator[list[torch.Tensor]]:
+class Singles(Dataset[tuple[Tensor, Tensor]]):
+    """Answers one sample at a time, as most people's data sets do; ddp_kit gathers those of a TensorDataset at once."""
+
+    def __init__(self, whole: TensorDataset):
+        self.inputs, self.labels = whole.tensors
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.labels[index]
+
+
+def endless(group: Group, dataset: Dataset[Any]) -> Iterator[list[torch.Tensor]]:
     """The loader of a hand-written script."""
     sampler = DistributedSampler(dataset, num_replicas=group.world_size, rank=group.rank)
     loader = DataLoader(dataset, batch_size=BATCH, sampler=sampler, drop_last=True)
@@ -74,7 +89,7 @@ def logged(loss: torch.Tensor, group: Group) -> None:
     print(f"loss {mean.item() / group.world_size:.4f}", file=io.StringIO())
 
 
-def bare(group: Group, dataset: TensorDataset) -> Callable[[int], None]:
+def bare(group: Group, dataset: Dataset[Any]) -> Callable[[int], None]:
     """A loop as people write it."""
     net = model()
     wrapped = DistributedDataParallel(net) if group.world_size > 1 else net
@@ -96,7 +111,7 @@ def bare(group: Group, dataset: TensorDataset) -> Callable[[int], None]:
     return run
 
 
-def accelerated(group: Group, dataset: TensorDataset) -> Callable[[int], None]:
+def accelerated(group: Group, dataset: Dataset[Any]) -> Callable[[int], None]:
     """Accelerate's loop, as its documentation writes it."""
     from accelerate import Accelerator
 
@@ -138,7 +153,7 @@ def summed(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> LossSum:
     return LossSum(cross_entropy(net(inputs), labels, reduction="sum"), len(labels))
 
 
-def ours(group: Group, dataset: TensorDataset, *, loader: bool, folder: Path) -> Callable[[int], None]:
+def ours(group: Group, dataset: Dataset[Any], *, loader: bool, folder: Path) -> Callable[[int], None]:
     """ddp_kit's `fit` with its defaults; with `loader`, fed by the hand-written script's DataLoader."""
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
@@ -188,12 +203,15 @@ class Contender:
 def contenders(group: Group, folder: Path) -> list[Contender]:
     dataset = data()
     loop = bare(group, dataset)
-    own, fed = (ours(group, dataset, loader=loader, folder=folder / str(loader)) for loader in (False, True))
+    own = ours(group, dataset, loader=False, folder=folder / "own")
+    fed = ours(group, dataset, loader=True, folder=folder / "fed")
+    singles = ours(group, Singles(dataset), loader=False, folder=folder / "singles")
     if group.world_size == 1:
         return [
             Contender("bare loop", loop, "SCHED_OTHER"),
             Contender("ddp_kit, its own loader", own, "SCHED_OTHER"),
             Contender("ddp_kit, the same DataLoader", fed, "SCHED_OTHER"),
+            Contender("ddp_kit, its own loader, single samples", singles, "SCHED_OTHER"),
             Contender("Accelerate", accelerated(group, dataset), "SCHED_OTHER"),
         ]
     return [
@@ -203,6 +221,7 @@ def contenders(group: Group, folder: Path) -> list[Contender]:
         Contender("bare DDP, SCHED_BATCH", loop, "SCHED_BATCH"),
         Contender("ddp_kit, the same DataLoader, SCHED_BATCH", fed, "SCHED_BATCH"),
         Contender("ddp_kit, default class", own, "SCHED_OTHER"),
+        Contender("ddp_kit, its own loader, single samples, SCHED_BATCH", singles, "SCHED_BATCH"),
     ]
 
 
@@ -230,12 +249,12 @@ def show(times: dict[str, list[float]], world_size: int, options: argparse.Names
     print(f"{world_size} ranks, torch {torch.__version__}, {options.rounds} rounds of {options.steps} steps, load {os.getloadavg()[0]:.1f}")
     bases = ["bare loop"] if world_size == 1 else ["bare DDP, default class", "bare DDP, SCHED_BATCH"]
     for base in bases:
-        print(f"{'contender':44} {'us/step median (min-max)':28} ratio to {base!r}: median (min-max)")
+        print(f"{'contender':52} {'us/step median (min-max)':28} ratio to {base!r}: median (min-max)")
         for name, own in times.items():
             ratios = [a / b for a, b in zip(own, times[base], strict=True)]
             spread = f"{statistics.median(own):.0f} ({min(own):.0f}-{max(own):.0f})"
             target = f"  target {TARGETS[base, name]:.2f}" if (base, name) in TARGETS else ""
-            print(f"{name:44} {spread:28} {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f}){target}")
+            print(f"{name:52} {spread:28} {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f}){target}")
 
 
 if __name__ == "__main__":
