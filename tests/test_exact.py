@@ -31,6 +31,7 @@ from ddp_kit.session import session
 from ddp_kit.testing import run_ranks
 from ddp_kit.tree import fold
 
+LEAVES = [1e8, 1.0, -1e8, 1.0]  # in fp32, on any machine, their sum is 1 one after the other, and 0 in pairs: 1e8 + 1 is 1e8
 EIGHT = pytest.param(8, marks=pytest.mark.slow)
 
 
@@ -54,11 +55,12 @@ def test_folding_the_parts_of_any_number_of_ranks_gives_the_bits_of_one(leaves: 
 
 
 def test_the_tree_is_another_order_than_one_after_the_other() -> None:
-    values = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
-    one_by_one = torch.zeros(1000)
+    values = torch.tensor(LEAVES)
+    one_by_one = torch.zeros(())
     for value in values:
         one_by_one += value
-    assert not torch.equal(fold(list(values)), one_by_one)
+    assert one_by_one == 1
+    assert fold(list(values)) == 0
 
 
 # Whole runs
@@ -142,10 +144,30 @@ def test_it_holds_at_8_ranks_and_with_other_settings(fields: dict[str, Any]) -> 
     assert not differing(with_everything, exact(**fields), world_sizes=(1, 4, 2, 8))
 
 
-def test_without_exact_they_are_other_bits() -> None:
-    """So that the tests here would see it."""
-    names = differing(with_everything, exact(exact=False, threads=1), world_sizes=(1, 4))
-    assert {"8.weight", "5.running_mean", "record 5"} <= set(names)
+def slope(settings: Settings) -> Recipe:
+    """One weight, which is 0; the micro-batches' gradients are the leaves, in their order."""
+
+    def flat() -> nn.Module:
+        line = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(line.weight)
+        return line
+
+    return recipe(
+        settings,
+        model=flat,
+        loss=lambda model, batch: LossSum(model(batch[0]).sum(), len(batch[0])),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
+        train_data=lambda: Data(TensorDataset(torch.tensor(LEAVES)[:, None]), order=lambda seed, epoch, size: range(size)),
+        eval_data=None,
+    )
+
+
+@pytest.mark.parametrize(("is_exact", "weights"), [(True, [0.0, 0.0, 0.0]), (False, [-0.25, 0.0])])
+def test_exact_sums_in_pairs_at_any_number_of_ranks_and_plain_sums_do_not(is_exact: bool, weights: list[float]) -> None:
+    """Where the order of a sum decides, so that the tests here would see another one."""
+    settings = exact(exact=is_exact, threads=1, global_batch=4, micro_batch=1, max_steps=1, eval_every=0)
+    found = [lives(slope, settings, world_size=ranks)[0].state["weight"].item() for ranks in (1, 2, 4)[: len(weights)]]
+    assert found == weights
 
 
 class Stream(IterableDataset[Any]):
