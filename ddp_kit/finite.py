@@ -37,6 +37,7 @@ def look_back(training: Training) -> None:
     if seen.is_pinned():  # a copy that may still be under way
         torch.cuda.current_stream().synchronize()  # the step before: long done, or nearly
     training.suspect = None
+    training.group.unseen.pop(id(training), None)
     if bool(seen):
         judge(training, training.objectives[0], batch, sums)
 

@@ -9,7 +9,7 @@ import ctypes
 import os
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -46,6 +46,7 @@ class Group:
     closing: ExitStack = field(default_factory=ExitStack)
     sockets: dict[int, int] = field(default_factory=dict)  # of the gloo groups: file descriptor -> inode
     has_failed: bool = False  # it is being left on an error: peers may be gone
+    unseen: dict[int, Callable[[], None]] = field(default_factory=dict)  # looks at a last step whose verdict the host has not read
     others: list[dist.ProcessGroup] = field(default_factory=list)  # of those who communicate beside training
 
     @property
@@ -57,6 +58,11 @@ class Group:
     def world_size(self) -> int:
         """Ranks in the run."""
         return self.topology.world_size
+
+    def end(self) -> None:
+        """Reads the verdicts that are left. Every rank calls it before it leaves without an error. Raises: NonFiniteError."""
+        for look in list(self.unseen.values()):
+            look()
 
     def settle(self) -> None:
         """Shortens the timeouts once the first step (compilation, first batch) is done. Every rank calls it."""
@@ -137,6 +143,7 @@ def process_group(
     if topology.launcher == "none":
         with group.closing:
             yield group
+            group.end()
         return
     with ExitStack() as stack:
         if topology.nodes == 1:
@@ -145,6 +152,7 @@ def process_group(
             _join(group, init_method=init_method, timeout=timedelta(seconds=first_timeout_s), check=check)
         try:
             yield group
+            group.end()
         except BaseException as error:
             group.blame.tell(error)  # before the connections close, so that peers find the culprit when they do
             is_awaited = group.blame.is_awaited
@@ -203,20 +211,27 @@ def _make_groups(group: Group, store: dist.Store, *, timeout: timedelta, check: 
 
 
 def _leave(group: Group, *, failed: bool) -> None:
-    if failed:  # gloo's destructor waits for what is in flight, which may never end: its groups are kept for ever instead
+    if failed:
         group.has_failed = True
-        for gloo in group.all:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(gloo))
+        _abandon(group.all)
     try:
         group.closing.close()
     finally:
-        for nccl in group.all if failed and group.device.type == "cuda" else []:
-            if nccl is not group.control and nccl is not group.sums:
-                nccl.abort()  # destroying an NCCL group after an error can wait for ever
+        group.unseen.clear()
         group.training = group.control = group.sums = None
         group.others.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _abandon(groups: Sequence[dist.ProcessGroup]) -> None:
+    """Makes sure that nothing waits for a peer in these groups any more: first of all, since threads that are joined may sit in one."""
+    distinct = {id(made): made for made in groups}  # on CUDA the sums' is the training group
+    for made in distinct.values():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))  # gloo's destructor waits for what is in flight, which may never end
+    for made in distinct.values():
+        if dist.get_backend(made) == "nccl":
+            made.abort()  # destroying an NCCL group after an error can wait for ever
 
 
 def _sockets() -> dict[int, int]:

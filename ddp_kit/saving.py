@@ -29,6 +29,7 @@ from ddp_kit.collectives import from_rank, gather_bytes
 from ddp_kit.data.stream import Course, Place
 from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.errors import ConfigError
+from ddp_kit.finite import look_back
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
 from ddp_kit.sharded import local
@@ -231,8 +232,10 @@ def _warn(saved: Saved) -> None:
 def save(training: Training, path: Path | str) -> None:
     """Saves the state of a loop of one's own into a folder; training waits for the copy only. Every rank calls it at the same steps.
 
-    The newest three stay. Raises: SaveError on every rank after three failures in a row.
+    The newest three stay. Raises: SaveError on every rank after three failures in a row; NonFiniteError on every rank, with nothing
+    saved, if the last step turns out not to have been applied.
     """
+    look_back(training)
     _of_ones_own(training, path).save({})
 
 

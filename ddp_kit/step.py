@@ -123,6 +123,7 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
         seen = torch.empty_like(found, device="cpu", pin_memory=found.is_cuda)
         seen.copy_(found, non_blocking=True)
         training.suspect = (batch, sums, seen)
+        training.group.unseen[id(training)] = lambda: look_back(training)  # should the loop end here
         return True
     is_bad = bool(found)  # host-device synchronisation on CUDA
     objective.scale.update(overflowed=is_bad)
@@ -139,6 +140,12 @@ def _apply(training: Training, objective: ObjectiveState, batch: RankBatch, sums
 
 
 def should_stop(training: Training, stop: StopFlag) -> bool:
-    """Whether all ranks agreed to stop after a signal on any of them. Every rank of a loop of its own calls it after each step."""
+    """Whether all ranks agreed to stop after a signal on any of them. Every rank of a loop of its own calls it after each step.
+
+    Raises: NonFiniteError on every rank, before it says so, if the last step turns out not to have been applied.
+    """
     stop.deferring = True
-    return training.control.boundary(stop=stop.stop).stop != 0
+    if not training.control.boundary(stop=stop.stop).stop:
+        return False
+    look_back(training)
+    return True

@@ -9,11 +9,15 @@ from unittest.mock import patch
 
 import pytest
 from cases import Settings, recipe
+from test_not_applied import fused, inf_at_9, with_bad_sample
 
-from ddp_kit import process_group
+from ddp_kit import process_group, should_stop, train_step
 from ddp_kit.checkpoint.retention import steps
 from ddp_kit.checkpoint.storage import LocalDisk
 from ddp_kit.compose import compose
+from ddp_kit.errors import NonFiniteError
+from ddp_kit.groups import Group
+from ddp_kit.preemption import Stop, StopFlag
 from ddp_kit.saving import save
 from ddp_kit.testing import start_ranks
 from ddp_kit.weights import weights_sha256
@@ -76,3 +80,48 @@ def test_a_loop_of_ones_own_hears_of_its_last_save(tmp_path: Path, caplog: pytes
         save(training, tmp_path / "file")
         training.control.close()
     assert "Not a directory" in caplog.text
+
+
+def ends_badly(group: Group, folder: Path, *, way: str) -> None:
+    """Takes three steps, the last of which is not finite and whose verdict waits, and goes on in one of the ways there are."""
+    settings = Settings()
+    parts: dict[str, Any] = {"optimizer": fused("SGD"), "train_data": lambda: with_bad_sample(2 * 24 + 23)}
+    made = compose(recipe(settings, loss=inf_at_9, **parts), settings, group)
+    made.training.objectives[0].is_deferred = True
+    for batch in made.feed.batches(start=0, end=3):
+        train_step(made.training, batch)
+    if way == "save":
+        save(made.training, folder)
+    elif way == "should_stop":
+        flag = StopFlag()
+        flag.ask(Stop.SIGTERM)
+        while not should_stop(made.training, flag):
+            pass
+        save(made.training, folder)
+    made.training.control.close()
+
+
+def in_a_loop_of_ones_own(folder: str, way: str) -> str:
+    """Returns what the loop was ended by."""
+    with pytest.raises(NonFiniteError) as raised, process_group(device="cpu") as group:
+        ends_badly(group, Path(folder), way=way)
+    assert not list(Path(folder).glob("step-*"))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("way", ["save", "should_stop", "end"])
+def test_a_last_step_that_was_not_finite_ends_a_loop_of_ones_own_before_it_is_saved(way: str, ranks: int, tmp_path: Path) -> None:
+    """Its verdict is read one step later on CUDA, and there is no such step."""
+    if ranks == 1:
+        found = [in_a_loop_of_ones_own(str(tmp_path), way)]
+    else:
+        with start_ranks(in_a_loop_of_ones_own, ranks, str(tmp_path), way, group=False, deadline_s=60) as started:
+            found = started.values()
+    assert all("the loss of step 3 is not finite" in message for message in found)
+
+
+def test_another_error_than_a_last_step_that_was_not_finite_is_not_hidden_by_it(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="the user's own"), process_group(device="cpu") as group:
+        ends_badly(group, tmp_path, way="error")
+        raise KeyError("the user's own")
