@@ -140,7 +140,8 @@ def _first(store: dist.Store) -> tuple[int, str] | None:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:

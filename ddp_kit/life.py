@@ -64,6 +64,7 @@ class Life:
     metrics: dict[str, float] = field(default_factory=dict)
     grace: Grace | None = None
     watch: Watch | None = None  # rank 0 only
+    told: Mapping[str, object] | None = None  # the content of status.json after a failure, where this rank has written it
 
     def watches(self, training: Training) -> None:
         """From now on a stop is looked for, and measured. Whoever calls it calls `close`."""
@@ -131,14 +132,21 @@ class Life:
         if isinstance(error, Stopped) and verdict.is_own:
             status = "preempted" if error.stop.is_preemption else "stopped"
         step = self.composition.training.step if self.composition else 0
-        content: Mapping[str, object] = {"status": status, "reason": reason, "step": step}
+        self.told = {"status": status, "reason": reason, "step": step}
         try:
-            content = directory.status(status, reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error))
+            self.told = directory.status(status, reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error))
         except OSError as failure:  # a full disk, which may be why this life failed
             logger.warning("status.json could not be written: %s", failure)
+
+    def mourned(self, verdict: Verdict) -> None:
+        """Tells the trackers of a failure that has been written down, and a person how to go on."""
+        if self.told is None:
+            return
         if self.reporter is not None:
-            self.reporter.event("failure" if status == "failed" else "stop", step=step, rank=verdict.culprit, message=reason)
-            self.reporter.finish(content)
+            kind = "failure" if self.told["status"] == "failed" else "stop"
+            step = self.composition.training.step if self.composition else 0
+            self.reporter.event(kind, step=step, rank=verdict.culprit, message=verdict.reason)
+            self.reporter.finish(self.told)
         if self.advice:
             sys.stderr.write(f"{self.advice}\n")
 

@@ -1,19 +1,160 @@
 """What a rank writes down in words: `logs/rank-K.log` for each rank, and rank 0's lines on the console.
 
-Owns: the handlers of the logger `ddp_kit` while a run lasts.
+Owns: the handlers of the logger `ddp_kit` while a run lasts, the process's own stdout and stderr meanwhile, which take no run with
+them when they fail, and the values that must not be in any text.
 Refuses: metrics (trackers have them), and the root logger, which belongs to the user's program.
 """
 
+import contextlib
+import io
+import json
 import logging
+import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+from urllib.parse import quote, quote_plus
 
 logger = logging.getLogger("ddp_kit")
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
+REDACTED = "[redacted]"
+LEAST = 6  # characters of a value that is looked for: a shorter one may be part of any text
+
+# Streams and handlers of the whole process hide them, and have no other way to know them.
+_secrets: list[re.Pattern[str]] = []
+
+
+@contextmanager
+def hiding(values: Iterable[str]) -> Iterator[None]:
+    """Takes these values out of every text that this process writes while it lasts, also as they stand in a URL, in JSON or in a repr.
+
+    A value of fewer than `LEAST` characters is not looked for, and others are found only where no letter or digit goes on with them.
+    """
+    found: set[str] = set()
+    for value in values:
+        found |= {value, quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1], repr(value)[1:-1]}
+    longest_first = sorted((text for text in found if len(text.strip()) >= LEAST), key=len, reverse=True)
+    if not longest_first:
+        yield
+        return
+    pattern = re.compile("|".join(map(_whole, longest_first)))
+    _secrets.append(pattern)
+    try:
+        yield
+    finally:
+        _secrets.remove(pattern)
+
+
+def _whole(text: str) -> str:
+    begin = r"(?<![^\W_])" if text[0].isalnum() else ""
+    end = r"(?![^\W_])" if text[-1].isalnum() else ""
+    return f"{begin}{re.escape(text)}{end}"
+
+
+def without_secrets(text: str) -> str:
+    """Returns the text with `[redacted]` in place of each value that is being hidden."""
+    for pattern in _secrets:
+        text = pattern.sub(REDACTED, text)
+    return text
+
+
+class _Patient(io.FileIO):
+    """A file that drops what cannot be written: a reader that is gone, a terminal that is closed, a full disk."""
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        try:
+            written = super().write(data)
+        except OSError:
+            return size
+        return size if written is None else written
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+class _Stream(io.TextIOWrapper):
+    """Text for people: no secrets in it, and nothing is raised if nobody can read it."""
+
+    def write(self, text: str) -> int:
+        super().write(without_secrets(text))
+        return len(text)
+
+
+@contextmanager
+def patient_output() -> Iterator[None]:
+    """Makes the process's own stdout and stderr such streams while it lasts. What a program has put in their place stays as it is.
+
+    The descriptors 1 and 2 are taken by /dev/null where they are closed: else the next file or connection would get them, and what
+    libraries print.
+    """
+    for descriptor in (1, 2):
+        _occupy(descriptor)
+    with _patient("stdout"), _patient("stderr"):
+        yield
+
+
+def _occupy(descriptor: int) -> None:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        null = os.open(os.devnull, os.O_RDWR)
+        if null != descriptor:
+            os.dup2(null, descriptor)
+            os.close(null)
+        else:
+            os.set_inheritable(descriptor, True)
+
+
+@contextmanager
+def _patient(name: str) -> Iterator[None]:
+    kept: TextIO | None = getattr(sys, name)
+    if kept is None:  # it came closed
+        made = _Stream(io.BufferedWriter(_Patient(os.devnull, "w")), encoding="utf-8")
+    elif kept is getattr(sys, f"__{name}__") and isinstance(kept, io.TextIOWrapper):
+        made = _beside(kept)
+    else:
+        yield
+        return
+    setattr(sys, name, made)
+    try:
+        yield
+    finally:
+        made.flush()
+        if getattr(sys, name) is made:
+            setattr(sys, name, kept)
+
+
+def _beside(stream: io.TextIOWrapper) -> _Stream:
+    """Returns another stream to where this one leads."""
+    raw = _Patient(stream.fileno(), "w", closefd=False)
+    with contextlib.suppress(OSError):
+        stream.flush()
+    is_unbuffered = isinstance(stream.buffer, io.RawIOBase)
+    return _Stream(
+        raw if is_unbuffered else io.BufferedWriter(raw),  # as `python -u` has it
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
+class _ToFile(logging.FileHandler):
+    """A log is worth no run: what a full disk refuses is dropped."""
+
+    def _open(self) -> io.TextIOWrapper:
+        return io.TextIOWrapper(io.BufferedWriter(_Patient(self.baseFilename, self.mode)), encoding="utf-8")
 
 
 class _ToStdout(logging.StreamHandler[TextIO]):
@@ -33,12 +174,12 @@ def rank_log(folder: Path | None, *, rank: int) -> Iterator[logging.Logger]:
     handlers: list[logging.Handler] = []
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(folder / f"rank-{rank}.log"))
-        handlers[-1].setFormatter(logging.Formatter(FORMAT))
+        handlers.append(_ToFile(folder / f"rank-{rank}.log"))
+        handlers[-1].setFormatter(_Formatter(FORMAT))
         handlers[-1].setLevel(logging.DEBUG)
     if rank == 0:
         handlers.append(_ToStdout())
-        handlers[-1].setFormatter(logging.Formatter("%(message)s"))
+        handlers[-1].setFormatter(_Formatter("%(message)s"))
         handlers[-1].setLevel(logging.INFO)
     level, propagates, shown = logger.level, logger.propagate, warnings.showwarning
 

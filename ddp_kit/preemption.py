@@ -1,6 +1,6 @@
 """Why a run stops before its end, and the flag by which one rank learns of it.
 
-Owns: the reasons with their exit codes, and SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 of this process while a run lasts.
+Owns: the reasons with their exit codes, and SIGTERM, SIGHUP, SIGINT, SIGUSR1 and SIGUSR2 of this process while a run lasts.
 Refuses: acting on one rank alone. The flag travels in the control packet and all ranks stop at the same step, or at the same micro-batch of
 an evaluation. Before the first step there is nothing to agree on, and a signal ends this rank as an exception does; a second signal leaves
 at once.
@@ -22,7 +22,7 @@ from ddp_kit.topology import environment
 
 REQUEUE = 75  # "saved, please start me again", if the launcher has asked for it
 PR_SET_PDEATHSIG = 1  # prctl.h
-ECHO_S = 5.0  # SLURM sends SIGTERM twice, and torchrun's agent repeats what its workers got already
+ECHO_S = 5.0  # SLURM sends SIGTERM twice, torchrun's agent repeats what its workers got, and so does the shell of a closed terminal
 
 
 class Stop(IntEnum):
@@ -33,9 +33,10 @@ class Stop(IntEnum):
     JOB_END = 2
     SIGUSR1 = 3
     SIGUSR2 = 4
-    SIGTERM = 5
-    SIGINT = 6
-    FILE = 7
+    SIGHUP = 5  # the terminal is closed: as SIGTERM
+    SIGTERM = 6
+    SIGINT = 7
+    FILE = 8
 
     @property
     def is_preemption(self) -> bool:
@@ -56,6 +57,7 @@ class Stop(IntEnum):
 
 
 WARNINGS = (Stop.SIGUSR1, Stop.SIGUSR2)  # of an end to come: an order that follows is the first one
+ECHOED = (Stop.SIGTERM, Stop.SIGHUP)  # orders that may come twice
 SIGNALS = tuple(getattr(signal, stop.name) for stop in Stop if hasattr(signal, stop.name))
 
 
@@ -97,7 +99,7 @@ class StopFlag:
         """The handler."""
         stop, now = Stop[signal.Signals(number).name], time.monotonic()
         if self._order:
-            if stop is self._order is Stop.SIGTERM and now - self._ordered < ECHO_S:
+            if stop in ECHOED and self._order in ECHOED and now - self._ordered < ECHO_S:
                 return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -110,12 +112,16 @@ class StopFlag:
 
 @contextmanager
 def signals_noted() -> Iterator[StopFlag]:
-    """Notes signals in a StopFlag while it lasts, and puts the handlers back. Outside the main thread it notes none."""
+    """Notes signals in a StopFlag while it lasts, and puts the handlers back. Outside the main thread it notes none.
+
+    SIGHUP stays ignored if it comes so, as `nohup` has it; for the others that is a launcher's doing, which keeps them from itself.
+    """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = {number: signal.signal(number, flag.handle) for number in SIGNALS}
+    heard = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, flag.handle) for number in heard}
     try:
         yield flag
     finally:

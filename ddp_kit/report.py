@@ -194,8 +194,10 @@ class Reporter:
                 tracker.sample(name, value, step=step)
 
     def finish(self, status: Mapping[str, Any]) -> None:
-        """Closes the trackers with the content of status.json."""
-        for tracker in self._trackers:
+        """Closes the trackers with the content of status.json. A save that ends later is not told to them any more."""
+        trackers = self._trackers
+        self._trackers = []
+        for tracker in trackers:
             tracker.finish(status)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ddp_kit.blame import Verdict
 from ddp_kit.errors import ConfigError, DdpKitError
 from ddp_kit.groups import Group, process_group
-from ddp_kit.logs import logger
+from ddp_kit.logs import logger, without_secrets
 from ddp_kit.precision import arithmetic, deterministic
 from ddp_kit.settings import Settings
 from ddp_kit.topology import is_first_rank
@@ -25,12 +25,18 @@ OnFailure = Callable[[Verdict], None]
 
 @contextmanager
 def session(
-    settings: Settings, *, speaks: bool = True, on_failure: OnFailure | None = None, run_dir: Path | None = None
+    settings: Settings,
+    *,
+    speaks: bool = True,
+    on_failure: OnFailure | None = None,
+    after_failure: OnFailure | None = None,
+    run_dir: Path | None = None,
 ) -> Iterator[Group]:
     """Enters the group that the settings ask for. Every rank calls it. A pre-flight check leaves its findings in `run_dir`.
 
     On an error each rank finds out who the culprit is, `on_failure(verdict)` may write it down, and with `speaks` the culprit's
-    message goes to stderr, first and once, and the error becomes a SystemExit with its exit code.
+    message goes to stderr, first and once, and the error becomes a SystemExit with its exit code. `after_failure(verdict)` does what
+    may take its time.
     """
     threads = settings.threads or int(settings.exact)  # a convolution's gradient has other bits on two threads than on one
     with process_group(device=settings.device, threads=threads, tuning=settings.tuning, run_dir=run_dir) as group:
@@ -41,12 +47,14 @@ def session(
             verdict = group.blame.judge(error)
             text = verdict.words()
             logger.debug("%s", redact_text(text or verdict.reason))
-            if speaks:
-                sys.stdout.flush()
-                sys.stderr.write(text)
-                sys.stderr.flush()
             if on_failure is not None:
                 on_failure(verdict)
+            if speaks:
+                sys.stdout.flush()
+                sys.stderr.write(without_secrets(text))
+                sys.stderr.flush()
+            if after_failure is not None:
+                after_failure(verdict)
             if not speaks or isinstance(error, SystemExit):
                 raise
             raise SystemExit(exit_code(error)) from error
@@ -69,7 +77,7 @@ def run_command(command: Callable[[], int]) -> int:
     except DdpKitError as error:
         if not is_first_rank():
             time.sleep(OTHERS_SPEAK_S)
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{without_secrets(str(error))}\n")
         return error.exit_code
     except SystemExit as end:
         return exit_code(end)

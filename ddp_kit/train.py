@@ -26,7 +26,7 @@ from ddp_kit.fit import Ending, fit, stopped
 from ddp_kit.flags import parse
 from ddp_kit.groups import Group
 from ddp_kit.life import Life, Outcome
-from ddp_kit.logs import logger, rank_log
+from ddp_kit.logs import logger, patient_output, rank_log
 from ddp_kit.past import job_facts, require_progress
 from ddp_kit.preemption import REQUEUE, Abandoned, StopFlag, Stopped, heeding, is_restarted, leaves_with_agent, signals_noted
 from ddp_kit.recipe import Recipe, load_recipe
@@ -56,10 +56,11 @@ def _live(build: Callable[[], Recipe], life: Life) -> Outcome:
     """Enters the group and trains. A command (it has a `source`) says itself what failed."""
     path = Path(life.settings.run_dir) if life.settings.run_dir else default_path(life.name)
     with (
+        patient_output(),
         signals_noted() as stop,
         _warnings_requeue(stop, path),
         ExitStack() as stack,
-        session(life.settings, speaks=life.source is not None, on_failure=life.failed, run_dir=path) as group,
+        session(life.settings, speaks=life.source is not None, on_failure=life.failed, after_failure=life.mourned, run_dir=path) as group,
     ):
         life.stop = stop
         try:
@@ -232,7 +233,7 @@ def _finished_before(life: Life, place: Place) -> Outcome:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0 finished or stopped on request, 1 error, 2 usage, 75 saved, please requeue, 130 SIGINT,
-    143 SIGTERM; 0 also after a stop that torchrun's agent would take for a failure and undo."""
+    143 SIGTERM or SIGHUP; 0 also after a stop that torchrun's agent would take for a failure and undo."""
     args, began = list(sys.argv[1:] if argv is None else argv), time.monotonic() - process_age_s()
 
     def command() -> int:
@@ -245,7 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = _live(lambda: source.build(settings), life)
         return 0 if is_restarted() else outcome.exit_code
 
-    return run_command(command)
+    with patient_output():
+        return run_command(command)
 
 
 if __name__ == "__main__":

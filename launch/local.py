@@ -76,7 +76,8 @@ def _forwarded(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
         for rank in ranks:
             rank.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    heard = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+    before = {number: signal.signal(number, hand_on) for number in heard}
     try:
         yield
     finally:

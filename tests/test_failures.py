@@ -266,7 +266,7 @@ def test_a_loader_worker_ends_at_its_parents_word_and_at_no_others(monkeypatch: 
     with closing(batches_of_a_worker()) as batches:
         next(batches)
         (worker,) = multiprocessing.active_children()
-        for name in ("-TERM", "-INT", "-USR1"):
+        for name in ("-TERM", "-INT", "-HUP", "-USR1"):
             subprocess.run(["kill", name, str(worker.pid)], check=True)
         assert len([next(batches) for _ in range(8)]) == 8
         worker.terminate()

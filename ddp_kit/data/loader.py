@@ -268,7 +268,7 @@ def _obey_the_parent_only(worker: int) -> None:
 
     That end is a SIGTERM as well, from the parent, and Python waits for it at exit; so it is told from others by its sender.
     """
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's own handler stays, which ends the worker

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
+from ddp_kit.logs import without_secrets
 from ddp_kit.topology import environment
 from ddp_kit.trackers import RunInfo
 
@@ -90,7 +91,7 @@ class Console:
         self._print(final_line(status))
 
     def _print(self, text: str) -> None:
-        line = printable(text)
+        line = printable(without_secrets(text))
         if self._live is not None:
             self._live.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
