@@ -34,7 +34,7 @@ from ddp_kit.report import Reporter
 from ddp_kit.run_dir import RunDir, default_name, process_start, require_shared
 from ddp_kit.settings import Settings, to_json
 from ddp_kit.topology import Topology, environment, facts
-from ddp_kit.trackers import Tracker, redact
+from ddp_kit.trackers import Tracker, is_secret, redact, redact_text
 from ddp_kit.trackers.console import Console
 from ddp_kit.trackers.jsonl import JsonlTracker, json_text, read_json
 
@@ -129,8 +129,8 @@ def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None
 
 
 def resume_command(args: Sequence[str], path: Path, topology: Topology) -> str:
-    """Returns what to type to go on with a run: this life's command with the run directory named."""
-    kept = list(args)
+    """Returns what to type to go on with a run: this life's command with the run directory named, and `<token>` for a secret."""
+    kept = completable(args)
     while any(arg.split("=")[0] == "--run-dir" for arg in kept):
         at = next(i for i, arg in enumerate(kept) if arg.split("=")[0] == "--run-dir")
         del kept[at : at + (1 if "=" in kept[at] else 2)]
@@ -138,6 +138,20 @@ def resume_command(args: Sequence[str], path: Path, topology: Topology) -> str:
     starts = {"none": "python", "slurm": "srun python"}
     start = starts.get(topology.launcher, f"torchrun{nodes} --nproc_per_node={topology.local_world_size}")
     return f"{start} -m ddp_kit.train {shlex.join([*kept, '--run-dir', str(path)])}"
+
+
+def completable(args: Sequence[str]) -> list[str]:
+    """Returns the words of a command without secrets: a person types them in place of the flag's name in angle brackets."""
+    shown = []
+    blank = ""
+    for arg in args:
+        name, equals, _ = arg.partition("=")
+        if arg.startswith("--"):
+            blank = f"<{name.lstrip('-')}>" if is_secret(name) else ""
+            shown.append(f"{name}={blank}" if blank and equals else redact_text(arg))
+        else:
+            shown.append(blank or redact_text(arg))
+    return shown
 
 
 def default_path(name: str) -> Path:

@@ -34,6 +34,7 @@ from ddp_kit.seeding import Purpose, generators_put_back, key
 from ddp_kit.settings import Settings, digest, flag, flatten
 from ddp_kit.strategies import Strategy, choose_strategy
 from ddp_kit.strategies.splittable import require_splittable
+from ddp_kit.trackers import REDACTED, is_secret_setting
 from ddp_kit.training import LossCall, Training
 from ddp_kit.tuning import wants_channels_last
 from ddp_kit.weights import base_sha256, load_weights, require_equal
@@ -53,7 +54,8 @@ def require_same_settings(group: Group, settings: Settings, *, text: str) -> Non
     if name == "recipe's text":
         raise ConfigError("the ranks read different texts of the recipe. All nodes must see the same files.")
     values = [value.decode() for value in gather_bytes(group, fields[name].encode())]
-    shown = ", ".join(f"{value} on rank {values.index(value)}" for value in dict.fromkeys(values))
+    is_hidden = any(is_secret_setting(name, value) for value in values)
+    shown = ", ".join(f"{REDACTED if is_hidden else value} on rank {values.index(value)}" for value in dict.fromkeys(values))
     raise ConfigError(f"the ranks were started with different settings: {flag(name)} is {shown}. Start all of them with one command.")
 
 

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.faults import check, without_strategy
+from ddp_kit.logs import REDACTED
 from ddp_kit.settings import Settings, converted, fits, flag
 
-REDACTED = "[redacted]"  # what a run writes in place of a secret (trackers)
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 PEERS = {  # the flags of Accelerate's examples, Lightning, Hugging Face's Trainer and DeepSpeed, in our words

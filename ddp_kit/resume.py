@@ -4,6 +4,7 @@ Owns: which checkpoint a life begins from, and what may differ from the life bef
 Refuses: a difference nobody named. What is free to change changes nothing about the experiment.
 """
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from ddp_kit.early_stopping import EarlyStopping
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import Settings, flag, flatten
 from ddp_kit.state import restore_state
+from ddp_kit.trackers import REDACTED, is_secret_setting
 from ddp_kit.training import Training
 
 FREE = {
@@ -37,20 +39,41 @@ FREE = {
 }
 FREE_GROUPS = {"wandb", "fsdp", "deepspeed"}
 RECIPE = "recipe's text"
+SEALED = "pbkdf2:"  # no JSON text begins so
+ROUNDS = 100_000  # 0.05 s: a short password should not be found by trying
 
 
 def binding(settings: Settings, *, recipe: str) -> dict[str, str]:
-    """Returns what a later life must share, as {name: JSON text}: all settings but the free ones, and the recipe's hash."""
+    """Returns what a later life must share, as {name: JSON text}: all settings but the free ones, and the recipe's hash.
+
+    Checkpoints hold it and may be given away: a secret's text is replaced by a hash.
+    """
     free = FREE | ({"max_steps"} if settings.epochs else set())
     free -= {"threads"} if getattr(settings, "exact", False) else set()
     fields = {name: text for name, text in flatten(settings).items() if name not in free and name.split(".")[0] not in FREE_GROUPS}
-    return fields | {RECIPE: recipe}
+    bound = {name: _sealed(name, text) if is_secret_setting(name, text) else text for name, text in fields.items()}
+    return bound | {RECIPE: recipe}
+
+
+def _sealed(name: str, text: str) -> str:
+    return SEALED + hashlib.pbkdf2_hmac("sha256", text.encode(), name.encode(), ROUNDS).hex()
+
+
+def _is_same(name: str, old: str | None, new: str | None) -> bool:
+    """Whether two texts of a setting are equal, either of which may be sealed: checkpoints of before hold secrets as they are."""
+    if old == new or old is None or new is None:
+        return old == new
+    if new.startswith(SEALED) and not old.startswith(SEALED):
+        old = _sealed(name, old)
+    if old.startswith(SEALED) and not new.startswith(SEALED):
+        new = _sealed(name, new)
+    return old == new
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, str]) -> list[str]:
     """Returns the names of what differs. A setting that the old life did not know had today's default."""
     defaults = flatten(Settings())
-    return [name for name in {**old, **new} if old.get(name, defaults.get(name)) != new.get(name)]
+    return [name for name in {**old, **new} if not _is_same(name, old.get(name, defaults.get(name)), new.get(name))]
 
 
 def require_unchanged(opened: Opened, new: Mapping[str, str], *, change: tuple[str, ...]) -> list[str]:
@@ -61,7 +84,10 @@ def require_unchanged(opened: Opened, new: Mapping[str, str], *, change: tuple[s
     allowed = [name for name in changed if name in names or (name == RECIPE and "recipe" in names)]
     refused = [name for name in changed if name not in allowed]
     if refused:
-        rows = [("setting", "checkpoint", "now"), *((flag(name), _shown(old.get(name)), _shown(new.get(name))) for name in refused)]
+        rows = [
+            ("setting", "checkpoint", "now"),
+            *((flag(name), _shown(name, old.get(name)), _shown(name, new.get(name))) for name in refused),
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         table = "\n".join("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
         words = " ".join("recipe" if name == RECIPE else name for name in refused)
@@ -72,7 +98,9 @@ def require_unchanged(opened: Opened, new: Mapping[str, str], *, change: tuple[s
     return allowed
 
 
-def _shown(text: Any) -> str:
+def _shown(name: str, text: Any) -> str:
+    if isinstance(text, str) and name != RECIPE and (text.startswith(SEALED) or is_secret_setting(name, text)):
+        return REDACTED
     return "-" if text is None else text[:12] if isinstance(text, str) and len(text) == 64 else str(text)[:40]
 
 

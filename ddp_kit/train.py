@@ -26,7 +26,7 @@ from ddp_kit.fit import Ending, fit, stopped
 from ddp_kit.flags import parse
 from ddp_kit.groups import Group
 from ddp_kit.life import Life, Outcome
-from ddp_kit.logs import logger, patient_output, rank_log
+from ddp_kit.logs import hiding, logger, patient_output, rank_log
 from ddp_kit.past import job_facts, require_progress
 from ddp_kit.preemption import REQUEUE, Abandoned, StopFlag, Stopped, heeding, is_restarted, leaves_with_agent, signals_noted
 from ddp_kit.recipe import Recipe, load_recipe
@@ -37,7 +37,7 @@ from ddp_kit.saving import About, Checkpoints, best_weights
 from ddp_kit.session import recipe_path, run_command, session
 from ddp_kit.settings import Settings, to_json
 from ddp_kit.topology import is_first_rank, read_topology
-from ddp_kit.trackers import RunInfo, redact
+from ddp_kit.trackers import RunInfo, redact, secrets_of
 from ddp_kit.trackers.jsonl import supersede
 from ddp_kit.watch import process_age_s
 from ddp_kit.weights import weights_sha256
@@ -57,6 +57,7 @@ def _live(build: Callable[[], Recipe], life: Life) -> Outcome:
     path = Path(life.settings.run_dir) if life.settings.run_dir else default_path(life.name)
     with (
         patient_output(),
+        hiding(secrets_of(life.settings)),
         signals_noted() as stop,
         _warnings_requeue(stop, path),
         ExitStack() as stack,

@@ -1,16 +1,19 @@
 """Where the records of a run go: the `Tracker` protocol, what a tracker is told at start, and what it is never told.
 
-Owns: `Tracker`, `RunInfo`, and `redact`, which takes secrets out of everything that is written.
+Owns: `Tracker`, `RunInfo`, and what is a secret: `redact` takes those out of everything that is written.
 Refuses: other ranks than 0, averaging, and deciding what is logged; trackers pass on the records they are given.
 """
 
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-REDACTED = "[redacted]"
+from ddp_kit.logs import REDACTED as REDACTED
+from ddp_kit.logs import without_secrets
+from ddp_kit.settings import Settings, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +93,14 @@ def _value(value: object, *, name: str) -> object:
     words = _words(name)
     if SECRET_WORDS.intersection(words):
         return _hidden(value, numbers=True)
-    if _is_secret(name):
+    if is_secret(name):
         return _hidden(value, numbers=False)
     if isinstance(value, Mapping):
         return redact(value)
     if isinstance(value, list | tuple):
         items = [_value(item, name=name) for item in value]
         for index, flag in enumerate(items[:-1]):
-            if isinstance(flag, str) and flag.startswith("-") and "=" not in flag and _is_secret(flag):
+            if isinstance(flag, str) and flag.startswith("-") and "=" not in flag and is_secret(flag):
                 items[index + 1] = REDACTED
         return items
     if not isinstance(value, str):
@@ -108,12 +111,41 @@ def _value(value: object, *, name: str) -> object:
 
 
 def redact_text(text: str) -> str:
-    """Returns the text with everything that looks like a secret replaced by `[redacted]`."""
-    text = SECRET_TEXTS.sub(REDACTED, text)
+    """Returns the text with everything that looks like a secret, or is known to be one, replaced by `[redacted]`."""
+    text = SECRET_TEXTS.sub(REDACTED, without_secrets(text))
     text = URL_LOGIN.sub(rf"\g<1>{REDACTED}@", text)
     text = BEARER.sub(rf"\g<1>{REDACTED}", text)
     text = QUOTED.sub(rf"\g<1>{REDACTED}", text)
-    return ASSIGNED.sub(lambda match: f"{match[1]}={REDACTED}" if _is_secret(match[1]) else match[0], text)
+    return ASSIGNED.sub(lambda match: f"{match[1]}={REDACTED}" if is_secret(match[1]) else match[0], text)
+
+
+def secrets_of(settings: Settings) -> set[str]:
+    """Returns the texts that `redact` takes out of the settings. A word that is a field's default, as "label" of a label_key, is none."""
+    values = to_json(settings)
+    words = {str(each.default) for each in fields(settings) if re.fullmatch("[a-z_]+", str(each.default))}
+    return set(_taken_out(values, redact(values))) - words
+
+
+def _taken_out(value: Any, redacted: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _taken_out(inner, redacted[name])
+    elif isinstance(value, list | tuple):
+        for inner, other in zip(value, redacted, strict=True):
+            yield from _taken_out(inner, other)
+    elif value != redacted:
+        kept = map(re.escape, redacted.split(REDACTED))
+        for text in re.fullmatch("(.+)".join(kept), str(value), re.DOTALL).groups():  # type: ignore[union-attr]  # that is how it was made
+            yield text
+            yield text.partition(":")[2]  # of a login inside a URL
+
+
+def is_secret_setting(name: str, text: str) -> bool:
+    """Whether `redact` takes something out of a setting, given as `settings.flatten` has it: `group.field` and its JSON text."""
+    value: Any = json.loads(text)
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return bool(redact(value) != value)
 
 
 def _hidden(value: object, *, numbers: bool) -> object:
@@ -130,7 +162,8 @@ def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])", name)]
 
 
-def _is_secret(name: str) -> bool:
+def is_secret(name: str) -> bool:
+    """Whether what stands under this name is a secret."""
     words = _words(name)
     if SECRET_WORDS.intersection(words) or words[-1:] in (["sig"], ["signature"]):
         return True
