@@ -87,19 +87,31 @@ def _forwarded(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
 
 def _watch(ranks: Sequence["subprocess.Popen[bytes]"]) -> int:
     """Waits for all ranks, after a failure not for long. Returns the exit code of the rank that failed first, or 0."""
-    failed: dict[int, int] = {}
     end = float("inf")
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
-        failed |= {number: rank.returncode for number, rank in enumerate(ranks) if rank.returncode and number not in failed}
-        if failed:  # what one rank refuses as usage all refuse, and the others would only say it again
-            end = min(end, time.monotonic() + (0 if USAGE in failed.values() else PEERS_S))
+    first: dict[int, int] = {}
+    while _are_living(ranks) and time.monotonic() < end:
+        first = first or _failed(ranks)
+        if first:  # what one rank refuses as usage all refuse, and the others would only say it again
+            patience_s = 0 if USAGE in _failed(ranks).values() else PEERS_S
+            end = min(end, time.monotonic() + patience_s)
         time.sleep(POLL_S)
-    failed |= {number: rank.returncode for number, rank in enumerate(ranks) if rank.returncode and number not in failed}
-    for number, code in failed.items():
+    first = first or _failed(ranks)
+    for number, code in first.items():
         if code < 0:  # it could not say so itself, and its peers have failed after it, if only just
             print(f"rank {number} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
             return 128 - code
-    return next(iter(failed.values()), 0)
+    return next(iter(first.values()), 0)
+
+
+def _are_living(ranks: Sequence["subprocess.Popen[bytes]"]) -> bool:
+    """Whether a rank lives. Every one is asked: without that, one that has ended has no exit code."""
+    codes = [rank.poll() for rank in ranks]
+    return None in codes
+
+
+def _failed(ranks: Sequence["subprocess.Popen[bytes]"]) -> dict[int, int]:
+    """The exit codes of the ranks that are known to have failed, by rank."""
+    return {number: rank.returncode for number, rank in enumerate(ranks) if rank.returncode}
 
 
 def _end(ranks: Sequence["subprocess.Popen[bytes]"]) -> None:
@@ -109,5 +121,5 @@ def _end(ranks: Sequence["subprocess.Popen[bytes]"]) -> None:
         for rank in left:
             rank.send_signal(number)
         end = time.monotonic() + wait_s
-        while any(rank.poll() is None for rank in left) and time.monotonic() < end:
+        while _are_living(left) and time.monotonic() < end:
             time.sleep(POLL_S)

@@ -141,7 +141,13 @@ def test_an_agents_task_ends_with_the_code_of_its_ranks(agent: str, code: int, t
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
 def test_ranks_inside_a_batch_job_know_their_job_but_not_its_ranks(launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What names the run directory, counts lives, asks for the requeue and sets the time limit is the job's; ranks are this launcher's."""
-    job = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "2"}
+    job = {
+        "SLURM_CLUSTER_NAME": "c",
+        "SLURM_JOB_ID": "17",
+        "SLURM_ARRAY_JOB_ID": "16",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_RESTART_COUNT": "2",
+    }
     job |= {"SLURM_JOB_END_TIME": "99", "DDP_KIT_REQUEUE": "1", "DDP_KIT_GRACE_S": "120"}
     foreign = {"SLURM_PROCID": "5", "SLURM_LOCALID": "5", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "TORCHELASTIC_RUN_ID": "x"}
     for name, value in {**job, **foreign}.items():
@@ -234,6 +240,37 @@ def test_a_killed_rank_ends_the_others_and_its_signal_is_the_exit_code(started: 
     assert "rank 1 was ended by SIGKILL" in output
     assert run.status["status"] == "failed"
     assert are_gone(ranks, within_s=0)
+
+
+SLEEPER = """\
+import os, sys, time
+
+if os.environ["RANK"] == "1":
+    {ending}
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("sys.exit(3)", 3), ("raise ValueError('a fault of its own')", 2)])
+def test_a_rank_that_fails_while_a_lower_one_lives_ends_the_run_with_its_own_code(
+    started: Any, tmp_path: Path, ending: str, code: int
+) -> None:
+    recipe = tmp_path / "sleeper.py"
+    recipe.write_text(SLEEPER.format(ending=ending))
+    found, output = started(str(recipe)).ended()
+    assert found == code, output
+
+
+def test_the_first_failure_is_named_and_of_those_found_at_once_the_one_by_a_signal() -> None:
+    def ranks_of(*programs: str) -> "list[subprocess.Popen[bytes]]":
+        return [subprocess.Popen(["sh", "-c", program]) for program in programs]
+
+    later = ranks_of("sleep 0.5; kill -ABRT $$", "exit 3")
+    assert local._watch(later) == 3
+    at_once = ranks_of("exit 3", "kill -KILL $$")
+    for rank in at_once:
+        rank.wait()
+    assert local._watch(at_once) == 137
 
 
 def test_ranks_whose_launcher_is_killed_save_and_leave(started: Any) -> None:
