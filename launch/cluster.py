@@ -21,12 +21,16 @@ MARK = "ddp_kit:"  # before the run's folder, in a job's comment
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as squeue shows it. `id` is JOB or JOB_TASK; `folder` is the run's, of an array the sweep's; "" if it is not ours."""
+    """A job as squeue shows it. `id` is JOB or JOB_TASK; `folder` is the run's, of an array the sweep's; "" if it is not ours.
+
+    `cluster` is the name of the one that was asked: another may have a job of the same number.
+    """
 
     id: str
     state: str
     reason: str
     folder: str
+    cluster: str = ""
 
     @property
     def is_waiting(self) -> bool:
@@ -69,12 +73,30 @@ def jobs(*, ids: Sequence[str] = ()) -> list[Job]:
     """Returns this user's jobs that wait, run or have just ended; with `ids` only those. A job that SLURM has forgotten is left out."""
     only = [f"--jobs={','.join(ids)}"] if ids else []
     text = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%k", *only)
+    here = name() if text else ""
     found = []
     for line in text.splitlines():
         number, state, reason, comment = line.split("|", 3)
         folder = comment.removeprefix(MARK) if comment.startswith(MARK) else ""
-        found.append(Job(id=number, state=state, reason=reason, folder=folder))
+        found.append(Job(id=number, state=state, reason=reason, folder=folder, cluster=here))
     return found
+
+
+def name() -> str:
+    """Returns the cluster's name, as its controller has it; "" if that does not say."""
+    for line in ask("scontrol", "show", "config").splitlines():
+        key, _, value = line.partition("=")
+        if key.strip() == "ClusterName":
+            return value.strip()
+    return ""
+
+
+def submitted_to(plan: SlurmPlan) -> str:
+    """Returns the name of the cluster that sbatch hands a plan to; "" if the user's own choice sends it to another one than this."""
+    is_elsewhere = "clusters" in options(plan.sbatch) or "SBATCH_CLUSTERS" in environment()
+    if is_elsewhere:
+        return ""
+    return name()
 
 
 def partitions() -> list[Partition]:

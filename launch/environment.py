@@ -18,7 +18,7 @@ FOREIGN = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "SUBMITIT_", "PMI")  # a la
 KEPT = ("SLURM_CONF",)  # where the cluster is
 # of the job that a start on this machine is part of: the run's name, its lives, whether and when it stops for the next one
 JOBS = (
-    *(f"SLURM_{name}" for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "JOB_END_TIME")),
+    *(f"SLURM_{name}" for name in ("CLUSTER_NAME", "JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "JOB_END_TIME")),
     *("DDP_KIT_REQUEUE", "DDP_KIT_GRACE_S"),
 )
 

@@ -14,7 +14,7 @@ from typing import Any
 from launch import cluster
 from launch.environment import has_slurm
 from launch.plan import LaunchError, answered
-from launch.runs import FoundRun, runs_in, runs_of
+from launch.runs import FoundRun, is_of, runs_in, runs_of
 
 COLUMNS = ("run", "job", "state", "lives", "step", "loss", "saved", "why")
 SHORTEST = 20  # characters of the last column that are always shown
@@ -26,8 +26,11 @@ def rows(runs: Sequence[FoundRun], jobs: Mapping[str, cluster.Job]) -> list[tupl
 
 
 def _row(run: FoundRun, jobs: Mapping[str, cluster.Job]) -> tuple[str, ...]:
-    ids = [str(submission["job"]) for submission in run.submissions()]
-    job = jobs.get(ids[-1]) if ids else None
+    last: Mapping[str, Any] = next(reversed(run.submissions()), {})
+    number = str(last.get("job", "-"))
+    job = jobs.get(number)
+    if job is not None and not is_of(job, last):
+        job = None
     status = run.status
     state, why = _state(run, status, job)
     train = run.newest("loss")
@@ -37,7 +40,7 @@ def _row(run: FoundRun, jobs: Mapping[str, cluster.Job]) -> tuple[str, ...]:
     loss = train.get("loss")
     shown = (
         run.folder.name if run.folder.parent.name == "runs" else f"{run.folder.parent.name}/{run.folder.name}",
-        ids[-1] if ids else "-",
+        number,
         state,
         str(lives),
         str(step),

@@ -37,13 +37,16 @@ class FoundRun:
         return _json(self.folder / "status.json")
 
     def submissions(self) -> list[Mapping[str, Any]]:
-        """Returns the jobs it was submitted as, oldest first: {"job", "time", "folder" of submitit's files}."""
+        """Returns the jobs it was submitted as, oldest first: {"job", "time", "folder" of submitit's files, "cluster" if it is known}."""
         return list(_lines(self.folder / "launch" / "jobs.jsonl"))
 
     def jobs(self) -> list[cluster.Job]:
         """Returns those of its jobs that SLURM still knows of, oldest first."""
-        ids = [str(submission["job"]) for submission in self.submissions()]
-        return [job for job in cluster.jobs(ids=ids) if job.id in ids] if ids and has_slurm() else []
+        submissions = self.submissions()
+        if not submissions or not has_slurm():
+            return []
+        found = cluster.jobs(ids=[str(submission["job"]) for submission in submissions])
+        return [job for job in found if any(is_of(job, submission) for submission in submissions)]
 
     def without_bad_nodes(self, excluded: str) -> str:
         """Returns a list of nodes to leave out, as it was typed, with those added that failed the run's pre-flight check."""
@@ -53,7 +56,7 @@ class FoundRun:
         return ",".join([*([excluded] if excluded else []), *(name for name in dict.fromkeys(bad) if name not in named)])
 
     def owner(self) -> Mapping[str, Any]:
-        """Returns who holds the run's lock, {} if nobody does: {"host", "pid", "job", ...}."""
+        """Returns who holds the run's lock, {} if nobody does: {"host", "pid", "job" ("17@cluster"), ...}."""
         return _json(self.folder / "run.lock")
 
     def holder(self) -> str:
@@ -106,17 +109,34 @@ class FoundRun:
         return max((int(step) for step in steps if step.isdigit()), default=-1)
 
 
+def is_of(job: cluster.Job, submission: Mapping[str, Any]) -> bool:
+    """Whether a job is the one that a submission has made. Its number alone says little: other clusters count too, and counts begin anew.
+
+    Its comment names the run, or the sweep, whose submission wrote it. The cluster counts where the submission has noted it down.
+    """
+    if job.id != str(submission["job"]) or job.folder != str(Path(str(submission["folder"])).parent):
+        return False
+    return submission.get("cluster", "") in ("", job.cluster)
+
+
 def find(name: str) -> FoundRun:
-    """Returns a run by its folder, the name of a folder in runs/, or a job id. Raises: LaunchError that names those there are."""
+    """Returns a run by its folder, the name of a folder in runs/, or a job id. Raises: LaunchError that names those there are.
+
+    Of several runs with a job of that number it is the one whose job SLURM has; if it has none of them any more, the newest.
+    """
     for path in (Path(name), Path("runs") / name):
         if _is_run(path):
             return FoundRun(path.absolute())
     here = list(runs_in(Path("runs")))
     if name.replace("_", "").isdigit():
-        folders = {job.folder for job in cluster.jobs(ids=[name]) if job.folder} if has_slurm() else set()
+        known_to_slurm = [job for job in cluster.jobs(ids=[name]) if job.folder] if has_slurm() else []
+        folders = dict.fromkeys(job.folder for job in known_to_slurm)
         known = [*here, *(run for folder in folders for run in runs_of(Path(folder)))]
-        if found := [run for run in known if name in {str(submission["job"]) for submission in run.submissions()}]:
-            return found[0]
+        if found := [(submission, run) for run in known for submission in run.submissions() if str(submission["job"]) == name]:
+            for submission, run in found:
+                if any(is_of(job, submission) for job in known_to_slurm):
+                    return run
+            return max(found, key=lambda pair: float(pair[0].get("time", 0)))[1]
         if points := [run for run in known if name in {str(submission["job"]).partition("_")[0] for submission in run.submissions()}]:
             _refuse_sweep(name, points)
     for path in (Path(name), Path("runs") / name):

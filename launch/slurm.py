@@ -183,12 +183,14 @@ def submit_runs(plan: SlurmPlan, *, copies: bool = True) -> "list[Job[str]]":
         raise LaunchError("submitting needs submitit: pip install 'ddp_kit[slurm]'.")
     from launch.executor import Executor
 
+    name = cluster.submitted_to(plan)
     with outside_job(without=variables(plan)):
         jobs = Executor(plan).submit_plan()
     for run, home, job in zip(plan.runs, homes, jobs, strict=True):
         (home / "plan.json").write_text(dataclasses.replace(plan, runs=(run,)).to_json(), encoding="utf-8")
         with (home / "jobs.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"job": job.job_id, "time": time.time(), "folder": plan.folder}) + "\n")
+            record = {"job": job.job_id, "time": time.time(), "folder": plan.folder, "cluster": name}
+            file.write(json.dumps(record) + "\n")
     return jobs
 
 

@@ -201,10 +201,11 @@ def _list_faults(plan: SlurmPlan) -> list[str]:
     for flag, given in {"sbatch": plan.sbatch, "srun": plan.srun}.items():
         for option in given:
             match = OPTION.fullmatch(option)
+            ours = [name for name in OURS if match and name.startswith(match[1])]  # sbatch takes their beginnings too
             if not match or "\n" in option:
                 faults.append(f"--{flag} {option}: expected a long option of {flag} as NAME=VALUE or NAME")
-            elif match[1] in OURS:
-                faults.append(f"--{flag} {option}: {match[1]} is set by ddp_kit. `ddp-kit slurm --help` lists its flags")
+            elif ours:
+                faults.append(f"--{flag} {option}: {ours[0]} is set by ddp_kit. `ddp-kit slurm --help` lists its flags")
             elif match[1] in NO_JOB[flag]:
                 faults.append(f"--{flag} {option}: no job would come of it. To see the script: --dry-run")
     return faults

@@ -200,6 +200,11 @@ def test_a_job_that_slurm_has_started_again_need_not_wait_for_its_last_lifes_loc
     with pytest.raises(ConfigError, match="in use by a live run"):
         RunDir(tmp_path).claim()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "one")
+    write_lock(tmp_path, host="elsewhere", pid=1, job="123@two", restart=0)
+    with pytest.raises(ConfigError, match="in use by a live run: host elsewhere, pid 1, job 123@two"):
+        RunDir(tmp_path).claim()
+    write_lock(tmp_path, host="elsewhere", pid=1, job="123@one", restart=0)
     run = RunDir(tmp_path)
     run.claim()
     run.release()

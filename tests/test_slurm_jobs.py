@@ -67,6 +67,8 @@ def test_what_is_shown_is_what_is_submitted_and_hostile_names_change_nothing(
     assert (home / f"{job}_submission.sh").read_text() == shown
     assert cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%j").rstrip("\n") == name
     assert f"life 0 of job {job} on" in (home / f"{job}.log").read_text()
+    (known,) = FoundRun(home.parent).jobs()
+    assert (known.id, known.folder) == (job, str(home.parent))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
@@ -149,6 +151,25 @@ def test_cancelling_saves_first_and_nothing_is_left(trained: Trained, capsys: py
     assert not (run.folder / "STOP").exists()
     with pytest.raises(LaunchError, match="nothing of it waits or runs"):
         cancel.cancel(FoundRun(run.folder), now=False)
+
+
+def test_a_strangers_job_of_the_same_number_is_not_cancelled(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of another cluster in the same home: its job had the number that a stranger's has here."""
+    run = trained(*LONG, name="here")
+    (record,) = run.lines("launch/jobs.jsonl")
+    assert record["cluster"] == "dev_cluster"
+    ended = tmp_path / "runs" / "there"
+    (ended / "launch").mkdir(parents=True)
+    (ended / "launch" / "jobs.jsonl").write_text(json.dumps({"job": run.id, "time": 1, "folder": str(ended / "launch")}) + "\n")
+    (ended / "status.json").write_text('{"status": "finished"}')
+    for words in ([], ["--now"]):
+        assert cancel.main([*words, str(ended)]) == 2
+        assert "nothing of it waits or runs" in capsys.readouterr().err
+    assert FoundRun(ended).is_over()
+    assert run.cluster.state(run.id) in ("PENDING", "RUNNING")
+    assert cancel.main(["--now", run.id]) == 0
+    assert f"job {run.id}" in capsys.readouterr().out
+    run.cluster.wait(run.id, state="CANCELLED", within_s=60)
 
 
 def test_what_the_cluster_cannot_give_is_refused_before_it_is_submitted(

@@ -15,7 +15,7 @@ import pytest
 from launch import accelerate, cancel, cluster, jobs, logs, resubmit, snapshot, sweep
 from launch.environment import outside_job
 from launch.plan import LaunchError
-from launch.runs import FoundRun, find, runs_in
+from launch.runs import FoundRun, find, is_of, runs_in
 from launch.script import render, variables
 from launch.slurm import main as slurm_main
 from launch.slurm import parser, planned, with_recipe
@@ -145,11 +145,14 @@ def test_options_of_the_user_are_passed_on_and_win() -> None:
     assert "\nmodule load x\n" in text
 
 
-@pytest.mark.parametrize("option", ["parsable", "quiet", "wait", "wrap=date", "test-only", "help", "usage", "version", "no-requeue"])
+@pytest.mark.parametrize(
+    "option",
+    ["parsable", "quiet", "wait", "wrap=date", "test-only", "help", "usage", "version", "no-requeue", "comment=mine", "--comm=mine"],
+)
 def test_options_with_which_sbatch_makes_no_job_of_ours_are_refused(option: str) -> None:
-    with pytest.raises(LaunchError, match=rf"--sbatch {option}: (no job would come of it|no-requeue is set by ddp_kit)"):
-        plan("--sbatch", option)
-    if option != "no-requeue":
+    with pytest.raises(LaunchError, match=rf"--sbatch {option}: (no job would come of it|(no-requeue|comment) is set by ddp_kit)"):
+        plan(f"--sbatch={option}")
+    if option != "no-requeue" and "comm" not in option:
         assert "srun" in render(plan("--srun", "wait=60"))
 
 
@@ -439,14 +442,15 @@ def test_accelerates_file_is_honoured_and_contradictions_are_refused(monkeypatch
     assert accelerate.default_config() == Path("home/accelerate/default_config.yaml").absolute()
 
 
-def submitted(name: str, **changes: Any) -> FoundRun:
+def submitted(name: str, *, time: int = 1, cluster: str = "", **changes: Any) -> FoundRun:
     """A run directory as a submission leaves it."""
     made = plan("--nodes", "2", "--nproc-per-node", "2")
     home = (Path("runs") / name).absolute()
     (home / "launch").mkdir(parents=True)
     run = Run(folder=str(home), words=("recipe.py", "--run-dir", str(home)))
     (home / "launch" / "plan.json").write_text(dataclasses.replace(made, runs=(run,), **changes).to_json())
-    (home / "launch" / "jobs.jsonl").write_text('{"job": "17", "time": 1, "folder": "%s"}\n' % (home / "launch"))
+    record = {"job": "17", "time": time, "folder": str(home / "launch"), "cluster": cluster}
+    (home / "launch" / "jobs.jsonl").write_text(json.dumps(record) + "\n")
     return FoundRun(home)
 
 
@@ -485,6 +489,60 @@ def test_a_sweep_in_place_of_a_run_is_answered_with_its_runs() -> None:
         LaunchError, match=r"grid: a sweep; name one of its runs, by its folder or job: 18_0, 18_1\. To end all .*: scancel 18"
     ):
         find("grid")
+
+
+STRANGERS = {
+    "of no run": {"folder": ""},
+    "of another run": {"folder": "/home/me/runs/b"},
+    "of another cluster": {"cluster": "two"},
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_strangers_job_of_the_same_number_is_none_of_the_runs(
+    stranger: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = submitted("a", cluster="one")
+    known = [cluster.Job(**{"id": "17", "state": "RUNNING", "reason": "None", "folder": str(run.folder), "cluster": "one"})]
+    monkeypatch.setattr("launch.runs.has_slurm", lambda: True)
+    monkeypatch.setattr("launch.jobs.has_slurm", lambda: True)
+    monkeypatch.setattr(cluster, "jobs", lambda *, ids=(): known)
+    told: list[tuple[str, ...]] = []
+    monkeypatch.setattr(cluster, "ask", lambda *words: told.append(words) or "")
+    assert run.jobs() == known
+    with pytest.raises(LaunchError, match=r"job 17 \(running\) has it"):
+        run.require_free()
+    known[0] = dataclasses.replace(known[0], **STRANGERS[stranger])
+    assert run.jobs() == []
+    run.require_free()
+    assert run.is_over()
+    for now in (True, False):
+        with pytest.raises(LaunchError, match="nothing of it waits or runs"):
+            cancel.cancel(run, now=now)
+    known[0] = dataclasses.replace(known[0], state="COMPLETED")
+    assert jobs.main([]) == 0
+    assert "completed" not in capsys.readouterr().out
+    assert not told
+
+
+def test_a_submission_of_an_earlier_version_and_a_sweeps_point_know_their_jobs() -> None:
+    job = cluster.Job(id="17", state="RUNNING", reason="None", folder="/runs/grid", cluster="one")
+    assert is_of(job, {"job": "17", "time": 1, "folder": "/runs/grid/launch"})
+    element = dataclasses.replace(job, id="17_3")
+    assert is_of(element, {"job": "17_3", "folder": "/runs/grid/launch", "cluster": "one"})
+    assert is_of(element, {"job": "17_3", "folder": "/runs/grid/launch", "cluster": ""})
+    assert not is_of(element, {"job": "17_2", "folder": "/runs/grid/launch", "cluster": "one"})
+
+
+def test_of_several_runs_with_a_job_of_that_number_slurms_own_is_found_and_else_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = submitted("old", cluster="one")
+    new = submitted("new", cluster="two", time=2)
+    assert find("17") == new
+    monkeypatch.setattr("launch.runs.has_slurm", lambda: True)
+    for run, name in ((old, "one"), (new, "two")):
+        known = [cluster.Job(id="17", state="RUNNING", reason="None", folder=str(run.folder), cluster=name)]
+        monkeypatch.setattr(cluster, "jobs", lambda *, ids=(), known=known: known)
+        assert find("17") == run
 
 
 def test_one_point_of_a_sweep_cannot_change_the_code_of_the_others(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from ddp_kit.checkpoint.restore import open_checkpoint
 from ddp_kit.checkpoint.retention import steps
 from ddp_kit.checkpoint.storage import LocalDisk
 from ddp_kit.errors import DdpKitError
-from ddp_kit.past import require_progress
+from ddp_kit.past import require_progress, starts_of_job
 from ddp_kit.preemption import Stop, StopFlag
 from ddp_kit.testing import start_ranks
 
@@ -281,6 +281,24 @@ def test_a_job_that_goes_round_in_circles_ends_and_a_start_by_hand_does_not(tmp_
     assert not (refused.run_dir / "requeue").exists()
     assert [(event.get("job"), event.get("restart")) for event in events(refused.run_dir, "start")] == [("77", 0), ("77", 1), ("77", 2)]
     assert run(tmp_path, **(job | {"SLURM_JOB_ID": "78"})).status["status"] == "finished"
+
+
+def test_lives_of_another_job_of_the_same_number_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"SLURM_JOB_ID": "77", "SLURM_CLUSTER_NAME": "here", "SLURM_RESTART_COUNT": "2"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+
+    def left(*lives: tuple[int, str]) -> list[int]:
+        lines = [
+            {"event": "resume", "job": "77", "step": step, "restart": restart, "cluster": cluster}
+            for step, (restart, cluster) in enumerate(lives)
+        ]
+        (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return starts_of_job(tmp_path)
+
+    assert left((0, "here"), (0, "elsewhere"), (1, "here"), (1, "elsewhere")) == [0, 2]
+    assert left((0, "here"), (1, "here"), (2, "here"), (0, "here"), (1, "here")) == [3, 4]  # the count of jobs began anew
+    assert left((0, "here"), (1, "here"), (2, "here"), (3, "here")) == []
 
 
 def test_lives_that_came_further_are_progress() -> None:
