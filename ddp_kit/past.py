@@ -17,9 +17,19 @@ BEGINNINGS = ("start", "resume")
 
 def job_facts() -> dict[str, object]:
     """Returns what the event at a life's beginning says of its SLURM job: {} outside one."""
-    environ = environment()
-    job = environ.get("SLURM_JOB_ID", "")
-    return {"job": job, "restart": restart_count()} if job else {}
+    job = environment().get("SLURM_JOB_ID", "")
+    if not job:
+        return {}
+    return {"job": job, "restart": restart_count(), "cluster": environment().get("SLURM_CLUSTER_NAME", "")}
+
+
+def whole_name_of_job() -> str:
+    """Returns this SLURM job as no other cluster has one, for instance "17@cluster"; the number alone without its name, "" outside jobs."""
+    job = environment().get("SLURM_JOB_ID", "")
+    cluster = environment().get("SLURM_CLUSTER_NAME", "")
+    if job and cluster:
+        return f"{job}@{cluster}"
+    return job
 
 
 def restart_count() -> int:
@@ -38,12 +48,29 @@ def last_step(path: Path, status: Mapping[str, object]) -> int:
 
 
 def starts_of_job(path: Path) -> list[int]:
-    """Returns the steps at which this job's earlier lives began, in their order; [] unless SLURM has started the job again."""
-    job = job_facts().get("job")
-    if not job or not restart_count():
+    """Returns the steps at which this job's earlier lives began, in their order; [] unless SLURM has started the job again.
+
+    Another job of that number is none of it: one of another cluster, or one from before the cluster's count began anew.
+    """
+    own = job_facts()
+    if not own or not restart_count():
         return []
-    lives = [event for event in read_lines(path / "events.jsonl") if event.get("event") in BEGINNINGS and event.get("job") == job]
+    lives: list[dict[str, object]] = []
+    for event in read_lines(path / "events.jsonl"):
+        is_beginning = event.get("event") in BEGINNINGS and event.get("job") == own["job"]
+        if not is_beginning or event.get("cluster", own["cluster"]) != own["cluster"]:
+            continue
+        if lives and _restart_of(event) < _restart_of(lives[-1]):
+            lives = []
+        lives.append(event)
+    if lives and _restart_of(lives[-1]) > restart_count():
+        return []
     return [step for life in lives if isinstance(step := life.get("step"), int)]
+
+
+def _restart_of(life: Mapping[str, object]) -> int:
+    found = life.get("restart")
+    return found if isinstance(found, int) else 0
 
 
 def require_progress(starts: Sequence[int], *, step: int) -> None:

@@ -24,7 +24,7 @@ from typing import IO, Literal, get_args
 from ddp_kit.collectives import max_over_ranks
 from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
-from ddp_kit.past import restart_count
+from ddp_kit.past import restart_count, whole_name_of_job
 from ddp_kit.topology import environment
 from ddp_kit.trackers import redact_text
 from ddp_kit.trackers.jsonl import json_text, read_json
@@ -46,7 +46,7 @@ class Owner:
     pid: int
     start: str  # the process's start time as its system tells it: a reused pid has another one
     namespace: str  # containers may share a host's name, but not its pids
-    job: str
+    job: str  # and its cluster, as in "17@name"
     restart: int  # of that job
 
 
@@ -255,12 +255,12 @@ def _read_owner(file: IO[str]) -> Owner | None:
 
 def _this_process() -> Owner:
     pid = os.getpid()
-    job = environment().get("SLURM_JOB_ID", "")
+    job = whole_name_of_job()
     return Owner(host=socket.gethostname(), pid=pid, start=process_start(pid), namespace=_namespace(), job=job, restart=restart_count())
 
 
 def _lives(owner: Owner, *, lock: Path) -> bool:
-    if owner.job and owner.job == environment().get("SLURM_JOB_ID") and owner.restart < restart_count():
+    if owner.job and owner.job == whole_name_of_job() and owner.restart < restart_count():
         return False  # SLURM starts a job again only once its last life is over
     if (owner.host, owner.namespace) == (socket.gethostname(), _namespace()):
         return process_start(owner.pid) == owner.start
