@@ -12,13 +12,36 @@ from pathlib import Path
 from launch.slurm_plan import SlurmPlan, options
 
 PREFLIGHT_S = 60
+SAY = """\
+ddp_kit_say() { printf '%(%Y-%m-%dT%H:%M:%S%z)T ddp-kit: %s\\n' -1 "$*"; }
+"""
 TOLD = """\
-told=""
-trap 'told=yes' TERM                              # scancel and scontrol requeue tell this shell too; a preemption tells the ranks alone
-say() { printf '%(%Y-%m-%dT%H:%M:%S%z)T ddp-kit: %s\\n' -1 "$*"; }
-life=${SLURM_RESTART_COUNT:-0}
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
-job=${job:-$SLURM_JOB_ID}
+set +eu  # a BASH_ENV or exported SHELLOPTS may have set them
+ddp_kit_told=""
+trap 'ddp_kit_told=yes' TERM                      # scancel and scontrol requeue tell this shell too; a preemption tells the ranks alone
+ddp_kit_life=${SLURM_RESTART_COUNT:-0}
+ddp_kit_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+ddp_kit_job=${ddp_kit_job:-$SLURM_JOB_ID}
+"""
+FILES = """\
+ddp_kit_mark=$ddp_kit_folder/$ddp_kit_job.$ddp_kit_life
+ddp_kit_began=$ddp_kit_mark.began                 # the lines of --setup have come to their end
+ddp_kit_failed=$ddp_kit_mark.failed               # the exit code of the first task that failed
+ddp_kit_ended=$ddp_kit_mark.ended                 # task 0 has ended well
+rm -f "$ddp_kit_run/requeue" "$ddp_kit_began" "$ddp_kit_failed" "$ddp_kit_ended"
+rm -f "$ddp_kit_folder/$SLURM_JOB_ID.$ddp_kit_life".{port,over}
+"""
+STEP = """\
+# The step, in a shell of its own: whatever --setup does there to traps, options, names or the exit code, this script goes on as it is.
+# In the background: a shell that waits for a program in front of it hears no signal.
+/bin/bash /dev/fd/9 "$ddp_kit_began" 9<<'DDP_KIT_STEP' &
+exec 9<&-
+ddp_kit_began=$1
+"""
+BEGAN = """\
+set +eufC                                         # --setup may have set them
+trap : TERM                                       # srun hears it too and ends the ranks; its exit code is waited for
+: > "$ddp_kit_began"
 """
 TASK = """\
 trap "" USR1 USR2  # the warning may come before the program can hear it, and an agent of torchrun would die of it
@@ -29,49 +52,60 @@ fi
 exec "$@"\
 """  # on each node
 WAIT = """\
-step=$!
-rc=0
-while kill -0 "$step" 2>/dev/null; do             # a signal to this shell ends a wait, not the step
-  wait "$step"
-  rc=$?
+ddp_kit_step=$!
+ddp_kit_rc=""
+while kill -0 "$ddp_kit_step" 2>/dev/null; do     # a signal to this shell ends a wait, not the step
+  wait "$ddp_kit_step"
+  ddp_kit_rc=$?
 done
-wait "$step"
-last=$?
-if [ "$last" -ne 127 ]; then rc=$last; fi         # 127: the loop has had its code already
-first=""
-if [ -e "$failed" ]; then read -r first < "$failed"; fi
-case "$first:$rc" in                              # srun ends the tasks after the one that failed, and tells the largest code
+wait "$ddp_kit_step"
+ddp_kit_last=$?
+if [ -z "$ddp_kit_rc" ] || [ "$ddp_kit_last" -ne 127 ]; then  # 127: the loop has had its code already
+  ddp_kit_rc=$ddp_kit_last
+fi
+ddp_kit_first=""
+if [ -e "$ddp_kit_failed" ]; then read -r ddp_kit_first < "$ddp_kit_failed"; fi
+case "$ddp_kit_first:$ddp_kit_rc" in              # srun ends the tasks after the one that failed, and tells the largest code
   :* | *:137 | 143:13[0-9]) ;;                    # a task that was killed, or has crashed, could not say so: srun does
-  *) rc=$first ;;
+  *) ddp_kit_rc=$ddp_kit_first ;;
 esac
 """
 END = """\
-again=""
-if [ -e "$run/requeue" ]; then                    # rank 0 leaves it when a stopped run is saved
-  again=yes
-elif [ "$rc" -eq 143 ] && [ "$max_requeues" -gt 0 ]; then  # preempted before the first step: no task has failed before its SIGTERM
-  again=yes
+ddp_kit_again=""
+ddp_kit_stopped="life $ddp_kit_life of job $ddp_kit_job has stopped with nothing lost"
+if [ ! -e "$ddp_kit_began" ] && [ -z "$ddp_kit_told" ]; then
+  ddp_kit_say "--setup has ended the script before the ranks were started (its exit code: $ddp_kit_rc)"
+  ddp_kit_rc=1
+elif [ -e "$ddp_kit_run/requeue" ]; then          # rank 0 leaves it when a stopped run is saved
+  ddp_kit_again=yes
+elif [ "$ddp_kit_rc" -eq 143 ] && [ "$ddp_kit_max_requeues" -gt 0 ]; then
+  ddp_kit_again=yes                               # preempted before the first step: no task has failed before its SIGTERM
+elif [ "$ddp_kit_rc" -eq 0 ] && [ ! -e "$ddp_kit_ended" ]; then  # srun does not count tasks that it could not start
+  ddp_kit_say "srun has ended with 0, but no rank 0 has come to its end: were the tasks started? Every node must see $ddp_kit_folder"
+  ddp_kit_rc=1
 fi
-if [ -n "$again" ]; then
-  rc=75
-  if [ -n "$told" ]; then
-    say "life $life of job $job has stopped with nothing lost; SLURM itself ends or requeues the job"
-  elif [ "$life" -ge "$max_requeues" ]; then
-    say "life $life of job $job has stopped with nothing lost: --max-requeues $max_requeues is reached. To go on: $go_on"
-  elif scontrol requeue "$job" || [ -n "$told" ]; then  # SLURM tells scontrol too, at once
-    say "life $life of job $job has stopped with nothing lost: requeued"
+if [ -n "$ddp_kit_again" ]; then
+  ddp_kit_rc=75
+  if [ -n "$ddp_kit_told" ]; then
+    ddp_kit_say "$ddp_kit_stopped; SLURM itself ends or requeues the job"
+  elif [ "$ddp_kit_life" -ge "$ddp_kit_max_requeues" ]; then
+    ddp_kit_say "$ddp_kit_stopped: --max-requeues $ddp_kit_max_requeues is reached. To go on: $ddp_kit_go_on"
+  elif scontrol requeue "$ddp_kit_job" || [ -n "$ddp_kit_told" ]; then  # SLURM tells scontrol too, at once
+    ddp_kit_say "$ddp_kit_stopped: requeued"
   else
-    say "life $life of job $job has stopped with nothing lost: it could not be requeued. To go on: $go_on"
+    ddp_kit_say "$ddp_kit_stopped: it could not be requeued. To go on: $ddp_kit_go_on"
   fi
 fi
-say "life $life of job $job ends with exit code $rc"
-exit "$rc"
+ddp_kit_say "life $ddp_kit_life of job $ddp_kit_job ends with exit code $ddp_kit_rc"
+exit "$ddp_kit_rc"
 """
 
 
 def render(plan: SlurmPlan) -> str:
-    """Returns the batch script."""
-    return "".join([_head(plan), "\n", TOLD, _places(plan), "\n", _surroundings(plan), "\n", _step(plan), WAIT, "\n", END])
+    """Returns the batch script: what is this shell's own, and between STEP and WAIT what another one does, which runs the user's lines."""
+    own = [_head(plan), "\n", SAY, TOLD, _places(plan), FILES, "\n"]
+    step = [STEP, SAY, _surroundings(plan), _setup(plan), BEGAN, _step(plan), "DDP_KIT_STEP\n"]
+    return "".join([*own, *step, WAIT, "\n", END])
 
 
 def directives(plan: SlurmPlan) -> Mapping[str, str | None]:
@@ -125,19 +159,19 @@ def _sbatch_quoted(value: str) -> str:
 def _places(plan: SlurmPlan) -> str:
     """Which run this job is, and whether it may live once more."""
     if plan.is_array:
-        cases = [f"  {number}) run={shlex.quote(run.folder)} ;;" for number, run in enumerate(plan.runs)]
+        cases = [f"  {number}) ddp_kit_run={shlex.quote(run.folder)} ;;" for number, run in enumerate(plan.runs)]
         where = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
     else:
-        where = [f"run={shlex.quote(plan.runs[0].folder)}"]
+        where = [f"ddp_kit_run={shlex.quote(plan.runs[0].folder)}"]
     return _text(
         [
             *where,
-            f"folder={shlex.quote(plan.folder)}",
-            f"max_requeues={plan.max_requeues}",
-            'go_on="ddp-kit resubmit $(printf %q "$run")"',
-            'say "life $life of job $job on $SLURM_JOB_NODELIST: $run"',
-            'if [ "$life" -gt "$max_requeues" ]; then',
-            '  say "the limit of $max_requeues requeues is passed. To go on: $go_on"',
+            f"ddp_kit_folder={shlex.quote(plan.folder)}",
+            f"ddp_kit_max_requeues={plan.max_requeues}",
+            'ddp_kit_go_on="ddp-kit resubmit $(printf %q "$ddp_kit_run")"',
+            'ddp_kit_say "life $ddp_kit_life of job $ddp_kit_job on $SLURM_JOB_NODELIST: $ddp_kit_run"',
+            'if [ "$ddp_kit_life" -gt "$ddp_kit_max_requeues" ]; then',
+            '  ddp_kit_say "the limit of $ddp_kit_max_requeues requeues is passed. To go on: $ddp_kit_go_on"',
             "  exit 1",
             "fi",
         ]
@@ -145,7 +179,7 @@ def _places(plan: SlurmPlan) -> str:
 
 
 def _surroundings(plan: SlurmPlan) -> str:
-    """What the ranks find in their environment, and the user's own lines of setup."""
+    """What the ranks, and the user's own lines of setup, find in their environment."""
     own = {
         "DDP_KIT_LAUNCHER": f"ddp-kit slurm, {plan.launcher}",
         "DDP_KIT_REQUEUE": "1" if plan.max_requeues else "",
@@ -160,19 +194,27 @@ def _surroundings(plan: SlurmPlan) -> str:
         lines.append(f"export PYTHONPATH={shlex.quote(':'.join(plan.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     lines.append("export SUBMITIT_EXECUTOR=slurm")
     lines.append('[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK')  # srun does not take it from sbatch
+    return _text(lines)
+
+
+def _setup(plan: SlurmPlan) -> str:
+    """The user's own lines, each as it was typed."""
+    lines = []
     for line in plan.setup:
         failed = shlex.quote(f"--setup {line}: it failed")
-        lines += [line, f"if [ $? -ne 0 ]; then say {failed}; exit 1; fi"]
-    if not plan.container_image:
-        python = shlex.quote(plan.python)
-        missing = f'say {python}" is not there on $(hostname): type --python, or --setup with what makes it appear"'
-        lines.append(f"command -v {python} >/dev/null || {{ {missing}; exit 127; }}")
+        lines += [line, f"if [ $? -ne 0 ]; then ddp_kit_say {failed}; exit 1; fi"]
     return _text(lines)
 
 
 def _step(plan: SlurmPlan) -> str:
-    """The step that starts the ranks, in the background: a shell that waits for a program in front of it hears no signal."""
-    pattern = '"$folder"/%A_%a_%t_log' if plan.is_array else '"$folder"/%j_%t_log'
+    """The step that starts the ranks."""
+    lines = []
+    if not plan.container_image:
+        python = shlex.quote(plan.python)
+        missing = f'ddp_kit_say {python}" is not there on $(hostname): type --python, or --setup with what makes it appear"'
+        lines.append(f"command -v {python} >/dev/null || {{ {missing}; exit 127; }}")
+    folder = shlex.quote(plan.folder)
+    pattern = f"{folder}/%A_%a_%t_log" if plan.is_array else f"{folder}/%j_%t_log"
     tasks = '"$SLURM_NNODES"' if plan.launcher != "srun" else '"$SLURM_NTASKS"'
     # the agents that are left re-form; with an input from srun they would be killed when srun's node dies
     ends = ["--no-kill", "--kill-on-bad-exit=0", "--input=none"] if plan.min_nodes else ["--kill-on-bad-exit=1"]
@@ -181,14 +223,9 @@ def _step(plan: SlurmPlan) -> str:
     passed = {**{name: value for name, value in container.items() if value}, **options(plan.srun)}
     flags += [f"--{name}" + ("" if value is None else f"={shlex.quote(value)}") for name, value in passed.items()]
     per_node = 1 if plan.launcher != "srun" else plan.processes
-    program = f'bash -c {shlex.quote(TASK)} sh {shlex.quote(plan.python)} -u -m submitit.core._submit "$folder" &'
-    return _text(
-        [
-            "failed=$folder/$job.$life.failed",
-            'rm -f "$run/requeue" "$failed" "$folder/$SLURM_JOB_ID.$life".{port,over}',
-            " \\\n  ".join([f"srun -n {tasks} --ntasks-per-node={per_node}", *flags, program]),
-        ]
-    )
+    program = f"bash -c {shlex.quote(TASK)} sh {shlex.quote(plan.python)} -u -m submitit.core._submit {folder}"
+    lines.append(" \\\n  ".join([f"srun -n {tasks} --ntasks-per-node={per_node}", *flags, program]))
+    return _text(lines)
 
 
 def _text(lines: Iterable[str]) -> str:

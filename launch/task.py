@@ -149,6 +149,8 @@ def _ended(run: Callable[[], object], *, run_dir: Path) -> str:
     sys.stdout.flush()
     sys.stderr.flush()
     if code == 0:
+        if environment()["SLURM_PROCID"] == "0":
+            _mark("ended").touch()  # the batch script does not take srun's 0 for it
         return _text(run_dir / "status.json")
     if code != REQUEUE:
         _failed_first(int(code) if isinstance(code, int) else 1)
@@ -160,11 +162,17 @@ def _ended(run: Callable[[], object], *, run_dir: Path) -> str:
 
 def _failed_first(code: int) -> None:
     """Leaves the exit code for the batch script, if no other task of this life has failed before."""
-    facts = environment()
-    job = f"{facts['SLURM_ARRAY_JOB_ID']}_{facts['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in facts else facts["SLURM_JOB_ID"]
-    path = Path(facts["SUBMITIT_FOLDER"]) / f"{job}.{facts.get('SLURM_RESTART_COUNT', '0')}.failed"
-    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+    with contextlib.suppress(FileExistsError), _mark("failed").open("x", encoding="utf-8") as file:
         file.write(f"{code}\n")
+
+
+def _mark(kind: str) -> Path:
+    """A file by which this life tells its batch script something."""
+    facts = environment()
+    job = facts["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in facts:
+        job = f"{facts['SLURM_ARRAY_JOB_ID']}_{facts['SLURM_ARRAY_TASK_ID']}"
+    return Path(facts["SUBMITIT_FOLDER"]) / f"{job}.{facts.get('SLURM_RESTART_COUNT', '0')}.{kind}"
 
 
 def _failure(code: object, *, reason: str, errors: str) -> str:

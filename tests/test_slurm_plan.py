@@ -85,7 +85,7 @@ def test_the_script_keeps_what_was_met_by_trying() -> None:
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
         "export DDP_KIT_REQUEUE=1",
         "export NCCL_DEBUG=WARN",
-        'exit "$rc"',
+        'exit "$ddp_kit_rc"',
     ):
         assert line in text, line
     agent = render(plan("--launcher", "torchrun", "--nproc-per-node", "4", "--cpus-per-task", "2"))
@@ -238,7 +238,7 @@ def test_a_refused_requeue_names_the_command_that_goes_on() -> None:
     """The script itself, with an srun that leaves what a saved run does, and a scontrol that may not requeue."""
     made = planned(["--python", sys.executable, "--no-snapshot", "recipe.py", "--run-dir", "runs/a b"])[0]
     run = Path(made.runs[0].folder)
-    run.mkdir(parents=True)
+    (run / "launch").mkdir(parents=True)
     Path("bin").mkdir()
     for name, line in {"srun": f"touch '{run}/requeue'; exit 75", "scontrol": 'test "$1" = show'}.items():
         Path("bin", name).write_text(f"#!/bin/sh\n{line}\n")
@@ -255,7 +255,7 @@ def test_a_refused_requeue_names_the_command_that_goes_on() -> None:
 def test_a_setup_line_that_fails_ends_the_job() -> None:
     text = render(plan("--setup", "module load 'x y'"))
     begin = text.index("module load")
-    assert text[begin:].splitlines()[1].startswith("if [ $? -ne 0 ]; then say '--setup module load")
+    assert text[begin:].splitlines()[1].startswith("if [ $? -ne 0 ]; then ddp_kit_say '--setup module load")
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
