@@ -36,8 +36,13 @@ print("life", life, "rank", rank, flush=True)
 if "--fail" in sys.argv:
     (run / "status.json").write_text(json.dumps({{"exit_code": 9}}))
     sys.exit(1 if is_agent else 9)
+if "--save" in sys.argv and life == "0":
+    stop(signal.SIGUSR1, None)
+if "--vanish" in sys.argv:
+    sys.exit(0)
 if life == "0":
     time.sleep(1000)
+(run / "status.json").write_text(json.dumps({{"status": "finished", "exit_code": 0}}))
 """
 
 
@@ -50,7 +55,7 @@ class Scripts:
     run_dir: Path
 
     def submit(self, name: str, *words: str, flags: tuple[str, ...] = ()) -> str:
-        sizes = ("--ntasks-per-node=2",) if name == "train" else ()
+        sizes = ("--ntasks-per-node=2",) if Path(name).name == "train" else ()
         own = ("--gpus-per-node=2", "--cpus-per-task=1", *sizes, f"--chdir={self.folder}", "--output=log", *flags)
         variables = {} if "--array=1,2" in flags else {"RUN_DIR": str(self.run_dir)}
         variables |= {"PATH": f"{self.folder / 'bin'}:{self.cluster.environ['PATH']}"}
@@ -100,6 +105,26 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_exit_code(scripts: Scripts,
     assert scripts.cluster.facts(job)["ExitCode"] == "9:0"
     assert all("recipe.py --note two words --fail --run-dir" in life for life in scripts.lives.values())
     assert not (scripts.run_dir / "requeue").exists()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_exit_code_0_without_an_end_is_a_failure(scripts: Scripts, name: str) -> None:
+    job = scripts.submit(name, "recipe.py", "--vanish")
+    scripts.cluster.wait(job, state="FAILED")
+    assert scripts.cluster.facts(job)["ExitCode"] == "1:0"
+    assert f"job {job}: srun has ended with 0, but" in scripts.log
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_whose_own_lines_set_errexit_hands_the_exit_code_on(scripts: Scripts, name: str) -> None:
+    template = (ROOT / "slurm" / f"{name}.sbatch").read_text()
+    line = "# source .venv/bin/activate"
+    assert template.count(line) == 1
+    edited = scripts.folder / f"{name}.sbatch"
+    edited.write_text(template.replace(line, "set -eu; trap 'echo mine' TERM"))
+    job = scripts.submit(str(edited.with_suffix("")), "recipe.py", "--save")
+    scripts.cluster.wait(job, state="COMPLETED", within_s=40)
+    assert scripts.cluster.facts(job)["Restarts"] == "1"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
