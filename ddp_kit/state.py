@@ -6,6 +6,7 @@ Refuses: files, and randomness (a counter and the seed give every draw again).
 Names: `model/NAME`, `ema/NAME`, `optimizer/OBJECTIVE NAME/KEY`, with the bare model's parameter names.
 """
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -157,9 +158,9 @@ def restore_state(
 ) -> None:
     """Puts a checkpoint's state into a run that was composed alike. Every rank calls it.
 
-    Args: `keeps_hyperparameters` False: the optimizer's numbers (momentum, weight decay, ...) are this life's, and its schedule goes on
-        from the step reached, with this life's rates.
-    Raises: ConfigError with a table if the tensors do not fit, with nothing changed.
+    Args: `keeps_hyperparameters` False: the optimizer's numbers (momentum, weight decay, ...) are this life's, which has not stepped yet,
+        and so is its schedule: of the file's it takes the position alone.
+    Raises: ConfigError with a table if the tensors do not fit, or a schedule does not go as far, with nothing restored.
     """
     values = opened.values
     names = dict(training.model.named_parameters())
@@ -181,6 +182,9 @@ def restore_state(
     targets |= values_of
     tensors |= values_of
     require_fit(opened.kinds, {name: _kind(item) for name, item in targets.items()}, where=opened.folder)
+    if not keeps_hyperparameters:
+        for objective in training.objectives:
+            _advance(objective, steps=values["step"], where=opened.folder)
     opened.copy_into({name: item for name, item in targets.items() if not isinstance(item, torch.Tensor) or not item.is_meta})
     for objective in training.objectives:
         _restore_objective(objective, saved[objective.name], names, tensors, keeps_hyperparameters=keeps_hyperparameters)
@@ -252,19 +256,40 @@ def _restore_objective(
             optimizer.state[names[name]] = decode(kept, tensors)
     if objective.refresh is not None:
         objective.refresh()
-    groups = [decode(group, tensors) for group in saved["groups"]]
-    ratios = [1.0] * len(groups)
-    for i, (own, group) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        if keeps_hyperparameters:
-            own.update(group)
-            continue
-        base = "initial_lr" if "initial_lr" in group else "lr"
-        ratios[i] = own[base] / group[base] if group[base] else 1.0
-        own["lr"] = group["lr"] * ratios[i]
-    if objective.scheduler is not None:
-        state = decode(saved["scheduler"], tensors)
-        if not keeps_hyperparameters and "base_lrs" in state:
-            state["base_lrs"] = [rate * ratio for rate, ratio in zip(state["base_lrs"], ratios, strict=True)]
-        objective.scheduler.load_state_dict(state)
-    for key, value in saved["scale"].items():
-        setattr(objective.scale, key, value)
+    for own, group in zip(optimizer.param_groups, saved["groups"], strict=True):
+        kept = decode(group, tensors)
+        own.update(kept if keeps_hyperparameters else _counted(optimizer, kept))
+    if objective.scheduler is not None and keeps_hyperparameters:
+        objective.scheduler.load_state_dict(decode(saved["scheduler"], tensors))
+    if objective.scale.is_on and saved["scale"]["is_on"]:  # another precision begins with its own
+        objective.scale.scale = saved["scale"]["scale"]
+        objective.scale.good_steps = saved["scale"]["good_steps"]
+
+
+def _advance(objective: ObjectiveState, *, steps: int, where: str) -> None:
+    """Steps the schedule that this life has built to where a run of these settings would have it by now: many of torch's compute a rate
+    from the one before. A million steps take 3 to 6 s.
+
+    Raises: ConfigError for one that does not go as far.
+    """
+    if objective.scheduler is None:
+        return
+    objective.optimizer._opt_called = True  # type: ignore[attr-defined]  # those steps were taken, in the lives before
+    try:
+        for _ in range(steps):
+            objective.scheduler.step()
+    except Exception as error:  # whatever a schedule raises
+        kind = type(objective.scheduler).__name__
+        raise ConfigError(
+            f"{where} is at step {steps}, and the schedule of the changed settings ({kind}) does not go as far: {error} "
+            "Type more --epochs or --max-steps, or the settings as they were."
+        ) from error
+
+
+def _counted(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what an optimizer itself counts in a group, as schedule-free ones do: what it adds to the arguments it is built with."""
+    arguments = {"lr"}
+    for kind in type(optimizer).__mro__:
+        if "__init__" in vars(kind):
+            arguments |= set(inspect.signature(vars(kind)["__init__"]).parameters)
+    return {key: value for key, value in group.items() if key in optimizer.defaults and key not in arguments}
