@@ -28,7 +28,7 @@ from ddp_kit.fit import Pace
 from ddp_kit.groups import Group
 from ddp_kit.logs import logger
 from ddp_kit.meta import materialise
-from ddp_kit.precision import weight_dtype
+from ddp_kit.precision import placed, weight_dtype
 from ddp_kit.recipe import Recipe
 from ddp_kit.seeding import Purpose, generators_put_back, key
 from ddp_kit.settings import Settings, digest, flag, flatten
@@ -79,7 +79,8 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
         if group.device.type != "cuda":
             raise ConfigError("--sync-batchnorm: torch's SyncBatchNorm runs on CUDA only; this rank runs on a CPU. Leave it out.")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.training)
-    model = model.to("meta" if is_meta else "cpu" if is_split else group.device, weight_dtype(settings.precision))
+    device = "meta" if is_meta else "cpu" if is_split else group.device
+    model = placed(model, device=device, dtype=weight_dtype(settings.precision))
     if has_channels_last(model, settings):
         model = model.to(memory_format=torch.channels_last)
     if settings.activation_checkpointing:

@@ -21,7 +21,7 @@ from ddp_kit.batching import BatchPlan
 from ddp_kit.blame import Blame
 from ddp_kit.errors import ConfigError
 from ddp_kit.groups import Group
-from ddp_kit.precision import weight_dtype
+from ddp_kit.precision import placed, weight_dtype
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
 from ddp_kit.sharded import local
@@ -31,7 +31,7 @@ from ddp_kit.strategies.fsdp import gathered_dtype, modules_to_wrap
 from ddp_kit.strategies.splittable import require_elementwise, require_splittable
 from ddp_kit.strategies.zero1 import rebuilt
 from ddp_kit.topology import Topology
-from ddp_kit.weights import tie, tied_names
+from ddp_kit.weights import is_weight, tie, tied_names
 from ddp_kit.wrapping import part_of
 
 Backend = Literal["nccl", "gloo"]
@@ -94,7 +94,7 @@ def build(recipe: Recipe, settings: Settings) -> nn.Module:
             raise
         model = recipe.model()
     tied = tied_names(model)
-    model = model.to("meta", weight_dtype(settings.precision))
+    model = placed(model, device="meta", dtype=weight_dtype(settings.precision))
     tie(model, tied)
     return model
 
@@ -113,7 +113,7 @@ def costs_of(recipe: Recipe, settings: Settings, plan: BatchPlan, *, group: Grou
     parts = [part_of(model, objective.trains) for objective in recipe.parts()]
     trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]  # summed for each objective
     weights, gradients = _held(model.parameters()), _held(trained)
-    buffers, floats = _held(model.buffers()), _held(buffer for buffer in model.buffers() if buffer.is_floating_point())
+    buffers, floats = _held(model.buffers()), _held(buffer for buffer in model.buffers() if is_weight(buffer))
     average = weights
     rounds = max(map(len, map(plan.of_rank, range(ranks))))
     everything = _whole(model.parameters()) * (2 if settings.ema else 1) + buffers + (floats if settings.ema else 0) + whole

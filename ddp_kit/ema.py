@@ -1,6 +1,6 @@
 """Exponential moving average of the weights, which evaluation uses.
 
-Owns: the averages of parameters and floating-point buffers, on the model's device.
+Owns: the averages of parameters and floating-point or complex buffers, on the model's device.
 Refuses: changing training: the weights are put back after an evaluation, and `weights_sha256` is that of the weights.
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ddp_kit.sharded import local
+from ddp_kit.weights import is_weight
 
 
 class WeightAverage:
@@ -18,7 +19,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, *, decay: float):
         self._decay = decay
-        named = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+        named = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if is_weight(buffer)}
         self.names = list(named)
         self.like = list(named.values())
         self._live = [local(tensor) for tensor in self.like]

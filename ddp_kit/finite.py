@@ -21,11 +21,15 @@ from ddp_kit.training import ObjectiveState, StepSums, Training
 
 
 def find_non_finite(gradients: list[torch.Tensor], found: torch.Tensor, *, one: torch.Tensor, is_mixed: bool) -> None:
-    """Sets `found` to 1 if a gradient is not finite: GradScaler's kernel, multiplying by `one`; `is_mixed`: they have several dtypes."""
+    """Sets `found` to 1 if a gradient is not finite: GradScaler's kernel, multiplying by `one`; `is_mixed`: they have several dtypes, or
+    complex ones, which the kernel does not take.
+    """
     if not is_mixed:
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one)
         return
     for gradient in gradients:
+        if gradient.is_complex():
+            gradient = torch.view_as_real(gradient.resolve_conj())
         torch._amp_foreach_non_finite_check_and_unscale_([gradient], found, one)
 
 

@@ -1,6 +1,6 @@
 """Arithmetic of the forward pass, and the loss scale of fp16.
 
-Owns: autocast, the dtype of weights, TF32 switches, when fp16 is refused, and the scale's rule.
+Owns: autocast, the dtype of weights and the cast to it, TF32 switches, when fp16 is refused, and the scale's rule.
 Refuses: deciding whether a step is applied: that is seen in the reduced gradients, which are the same on all ranks.
 """
 
@@ -57,6 +57,24 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 def weight_dtype(precision: Precision) -> torch.dtype:
     """Returns the dtype of weights, optimizer state and floating-point batches."""
     return torch.float64 if precision == "fp64" else torch.float32
+
+
+def placed(model: nn.Module, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Returns a model on a device, its floating-point tensors cast to a dtype and its complex ones to the complex dtype of that width."""
+    if not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
+        return model.to(device, dtype)
+    wide = dtype.to_complex()
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():
+            return tensor.to(wide).resolve_conj()  # a view that is conjugated lazily has no bytes of its own
+        if tensor.is_floating_point():
+            return tensor.to(dtype)
+        return tensor
+
+    model.to(device)
+    cast_model: nn.Module = model._apply(cast)  # model.to(dtype) would drop the imaginary parts
+    return cast_model
 
 
 @contextmanager

@@ -49,6 +49,8 @@ class LossCall(nn.Module):
             result = self._loss(self.model, batch)
         if not isinstance(result, LossSum) or not isinstance(result.total, torch.Tensor) or result.total.dim():
             raise DdpKitError(f"the loss must return LossSum(total, count) with a scalar tensor as total; it returned {_shape(result)}.")
+        if result.total.is_complex():
+            raise DdpKitError(f"the loss's total is {result.total.dtype}; what is minimised is a real number: its abs() or its real part.")
         if result.total.dtype not in FULL:  # its gradient would be rounded to that type, 1 / count with it
             raise DdpKitError(f"the loss's total is {result.total.dtype}; a sum loses digits in it: LossSum(losses.float().sum(), count).")
         return result.total, result.count, result.metrics
@@ -71,7 +73,7 @@ class ObjectiveState:
     count: Count
     scheduler: Any = None
     scale: LossScale = field(default_factory=lambda: LossScale(is_on=False))
-    is_mixed: bool = False  # parameters of several dtypes
+    is_mixed: bool = False  # parameters of several dtypes, or complex ones
     is_deferred: bool = False  # the optimizer reads `found_inf` on the device, and the host one step later
     found_inf: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     step: Callable[[], None] | None = None  # the strategy's way to step the optimizer

@@ -27,15 +27,20 @@ CONVERT = """ It looks like a pickle, and loading one may run code. Convert a fi
     save_file({n: t.clone() for n, t in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])" %s %s"""
 
 
+def is_weight(buffer: torch.Tensor) -> bool:
+    """Whether a buffer belongs to the weights: averaged and hashed with them."""
+    return buffer.is_floating_point() or buffer.is_complex()
+
+
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns parameters and floating-point buffers in name order, a tied tensor under its first name."""
-    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    """Returns parameters and floating-point or complex buffers in name order, a tied tensor under its first name."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if is_weight(buffer)}
     named = dict(model.named_parameters()) | buffers
     return dict(sorted(named.items()))
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -129,7 +134,7 @@ def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence
     if base and base == base_sha256(model):
         free |= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in live.items() if name not in free}
-    floats = {name for name in wanted if name in tensors and tensors[name].is_floating_point() and live[name].is_floating_point()}
+    floats = {name for name in wanted if name in tensors and _differ_in_width_only(tensors[name], live[name])}
     found = {name: (tuple(tensor.shape), live[name].dtype if name in floats else tensor.dtype) for name, tensor in tensors.items()}
     unfit = misfits(found, wanted)
     fitting = [name for name in wanted if name not in unfit]
@@ -145,6 +150,13 @@ def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence
             place = held(live[name])
             assert isinstance(place, Held)  # DeepSpeed has not split it yet
             place.rows.copy_(tensors[name][place.start : place.stop] if place.shape else tensors[name])
+
+
+def _differ_in_width_only(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are floating-point, or both complex."""
+    if one.is_complex() or other.is_complex():
+        return one.is_complex() and other.is_complex()
+    return one.is_floating_point() and other.is_floating_point()
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -146,7 +146,7 @@ def _objective(part: Part, rehearsal: Rehearsal, *, precision: Precision, is_onl
         refresh=wrapped.refresh,
         found_inf=torch.zeros((), device=place),
         one=torch.ones((), device=place),
-        is_mixed=len({parameter.dtype for parameter in parameters}) > 1,
+        is_mixed=len({parameter.dtype for parameter in parameters}) > 1 or parameters[0].is_complex(),
         is_deferred=on_device and is_only and is_plain and precision != "fp16",  # the host need not wait for each step's verdict
     )
 

@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -29,12 +29,13 @@ FOLDER = re.compile(r"step-(\d{8,})")
 HEADER_LIMIT, JSON_LIMIT = 64 << 20, 256 << 20  # bytes that are read before anything is known about a file
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool, "U8": torch.uint8},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "C64": torch.complex64},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "C64": torch.complex64, "C128": torch.complex128},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
 PIECE = 1 << 20  # bytes that are read and hashed at a time: they stay in a core's cache
 SEAL = b',\n "sha256": "'
 NOT_FINITE = ("nan", "inf", "-inf")  # metrics as texts
+PAIRED = "C128"  # which safetensors does not have: its shards hold F64, with the real and the imaginary part in a last dimension
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -157,6 +158,14 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    def unpaired(self) -> "Stored":
+        """Returns the piece as the complex numbers whose parts it holds; itself if it cannot be that."""
+        if self.dtype != torch.float64 or self.shape[-1:] != (2,):
+            return self
+        shape = self.shape[:-1]
+        stop = self.piece.stop if shape else self.piece.start + 1
+        return replace(self, dtype=torch.complex128, shape=shape, piece=replace(self.piece, stop=stop))
+
 
 def shard_header(pieces: Sequence[Piece], shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> tuple[bytes, list[Stored]]:
     """Returns the bytes before the tensors, a whole number of pages, and where each piece goes; larger elements first: all are aligned."""
@@ -168,6 +177,8 @@ def shard_header(pieces: Sequence[Piece], shapes: Mapping[str, Shape], dtypes: M
         shape = (piece.stop - piece.start, *whole.shape[1:]) if whole.shape else ()
         own = Shape(shape, whole.itemsize).nbytes
         entries[piece.name] = {"dtype": NAMES[dtypes[piece.name]], "shape": list(shape), "data_offsets": [at, at + own]}
+        if NAMES[dtypes[piece.name]] == PAIRED:
+            entries[piece.name] |= {"dtype": "F64", "shape": [*shape, 2]}
         places.append((piece, at, own, shape))
         at += own
     text = json.dumps(entries).encode()

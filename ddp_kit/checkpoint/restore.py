@@ -192,6 +192,9 @@ def describe(storage: Storage, folder: str, manifest: Manifest) -> Opened:
         kinds = {name: (tuple(map(index, shape)), DTYPES[dtype]) for name, (shape, dtype) in values.pop("tensors").items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{STATE} does not say which tensors there are") from error
+    for name, (_, dtype) in kinds.items():
+        if dtype == torch.complex128:
+            pieces[name] = [(file, stored.unpaired()) for file, stored in pieces.get(name, [])]
     shapes = {name: Shape(shape, dtype.itemsize) for name, (shape, dtype) in kinds.items()}
     wrong = [name for name, shape in shapes.items() if min(shape.shape, default=0) < 0]
     wrong += covers([stored.piece for items in pieces.values() for _, stored in items], shapes)

@@ -16,7 +16,7 @@ from ddp_kit.checkpoint.layout import FOLDER, MANIFEST, DamagedError, FormatErro
 from ddp_kit.checkpoint.restore import Opened, describe, retried, verify_file
 from ddp_kit.checkpoint.retention import read_manifest
 from ddp_kit.checkpoint.storage import LocalDisk
-from ddp_kit.errors import ConfigError, DdpKitError
+from ddp_kit.errors import ConfigError, DdpKitError, some
 from ddp_kit.groups import Group
 from ddp_kit.topology import Topology
 
@@ -120,6 +120,10 @@ def export(run: Path, /, *, out: Path, best: bool = False, step: int = -1, ema: 
     if ema and not any(name.startswith("ema/") for name in opened.kinds):
         raise ConfigError(f"--ema: {opened.folder} has no averaged weights, since the run was without --ema.")
     tensors = weights_of(opened, averaged=ema or best)
+    if wide := [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]:
+        raise ConfigError(
+            f"ckpt export: {some(wide)} is complex128, for which a safetensors file has no dtype. --init-from takes {run} itself."
+        )
     for alias, name in opened.values.get("tied", {}).items():
         if name in tensors:  # a checkpoint of the trainable weights leaves frozen ones out
             tensors[alias] = tensors[name].clone()
@@ -164,6 +168,7 @@ def _gap(left: torch.Tensor, right: torch.Tensor) -> str:
     """Returns how far two tensors are apart, in words; "" if they are equal bit for bit."""
     if torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8)):
         return ""
-    gap = (left.double() - right.double()).abs()
-    relative = float(gap.norm() / right.double().norm())
+    wide = torch.complex128 if left.is_complex() else torch.float64
+    gap = (left.to(wide) - right.to(wide)).abs()
+    relative = float(gap.norm() / right.to(wide).norm())
     return f"max |a-b| {float(gap.max()):.3g}  ||a-b||/||b|| {relative:.3g}  {float((gap != 0).double().mean()):.1%} of its elements"

@@ -23,7 +23,11 @@ class Placement:
         return map_tensors(batch, self._place) if self.is_needed else batch
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
-        dtype = self.dtype if tensor.dtype == torch.float32 else tensor.dtype
+        dtype = tensor.dtype
+        if dtype == torch.float32:
+            dtype = self.dtype
+        elif dtype == torch.complex64:
+            dtype = self.dtype.to_complex()
         if self.channels_last and tensor.dim() == 4:
             return tensor.to(self.device, dtype, non_blocking=True, memory_format=torch.channels_last)
         return tensor.to(self.device, dtype, non_blocking=True)

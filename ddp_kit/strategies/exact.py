@@ -25,6 +25,13 @@ from ddp_kit.tree import Fold, Leaf
 NOTHING = -0.0
 
 
+def _blank(tensor: torch.Tensor) -> torch.Tensor:
+    """Fills a tensor with what changes no bit of a sum, in both parts of complex numbers, and returns it."""
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    numbers.fill_(NOTHING)
+    return tensor
+
+
 class _Leaves:
     """The leaves of one loss call's parameters in a step."""
 
@@ -39,7 +46,7 @@ class _Leaves:
         leaf: Leaf = []
         for i, parameter in enumerate(self.parameters):
             if parameter.grad is None:
-                leaf.append(torch.full_like(parameter, NOTHING))
+                leaf.append(_blank(torch.empty_like(parameter, requires_grad=False)))
             else:
                 self.used.add(i)
                 leaf.append(parameter.grad)
@@ -98,10 +105,14 @@ class ExactDataParallel(Whole):
             parameters = bucket.parameters()
             at = [leaves.number[id(parameter)] for parameter in parameters]
             gradients = []
+            flat = bucket.buffer()
+            if parameters[0].is_complex():  # as real numbers, twice as many, of which torch 2.15 makes wrong views
+                flat = torch.view_as_complex(flat.view(-1, 2))
             for view, own in zip(bucket.gradients(), parameters, strict=True):
-                gradients.append(view.as_strided(own.shape, own.stride(), view.storage_offset()))  # as DDP lays it into the bucket
+                gradient = flat.as_strided(own.shape, own.stride(), view.storage_offset())  # as DDP lays it into the bucket
+                gradients.append(gradient)
                 if own.grad is None:
-                    view.fill_(NOTHING)
+                    _blank(gradient)
             return exchange.sum(bucket.buffer(), before=lambda: leaves.fold.add_to(gradients, at=at))
 
         wrapped.register_comm_hook(self._exchange, hook)
@@ -118,7 +129,7 @@ class ExactDataParallel(Whole):
             return
         if self._find_unused:  # DDP has seen them used, and expects a gradient; it gives one to all that any rank has used
             for i in leaves.used:
-                leaves.parameters[i].grad = torch.full_like(leaves.parameters[i], NOTHING)
+                leaves.parameters[i].grad = _blank(torch.empty_like(leaves.parameters[i], requires_grad=False))
         with self._ddp.micro_batch(wrapped, is_last=True):
             yield
         self._exchange.check()

@@ -23,6 +23,7 @@ READS = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index
 def require_splittable(model: nn.Module, settings: Settings, *, objectives: int) -> None:
     """Raises: ConfigError for what `--strategy` cannot split, or if its package or file is missing. Another strategy takes anything."""
     chosen = settings.strategy
+    _require_real(model, settings)
     if chosen not in ("fsdp", "deepspeed"):
         return
     if objectives > 1:
@@ -45,6 +46,17 @@ def require_splittable(model: nn.Module, settings: Settings, *, objectives: int)
             f"--strategy {chosen} splits memory that is contiguous: {some(strided)} is a view of other strides. Make it contiguous(), "
             "or type --strategy zero1."
         )
+
+
+def _require_real(model: nn.Module, settings: Settings) -> None:
+    """Raises: ConfigError for complex parameters where their imaginary parts would be lost, or cannot be laid beside real ones. Complex
+    buffers are left as they are by all strategies.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.is_complex()]
+    if names and settings.strategy != "ddp":
+        raise ConfigError(f"--strategy {settings.strategy} cannot split complex parameters: {some(names)}. Type --strategy ddp.")
+    if names and settings.comm != "fp32":
+        raise ConfigError(f"--comm {settings.comm} would send the real parts alone of {some(names)}, which are complex. Leave it out.")
 
 
 def require_elementwise(optimizer: Optimizer, *, stage: int) -> None:
