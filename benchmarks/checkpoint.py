@@ -45,8 +45,8 @@ from checkpoint_contenders import (
 )
 
 from ddp_kit import process_group
-from ddp_kit.groups import Group
-from ddp_kit.training import Training
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.training.state import Training
 
 TARGETS = [("block", MEMCPY, 1.2), ("block", PROCESS, 0.6), ("slowdown", PROCESS, 0.25), ("durable", DCP, 0.8), ("load", DCP, 0.2)]
 BATCHES = [[MEMCPY, READ, DCP, PROCESS], [THREAD, TORCH, ACCELERATE]]  # beside ddp_kit: not all buffers fit into memory at once

@@ -15,12 +15,12 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.utils.data import TensorDataset
 
 from ddp_kit import LossSum, build_loader, wrap
+from ddp_kit.checkpoint.checkpointer import About, Checkpoints, restore
+from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import Keep
-from ddp_kit.checkpoint.storage import LocalDisk
-from ddp_kit.groups import Group
-from ddp_kit.saving import About, Checkpoints, restore
-from ddp_kit.state import state_of
-from ddp_kit.training import Training
+from ddp_kit.checkpoint.state_dict import state_of
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.training.state import Training
 
 WIDTH, LAYERS = 2048, 24
 OURS, MEMCPY, DCP, PROCESS = "ddp_kit", "memcpy of a rank's share", "DCP save", "DCP async_save, process"

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from ddp_kit.checkpoint.commit import Ranks, commit
-from ddp_kit.checkpoint.layout import MANIFEST, Manifest, folder_of, shard_header
-from ddp_kit.checkpoint.sharding import Shape, cut
-from ddp_kit.checkpoint.storage import LocalDisk
+from ddp_kit.checkpoint.format.commit import Ranks, commit
+from ddp_kit.checkpoint.format.layout import MANIFEST, Manifest, folder_of, shard_header
+from ddp_kit.checkpoint.format.sharding import Shape, cut
+from ddp_kit.checkpoint.format.storage import LocalDisk
 
 LAYERS, HIDDEN, INNER, WORDS = 32, 4096, 11008, 32000
 

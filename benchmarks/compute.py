@@ -19,9 +19,9 @@ from turns import compare, serve, show
 
 import ddp_kit
 from ddp_kit import LossSum, Recipe
-from ddp_kit.compose import compose
 from ddp_kit.settings import Settings
-from ddp_kit.step import train_step
+from ddp_kit.setup.build import compose
+from ddp_kit.training.step import train_step
 
 BATCH = 128
 CONTENDERS = ["bare DDP", "ddp_kit plain", "ddp_kit defaults", "ddp_kit --precision bf16", "bare DDP bf16", "Accelerate"]

@@ -28,15 +28,15 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 
 from ddp_kit import LossSum, build_loader, process_group, wrap
 from ddp_kit.data.loader import batches_of
-from ddp_kit.early_stopping import EarlyStopping
-from ddp_kit.fit import Pace, fit
-from ddp_kit.groups import Group
-from ddp_kit.preemption import StopFlag
-from ddp_kit.report import Reporter
+from ddp_kit.distributed.process_group import Group
 from ddp_kit.settings import EarlyStop
+from ddp_kit.stopping.early_stopping import EarlyStopping
+from ddp_kit.stopping.signals import StopFlag
 from ddp_kit.trackers import RunInfo
 from ddp_kit.trackers.console import Console
 from ddp_kit.trackers.jsonl import JsonlTracker
+from ddp_kit.training.loop import Pace, fit
+from ddp_kit.training.reporter import Reporter
 
 BATCH, LOG_EVERY = 64, 10
 TARGETS = {  # (base, contender): ratio

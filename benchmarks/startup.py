@@ -91,7 +91,7 @@ def main() -> None:
     commands = {
         "bare script, torchrun": [*torchrun, "bare.py"],
         "ddp_kit.train, torchrun": [*torchrun, "-m", "ddp_kit.train", "recipe.py"],
-        "ddp-kit run": ["ddp_kit.cli", "run", "--nproc-per-node", "2", "recipe.py"],
+        "ddp-kit run": ["ddp_kit.cli.main", "run", "--nproc-per-node", "2", "recipe.py"],
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as name:

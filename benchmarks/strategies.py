@@ -31,11 +31,11 @@ from turns import serve, show, start, take_turns
 
 import ddp_kit
 from ddp_kit import LossSum, Recipe, process_group
-from ddp_kit.compose import compose
-from ddp_kit.groups import Group
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.process_tuning import M_MMAP_THRESHOLD
 from ddp_kit.settings import DeepSpeed, Fsdp
-from ddp_kit.step import train_step
-from ddp_kit.tuning import M_MMAP_THRESHOLD
+from ddp_kit.setup.build import compose
+from ddp_kit.training.step import train_step
 
 WIDTH, LAYERS, SYMBOLS, LENGTH, BATCH = 512, 6, 256, 64, 8  # 19 million parameters: 300 MB with gradients and AdamW's moments
 STAGES = ["deepspeed-1", "deepspeed-2", "deepspeed-3"]

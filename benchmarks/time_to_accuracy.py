@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_kit.commands.plot import Point, draw
+from ddp_kit.cli.plot import Point, draw
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # long enough to get there: with 10 epochs it ends at 84.4 %, and the recipe's default, ResNet-8 of 16 channels, stays below

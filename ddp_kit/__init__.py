@@ -9,47 +9,47 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ddp_kit import schedules as schedules
-    from ddp_kit.batching import plan_batches as plan_batches
+    from ddp_kit.checkpoint.checkpointer import restore as restore
+    from ddp_kit.checkpoint.checkpointer import save as save
     from ddp_kit.data import orders as orders
-    from ddp_kit.data.data import Data as Data
+    from ddp_kit.data.batch_plan import plan_batches as plan_batches
+    from ddp_kit.data.dataset import Data as Data
     from ddp_kit.data.first_on_node import first_on_node as first_on_node
     from ddp_kit.data.loader import build_loader as build_loader
-    from ddp_kit.groups import process_group as process_group
+    from ddp_kit.data.seeding import Draws as Draws
+    from ddp_kit.distributed.process_group import process_group as process_group
     from ddp_kit.metrics import LossSum as LossSum
-    from ddp_kit.preemption import signals_noted as signals_noted
     from ddp_kit.recipe import Callback as Callback
     from ddp_kit.recipe import Objective as Objective
     from ddp_kit.recipe import Recipe as Recipe
-    from ddp_kit.saving import restore as restore
-    from ddp_kit.saving import save as save
-    from ddp_kit.seeding import Draws as Draws
     from ddp_kit.settings import Settings as Settings
-    from ddp_kit.step import should_stop as should_stop
-    from ddp_kit.step import train_step as train_step
+    from ddp_kit.setup.wrap import wrap as wrap
+    from ddp_kit.stopping.signals import signals_noted as signals_noted
     from ddp_kit.train import run as run
-    from ddp_kit.wrapping import wrap as wrap
+    from ddp_kit.training.step import should_stop as should_stop
+    from ddp_kit.training.step import train_step as train_step
 
 HOMES = {
     "schedules": "ddp_kit.schedules",
     "orders": "ddp_kit.data.orders",
-    "plan_batches": "ddp_kit.batching",
-    "Data": "ddp_kit.data.data",
+    "plan_batches": "ddp_kit.data.batch_plan",
+    "Data": "ddp_kit.data.dataset",
     "first_on_node": "ddp_kit.data.first_on_node",
     "build_loader": "ddp_kit.data.loader",
     "LossSum": "ddp_kit.metrics",
-    "process_group": "ddp_kit.groups",
-    "signals_noted": "ddp_kit.preemption",
+    "process_group": "ddp_kit.distributed.process_group",
+    "signals_noted": "ddp_kit.stopping.signals",
     "Callback": "ddp_kit.recipe",
     "Objective": "ddp_kit.recipe",
     "Recipe": "ddp_kit.recipe",
-    "restore": "ddp_kit.saving",
-    "save": "ddp_kit.saving",
-    "Draws": "ddp_kit.seeding",
+    "restore": "ddp_kit.checkpoint.checkpointer",
+    "save": "ddp_kit.checkpoint.checkpointer",
+    "Draws": "ddp_kit.data.seeding",
     "Settings": "ddp_kit.settings",
-    "should_stop": "ddp_kit.step",
-    "train_step": "ddp_kit.step",
+    "should_stop": "ddp_kit.training.step",
+    "train_step": "ddp_kit.training.step",
     "run": "ddp_kit.train",
-    "wrap": "ddp_kit.wrapping",
+    "wrap": "ddp_kit.setup.wrap",
 }
 __all__ = list(HOMES)
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddp_kit.logs import logger
-from ddp_kit.topology import read_topology
+from ddp_kit.distributed.topology import read_topology
+from ddp_kit.io.logs import logger
 
 
 class Profile:

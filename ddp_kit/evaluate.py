@@ -11,18 +11,18 @@ from functools import partial
 from pathlib import Path
 
 from ddp_kit.checkpoint.find import path_of
-from ddp_kit.compose import build_model, placement_of, require_same_settings, settle_memory_format
+from ddp_kit.config.command_line import parse
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.topology import read_topology
 from ddp_kit.errors import ConfigError
-from ddp_kit.evaluator import Evaluator, data_sets
-from ddp_kit.flags import parse
-from ddp_kit.groups import Group
-from ddp_kit.logs import rank_log
+from ddp_kit.io.logs import rank_log
+from ddp_kit.lifecycle.session import recipe_path, run_command, session
 from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
-from ddp_kit.session import recipe_path, run_command, session
 from ddp_kit.settings import DeepSpeed, Fsdp, Settings
-from ddp_kit.topology import read_topology
+from ddp_kit.setup.build import build_model, placement_of, require_same_settings, settle_memory_format
 from ddp_kit.trackers.console import evaluation_line
 from ddp_kit.trackers.jsonl import json_text
+from ddp_kit.training.evaluator import Evaluator, data_sets
 
 
 def main(argv: Sequence[str] | None = None) -> int:

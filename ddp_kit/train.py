@@ -12,35 +12,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddp_kit.begin import Place, begins_from, default_path, open_directory, reporter_of, say, write_facts
-from ddp_kit.best import keep_of
-from ddp_kit.checkpoint.restore import Opened
-from ddp_kit.checkpoint.storage import LocalDisk
-from ddp_kit.collectives import from_rank
-from ddp_kit.compose import Composition, compose, require_same_settings
-from ddp_kit.early_stopping import EarlyStopping
+from ddp_kit.checkpoint.best import keep_of
+from ddp_kit.checkpoint.checkpointer import About, Checkpoints, best_weights
+from ddp_kit.checkpoint.format.reader import Opened
+from ddp_kit.checkpoint.format.storage import LocalDisk
+from ddp_kit.checkpoint.resume import binding, resume, resume_data
+from ddp_kit.checkpoint.weights import weights_sha256
+from ddp_kit.config.command_line import parse
+from ddp_kit.config.validation import check
+from ddp_kit.distributed.collectives import from_rank
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.topology import is_first_rank, read_topology
 from ddp_kit.errors import ConfigError
-from ddp_kit.evaluator import data_sets
-from ddp_kit.faults import check
-from ddp_kit.fit import Ending, fit, stopped
-from ddp_kit.flags import parse
-from ddp_kit.groups import Group
-from ddp_kit.life import Life, Outcome
-from ddp_kit.logs import hiding, logger, patient_output, rank_log
-from ddp_kit.past import job_facts, require_progress
-from ddp_kit.preemption import REQUEUE, Abandoned, StopFlag, Stopped, heeding, is_restarted, leaves_with_agent, signals_noted
+from ddp_kit.io.logs import hiding, logger, patient_output, rank_log
+from ddp_kit.lifecycle.history import job_facts, require_progress
+from ddp_kit.lifecycle.outcome import Life, Outcome
+from ddp_kit.lifecycle.run_dir import RunDir
+from ddp_kit.lifecycle.session import recipe_path, run_command, session
+from ddp_kit.lifecycle.start import Place, begins_from, default_path, open_directory, reporter_of, say, write_facts
 from ddp_kit.recipe import Recipe, load_recipe
-from ddp_kit.report import Reporter
-from ddp_kit.resume import binding, resume, resume_data
-from ddp_kit.run_dir import RunDir
-from ddp_kit.saving import About, Checkpoints, best_weights
-from ddp_kit.session import recipe_path, run_command, session
 from ddp_kit.settings import Settings, to_json
-from ddp_kit.topology import is_first_rank, read_topology
+from ddp_kit.setup.build import Composition, compose, require_same_settings
+from ddp_kit.stopping.early_stopping import EarlyStopping
+from ddp_kit.stopping.signals import REQUEUE, Abandoned, StopFlag, Stopped, heeding, is_restarted, leaves_with_agent, signals_noted
+from ddp_kit.stopping.stop_watcher import process_age_s
 from ddp_kit.trackers import RunInfo, redact, secrets_of
 from ddp_kit.trackers.jsonl import supersede
-from ddp_kit.watch import process_age_s
-from ddp_kit.weights import weights_sha256
+from ddp_kit.training.evaluator import data_sets
+from ddp_kit.training.loop import Ending, fit, stopped
+from ddp_kit.training.reporter import Reporter
 
 
 def run(recipe: Recipe, settings: Settings, *, name: str = "run") -> Outcome:

@@ -14,7 +14,7 @@ import ddp_kit
 from ddp_kit import LossSum
 from ddp_kit.data.known import digits
 from ddp_kit.data.loader import evaluation_batches
-from ddp_kit.evaluation import evaluate
+from ddp_kit.training.evaluation import evaluate
 
 
 def loss(model, batch):

@@ -113,7 +113,7 @@ def test_nothing_unpickles_and_nothing_waits_at_a_barrier() -> None:
         assert not bad or part(path) == "testing", (path, bad)
 
 
-@pytest.mark.parametrize("module", ["ddp_kit", "ddp_kit.cli", "ddp_kit.testing.plugin"])
+@pytest.mark.parametrize("module", ["ddp_kit", "ddp_kit.cli.main", "ddp_kit.testing.plugin"])
 def test_importing_it_does_not_import_heavy_packages(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from ddp_kit.checkpoint.layout import FOLDER, Manifest, folder_of
-from ddp_kit.checkpoint.restore import Opened, open_checkpoint, open_newest
+from ddp_kit.checkpoint.format.layout import FOLDER, Manifest, folder_of
+from ddp_kit.checkpoint.format.reader import Opened, open_checkpoint, open_newest
+from ddp_kit.checkpoint.format.storage import LocalDisk, Storage
 from ddp_kit.checkpoint.retention import best, manifests_of
-from ddp_kit.checkpoint.storage import LocalDisk, Storage
+from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
-from ddp_kit.groups import Group
-from ddp_kit.logs import logger
+from ddp_kit.io.logs import logger
 
 
 @dataclass(frozen=True)

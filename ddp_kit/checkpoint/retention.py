@@ -8,7 +8,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 
-from ddp_kit.checkpoint.layout import (
+from ddp_kit.checkpoint.format.layout import (
     FOLDER,
     JSON_LIMIT,
     MANIFEST,
@@ -19,7 +19,7 @@ from ddp_kit.checkpoint.layout import (
     parse_manifest,
     read_exactly,
 )
-from ddp_kit.checkpoint.storage import Storage
+from ddp_kit.checkpoint.format.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ddp_kit.collectives import gather_bytes
+from ddp_kit.distributed.collectives import gather_bytes
+from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DataError
-from ddp_kit.groups import Group
 
 SPOTS = 64  # of a floating-point tensor, that are compared
 TOLERANCE = 1e-3  # decoding and resizing may round otherwise on another kind of CPU

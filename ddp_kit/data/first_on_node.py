@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import DataError
-from ddp_kit.topology import environment
 
 POLL_S = 0.05
 QUIET_S = 5.0

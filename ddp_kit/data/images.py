@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddp_kit.data.seeding import Draws
 from ddp_kit.errors import DataError
-from ddp_kit.seeding import Draws
 
 Indices = Sequence[int] | NDArray[np.int64]
 

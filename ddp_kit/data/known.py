@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from ddp_kit.data.cache import decoded_folder
 from ddp_kit.data.first_on_node import cache_path, first_on_node
 from ddp_kit.data.images import ImageArray
+from ddp_kit.data.seeding import Purpose, key, keys
 from ddp_kit.errors import ConfigError, DataError, require
-from ddp_kit.seeding import Purpose, key, keys
 
 Split = Literal["train", "validation", "test"]
 

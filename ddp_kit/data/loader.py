@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ddp_kit.batching import BatchPlan, plan_batches
-from ddp_kit.data.data import Data, as_data
-from ddp_kit.data.placement import Placement, has_cuda_tensors, map_tensors
+from ddp_kit.data.batch_plan import BatchPlan, plan_batches
+from ddp_kit.data.dataset import Data, as_data
+from ddp_kit.data.iterable import Course, EvaluationStream, TrainingStream, is_stateful
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
-from ddp_kit.data.stream import Course, EvaluationStream, TrainingStream, is_stateful
+from ddp_kit.data.transfer import Placement, has_cuda_tensors, map_tensors
+from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
-from ddp_kit.groups import Group
 
 
 class RankBatch(NamedTuple):

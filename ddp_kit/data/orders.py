@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_kit.data.seeding import Purpose, key, keys, permutation
 from ddp_kit.errors import DataError
-from ddp_kit.seeding import Purpose, key, keys, permutation
 
 if TYPE_CHECKING:
-    from ddp_kit.data.data import Order
+    from ddp_kit.data.dataset import Order
 
 
 def _uniform(seed: int, epoch: int, size: int, *, stream: int) -> NDArray[np.float64]:

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
-from ddp_kit.data.data import BatchReader, Data, tensors_of, without_subsets
+from ddp_kit.data.dataset import BatchReader, Data, tensors_of, without_subsets
 from ddp_kit.data.keyed_generators import KeyedGenerators
-from ddp_kit.seeding import Draws, Purpose, key, sample_keys
+from ddp_kit.data.seeding import Draws, Purpose, key, sample_keys
 
 EVALUATION_EPOCH = -1  # in the keys of evaluation's draws: each evaluation has the same ones
 

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
-from ddp_kit.batching import BatchPlan
-from ddp_kit.data.data import Order
+from ddp_kit.data.batch_plan import BatchPlan
+from ddp_kit.data.dataset import Order
 from ddp_kit.data.reader import Request
+from ddp_kit.data.seeding import occurrences_in, permutation
 from ddp_kit.errors import DataError
-from ddp_kit.seeding import occurrences_in, permutation
 
 
 class GlobalBatchSampler(DistributedSampler[Any]):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from ddp_kit.groups import Group
+from ddp_kit.distributed.process_group import Group
 from ddp_kit.settings import Settings
 from ddp_kit.strategies.ddp import DataParallel
 from ddp_kit.strategies.exact import ExactDataParallel, ExactSingle
@@ -61,7 +61,7 @@ def choose_strategy(group: Group, settings: Settings) -> Strategy:
 
         return FullyShardedDataParallel(group, settings.fsdp, precision=settings.precision)
     if settings.strategy == "deepspeed":
-        from ddp_kit.strategies.deepspeed import Zero
+        from ddp_kit.strategies.deepspeed.engine import Zero
 
         return Zero(group, settings.deepspeed)
     ddp = DataParallel(group, find_unused_parameters=settings.find_unused_parameters, comm=settings.comm)

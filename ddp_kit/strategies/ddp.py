@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError, no_gradient
-from ddp_kit.groups import Group
 from ddp_kit.settings import Comm
 from ddp_kit.strategies.whole import Whole, Wrapped
 

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from ddp_kit.groups import Group
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.tree_sum import Fold, Leaf
 from ddp_kit.strategies.ddp import DataParallel
-from ddp_kit.strategies.exchange import Exchange, Future
+from ddp_kit.strategies.ordered_allreduce import Exchange, Future
 from ddp_kit.strategies.whole import Whole, Wrapped
-from ddp_kit.tree import Fold, Leaf
 
 NOTHING = -0.0
 

@@ -22,16 +22,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from ddp_kit.distributed.local_shard import local
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.process_tuning import step_quietly
 from ddp_kit.errors import ConfigError, nearest
-from ddp_kit.groups import Group
-from ddp_kit.precision import AUTOCAST
 from ddp_kit.settings import Fsdp, Precision
-from ddp_kit.sharded import local
+from ddp_kit.strategies.checks import Unread
+from ddp_kit.strategies.precision import AUTOCAST
 from ddp_kit.strategies.root import Root, Through
-from ddp_kit.strategies.splittable import Unread
-from ddp_kit.strategies.uses import Uses
+from ddp_kit.strategies.usage_guard import Uses
 from ddp_kit.strategies.whole import Function, Wrapped
-from ddp_kit.tuning import step_quietly
 
 OUTSIDE = (
     "--fsdp.wrap, --fsdp.wrap-size: the loss or `evaluate` uses weights of a wrapped module outside its forward pass, where each rank has "

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from torch import nn
 
-from ddp_kit.strategies.uses import Uses
+from ddp_kit.strategies.usage_guard import Uses
 from ddp_kit.strategies.whole import Function
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from ddp_kit.strategies.fragments import Moments
+from ddp_kit.strategies.deepspeed.partitions import Moments
 
 Function = Callable[..., Any]
 

@@ -15,10 +15,10 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
+from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, some
-from ddp_kit.groups import Group
+from ddp_kit.strategies.checks import require_separate
 from ddp_kit.strategies.ddp import DataParallel
-from ddp_kit.strategies.splittable import require_separate
 from ddp_kit.strategies.whole import Whole, Wrapped, arguments_of
 
 PLAIN = (bool, int, float, str, tuple)  # what is compared of an optimizer's own attributes

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ddp_kit.distributed.topology import environment
 from ddp_kit.testing.pytest_parts import rewritten_modules
 from ddp_kit.testing.report import RankReport
-from ddp_kit.topology import environment
 
 AGENTS_VARIABLES = ("GROUP_RANK", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
 

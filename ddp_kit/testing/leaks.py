@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddp_kit.topology import environment
+from ddp_kit.distributed.topology import environment
 
 # Set or started once by a library and kept for the process's life by design.
 LIBRARIES_VARIABLES = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KINETO_", "KMP_", "COV_CORE_")

@@ -23,7 +23,14 @@ from typing import Any
 from ddp_kit.testing.job import Files, Job, environment_for_ranks
 
 # torch._dynamo is what an optimizer's constructor imports, and takes longer than torch itself
-IMPORTED_ONCE = ("torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "ddp_kit.groups", "ddp_kit.collectives")
+IMPORTED_ONCE = (
+    "torch",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "torch._dynamo",
+    "ddp_kit.distributed.process_group",
+    "ddp_kit.distributed.collectives",
+)
 START_S = 300.0  # importing torch from a cold disk
 BOOT = "import json, sys; a = json.loads(sys.argv[1]); sys.path[:] = a.pop('path'); from ddp_kit.testing.server import serve; serve(**a)"
 

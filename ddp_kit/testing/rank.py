@@ -27,7 +27,7 @@ from ddp_kit.testing.leaks import leaks_since, take_stock
 from ddp_kit.testing.report import RankReport
 
 if TYPE_CHECKING:
-    from ddp_kit.groups import Group
+    from ddp_kit.distributed.process_group import Group
 
 PR_SET_PDEATHSIG = 1
 STACKS = signal.SIGQUIT  # not one that training code handles
@@ -91,7 +91,7 @@ def _live(job: Job, *, rank: int, store: Path, config: pytest.Config) -> RankRep
 
 
 def _failure(error: BaseException, *, common: dict[str, Any], config: pytest.Config) -> RankReport:
-    from ddp_kit.blame import is_lost_peer
+    from ddp_kit.distributed.failures import is_lost_peer
 
     now = time.monotonic()
     text, path, line = pytest_parts.traceback_of(error, config=config)
@@ -134,7 +134,7 @@ def _surrounded(job: Job, *, rank: int, store: Path, config: pytest.Config) -> o
 def _in_group(job: Job, *, store: Path, call: Callable[[], object]) -> object:
     if not job.has_group:
         return call()
-    from ddp_kit.groups import process_group
+    from ddp_kit.distributed.process_group import process_group
 
     timeout_s = job.deadline_s + SPARE_S
     with process_group(device="cpu", init_method=f"file://{store}", first_timeout_s=timeout_s, timeout_s=timeout_s) as group:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ddp_kit.testing.rank import current_group
 
 if TYPE_CHECKING:
-    from ddp_kit.groups import Group
+    from ddp_kit.distributed.process_group import Group
 
 SMALL = 1 << 20  # bytes of a tensor up to which ranks exchange it to find the element that differs
 
@@ -40,7 +40,7 @@ def assert_same_on_all_ranks(value: object, group: "Group | None" = None) -> Non
         state dict; `group` the test's own if not given.
     Raises: AssertionError naming the first entry that differs and what each rank has; TypeError for any other type.
     """
-    from ddp_kit.collectives import first_difference, max_over_ranks
+    from ddp_kit.distributed.collectives import first_difference, max_over_ranks
 
     group = current_group() if group is None else group
     entries = list(_entries(value, "value"))
@@ -57,7 +57,7 @@ def assert_same_on_all_ranks(value: object, group: "Group | None" = None) -> Non
 
 
 def _explain(group: "Group", entry: _Entry, *, index: int) -> str:
-    from ddp_kit.collectives import first_difference, gather_bytes
+    from ddp_kit.distributed.collectives import first_difference, gather_bytes
 
     text = entry.text
     size = len(entry.content)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from ddp_kit.logs import REDACTED as REDACTED
-from ddp_kit.logs import without_secrets
+from ddp_kit.io.logs import REDACTED as REDACTED
+from ddp_kit.io.logs import without_secrets
 from ddp_kit.settings import Settings, to_json
 
 

@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from ddp_kit.logs import without_secrets
-from ddp_kit.topology import environment
+from ddp_kit.distributed.topology import environment
+from ddp_kit.io.logs import without_secrets
 from ddp_kit.trackers import RunInfo
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import final
 
-from ddp_kit.logs import logger
+from ddp_kit.io.logs import logger
 from ddp_kit.trackers import RunInfo, redact
 
 _LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)

@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import ConfigError, require
-from ddp_kit.logs import logger
+from ddp_kit.io.logs import logger
 from ddp_kit.settings import Wandb
-from ddp_kit.topology import environment
 from ddp_kit.trackers import RunInfo, numbers
 
 if TYPE_CHECKING:

@@ -1,0 +1,135 @@
+"""Going on where an earlier life of a run stopped.
+
+Owns: which checkpoint a life begins from, and what may differ from the life before.
+Refuses: a difference nobody named. What is free to change changes nothing about the experiment.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from ddp_kit.checkpoint.format.encoding import decode
+from ddp_kit.checkpoint.format.reader import Opened
+from ddp_kit.checkpoint.state_dict import restore_state
+from ddp_kit.data.iterable import Place
+from ddp_kit.data.loader import Feed
+from ddp_kit.errors import ConfigError
+from ddp_kit.settings import Settings, flag, flatten
+from ddp_kit.stopping.early_stopping import EarlyStopping
+from ddp_kit.trackers import REDACTED, is_secret_setting
+from ddp_kit.training.state import Training
+
+FREE = {
+    *(
+        "num_workers",
+        "device",
+        "threads",
+        "compile",
+        "tuning",
+        "tracker",
+        "run_dir",
+        "resume",
+        "resume_data",
+        "change",
+        "init_from",
+        "init_partial",
+        "rename",
+    ),
+    *("strategy", "eval_every", "log_every", "save_every", "save_minutes", "max_hours", "keep", "keep_every", "find_unused_parameters"),
+}
+FREE_GROUPS = {"wandb", "fsdp", "deepspeed"}
+RECIPE = "recipe's text"
+SEALED = "pbkdf2:"  # no JSON text begins so
+ROUNDS = 100_000  # 0.05 s: a short password should not be found by trying
+
+
+def binding(settings: Settings, *, recipe: str) -> dict[str, str]:
+    """Returns what a later life must share, as {name: JSON text}: all settings but the free ones, and the recipe's hash.
+
+    Checkpoints hold it and may be given away: a secret's text is replaced by a hash.
+    """
+    free = FREE | ({"max_steps"} if settings.epochs else set())
+    free -= {"threads"} if getattr(settings, "exact", False) else set()
+    fields = {name: text for name, text in flatten(settings).items() if name not in free and name.split(".")[0] not in FREE_GROUPS}
+    bound = {name: _sealed(name, text) if is_secret_setting(name, text) else text for name, text in fields.items()}
+    return bound | {RECIPE: recipe}
+
+
+def _sealed(name: str, text: str) -> str:
+    return SEALED + hashlib.pbkdf2_hmac("sha256", text.encode(), name.encode(), ROUNDS).hex()
+
+
+def _is_same(name: str, old: str | None, new: str | None) -> bool:
+    """Whether two texts of a setting are equal, either of which may be sealed: checkpoints of before hold secrets as they are."""
+    if old == new or old is None or new is None:
+        return old == new
+    if new.startswith(SEALED) and not old.startswith(SEALED):
+        old = _sealed(name, old)
+    if old.startswith(SEALED) and not new.startswith(SEALED):
+        new = _sealed(name, new)
+    return old == new
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, str]) -> list[str]:
+    """Returns the names of what differs. A setting that the old life did not know had today's default."""
+    defaults = flatten(Settings())
+    return [name for name in {**old, **new} if not _is_same(name, old.get(name, defaults.get(name)), new.get(name))]
+
+
+def require_unchanged(opened: Opened, new: Mapping[str, str], *, change: tuple[str, ...]) -> list[str]:
+    """Returns the names that differ and were named. Raises: ConfigError with a table of those that were not."""
+    old = opened.values["settings"]
+    names = {name.lstrip("-").replace("-", "_") for name in change}
+    changed = differences(old, new)
+    allowed = [name for name in changed if name in names or (name == RECIPE and "recipe" in names)]
+    refused = [name for name in changed if name not in allowed]
+    if refused:
+        rows = [
+            ("setting", "checkpoint", "now"),
+            *((flag(name), _shown(name, old.get(name)), _shown(name, new.get(name))) for name in refused),
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        table = "\n".join("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        words = " ".join("recipe" if name == RECIPE else name for name in refused)
+        raise ConfigError(
+            f"the run in {opened.folder} was started with other settings:\n{table}\n"
+            f"Type them as they were, or --change {words} to go on with the new ones, or another --run-dir."
+        )
+    return allowed
+
+
+def _shown(name: str, text: Any) -> str:
+    if isinstance(text, str) and name != RECIPE and (text.startswith(SEALED) or is_secret_setting(name, text)):
+        return REDACTED
+    return "-" if text is None else text[:12] if isinstance(text, str) and len(text) == 64 else str(text)[:40]
+
+
+def resume(opened: Opened, training: Training, *, settings: Settings, new: Mapping[str, str], early_stopping: EarlyStopping) -> list[str]:
+    """Puts a life into the state of a checkpoint. Every rank calls it. Returns the settings that were changed on purpose.
+
+    Raises: ConfigError for a checkpoint that does not fit, with nothing changed.
+    """
+    changed = require_unchanged(opened, new, change=settings.change)
+    restore_state(opened, training, early_stopping=early_stopping, keeps_hyperparameters=not changed)
+    assert training.checkpoints is not None
+    training.checkpoints.resumed(opened)
+    return changed
+
+
+def resume_data(opened: Opened, feed: Feed, *, world_size: int, restarts: bool) -> None:
+    """Puts a data set with a state of its own where the checkpoint's ranks had it. Every rank calls it.
+
+    Raises: ConfigError at another number of ranks, unless the stream may begin again from its start.
+    """
+    if feed.course is None:
+        return
+    places = opened.values.get("data")
+    if restarts or not places:
+        return
+    if len(places) != world_size:
+        raise ConfigError(
+            f"{opened.folder} holds the training data's own state on {len(places)} ranks, and there are {world_size} now. "
+            f"Start {len(places)} ranks, or type --resume-data restart to read the data from its start."
+        )
+    place = places[feed.rank]
+    feed.course.begin = Place(place["epoch"], place["position"], decode(place["state"], {}))

@@ -1,0 +1,93 @@
+"""What a recipe says about a data set.
+
+Owns: `Data` and what kinds of data set there are.
+Refuses: batch sizes, ranks and workers: they are not the data set's business.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+
+from ddp_kit.data.seeding import Draws
+from ddp_kit.errors import DataError
+
+Order = Callable[[int, int, int], "NDArray[np.int64] | Sequence[int]"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set and how it is read. A recipe may return a bare data set where nothing else is said.
+
+    Args: `dataset` map-style, with `__getitems__`, or iterable; `collate(samples)` makes a batch of a list of samples (default:
+        torch's); `augment(batch, draws)` changes a training batch, vectorised, from draws keyed by (seed, epoch, index,
+        how often the sample came before in the epoch);
+        `order(seed, epoch, size)` returns the indices of an epoch, a pure function (default: a permutation); `count(batch)` the
+        loss's count where it varies but is known before the forward pass.
+
+    An iterable data set is evaluated by at most one worker whatever `num_workers` is: each would read the whole stream.
+    """
+
+    dataset: Any
+    collate: Callable[[list[Any]], Any] | None = None
+    augment: Callable[[Any, Draws], Any] | None = None
+    order: Order | None = None
+    count: Callable[[Any], int] | None = None
+
+    @property
+    def is_iterable(self) -> bool:
+        """Whether the samples can only be read one after another."""
+        return isinstance(self.dataset, IterableDataset)
+
+    def __len__(self) -> int:
+        """Samples in the data set. Raises: DataError if an iterable one does not know."""
+        try:
+            return len(self.dataset)
+        except TypeError:
+            raise DataError(
+                f"{type(self.dataset).__name__} has no length. Give it __len__, or limit the run by --max-steps alone."
+            ) from None
+
+
+def as_data(given: Any) -> Data:
+    """Returns what a recipe gave as `Data`.
+
+    Raises: DataError if it is no data set.
+    """
+    data = given if isinstance(given, Data) else Data(given)
+    dataset = data.dataset
+    if not (isinstance(dataset, IterableDataset) or hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")):
+        raise DataError(f"expected a data set with __getitem__ and __len__, or an IterableDataset; got {type(dataset).__name__}.")
+    return data
+
+
+class BatchReader:
+    """Reads the samples of a micro-batch from a data set whose `__getitems__` reads a batch at a time."""
+
+    def __init__(self, dataset: Any):
+        self._read = dataset.__getitems__
+        self.takes_draws = "draws" in inspect.signature(self._read).parameters
+
+    def __call__(self, indices: NDArray[np.int64], draws: Draws | None) -> Any:
+        """Returns a list of samples, or a ready batch."""
+        return self._read(indices, draws=draws) if self.takes_draws else self._read(indices.tolist())
+
+
+def without_subsets(dataset: Dataset[Any]) -> tuple[Any, NDArray[np.int64] | None]:
+    """Returns the data set under nested `Subset`s and the indices into it. A Subset's own `__getitems__` hides per-sample reading."""
+    indices: NDArray[np.int64] | None = None
+    while type(dataset) is Subset:
+        own = np.asarray(dataset.indices, dtype=np.int64)
+        indices = own if indices is None else own[indices]
+        dataset = dataset.dataset
+    return dataset, indices
+
+
+def tensors_of(dataset: Any) -> tuple[torch.Tensor, ...] | None:
+    """Returns the tensors of a plain TensorDataset, which are gathered at once; None for any other data set."""
+    return dataset.tensors if type(dataset) is TensorDataset else None

@@ -1,0 +1,294 @@
+"""The run directory: whose it is while a run lives, and writing its small files whole.
+
+Owns: the lock with its heartbeat, status.json, atomic JSON files, the default name of a run.
+Refuses: other ranks than 0 (they are told the path).
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Literal, get_args
+
+from ddp_kit.distributed.collectives import max_over_ranks
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.topology import environment
+from ddp_kit.errors import ConfigError
+from ddp_kit.lifecycle.history import restart_count, whole_name_of_job
+from ddp_kit.trackers import redact_text
+from ddp_kit.trackers.jsonl import json_text, read_json
+
+Status = Literal["running", "finished", "stopped", "preempted", "failed"]
+
+BEAT_S = 15.0
+DEATH_S = 2.0  # from the loss of a killed process's connections to its end
+STALE_S = 60.0  # without a beat, where the owner cannot be looked up: it ran on another host
+SEEN_S = 10.0  # until another host sees a new file
+NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre mounted without it, some FUSE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """Who holds a run directory: enough to find out whether that very process still lives."""
+
+    host: str
+    pid: int
+    start: str  # the process's start time as its system tells it: a reused pid has another one
+    namespace: str  # containers may share a host's name, but not its pids
+    job: str  # and its cluster, as in "17@name"
+    restart: int  # of that job
+
+
+class RunDir:
+    """A run's directory, opened by rank 0 only. Between `claim` and `release` no other run can claim it."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` need not exist. Nothing is touched before `claim`."""
+        self.path = path
+        self._lock = path / "run.lock"
+        self._owner: Owner | None = None
+        self._stop = threading.Event()
+        self._heart: threading.Thread | None = None
+
+    def claim(self) -> None:
+        """Makes the directory, takes its lock and keeps it fresh from a thread.
+
+        Raises: ConfigError if the directory cannot be written or is in use by a live run. After the loss of a node, agents of the same
+        job may start the ranks again before the lock of a rank 0 on the lost one is stale: that is waited for.
+        """
+        end = time.monotonic() + STALE_S + BEAT_S
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            while (owner := self.holder()) is not None and _is_lost_peer(owner) and time.monotonic() < end:
+                time.sleep(1.0)
+            self._take_lock()
+            (self.path / "requeue").unlink(missing_ok=True)  # of a life that is over
+        except OSError as error:
+            raise ConfigError(f"--run-dir {self.path}: cannot be written ({error.strerror}). Type another --run-dir.") from error
+        self._stop.clear()
+        self._heart = threading.Thread(target=self._beat, name="run-dir-heartbeat", daemon=True)
+        self._heart.start()
+
+    def ask_requeue(self, reason: str) -> None:
+        """Leaves the file `requeue`: the launcher's batch script starts the job again if it is there at the end."""
+        self.path.mkdir(parents=True, exist_ok=True)  # a warning may come before there is anything else
+        (self.path / "requeue").write_text(f"{' '.join(reason.split())}\n", encoding="utf-8")
+
+    def release(self) -> None:
+        """Ends the heartbeat and gives the lock up. Does nothing if the lock is not held."""
+        if self._heart is None:
+            return
+        self._stop.set()
+        self._heart.join()
+        self._heart = None
+        with _exclusive(self._lock) as file:
+            if _read_owner(file) in (self._owner, None):
+                self._lock.unlink()
+        self._owner = None
+
+    def earlier(self) -> dict[str, object]:
+        """Returns the status that an earlier life left, {} if none did anything that could be lost."""
+        status = read_json(self.path / "status.json")
+        never_began = status.get("status") == "failed" and status.get("step") == 0
+        return {} if never_began and not (self.path / "checkpoints").is_dir() else status
+
+    @contextlib.contextmanager
+    def inherited(self) -> Iterator[bool]:
+        """Holds the lock of an owner that has just died, and removes it at the end. Yields whether it was there for this process."""
+        end = time.monotonic() + DEATH_S
+        while is_in_use(self.path) and time.monotonic() < end:
+            time.sleep(0.05)
+        if not self._lock.exists():
+            yield False
+            return
+        with _exclusive(self._lock) as file:
+            owner = _read_owner(file)
+            is_heir = owner is not None and not _lives(owner, lock=self._lock)
+            yield is_heir
+            if is_heir or owner is None:
+                self._lock.unlink()
+
+    def write_json(self, name: str, value: object) -> None:
+        """Writes a JSON file so that a reader finds the old or the new content whole, whenever this process dies."""
+        temporary = self.path / f".{name}.{os.getpid()}.tmp"
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json_text(value, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name is durable only after this
+        finally:
+            os.close(folder)
+
+    def status(
+        self,
+        status: Status,
+        *,
+        reason: str = "",
+        step: int = 0,
+        epoch: int = 0,
+        metrics: Mapping[str, object] | None = None,
+        weights_sha256: str = "",
+        exit_code: int | None = None,
+    ) -> dict[str, object]:
+        """Writes status.json. Returns: its content, which trackers get at the end. `exit_code` is None while running."""
+        assert status in get_args(Status), status
+        content: dict[str, object] = {
+            "status": status,
+            "reason": redact_text(reason),
+            "step": step,
+            "epoch": epoch,
+            "metrics": dict(metrics or {}),
+            "weights_sha256": weights_sha256,
+            "exit_code": exit_code,
+        }
+        self.write_json("status.json", content)
+        return content
+
+    def holder(self) -> Owner | None:
+        """Returns whose lock is in force, None if it is nobody's. Takes nothing."""
+        with contextlib.suppress(FileNotFoundError), self._lock.open(encoding="utf-8") as file:
+            owner = _read_owner(file)
+            return owner if owner is not None and _lives(owner, lock=self._lock) else None
+        return None
+
+    def _take_lock(self) -> None:
+        with _exclusive(self._lock) as file:
+            owner = _read_owner(file)
+            if owner is not None and _lives(owner, lock=self._lock):
+                job = f", job {owner.job}" if owner.job else ""
+                raise ConfigError(
+                    f"--run-dir {self.path}: in use by a live run: host {owner.host}, pid {owner.pid}{job}. "
+                    "Type another --run-dir, or end that run first."
+                )
+            self._owner = _this_process()
+            file.seek(0)
+            file.truncate()
+            file.write(json_text(asdict(self._owner)) + "\n")
+            file.flush()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            with contextlib.suppress(OSError):  # a file server that is away for a while; the next beat tries again
+                os.utime(self._lock)
+
+
+def require_shared(path: Path, run_id: str, *, group: Group) -> None:
+    """Raises: ConfigError on every rank if one of them does not see the settings.json that rank 0 has written."""
+    end = time.monotonic() + SEEN_S
+    while (is_missing := read_json(path / "settings.json").get("run_id") != run_id) and time.monotonic() < end:
+        time.sleep(0.1)
+    missing = max_over_ranks(group, [group.rank + 1 if is_missing else 0])[0]
+    if missing:
+        raise ConfigError(f"rank {missing - 1} does not see --run-dir {path} as rank 0 wrote it. All nodes must share that file system.")
+
+
+def is_in_use(path: Path) -> bool:
+    """Returns whether a live run holds the directory. Changes nothing; anyone may ask."""
+    return RunDir(path).holder() is not None
+
+
+def default_name(recipe: str, environ: Mapping[str, str] | None = None) -> Path:
+    """Returns `runs/<recipe>-<UTC time>`, under SLURM `runs/<recipe>-<job id>[_<array task>]`.
+
+    A time that is taken gets a suffix. A job's name does not: its later lives must come to the same directory.
+    """
+    environ = environment() if environ is None else environ
+    name = re.sub(r"[^\w.-]+", "-", recipe)
+    if "SLURM_JOB_ID" in environ:
+        job, task = environ.get("SLURM_ARRAY_JOB_ID", environ["SLURM_JOB_ID"]), environ.get("SLURM_ARRAY_TASK_ID", "")
+        return Path("runs") / (f"{name}-{job}_{task}" if task else f"{name}-{job}")
+    first = Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    path, suffix = first, 1
+    while path.exists():
+        suffix += 1
+        path = first.with_name(f"{first.name}-{suffix}")
+    return path
+
+
+@contextlib.contextmanager
+def _exclusive(lock: Path) -> Iterator[IO[str]]:
+    """Opens the lock file while no other process is looking at it or changing it.
+
+    Another process may unlink the file between our open and our flock; then ours is no longer the one on disk: once more.
+    """
+    while True:
+        current = None
+        with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_FLOCK:
+                    raise
+            with contextlib.suppress(FileNotFoundError):
+                current = lock.stat()
+            if current is not None and os.path.samestat(os.fstat(file.fileno()), current):
+                yield file
+                return
+
+
+def _read_owner(file: IO[str]) -> Owner | None:
+    """The owner in an open lock file; None if it is empty or not ours to understand."""
+    file.seek(0)
+    try:
+        found = json.loads(file.read())
+        return Owner(**{name: kind(found[name]) for name, kind in Owner.__annotations__.items()})
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def _this_process() -> Owner:
+    pid = os.getpid()
+    job = whole_name_of_job()
+    return Owner(host=socket.gethostname(), pid=pid, start=process_start(pid), namespace=_namespace(), job=job, restart=restart_count())
+
+
+def _lives(owner: Owner, *, lock: Path) -> bool:
+    if owner.job and owner.job == whole_name_of_job() and owner.restart < restart_count():
+        return False  # SLURM starts a job again only once its last life is over
+    if (owner.host, owner.namespace) == (socket.gethostname(), _namespace()):
+        return process_start(owner.pid) == owner.start
+    now = time.time()
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=lock.parent) as clock:  # a reader may not write here
+        now = os.fstat(clock.fileno()).st_mtime  # the file server's clock, by which the beats are dated
+    return now - lock.stat().st_mtime < STALE_S
+
+
+def _is_lost_peer(owner: Owner) -> bool:
+    """Whether the owner was a rank of this very life of the job, on another node, and torchrun's agents have begun anew since."""
+    restarts = environment().get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
+    here = _this_process()
+    return restarts and owner.host != here.host and bool(owner.job) and (owner.job, owner.restart) == (here.job, here.restart)
+
+
+def process_start(pid: int) -> str:
+    """Returns when a process on this host started, in its system's own words; "" if there is none or it is a zombie."""
+    if Path("/proc/self/stat").exists():
+        try:
+            state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+        return "" if state in "ZX" else numbers[18]  # field 22: clock ticks since boot
+    found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def _namespace() -> str:
+    path = Path("/proc/self/ns/pid")
+    return str(path.readlink()) if path.is_symlink() else ""

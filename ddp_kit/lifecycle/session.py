@@ -1,0 +1,95 @@
+"""What every command has around its work: the ranks' group, the arithmetic, and saying once what failed.
+
+Owns: exit codes, and who speaks on stderr.
+Refuses: knowing what a command does.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ddp_kit.distributed.failures import Verdict
+from ddp_kit.distributed.process_group import Group, process_group
+from ddp_kit.distributed.topology import is_first_rank
+from ddp_kit.errors import ConfigError, DdpKitError
+from ddp_kit.io.logs import logger, without_secrets
+from ddp_kit.settings import Settings
+from ddp_kit.strategies.precision import arithmetic, deterministic
+from ddp_kit.trackers import redact_text
+
+OTHERS_SPEAK_S = 5.0  # a busy machine starts the first rank that much later than the others
+OnFailure = Callable[[Verdict], None]
+
+
+@contextmanager
+def session(
+    settings: Settings,
+    *,
+    speaks: bool = True,
+    on_failure: OnFailure | None = None,
+    after_failure: OnFailure | None = None,
+    run_dir: Path | None = None,
+) -> Iterator[Group]:
+    """Enters the group that the settings ask for. Every rank calls it. A pre-flight check leaves its findings in `run_dir`.
+
+    On an error each rank finds out who the culprit is, `on_failure(verdict)` may write it down, and with `speaks` the culprit's
+    message goes to stderr, first and once, and the error becomes a SystemExit with its exit code. `after_failure(verdict)` does what
+    may take its time.
+    """
+    threads = settings.threads or int(settings.exact)  # a convolution's gradient has other bits on two threads than on one
+    with process_group(device=settings.device, threads=threads, tuning=settings.tuning, run_dir=run_dir) as group:
+        try:
+            with arithmetic(settings.precision, group.device), deterministic(settings.exact, group.device):
+                yield group
+        except BaseException as error:
+            verdict = group.blame.judge(error)
+            text = verdict.words()
+            logger.debug("%s", redact_text(text or verdict.reason))
+            if on_failure is not None:
+                on_failure(verdict)
+            if speaks:
+                sys.stdout.flush()
+                sys.stderr.write(without_secrets(text))
+                sys.stderr.flush()
+            if after_failure is not None:
+                after_failure(verdict)
+            if not speaks or isinstance(error, SystemExit):
+                raise
+            raise SystemExit(exit_code(error)) from error
+
+
+def exit_code(error: BaseException) -> int:
+    """Returns the exit code of a failure: 2 usage, 130 SIGINT, a SystemExit's own, 1 anything else."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    return error.exit_code if isinstance(error, DdpKitError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Runs a command. Returns its exit code; what is refused before the group is entered is said here, once if all ranks are refused.
+
+    Only the first rank speaks at once. Where all are refused the launcher ends the others meanwhile; where it does not, they speak too.
+    """
+    try:
+        return command()
+    except DdpKitError as error:
+        if not is_first_rank():
+            time.sleep(OTHERS_SPEAK_S)
+        sys.stderr.write(f"{without_secrets(str(error))}\n")
+        return error.exit_code
+    except SystemExit as end:
+        return exit_code(end)
+
+
+def recipe_path(args: Sequence[str], *, command: str) -> str:
+    """Returns the recipe of a command line. Raises: ConfigError with the usage if there is none; SystemExit after `--help`."""
+    if args and not args[0].startswith("-"):
+        return args[0]
+    usage = f"usage: {command} RECIPE.py [--field value ...]\n       {command} RECIPE.py --help lists the recipe's flags"
+    if args and args[0] in ("-h", "--help"):
+        if is_first_rank():
+            print(usage)
+        raise SystemExit(0)
+    raise ConfigError(f"the recipe comes first.\n{usage}")

@@ -1,0 +1,145 @@
+"""The passes that come before the first step, on a fixed micro-batch that is the same on all ranks.
+
+Owns: what they find out (how the loss's count will be known, which buffers training changes) and the faults that show there.
+Refuses: leaving a trace. Gradients are dropped, buffers and generators put back.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ddp_kit.data.agreement import require_same_samples
+from ddp_kit.data.loader import Feed
+from ddp_kit.data.seeding import generators_put_back, seed_forward
+from ddp_kit.distributed.collectives import first_difference
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.errors import ConfigError, DdpKitError, no_gradient
+from ddp_kit.strategies import Wrapped
+from ddp_kit.training.loss_count import Count, FixedCount, FoundCount, KnownCount
+from ddp_kit.training.nonfinite import samples_named
+from ddp_kit.training.running_stats import Buffer, buffers_put_back
+from ddp_kit.training.state import LossCall, Training
+
+
+class Rehearsal:
+    """One per run. Every rank runs each objective's loss in it, in the same order."""
+
+    def __init__(self, training: Training, feed: Feed, *, allows_unused: bool, exact: bool = False):
+        """Args: `allows_unused` whether parameters may stay without a gradient; `exact` whether bits must not depend on the ranks."""
+        self.training, self._feed, self._allows_unused, self._exact = training, feed, allows_unused, exact
+        self._batch = feed.rehearsal()
+        require_same_samples(training.group, self._batch.batch, what="training data", is_iterable=feed.data.is_iterable)
+
+    def run(
+        self, call: LossCall, optimizer: Optimizer, parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]
+    ) -> tuple[Wrapped, Count]:
+        """Returns the wrapped call of a loss that trains `parameters`, ready for the first step, and how its count will be known.
+
+        Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer.
+        """
+        with _only(parameters, frozen), generators_put_back(), buffers_put_back(self.training.model) as buffers:
+            count = self._run_bare(call, parameters)
+            _note_buffers(self.training, buffers, exact=self._exact)
+            wrapped = self.training.strategy.wrap(call, optimizer)
+            if self.training.group.world_size > 1:
+                self._run_wrapped(wrapped.call, parameters)
+        return wrapped, count
+
+    def _run_bare(self, call: LossCall, parameters: Sequence[nn.Parameter]) -> Count:
+        """Runs the loss forward and backward once, unwrapped. Returns how its count will be known; names what gets no gradient."""
+        training, batch, feed = self.training, self._batch, self._feed
+        seed_forward(training.forward_key, 0, 0, device=training.group.device)
+        with samples_named(batch, "before the first step"):
+            total, count, _ = training.strategy.enter(call, batch.batch)
+        beforehand = feed.data.count(batch.batch) if feed.data.count is not None else count
+        if not math.isclose(float(beforehand), float(count), rel_tol=1e-5):
+            raise ConfigError(f"Data(count=...) gives {float(beforehand):g} where the loss counts {float(count):g}; they must agree.")
+        known = _count_of(count, batch.size, feed=feed, group=training.group)
+        if not total.requires_grad:
+            raise ConfigError("the loss has no gradient: total must be computed from the model's output, without detach() or no_grad().")
+        (total / batch.size).backward()
+        _refuse_unused(training, parameters, allows_unused=self._allows_unused)
+        if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
+            raise ConfigError("the model has sparse gradients (an Embedding with sparse=True), which cannot be summed: leave sparse out.")
+        for parameter in parameters:
+            parameter.grad = None  # the wrapper's buckets take their memory
+        return known
+
+    def _run_wrapped(self, wrapped: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Runs until DDP's buckets are final: they are rebuilt after the first backward pass, and a later life of the run, which
+        rebuilds them again, would otherwise sum in another order than the one it continues.
+        """
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = None
+            with self.training.strategy.micro_batch(wrapped, is_last=True):
+                total, _, _ = wrapped(self._batch.batch)
+                (total / self._batch.size).backward()
+
+
+@contextmanager
+def _only(parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Lets gradients reach `parameters` alone, and drops them at the end."""
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def _count_of(count: int | torch.Tensor, size: int, *, feed: Feed, group: Group) -> Count:
+    """Returns how the loss's count will be known, from what it was for the `size` samples of the rehearsal."""
+    is_fixed = not isinstance(count, torch.Tensor)
+    if is_fixed and (count <= 0 or count % size) and feed.data.count is None:
+        raise ConfigError(
+            f"the loss's count is the int {count} for {size} samples. Return it as a tensor where it is not the same for each sample."
+        )
+    whole = float(count) / size * feed.plan.global_batch  # host-device synchronisation, once
+    exponent = round(math.log2(whole)) if 0 < whole < math.inf else 0
+    if first_difference(group, [int(is_fixed), int(count) if is_fixed else 0, exponent]) is not None:
+        raise DdpKitError("the ranks' losses return different counts for the same samples; the loss must not depend on the rank.")
+    if feed.data.count is not None:
+        return KnownCount(feed.data.count, group=group, slots=feed.plan.micro_batches)
+    if is_fixed:
+        return FixedCount(per_sample=int(count) // size, global_batch=feed.plan.global_batch)
+    return FoundCount(expected=2.0**exponent, group=group, slots=feed.plan.micro_batches)
+
+
+def _refuse_unused(training: Training, parameters: Sequence[nn.Parameter], *, allows_unused: bool) -> None:
+    names = {id(parameter): name for name, parameter in training.model.named_parameters()}
+    unused = [names[id(parameter)] for parameter in parameters if parameter.grad is None]
+    if first_difference(training.group, [len(unused)]) is not None:
+        raise DdpKitError(
+            f"rank {training.group.rank} finds {len(unused)} parameters without a gradient for the same samples, others another number."
+        )
+    if unused and training.group.world_size > 1 and not allows_unused:
+        said = no_gradient(unused, is_split=training.strategy.shards is not None)
+        raise ConfigError(f"{said}; if it never uses them, freeze them with requires_grad_(False) or remove them.")
+
+
+def _note_buffers(training: Training, before: Sequence[tuple[Buffer, torch.Tensor]], *, exact: bool) -> None:
+    """Notes the buffers outside normalisation layers that a forward pass changed; they are taken from rank 0 at every step.
+
+    Raises: ConfigError where that would have to be exact.
+    """
+    statistics = training.statistics
+    known = {id(buffer.tensor) for buffer in statistics.others}
+    for buffer, value in before:
+        is_ours = buffer.tensor.untyped_storage().data_ptr() in statistics.owned or id(buffer.tensor) in known
+        if not is_ours and not torch.equal(buffer.settle(), value):
+            if exact:
+                raise ConfigError(
+                    f"--exact: training changes the buffer {buffer.name}, which only normalisation layers may: rank 0's depends on the "
+                    "number of ranks. Leave out --exact, or make it no buffer of training."
+                )
+            statistics.others.append(buffer)
+            if training.group.world_size > 1:
+                training.notes.append(f"buffer {buffer.name} is changed by training; it is taken from rank 0")

@@ -1,0 +1,72 @@
+"""`--micro-batch auto`: trying out, before training, what fits into memory.
+
+Owns: the trial on one rank and the agreement of all.
+Refuses: halving in the middle of training: a batch whose backward was half done cannot be split again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ddp_kit.data.batch_plan import plan_batches
+from ddp_kit.data.dataset import Data
+from ddp_kit.data.loader import feed_of
+from ddp_kit.data.reader import MicroBatch
+from ddp_kit.data.seeding import generators_put_back
+from ddp_kit.data.transfer import Placement
+from ddp_kit.distributed.collectives import max_over_ranks
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.errors import ConfigError
+from ddp_kit.recipe import Objective
+from ddp_kit.settings import Settings
+from ddp_kit.training.running_stats import buffers_put_back
+from ddp_kit.training.state import LossCall
+
+
+def find_micro_batch(
+    model: nn.Module, parts: Sequence[Objective], data: Data, *, placement: Placement, settings: Settings, group: Group
+) -> int:
+    """Returns the largest divisor of the global batch, up to a rank's share, that fits on every rank. Every rank calls it.
+
+    Raises: ConfigError if not even one sample fits.
+    """
+    share = -(-settings.global_batch // group.world_size)
+    sizes = [size for size in range(share, 0, -1) if settings.global_batch % size == 0]
+    with buffers_put_back(model):
+        own = next((size for size in sizes if _fits(model, parts, data, size, placement=placement, settings=settings, group=group)), 0)
+    model.zero_grad(set_to_none=True)
+    fitting = -max_over_ranks(group, [-own])[0]
+    if not fitting:
+        raise ConfigError(
+            "--micro-batch auto: not even one sample fits into memory on every rank. Try --activation-checkpointing or a smaller model."
+        )
+    return fitting
+
+
+def _fits(
+    model: nn.Module, parts: Sequence[Objective], data: Data, size: int, *, placement: Placement, settings: Settings, group: Group
+) -> bool:
+    """Runs each loss forward and backward on `size` samples; optimizer state is not there yet, so a tenth is left free on CUDA."""
+    plan = plan_batches(size, micro_batch=0, world_size=1)
+    if group.device.type == "cuda":
+        torch.cuda.empty_cache()  # what a larger size has left
+        torch.cuda.reset_peak_memory_stats(group.device)
+    try:
+        feed = feed_of(data, plan=plan, rank=0, seed=settings.seed, placement=placement, num_workers=settings.num_workers)
+        batch: MicroBatch = feed.rehearsal()
+        with generators_put_back():
+            for part in parts:
+                call = LossCall(model, part.loss, precision=settings.precision, device=group.device)
+                call(batch.batch)[0].backward()
+        if group.device.type == "cuda":
+            total = torch.cuda.get_device_properties(group.device).total_memory
+            weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+            return torch.cuda.max_memory_allocated(group.device) + 2 * weights < 0.95 * total
+    except torch.OutOfMemoryError:
+        return False
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        return False
+    return True

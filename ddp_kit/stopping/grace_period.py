@@ -1,0 +1,65 @@
+"""How long a stop takes, from the signal to the committed checkpoint: measured, said once, and compared with the time there is.
+
+Owns: that sum. Refuses: guessing: before the first save has been measured nothing is known.
+"""
+
+from collections import deque
+
+from ddp_kit.distributed.control_packet import Control
+from ddp_kit.distributed.topology import Topology, environment
+from ddp_kit.errors import ConfigError
+
+AGENT_S = 30.0  # after which torchrun's agent kills the ranks that it has sent SIGTERM
+RECENT = 5  # saves, of which the slowest counts
+
+
+class Grace:
+    """What a stop needs, and what it is given. `has_s` is 0 if that is not known."""
+
+    def __init__(self, control: Control, topology: Topology):
+        """Raises: ConfigError if DDP_KIT_GRACE_S is no number."""
+        self._control, self._saves = control, deque[float](maxlen=RECENT)
+        self.has_s, self._giver = _given()
+        if topology.launcher == "torchrun" and not 0 < self.has_s < AGENT_S:
+            self.has_s, self._giver = AGENT_S, "torchrun's agent"
+        self._has_said = self._has_warned = False
+
+    def saved(self, seconds: float) -> None:
+        """Takes the duration of a save."""
+        self._saves.append(seconds)
+
+    @property
+    def needs_s(self) -> float:
+        """Seconds that a stop needs at most; 0 while no save has been measured."""
+        return sum(self._control.agreement_s()) + 2 * max(self._saves) if self._saves else 0.0
+
+    def statement(self) -> str:
+        """Returns the sum in words, the first time that it is known, else ""."""
+        if not self._saves or self._has_said:
+            return ""
+        self._has_said = True
+        step_s, agreement_s = self._control.agreement_s()
+        parts = (("step", step_s), ("agreement", agreement_s), ("save in flight", max(self._saves)), ("save", max(self._saves)))
+        return f"a stop needs up to {_s(self.needs_s)}: {', '.join(f'{name} {_s(seconds)}' for name, seconds in parts)}"
+
+    def warning(self) -> str:
+        """Returns that there is less time than a stop needs, once, else ""."""
+        if self._has_warned or not 0 < self.has_s < self.needs_s:
+            return ""
+        self._has_warned = True
+        return (
+            f"a stop needs up to {_s(self.needs_s)} and {self._giver} gives {_s(self.has_s)}: the run may be killed before it has saved. "
+            "Ask the launcher for a longer grace; --save-every and --save-minutes bound what is lost."
+        )
+
+
+def _given() -> tuple[float, str]:
+    text = environment().get("DDP_KIT_GRACE_S", "")
+    try:
+        return float(text or 0), "DDP_KIT_GRACE_S"
+    except ValueError:
+        raise ConfigError(f"DDP_KIT_GRACE_S={text!r} is not a number of seconds.") from None
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

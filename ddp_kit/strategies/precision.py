@@ -1,0 +1,134 @@
+"""Arithmetic of the forward pass, and the loss scale of fp16.
+
+Owns: autocast, the dtype of weights and the cast to it, TF32 switches, when fp16 is refused, and the scale's rule.
+Refuses: deciding whether a step is applied: that is seen in the reduced gradients, which are the same on all ranks.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ddp_kit.distributed.topology import environment_default
+from ddp_kit.errors import ConfigError
+from ddp_kit.settings import Precision
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class LossScale:
+    """The scale of fp16 losses: halved when gradients overflow, doubled after 2,000 good steps. Off: always 1.
+
+    Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740. The state is two numbers.
+    """
+
+    is_on: bool
+    scale: float = 1.0
+    good_steps: int = 0
+    growth_interval: int = 2000
+
+    @classmethod
+    def of(cls, precision: Precision) -> "LossScale":
+        """Returns the scale that a precision needs."""
+        return cls(is_on=True, scale=2.0**16) if precision == "fp16" else cls(is_on=False)
+
+    def update(self, *, overflowed: bool) -> None:
+        """Takes the outcome of a step; the same on all ranks."""
+        if not self.is_on:
+            return
+        if overflowed:
+            self.scale, self.good_steps = max(self.scale / 2, 2.0**-24), 0
+            return
+        self.good_steps += 1
+        if self.good_steps >= self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Returns the context in which model and loss run."""
+    if precision in AUTOCAST:
+        return torch.autocast(device.type, AUTOCAST[precision])
+    return nullcontext()
+
+
+def weight_dtype(precision: Precision) -> torch.dtype:
+    """Returns the dtype of weights, optimizer state and floating-point batches."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def placed(model: nn.Module, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Returns a model on a device, its floating-point tensors cast to a dtype and its complex ones to the complex dtype of that width."""
+    if not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
+        return model.to(device, dtype)
+    wide = dtype.to_complex()
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():
+            return tensor.to(wide).resolve_conj()  # a view that is conjugated lazily has no bytes of its own
+        if tensor.is_floating_point():
+            return tensor.to(dtype)
+        return tensor
+
+    model.to(device)
+    cast_model: nn.Module = model._apply(cast)  # model.to(dtype) would drop the imaginary parts
+    return cast_model
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Switches TF32 on for `tf32` and off otherwise, and puts the switches back.
+
+    Raises: ConfigError where the device cannot run the precision.
+    """
+    _refuse_unsupported(precision, device)
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def deterministic(is_on: bool, device: torch.device) -> Iterator[None]:
+    """Switches CUDA's deterministic algorithms on, and puts the switches back. On a CPU one thread is enough."""
+    if not is_on or device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        with environment_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8"):  # which cuBLAS wants to see in this mode
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def _refuse_unsupported(precision: Precision, device: torch.device) -> None:
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise ConfigError(
+            f"--precision tf32 needs a CUDA device of the Ampere generation or later; this rank runs on {device}. Type --precision fp32."
+        )
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("--precision bf16: this CUDA device has no bfloat16. Type --precision fp16.")
+    if precision == "fp16" and device.type == "cpu" and not has_fp16(device):
+        raise ConfigError("--precision fp16: torch has no float16 kernels for this CPU. Type --precision bf16, or fp32.")
+
+
+def has_fp16(device: torch.device) -> bool:
+    """Whether a linear layer and a convolution run forward and backward in float16."""
+    try:
+        with torch.autocast(device.type, torch.float16), torch.random.fork_rng(devices=[]):
+            net = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten(), nn.Linear(4, 1)).to(device)
+            net(torch.ones(1, 1, 4, 4, device=device)).float().sum().backward()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,47 @@
+"""Exponential moving average of the weights, which evaluation uses.
+
+Owns: the averages of parameters and floating-point or complex buffers, on the model's device.
+Refuses: changing training: the weights are put back after an evaluation, and `weights_sha256` is that of the weights.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ddp_kit.checkpoint.weights import is_weight
+from ddp_kit.distributed.local_shard import local
+
+
+class WeightAverage:
+    """Keeps `average = decay x average + (1 - decay) x weights` after every optimizer step, on each rank of what it holds of `like`."""
+
+    def __init__(self, model: nn.Module, *, decay: float):
+        self._decay = decay
+        named = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if is_weight(buffer)}
+        self.names = list(named)
+        self.like = list(named.values())
+        self._live = [local(tensor) for tensor in self.like]
+        self.averages = [tensor.clone() for tensor in self._live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the weights of this step into the average."""
+        torch._foreach_lerp_(self.averages, self._live, 1 - self._decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Puts the averages into the model, and the weights back at the end; costs one tensor of extra memory."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for live, average in zip(self._live, self.averages, strict=True):
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)

@@ -1,0 +1,127 @@
+"""What a recipe evaluates, and how: its sets, one pass over each, and the trial before training.
+
+Owns: the names under which several sets report, the averaged weights in the model for the time of a pass, and the recipe's samples.
+Refuses: deciding when: that is `fit`'s.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from ddp_kit.data.agreement import require_same_samples
+from ddp_kit.data.dataset import Data, as_data
+from ddp_kit.data.loader import evaluation_batches, first_of_evaluation
+from ddp_kit.data.seeding import forward_key, seed_forward
+from ddp_kit.data.transfer import Placement
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.errors import ConfigError, DataError, nearest
+from ddp_kit.recipe import Recipe
+from ddp_kit.settings import Settings
+from ddp_kit.training.ema import WeightAverage
+from ddp_kit.training.evaluation import EVALUATION, bare, evaluate, evaluating, measure_of
+from ddp_kit.training.state import Training
+
+
+@dataclass(kw_only=True)
+class Evaluator:
+    """The recipe's evaluation sets and how they are measured. `sets` is {"": data} for one, {"name/": data} for several."""
+
+    recipe: Recipe
+    settings: Settings
+    group: Group
+    sets: Mapping[str, Data]
+    micro_batch: int
+    placement: Placement
+    enter: Callable[..., Any] = bare  # the strategy's way to call a function that uses the model
+    names: dict[str, float] = field(default_factory=dict)  # what an evaluation will report, known from one micro-batch
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        average: WeightAverage | None = None,
+        limit: int | None = None,
+        summarizes: bool = False,
+        heed: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
+        """Returns the metrics of all sets, of the averaged weights where there are some. `limit` micro-batches: a trial,
+        which leaves `summarize` out unless told otherwise. `heed` is called after each micro-batch."""
+        metrics: dict[str, float] = {}
+        with average.applied() if average is not None else nullcontext():
+            for prefix, data in self.sets.items():
+                with closing(self._batches(data)) as batches:
+                    found = evaluate(
+                        model,
+                        itertools.islice(batches, limit),
+                        group=self.group,
+                        measure=measure_of(self.recipe),
+                        summarize=self.recipe.summarize if limit is None or summarizes else None,
+                        precision=self.settings.precision,
+                        seed=self.settings.seed,
+                        heed=heed,
+                        enter=self.enter,
+                    )
+                metrics |= {prefix + name: value for name, value in found.items()}
+        return metrics
+
+    def on(self, sets: Mapping[str, Data]) -> "Evaluator":
+        """Returns an evaluator of other data sets, measured in the same way."""
+        return replace(self, sets=sets)
+
+    def weights(self, training: Training) -> AbstractContextManager[None]:
+        """Puts the weights that evaluation uses into the model: the average where there is one."""
+        return training.average.applied() if training.average is not None else nullcontext()
+
+    def samples(self, model: nn.Module) -> Mapping[str, Any]:
+        """Calls the recipe's `samples` on this rank."""
+        assert self.recipe.samples is not None
+        with evaluating(model):
+            seed_forward(forward_key(self.settings.seed), EVALUATION, 0, device=self.group.device)
+            found: Mapping[str, Any] = self.enter(self.recipe.samples, model)
+            return found
+
+    def _batches(self, data: Data) -> Any:
+        workers = self.settings.num_workers
+        return evaluation_batches(data, group=self.group, micro_batch=self.micro_batch, placement=self.placement, num_workers=workers)
+
+    def _compare_streams(self) -> None:
+        """Raises: DataError on every rank if a stream gives ranks other samples: each would then measure its share of a share."""
+        for prefix, data in self.sets.items():
+            if not data.is_iterable or self.group.world_size == 1:
+                continue
+            first = first_of_evaluation(data, micro_batch=self.micro_batch, num_workers=self.settings.num_workers)
+            what = f"evaluation data {prefix[:-1]}" if prefix else "evaluation data"
+            require_same_samples(self.group, first.batch if first is not None else None, what=what, is_iterable=True)
+
+    def rehearse(self, model: nn.Module) -> None:
+        """Runs one micro-batch: a wrong metric name or too little memory shows now, not hours later.
+
+        Raises: ConfigError if early stopping watches a metric that evaluation does not produce.
+        """
+        self._compare_streams()
+        self.names = self(model, limit=1)
+        metric = self.settings.early_stop.metric
+        is_wanted = not self.names or (metric and metric not in self.names)  # rows alone have no metrics without it
+        if is_wanted and self.recipe.summarize is not None and self.sets:
+            self.names = self(model, limit=1, summarizes=True)
+        if self.sets and not self.names:
+            raise DataError("evaluation counted nothing: the evaluation data is empty, or `evaluate` returned nothing.")
+        if not metric or metric in self.names:
+            return
+        near = nearest(metric, self.names)
+        has = f"it produces {', '.join(self.names)}" if self.names else "the recipe has no eval_data"
+        raise ConfigError(f"--early-stop.metric {metric}: evaluation does not produce it; {has}.{f' Did you mean {near}?' if near else ''}")
+
+
+def data_sets(given: Any, *, what: str) -> dict[str, Data]:
+    """Returns one data set, or several by name, as {prefix: Data}. Raises: DataError if one is empty."""
+    several = given if isinstance(given, Mapping) else {"": given}
+    sets = {f"{name}/" if name else "": as_data(data) for name, data in several.items()}
+    for name, data in sets.items():
+        if not data.is_iterable and not len(data):
+            raise DataError(f"the {what} data{f' {name[:-1]}' if name else ''} is empty.")
+    return sets

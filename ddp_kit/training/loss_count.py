@@ -1,0 +1,153 @@
+"""What a step's loss is divided by: the count over the whole global batch, and when it is known.
+
+Owns: three cases behind one protocol: fixed, known before the forward pass, and found in the losses.
+Refuses: waiting where it need not. Only a count that the losses alone know is summed while training, beside the last backward pass.
+
+What is summed over ranks has one slot for each micro-batch of the global batch, zero in those of others: the order of the sum does
+not depend on the number of ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, final
+
+import torch
+import torch.distributed as dist
+
+from ddp_kit.data.reader import MicroBatch
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.errors import DdpKitError
+
+EMPTY = "the loss's count over the whole global batch is 0, so there is no mean to take"
+
+
+class Count(Protocol):
+    """The count of one step. The step calls `begin`, then for each micro-batch `take` and `divisor`, `launch` before the last
+    backward pass, and `factor` after it.
+    """
+
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Starts a step."""
+
+    def take(self, count: int | torch.Tensor, *, size: int) -> None:
+        """Takes what the loss of a micro-batch of `size` samples returned."""
+
+    def divisor(self) -> float:
+        """Returns what the sums are divided by before backward."""
+
+    def launch(self) -> None:
+        """Starts what must be summed over ranks."""
+
+    def factor(self) -> float | torch.Tensor:
+        """Returns what gradients must still be multiplied by."""
+
+
+@final
+class FixedCount:
+    """The loss returns an int, the same for each sample (1, or a fixed number of tokens): nothing is reduced."""
+
+    def __init__(self, *, per_sample: int, global_batch: int):
+        self._per_sample, self._whole = per_sample, float(per_sample * global_batch)
+
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Nothing to do."""
+
+    def take(self, count: int | torch.Tensor, *, size: int) -> None:
+        """Raises: DdpKitError if the count is not that of the rehearsal."""
+        if isinstance(count, torch.Tensor) or count != self._per_sample * size:
+            raise DdpKitError(
+                f"the loss's count is {count!r} for {size} samples, where it was the int {self._per_sample} for each sample before. A "
+                "count that varies must be a tensor always: LossSum(total, torch.tensor(count)), or known beforehand: Data(count=...)."
+            )
+
+    def divisor(self) -> float:
+        """The count itself."""
+        return self._whole
+
+    def launch(self) -> None:
+        """Nothing to do."""
+
+    def factor(self) -> float:
+        """Nothing is left to do."""
+        return 1.0
+
+
+@final
+class KnownCount:
+    """`Data.count` tells the count of a batch before its forward pass; the sum over ranks runs beside that pass."""
+
+    def __init__(self, count: Callable[[Any], float], *, group: Group, slots: int):
+        self._count, self._group = count, group
+        self._slots = torch.zeros(slots, dtype=torch.float64)
+        self._work: dist.Work | None = None
+        self._step = 0
+
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Counts this rank's batches and starts the sum over ranks."""
+        self._step = micro_batches[0].request.step + 1
+        self._slots.zero_()
+        for micro_batch in micro_batches:
+            self._slots[micro_batch.request.micro_batch] = float(self._count(micro_batch.batch))
+        if self._group.control is not None:
+            self._work = dist.all_reduce(self._slots, group=self._group.control, async_op=True)
+
+    def take(self, count: int | torch.Tensor, *, size: int) -> None:
+        """Nothing to do: what was counted beforehand holds."""
+
+    def divisor(self) -> float:
+        """The count of the global batch. Raises: DdpKitError if it is 0."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        whole = float(self._slots.sum())
+        if not whole:
+            raise DdpKitError(f"step {self._step}: {EMPTY}: Data(count=...) counts nothing in any rank's batch.")
+        return whole
+
+    def launch(self) -> None:
+        """Nothing to do."""
+
+    def factor(self) -> float:
+        """Nothing is left to do."""
+        return 1.0
+
+
+@final
+class FoundCount:
+    """The loss returns a tensor. Backward runs on sums over `expected`; gradients are corrected once the count has come in.
+
+    `expected` is a power of two, so that dividing by it and multiplying again changes no bits.
+    """
+
+    def __init__(self, *, expected: float, group: Group, slots: int):
+        self._expected, self._group = expected, group
+        self._own: list[torch.Tensor] = []
+        self._first = 0
+        self._slots = torch.zeros(slots, dtype=torch.float64, device=group.device)
+        self._work: dist.Work | None = None
+
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Forgets the step before."""
+        self._own.clear()
+        self._first = micro_batches[0].request.micro_batch
+
+    def take(self, count: int | torch.Tensor, *, size: int) -> None:
+        """Notes a micro-batch's count."""
+        self._own.append(torch.as_tensor(count, dtype=torch.float64, device=self._group.device).detach())
+
+    def divisor(self) -> float:
+        """The expected count."""
+        return self._expected
+
+    def launch(self) -> None:
+        """Starts the sum over ranks, in the same order on all of them."""
+        self._slots.zero_()
+        self._slots[self._first : self._first + len(self._own)] = torch.stack(self._own)
+        if self._group.sums is not None:
+            self._work = dist.all_reduce(self._slots, group=self._group.sums, async_op=True)
+
+    def factor(self) -> torch.Tensor:
+        """Expected over found, a tensor on the device. A count of 0 gives inf, and so a step that is not applied."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._expected / self._slots.sum()

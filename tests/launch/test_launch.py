@@ -1,0 +1,295 @@
+"""The launcher of our own: real ranks, real signals, and the exit code of the one that failed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import KIT, ROOT
+
+from ddp_kit.launch.environment import visible_gpus
+from ddp_kit.launch.local import processes, torchrun
+from ddp_kit.launch.local.processes import PEERS_S
+from ddp_kit.launch.plan import LaunchError, Plan, processes_of
+from ddp_kit.launch.runs import cancel
+
+DIGITS = str(ROOT / "recipes" / "digits.py")
+LIMIT_S = 60
+
+
+class Started:
+    """`ddp-kit run` on 2 ranks, and what it leaves."""
+
+    def __init__(self, run_dir: Path, *words: str, launcher: str = "local"):
+        self.run_dir = run_dir
+        command = [
+            sys.executable,
+            "-m",
+            "ddp_kit.launch.local.run",
+            "--nproc-per-node",
+            "2",
+            "--launcher",
+            launcher,
+            *words,
+            "--run-dir",
+            str(run_dir),
+        ]
+        environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1", "EVERY_STEP": "1"}
+        self.process = subprocess.Popen(
+            command, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def until(self, text: str) -> None:
+        """Reads the output up to a line with `text`."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if text in line:
+                return
+        raise AssertionError(f"no line with {text!r}; exit code {self.process.wait()}")
+
+    def ended(self) -> tuple[int, str]:
+        """Returns the exit code and what was still printed."""
+        output, _ = self.process.communicate(timeout=LIMIT_S)
+        return self.process.returncode, output
+
+    @property
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks."""
+        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.run_dir / "status.json").read_text())
+        return found
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Any]:
+    made: list[Started] = []
+
+    def start(*words: str, name: str = "run", **more: str) -> Started:
+        made.append(Started(tmp_path / name, *words, **more))
+        return made[-1]
+
+    yield start
+    for run in made:
+        if run.process.poll() is None:
+            run.process.kill()
+        run.process.wait()
+        assert run.process.stdout is not None
+        run.process.stdout.close()
+
+
+def are_gone(pids: list[int], *, within_s: float) -> bool:
+    end = time.monotonic() + within_s
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_the_launchers_import_neither_torch_nor_ddp_kit() -> None:
+    code = "import ddp_kit.launch.local.run, sys; print([name for name in ('torch', 'ddp_kit', 'numpy', 'tyro') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_says_all_faults_at_once_and_what_to_type() -> None:
+    with pytest.raises(LaunchError, match=r"no_such\.py is not there \(looked in .*\); --nproc-per-node 0: expected 1 or more"):
+        Plan(words=("no_such.py",), processes=0)
+    with pytest.raises(LaunchError, match="--lr is no flag of the launcher, and the recipe comes before its own flags"):
+        Plan(words=("--lr", "1"))
+    folder, name = Path(DIGITS).parent, Path(DIGITS).stem
+    for word, fault in {
+        f"{folder / name}": f"{name} is not there .*Did you mean {folder / name}.py\\?",
+        f"{folder}": "recipes is not there",
+        f"{folder.parent / 'README.md'}": r"README\.md: expected a \.py file",
+        "no recipe": "no recipe: expected a recipe's .py file, or the dotted name of a module",
+    }.items():
+        with pytest.raises(LaunchError, match=fault):
+            Plan(words=(word,))
+    assert Plan(words=("package.module",)).words == ("package.module",)
+    with pytest.raises(LaunchError, match="expected a number or auto"):
+        processes_of("many", gpus=1)
+
+
+def test_auto_is_one_rank_for_each_visible_gpu(tmp_path: Path) -> None:
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / "gpus" / name).mkdir(parents=True)
+    assert visible_gpus(environ={}, driver=tmp_path / "gpus") == 2
+    assert visible_gpus(environ={"CUDA_VISIBLE_DEVICES": "0,3,5"}, driver=tmp_path / "gpus") == 3
+    assert visible_gpus(environ={"CUDA_VISIBLE_DEVICES": ""}, driver=tmp_path / "gpus") == 0
+    assert visible_gpus(environ={}, driver=tmp_path / "none") == 0
+    assert [processes_of("auto", gpus=gpus) for gpus in (0, 1, 3)] == [1, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("agent", "code"),
+    [
+        ("""echo '{"status": "failed", "exit_code": 124}' > new; mv new status.json; exit 1""", 124),
+        ("""echo '{"status": "running", "exit_code": null}' > new; mv new status.json; exit 1""", 1),
+        ("exit 1", 1),  # the status is an earlier life's
+        ("touch requeue; exit 1", 75),
+        ("exit 3", 3),
+        ("kill -9 $$", 137),
+    ],
+)
+def test_an_agents_task_ends_with_the_code_of_its_ranks(agent: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"status": "failed", "exit_code": 130}')
+    task = ["-c", "import sys; from ddp_kit.launch.slurm.task import agent; agent(*sys.argv[1:])", str(tmp_path), "sh", "-c", agent, "--"]
+    facts = {"SLURM_JOB_ID": "17", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "DDP_KIT_HOSTS": "n0", "SUBMITIT_EXECUTOR": "slurm"}
+    environ = os.environ | facts | {"SUBMITIT_FOLDER": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *task], env=environ, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == code, done.stderr
+    first = tmp_path / "17.0.failed"
+    assert (first.read_text() if first.exists() else "") == ("" if code == 75 else f"{code}\n")
+
+
+@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+def test_ranks_inside_a_batch_job_know_their_job_but_not_its_ranks(launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What names the run directory, counts lives, asks for the requeue and sets the time limit is the job's; ranks are this launcher's."""
+    job = {
+        "SLURM_CLUSTER_NAME": "c",
+        "SLURM_JOB_ID": "17",
+        "SLURM_ARRAY_JOB_ID": "16",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_RESTART_COUNT": "2",
+    }
+    job |= {"SLURM_JOB_END_TIME": "99", "DDP_KIT_REQUEUE": "1", "DDP_KIT_GRACE_S": "120"}
+    foreign = {"SLURM_PROCID": "5", "SLURM_LOCALID": "5", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in {**job, **foreign}.items():
+        monkeypatch.setenv(name, value)
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nenv > {tmp_path}/env.txt\n")
+    program.chmod(0o755)
+    plan = Plan(words=(DIGITS,), python=str(program))
+    if launcher == "local":
+        assert processes.run(plan) == 0
+    else:
+        monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest's own process goes on
+        monkeypatch.setattr(os, "execve", lambda path, words, environ: subprocess.run(words, env=environ, check=True))
+        torchrun.run(plan)
+    found = dict(line.split("=", 1) for line in (tmp_path / "env.txt").read_text().splitlines() if "=" in line)
+    assert {name: found.get(name) for name in job} == job
+    assert not set(foreign) & set(found)
+
+
+def test_an_agent_of_torchrun_that_we_have_become_outlives_the_warnings() -> None:
+    code = "from ddp_kit.launch.environment import become; become(['/bin/sh', '-c', 'kill -USR1 $$; kill -USR2 $$; exit 7'])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 7
+
+
+def test_two_ranks_train_to_the_end_and_nothing_is_left(started: Any) -> None:
+    run = started(DIGITS, "--max-steps", "4")
+    run.until("batch: 64 global = 2 ranks")
+    ranks = run.ranks
+    assert len(ranks) == 2
+    code, output = run.ended()
+    assert code == 0, output
+    assert run.status["status"] == "finished"
+    assert are_gone(ranks, within_s=0)
+    facts = (run.run_dir / "env.json").read_text()
+    assert "ddp-kit run" in facts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_every_launcher_gives_the_same_weights(started: Any, launcher: str) -> None:
+    args = (DIGITS, "--max-steps", "4", "--exact", "--micro-batch", "16")
+    digests = []
+    for name in ("local", launcher):
+        run = started(*args, name=name, launcher=name)
+        code, output = run.ended()
+        assert code == 0, output
+        digests.append(run.status["weights_sha256"])
+    assert digests[0] == digests[1]
+
+
+def test_usage_errors_are_said_once_and_end_with_2(started: Any) -> None:
+    code, output = started(DIGITS, "--lerning-rate", "1").ended()
+    assert code == 2
+    assert output.count("--lerning-rate is not a flag") == 1
+
+
+@pytest.mark.parametrize(("number", "code", "status"), [(signal.SIGTERM, 143, "preempted"), (signal.SIGINT, 130, "stopped")])
+def test_a_signal_to_the_launcher_stops_all_ranks_after_a_save(started: Any, number: int, code: int, status: str) -> None:
+    run = started(DIGITS, "--max-steps", "100000", "--epochs", "0", "--log-every", "1")
+    run.until("step 3/")
+    ranks = run.ranks
+    run.process.send_signal(number)
+    found, output = run.ended()
+    assert found == code, output
+    assert run.status["status"] == status
+    assert (run.run_dir / "checkpoints" / f"step-{run.status['step']:08d}").is_dir()
+    assert are_gone(ranks, within_s=0)
+
+
+def test_cancelling_at_once_waits_for_no_save(started: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = started(str(KIT / "paced.py"), "--max-steps", "100", "--pace-s", "4")
+    run.until("step 1/")
+    ranks = run.ranks
+    assert cancel.main(["--now", str(run.run_dir)]) == 0
+    assert "ended; the newest checkpoint is kept" in capsys.readouterr().out
+    assert run.ended()[0] != 0
+    assert are_gone(ranks, within_s=0)
+    assert not list((run.run_dir / "checkpoints").glob("step-*"))
+
+
+def test_a_killed_rank_ends_the_others_and_its_signal_is_the_exit_code(started: Any) -> None:
+    run = started(DIGITS, "--max-steps", "100000", "--epochs", "0", "--log-every", "1")
+    run.until("step 3/")
+    ranks = run.ranks
+    os.kill(ranks[1], signal.SIGKILL)
+    begin = time.monotonic()
+    code, output = run.ended()
+    assert time.monotonic() - begin < PEERS_S
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 was ended by SIGKILL" in output
+    assert run.status["status"] == "failed"
+    assert are_gone(ranks, within_s=0)
+
+
+SLEEPER = """\
+import os, sys, time
+
+if os.environ["RANK"] == "1":
+    {ending}
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("sys.exit(3)", 3), ("raise ValueError('a fault of its own')", 2)])
+def test_a_rank_that_fails_while_a_lower_one_lives_ends_the_run_with_its_own_code(
+    started: Any, tmp_path: Path, ending: str, code: int
+) -> None:
+    recipe = tmp_path / "sleeper.py"
+    recipe.write_text(SLEEPER.format(ending=ending))
+    found, output = started(str(recipe)).ended()
+    assert found == code, output
+
+
+def test_the_first_failure_is_named_and_of_those_found_at_once_the_one_by_a_signal() -> None:
+    def ranks_of(*programs: str) -> "list[subprocess.Popen[bytes]]":
+        return [subprocess.Popen(["sh", "-c", program]) for program in programs]
+
+    later = ranks_of("sleep 0.5; kill -ABRT $$", "exit 3")
+    assert processes._watch(later) == 3
+    at_once = ranks_of("exit 3", "kill -KILL $$")
+    for rank in at_once:
+        rank.wait()
+    assert processes._watch(at_once) == 137
+
+
+def test_ranks_whose_launcher_is_killed_save_and_leave(started: Any) -> None:
+    run = started(DIGITS, "--max-steps", "100000", "--epochs", "0", "--log-every", "1")
+    run.until("step 3/")
+    ranks = run.ranks
+    run.process.kill()
+    assert are_gone(ranks, within_s=20)
+    assert run.status["status"] == "preempted"
+    assert (run.run_dir / "checkpoints" / f"step-{run.status['step']:08d}").is_dir()

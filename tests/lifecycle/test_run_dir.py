@@ -1,0 +1,308 @@
+"""The run directory: one live owner, whole files, names that do not collide."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from ddp_kit.errors import ConfigError
+from ddp_kit.lifecycle import run_dir as module
+from ddp_kit.lifecycle.run_dir import Owner, RunDir, default_name, is_in_use, process_start
+
+OTHERS = """
+import os, sys, time
+from pathlib import Path
+from ddp_kit.errors import ConfigError
+from ddp_kit.lifecycle.run_dir import RunDir
+
+def claim_and_stay(path, is_writing):
+    run = RunDir(path)
+    run.claim()
+    while True:
+        if is_writing:
+            run.status("running", step=7, epoch=1, metrics={f"m{index}": 0.5 for index in range(500)})
+        else:
+            time.sleep(1)
+
+def claim_at(path, begin):
+    run = RunDir(path)
+    while time.monotonic() < begin:
+        pass
+    try:
+        run.claim()
+    except ConfigError:
+        return 1
+    time.sleep(3)  # until all the others have tried, on a busy machine too
+    return 0
+
+def fork(function, *arguments):
+    child = os.fork()  # torch is imported once for all of them
+    if child == 0:
+        os._exit(function(*arguments) or 0)
+    return child
+
+root = Path(sys.argv[1])
+print(*[fork(claim_and_stay, root / name, name == "writing") for name in ("idle", "writing")], flush=True)
+begin = time.monotonic() + 0.2
+races = [[fork(claim_at, root / name, begin) for _ in range(8)] for name in ("free", "stale")]
+print(*[[os.waitpid(child, 0)[1] for child in race].count(0) for race in races], flush=True)
+sys.stdin.read()
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Others:
+    """Other processes: one holds `idle`, one holds `writing` and rewrites its status, eight each raced for `free` and `stale`."""
+
+    root: Path
+    idle: int
+    writing: int
+    winners: list[int]
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    write_lock(root / "stale", start="another life of this pid")
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", OTHERS, str(root)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
+    idle, writing = map(int, process.stdout.readline().split())
+    try:
+        yield Others(root, idle, writing, [int(count) for count in process.stdout.readline().split()])
+    finally:
+        for pid in (idle, writing):
+            os.kill(pid, signal.SIGKILL)  # a zombie at most: only the process above could reap it
+        process.communicate(timeout=10)
+
+
+def kill(pid: int) -> None:
+    """Kills a process without warning and waits until it runs no more; nobody reaps it, and a zombie holds nothing."""
+    os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while process_start(pid) and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+def write_lock(path: Path, **changes: object) -> None:
+    """Writes the lock this process would write, with changes."""
+    path.mkdir(exist_ok=True)
+    (path / "run.lock").write_text(json.dumps({**dataclasses.asdict(module._this_process()), **changes}))
+
+
+def owner_after_claim(path: Path) -> tuple[int, str]:
+    """Claims a directory and leaves it again. Returns the pid and start that its lock held in between."""
+    run = RunDir(path)
+    run.claim()
+    lock = json.loads((path / "run.lock").read_text())
+    run.release()
+    return lock["pid"], lock["start"]
+
+
+def test_claim_makes_the_directory_and_release_leaves_no_lock_and_no_thread(tmp_path):
+    run = RunDir(tmp_path / "a" / "b")
+    run.claim()
+    lock = json.loads((run.path / "run.lock").read_text())
+    assert (lock["host"], lock["pid"], lock["start"]) == (socket.gethostname(), os.getpid(), process_start(os.getpid()))
+    assert is_in_use(run.path)
+    assert any(thread.name == "run-dir-heartbeat" for thread in threading.enumerate())
+    run.release()
+    run.release()
+    assert not any(thread.name == "run-dir-heartbeat" for thread in threading.enumerate())
+    assert list(run.path.iterdir()) == []
+    run.claim()
+    run.release()
+
+
+def test_a_live_owner_is_named_and_a_killed_one_makes_room(others):
+    path = others.root / "idle"
+    named = rf"in use by a live run: host {socket.gethostname()}, pid {others.idle}\b.*another --run-dir"
+    with pytest.raises(ConfigError, match=named):
+        RunDir(path).claim()
+    kill(others.idle)
+    assert not is_in_use(path)
+    run = RunDir(path)
+    run.claim()
+    run.release()
+
+
+def test_a_killed_writer_leaves_status_json_whole_and_its_directory_to_the_next_life(others):
+    path = others.root / "writing"
+    until, reads = time.monotonic() + 0.3, 0
+    while time.monotonic() < until:
+        assert json.loads((path / "status.json").read_text())["step"] == 7
+        reads += 1
+    assert reads > 100
+    kill(others.writing)
+    assert json.loads((path / "status.json").read_text())["status"] == "running"
+    run = RunDir(path)
+    run.claim()
+    assert (run.earlier()["status"], run.earlier()["step"]) == ("running", 7)
+    run.release()
+    assert not (path / "run.lock").exists()
+
+
+def test_of_eight_that_claim_at_once_one_wins_be_there_a_stale_lock_or_none(others):
+    assert others.winners == [1, 1]
+
+
+def test_who_waited_for_a_lock_file_that_was_then_removed_locks_the_new_one(tmp_path):
+    lock = tmp_path / "run.lock"
+    found = []
+
+    def waits():
+        with module._exclusive(lock) as file:
+            found.append(os.path.samestat(os.fstat(file.fileno()), lock.stat()))
+
+    with module._exclusive(lock):
+        waiting = threading.Thread(target=waits)
+        waiting.start()
+        time.sleep(0.1)  # long enough to be waiting in flock; if not, the test passes without having tested
+        lock.unlink()
+        lock.touch()
+    waiting.join(timeout=10)
+    assert found == [True]
+
+
+def test_a_reused_pid_is_not_taken_for_the_owner(tmp_path):
+    write_lock(tmp_path)
+    assert is_in_use(tmp_path)
+    write_lock(tmp_path, start="1")
+    assert not is_in_use(tmp_path)
+    assert owner_after_claim(tmp_path) == (os.getpid(), process_start(os.getpid()))
+
+
+@pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"namespace": "another container"}])
+def test_an_owner_elsewhere_lives_as_long_as_it_beats(tmp_path, change):
+    write_lock(tmp_path, **change, pid=1, job="123")
+    with pytest.raises(ConfigError, match=r"in use by a live run: .*pid 1, job 123"):
+        RunDir(tmp_path).claim()
+    beat = time.time() - module.STALE_S - 1
+    os.utime(tmp_path / "run.lock", (beat, beat))
+    run = RunDir(tmp_path)
+    run.claim()
+    run.release()
+
+
+def test_a_job_that_slurm_has_started_again_need_not_wait_for_its_last_lifes_lock(tmp_path, monkeypatch):
+    write_lock(tmp_path, host="elsewhere", pid=1, job="123", restart=0)
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    with pytest.raises(ConfigError, match="in use by a live run"):
+        RunDir(tmp_path).claim()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "one")
+    write_lock(tmp_path, host="elsewhere", pid=1, job="123@two", restart=0)
+    with pytest.raises(ConfigError, match="in use by a live run: host elsewhere, pid 1, job 123@two"):
+        RunDir(tmp_path).claim()
+    write_lock(tmp_path, host="elsewhere", pid=1, job="123@one", restart=0)
+    run = RunDir(tmp_path)
+    run.claim()
+    run.release()
+
+
+def test_ranks_that_torchrun_starts_anew_wait_for_the_lock_of_one_on_a_lost_node(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    monkeypatch.setattr(module, "STALE_S", 2.0)
+    monkeypatch.setattr(module, "BEAT_S", 0.5)
+    write_lock(tmp_path, host="lost", pid=1, job="123")
+    with pytest.raises(ConfigError, match="in use by a live run"):
+        RunDir(tmp_path).claim()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    os.utime(tmp_path / "run.lock")
+    begin = time.monotonic()
+    assert owner_after_claim(tmp_path)[0] == os.getpid()
+    assert time.monotonic() - begin > 1.5
+    write_lock(tmp_path, host="elsewhere", pid=1, job="another")
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match="in use by a live run"):
+        RunDir(tmp_path).claim()
+    assert time.monotonic() - begin < 1
+
+
+def test_the_heart_beats(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_S", 0.02)
+    run = RunDir(tmp_path)
+    run.claim()
+    os.utime(tmp_path / "run.lock", (0, 0))
+    until = time.monotonic() + 5
+    while (tmp_path / "run.lock").stat().st_mtime == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    run.release()
+    assert time.monotonic() < until
+
+
+def test_a_lock_torn_by_a_crash_does_not_lock_for_ever(tmp_path):
+    (tmp_path / "run.lock").write_text('{"host": "x", "pi')
+    assert not is_in_use(tmp_path)
+    assert owner_after_claim(tmp_path) == (os.getpid(), process_start(os.getpid()))
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(ConfigError, match=rf"--run-dir {path}: cannot be written \(.+\). Type another --run-dir"):
+            RunDir(path).claim()
+
+
+def test_status_is_one_of_five_and_numbers_stay_json(tmp_path):
+    run = RunDir(tmp_path)
+    content = run.status("failed", reason="--hf-token=abcdefgh", step=3, epoch=1, metrics={"loss": float("nan")}, exit_code=1)
+    assert json.loads((tmp_path / "status.json").read_text()) == {
+        "status": "failed",
+        "reason": "--hf-token=[redacted]",
+        "step": 3,
+        "epoch": 1,
+        "metrics": {"loss": "nan"},
+        "weights_sha256": "",
+        "exit_code": 1,
+    }
+    assert list(content) == list(json.loads((tmp_path / "status.json").read_text()))
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    with pytest.raises(AssertionError):
+        run.status("done")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    run = RunDir(tmp_path)
+    run.write_json("settings.json", {"lr": 0.1})
+    with pytest.raises(TypeError):
+        run.write_json("settings.json", {"lr": object()})
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"lr": 0.1}
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_default_names_tell_recipe_and_time_or_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = default_name("digits", {})
+    assert name.parent == Path("runs")
+    assert time.strptime(name.name, "digits-%Y%m%d-%H%M%S")
+    assert default_name("my recipe", {"SLURM_JOB_ID": "17"}) == Path("runs/my-recipe-17")
+    array = {"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}
+    assert default_name("digits", array) == Path("runs/digits-17_2")
+
+
+def test_runs_of_the_same_second_get_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = set()
+    for _ in range(5):
+        name = default_name("digits", {})
+        name.mkdir(parents=True)
+        names.add(name)
+    assert len(names) == 5
+
+
+def test_an_owner_reads_back_as_it_was_written(tmp_path):
+    write_lock(tmp_path)
+    with (tmp_path / "run.lock").open() as file:
+        owner = module._read_owner(file)
+    assert isinstance(owner, Owner)
+    assert owner == module._this_process()
