@@ -32,7 +32,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.settings import EarlyStop
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import StopFlag
-from ddp_kit.trackers import RunInfo
+from ddp_kit.trackers.base import RunInfo
 from ddp_kit.trackers.console import Console
 from ddp_kit.trackers.jsonl import JsonlTracker
 from ddp_kit.training.loop import Pace, fit

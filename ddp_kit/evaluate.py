@@ -15,13 +15,13 @@ from ddp_kit.config.command_line import parse
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import read_topology
 from ddp_kit.errors import ConfigError
+from ddp_kit.io.json_lines import json_text
 from ddp_kit.io.logs import rank_log
 from ddp_kit.lifecycle.session import recipe_path, run_command, session
 from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
 from ddp_kit.settings import DeepSpeed, Fsdp, Settings
 from ddp_kit.setup.build import build_model, placement_of, require_same_settings, settle_memory_format
 from ddp_kit.trackers.console import evaluation_line
-from ddp_kit.trackers.jsonl import json_text
 from ddp_kit.training.evaluator import Evaluator, data_sets
 
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.metrics import LossSum, Number
 from ddp_kit.settings import Settings
-from ddp_kit.trackers import Tracker
+from ddp_kit.trackers.base import Tracker
 
 Loaded = TypeVar("Loaded")
 Loss = Callable[[Any, Any], LossSum]

@@ -12,19 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddp_kit.checkpoint.best import keep_of
 from ddp_kit.checkpoint.checkpointer import About, Checkpoints, best_weights
 from ddp_kit.checkpoint.format.reader import Opened
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.resume import binding, resume, resume_data
+from ddp_kit.checkpoint.retention import keep_of
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.config.command_line import parse
+from ddp_kit.config.secrets import secrets_of
 from ddp_kit.config.validation import check
 from ddp_kit.distributed.collectives import from_rank
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import is_first_rank, read_topology
 from ddp_kit.errors import ConfigError
+from ddp_kit.io.json_lines import supersede
 from ddp_kit.io.logs import hiding, logger, patient_output, rank_log
+from ddp_kit.io.redact import redact
 from ddp_kit.lifecycle.history import job_facts, require_progress
 from ddp_kit.lifecycle.outcome import Life, Outcome
 from ddp_kit.lifecycle.run_dir import RunDir
@@ -36,8 +39,7 @@ from ddp_kit.setup.build import Composition, compose, require_same_settings
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import REQUEUE, Abandoned, StopFlag, Stopped, heeding, is_restarted, leaves_with_agent, signals_noted
 from ddp_kit.stopping.stop_watcher import process_age_s
-from ddp_kit.trackers import RunInfo, redact, secrets_of
-from ddp_kit.trackers.jsonl import supersede
+from ddp_kit.trackers.base import RunInfo
 from ddp_kit.training.evaluator import data_sets
 from ddp_kit.training.loop import Ending, fit, stopped
 from ddp_kit.training.reporter import Reporter

@@ -1,116 +1,194 @@
-"""The design's rules about shape, held by reading the source."""
+"""The house's rules: rooms and layers, how long things are, how dense lines are. Held by reading the source; `docs/architecture.md` has them in words."""
 
 import ast
-import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-import ddp_kit
-
-ROOT = Path(ddp_kit.__file__).parent
+LIBRARY = ROOT / "ddp_kit"
+# A room imports rooms of lower layers only. The public faces are files at the top.
 LAYERS = [
-    ["errors"],
-    ["topology", "tuning", "batching", "settings", "faults", "flags", "metrics", "logs", "tree", "peak"],
-    ["blame", "meeting", "preflight", "groups", "collectives", "control", "seeding", "sharded"],
-    [
-        *("strategies", "data", "checkpoint", "trackers", "precision", "early_stopping", "preemption", "ema", "schedules"),
-        *("buffers", "callbacks", "counts", "weights", "best", "run_dir", "environment"),
-        *("past", "grace", "watch"),
-    ],
-    ["recipe", "training", "state", "saving", "finite", "step", "exactness", "rehearsal", "wrapping", "evaluation", "report", "fit"],
-    ["auto", "meta", "evaluator", "costs", "compose", "resume", "begin", "life", "session", "train", "evaluate", "commands", "cli"],
+    ["errors", "io"],
+    ["settings", "launch"],
+    ["config", "distributed", "metrics"],
+    ["data", "trackers", "schedules"],
+    ["strategies", "stopping", "recipe", "callbacks"],
+    ["training"],
+    ["checkpoint"],
+    ["setup"],
+    ["lifecycle"],
+    ["train", "evaluate", "cli"],
 ]
-LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-CORE_APART = {"strategies", "trackers", "commands", "costs", "testing", "cli", "environment"}
-FILES = sorted(path for path in ROOT.rglob("*.py") if "_recipes" not in path.parts)
-LAUNCHERS = sorted((ROOT.parent / "launch").glob("*.py"))
-CLUSTER = sorted((ROOT.parent / "slurm" / "cluster").glob("*.py"))
+LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+ABOVE_ALL = {"testing", "__init__"}  # a pytest plugin, and the table of public names
+LAUNCHERS_MAY_IMPORT = {"launch", "io", "errors"}
+# Lines of a room, at most: a little more than it has today. Raising one is a decision, to be seen in review.
+BUDGETS = {
+    "faces": 1700,
+    "io": 800,
+    "config": 800,
+    "distributed": 2000,
+    "data": 2700,
+    "trackers": 800,
+    "strategies": 2800,
+    "stopping": 700,
+    "training": 2200,
+    "checkpoint": 3200,
+    "setup": 1400,
+    "lifecycle": 1400,
+    "cli": 1700,
+    "launch": 3600,
+    "testing": 1700,
+}
+MOST_TERNARIES, MOST_PAIRS = 12.0, 3.0  # per 1,000 lines
+HEAVY = ["torch", "torchvision", "accelerate", "deepspeed", "wandb", "tensorboard", "submitit", "sklearn", "tyro", "rich"]
 
 
-def imported(path: Path) -> set[str]:
-    """Returns the first names under ddp_kit that a file imports, those for type checkers left out."""
-    tree = ast.parse(path.read_text())
-    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
-    typed = {id(child) for guard in guards for child in ast.walk(guard)}
-    names = set()
-    for node in ast.walk(tree):
-        if id(node) in typed:
-            continue
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ddp_kit"):
-            names |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
-    return names
+@cache
+def files() -> list[Path]:
+    """Returns the files of the library, without the recipes that an installed package carries."""
+    return sorted(path for path in LIBRARY.rglob("*.py") if "_recipes" not in path.parts)
 
 
-def part(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def test_imports_go_downward_only() -> None:
+def room(path: Path) -> str:
+    return path.relative_to(LIBRARY).parts[0].removesuffix(".py")
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yields the modules of ddp_kit that a file imports, for type checkers or when a function runs too."""
+    known = {name_of(other) for other in files()}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("ddp_kit."))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ddp_kit":
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in known else str(node.module)
+
+
+def nodes(kind: type[ast.AST]) -> Iterator[tuple[Path, ast.AST]]:
+    for path in files():
+        yield from ((path, node) for node in ast.walk(tree(path)) if isinstance(node, kind))
+
+
+def per_1000_lines(count: int) -> float:
+    return 1000 * count / sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files())
+
+
+def test_every_file_is_in_a_room_that_has_a_layer() -> None:
+    assert {room(path) for path in files()} == LAYER.keys() | ABOVE_ALL
+
+
+def test_no_room_imports_one_of_its_own_layer_or_above() -> None:
     wrong = []
-    for path in FILES:
-        own = part(path)
-        if own in ("testing", "__init__"):
+    for path in files():
+        own = room(path)
+        if own in ABOVE_ALL:
             continue
-        wrong += [f"{own} (layer {LAYER[own]}) imports {name}" for name in imported(path) if name != own and LAYER[name] > LAYER[own]]
+        for module in imports(path):
+            other = module.split(".")[1]
+            if other != own and LAYER[other] >= LAYER[own]:
+                wrong.append(f"{name_of(path)} imports {module}")
     assert not wrong
 
 
-def test_only_layer_two_strategies_and_their_users_of_works_import_torch_distributed() -> None:
-    """Beside layer 2 and the strategies: those that launch an asynchronous sum and read it later, the saving thread, and the plan, whose
-    process group is a fake."""
-    users = {part(path) for path in FILES if "import torch.distributed as dist" in path.read_text()}
-    assert users <= {
-        *("blame", "meeting", "preflight", "groups", "collectives", "control", "sharded"),
-        *("strategies", "testing", "buffers", "counts", "report", "checkpoint", "costs"),
-    }
+def test_modules_import_each_other_in_no_circle() -> None:
+    # The table of public names imports its modules only once one of them is asked for.
+    arrows = {name_of(path): set(imports(path)) - {"ddp_kit"} for path in files() if path.name != "__init__.py"}
+    while True:
+        leaves = {name for name, targets in arrows.items() if not targets & arrows.keys()}
+        if not leaves:
+            break
+        arrows = {name: targets for name, targets in arrows.items() if name not in leaves}
+    assert not arrows, f"in or behind a circle: {', '.join(sorted(arrows))}"
 
 
-def test_launchers_know_of_ddp_kit_only_the_command_line_and_the_environment() -> None:
-    assert LAUNCHERS
-    assert [path.name for path in LAUNCHERS if re.search(r"^\s*(import|from) (ddp_kit|torch)", path.read_text(), re.MULTILINE)] == []
+def test_launchers_import_no_torch_and_little_of_ddp_kit() -> None:
+    for path in files():
+        if room(path) != "launch":
+            continue
+        assert {module.split(".")[1] for module in imports(path)} <= LAUNCHERS_MAY_IMPORT, path
+    code = "import sys, pkgutil, importlib, ddp_kit.launch as home\n"
+    code += "for found in pkgutil.walk_packages(home.__path__, 'ddp_kit.launch.'):\n"
+    code += "    if found.name != 'ddp_kit.launch.slurm.executor': importlib.import_module(found.name)\n"
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
-def test_no_file_is_long_and_the_whole_can_be_read() -> None:
-    lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    others = {path: len(path.read_text().splitlines()) for path in [*LAUNCHERS, *CLUSTER]}
-    assert max((lines | others).values()) <= 300, max(lines | others, key=lambda path: (lines | others)[path])
-    # The design asks for 9,000 lines in all and 3,000 in the core, layers 0 to 5 without what stands in CORE_APART. Both are exceeded: four
-    # lines in ten are docstrings and comments. This keeps it from growing unseen.
-    assert sum(lines.values()) < 15_190
-    assert sum(count for path, count in lines.items() if part(path) not in CORE_APART) < 10_300
+def test_no_file_and_no_function_is_long() -> None:
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files()}
+    assert {name: length for name, length in lengths.items() if length > 300} == {}
+    functions = (*nodes(ast.FunctionDef), *nodes(ast.AsyncFunctionDef))
+    assert {f"{name_of(path)}.{node.name}" for path, node in functions if node.end_lineno - node.lineno >= 60} == set()
 
 
-def test_no_function_is_long() -> None:
-    nodes = [
-        (path, node)
-        for path in [*FILES, *LAUNCHERS, *CLUSTER]
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-    ]
-    assert {f"{path.name}: {node.name}" for path, node in nodes if node.end_lineno - node.lineno >= 60} == set()
+def test_every_room_keeps_to_its_budget_of_lines() -> None:
+    lines: dict[str, int] = dict.fromkeys(BUDGETS, 0)
+    for path in files():
+        own = room(path)
+        lines[own if own in BUDGETS else "faces"] += len(path.read_text(encoding="utf-8").splitlines())
+    assert {name: count for name, count in lines.items() if count > BUDGETS[name]} == {}
+
+
+def test_a_condition_that_matters_is_an_if() -> None:
+    ternaries = list(nodes(ast.IfExp))
+    nested = [path for path, node in ternaries if any(isinstance(child, ast.IfExp) for child in ast.iter_child_nodes(node))]
+    assert not nested
+    assert per_1000_lines(len(ternaries)) <= MOST_TERNARIES
+
+
+def test_a_loop_in_a_loop_is_no_comprehension() -> None:
+    kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    found = [f"{name_of(path)}:{node.lineno}" for kind in kinds for path, node in nodes(kind) if len(node.generators) > 1]
+    assert not found
+
+
+def test_values_are_bound_one_by_one() -> None:
+    pairs = [path for path, node in nodes(ast.Assign) if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)]
+    assert per_1000_lines(len(pairs)) <= MOST_PAIRS
 
 
 def test_the_environment_is_read_in_one_place() -> None:
-    assert {part(path) for path in FILES if "os.environ" in path.read_text() and part(path) != "testing"} == {"topology"}
+    readers = {name_of(path) for path in files() if "os.environ" in path.read_text(encoding="utf-8") and room(path) != "testing"}
+    assert readers == {"ddp_kit.distributed.topology", "ddp_kit.launch.environment"}
 
 
 def test_nothing_unpickles_and_nothing_waits_at_a_barrier() -> None:
-    for path in FILES:
-        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
-        objects = ("dist.broadcast_object_list", "dist.all_gather_object", "dist.gather_object", "dist.scatter_object_list")
-        bad = calls & {
-            *objects,
-            "dist.send_object_list",
-            "dist.recv_object_list",
-            "dist.barrier",
-            "torch.load",
-            "pickle.load",
-            "pickle.loads",
-        }
-        assert not bad or part(path) == "testing", (path, bad)
+    forbidden = {
+        *("dist.broadcast_object_list", "dist.all_gather_object", "dist.gather_object", "dist.scatter_object_list"),
+        *("dist.send_object_list", "dist.recv_object_list", "dist.barrier", "torch.load", "pickle.load", "pickle.loads"),
+    }
+    calls = {(path, ast.unparse(node.func)) for path, node in nodes(ast.Call)}
+    assert {(path, call) for path, call in calls if call in forbidden and room(path) != "testing"} == set()
+
+
+def test_public_names_are_these() -> None:
+    import ddp_kit
+
+    assert sorted(ddp_kit.__all__) == sorted(
+        [
+            *("Callback", "Data", "Draws", "LossSum", "Objective", "Recipe", "Settings", "build_loader", "first_on_node", "orders"),
+            *("plan_batches", "process_group", "restore", "run", "save", "schedules", "should_stop", "signals_noted", "train_step", "wrap"),
+        ]
+    )
+    tops = {path.stem for path in LIBRARY.iterdir()}  # importing such a file would set the name of the package to it
+    assert tops & (set(ddp_kit.__all__) - {"schedules"}) == set()
 
 
 @pytest.mark.parametrize("module", ["ddp_kit", "ddp_kit.cli.main", "ddp_kit.testing.plugin"])
@@ -124,6 +202,3 @@ def test_the_training_command_imports_optional_packages_only_on_use() -> None:
     code = f"import sys, ddp_kit.train; print([name for name in {HEAVY[1:]!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-HEAVY = ["torch", "torchvision", "accelerate", "deepspeed", "wandb", "tensorboard", "submitit", "sklearn", "tyro", "rich"]

@@ -260,6 +260,7 @@ def _of_ones_own(training: Training, path: Path | str) -> Checkpoints:
         if training.group.rank == 0:
             clear(storage)
         training.checkpoints = Checkpoints(training, storage, about=About(run_id="own"), keep=Keep())
+    assert isinstance(training.checkpoints, Checkpoints)
     if training.checkpoints.storage != storage:
         raise ConfigError(f"this run's checkpoints are in another folder than {path}: save and restore take one folder for one training.")
     return training.checkpoints

@@ -8,15 +8,17 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from ddp_kit.checkpoint.checkpointer import Checkpoints
 from ddp_kit.checkpoint.format.encoding import decode
 from ddp_kit.checkpoint.format.reader import Opened
 from ddp_kit.checkpoint.state_dict import restore_state
+from ddp_kit.config.secrets import is_secret_setting
 from ddp_kit.data.iterable import Place
 from ddp_kit.data.loader import Feed
 from ddp_kit.errors import ConfigError
+from ddp_kit.io.logs import REDACTED
 from ddp_kit.settings import Settings, flag, flatten
 from ddp_kit.stopping.early_stopping import EarlyStopping
-from ddp_kit.trackers import REDACTED, is_secret_setting
 from ddp_kit.training.state import Training
 
 FREE = {
@@ -111,7 +113,7 @@ def resume(opened: Opened, training: Training, *, settings: Settings, new: Mappi
     """
     changed = require_unchanged(opened, new, change=settings.change)
     restore_state(opened, training, early_stopping=early_stopping, keeps_hyperparameters=not changed)
-    assert training.checkpoints is not None
+    assert isinstance(training.checkpoints, Checkpoints)
     training.checkpoints.resumed(opened)
     return changed
 

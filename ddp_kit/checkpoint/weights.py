@@ -20,16 +20,12 @@ from ddp_kit.distributed.local_shard import Held, held, whole
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DdpKitError, nearest, some
 from ddp_kit.io.logs import logger
+from ddp_kit.training.ema import is_weight
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 CONVERT = """ It looks like a pickle, and loading one may run code. Convert a file that you trust, once:
   python -c "import sys, torch; from safetensors.torch import save_file; \
     save_file({n: t.clone() for n, t in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])" %s %s"""
-
-
-def is_weight(buffer: torch.Tensor) -> bool:
-    """Whether a buffer belongs to the weights: averaged and hashed with them."""
-    return buffer.is_floating_point() or buffer.is_complex()
 
 
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,9 +9,9 @@ import torch
 
 from ddp_kit.distributed.topology import Topology, read_topology
 from ddp_kit.errors import ConfigError
+from ddp_kit.io.json_lines import json_text
+from ddp_kit.io.redact import redact
 from ddp_kit.lifecycle.env_facts import describe
-from ddp_kit.trackers import redact
-from ddp_kit.trackers.jsonl import json_text
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from ddp_kit.cli.plot import Point, draw
 from ddp_kit.errors import ConfigError, nearest
+from ddp_kit.io.json_lines import read_json, read_lines
 from ddp_kit.lifecycle.run_dir import is_in_use
 from ddp_kit.settings import Settings, to_json
 from ddp_kit.trackers.console import evaluation_line, shown, train_line
-from ddp_kit.trackers.jsonl import read_json, read_lines
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -13,8 +13,8 @@ from pathlib import Path
 from ddp_kit.cli.plot import Point, draw
 from ddp_kit.cli.show import smaller_is_better
 from ddp_kit.errors import ConfigError, DdpKitError
+from ddp_kit.io.json_lines import read_json, read_lines
 from ddp_kit.trackers.console import shown
-from ddp_kit.trackers.jsonl import read_json, read_lines
 
 HEIGHT = 14
 

@@ -1,1 +1,1 @@
-"""data"""
+"""From a data set to this rank's micro-batches."""

@@ -107,3 +107,20 @@ def _sum(shares: Sequence[int]) -> str:
 def splits_that_keep(global_batch: int, *, world_size: int) -> int:
     """Returns the largest micro-batch that divides the global batch into at least `world_size` micro-batches."""
     return max(size for size in range(1, global_batch // world_size + 1) if global_batch % size == 0)
+
+
+def fitting_world_sizes(micro_batches: int) -> list[int]:
+    """Returns the numbers of ranks that hold whole subtrees of the tree over the micro-batches: a power of two of them each."""
+    divisors = [ranks for ranks in range(1, micro_batches + 1) if micro_batches % ranks == 0]
+    return [ranks for ranks in divisors if ranks == 1 or (micro_batches // ranks).bit_count() == 1]
+
+
+def require_subtrees(plan: BatchPlan, *, world_size: int) -> None:
+    """Raises: ConfigError if some of the ranks would not hold whole subtrees."""
+    whole, micro = plan.global_batch, plan.stated or plan.global_batch
+    fitting = fitting_world_sizes(whole // micro) if whole % micro == 0 else []
+    if world_size not in fitting:
+        raise ConfigError(
+            f"--exact: {whole} / {micro} = {whole // micro} micro-batches do not fit {world_size} ranks. "
+            f"World sizes that fit: {', '.join(map(str, fitting))}."
+        )

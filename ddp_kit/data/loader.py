@@ -7,24 +7,21 @@ Refuses: order and randomness (sampler, reader). With `num_workers=0` a user's c
 import contextlib
 import copy
 import itertools
-import os
-import signal
-import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches
 from ddp_kit.data.dataset import Data, as_data
 from ddp_kit.data.iterable import Course, EvaluationStream, TrainingStream, is_stateful
+from ddp_kit.data.prefetch import placed
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
-from ddp_kit.data.transfer import Placement, has_cuda_tensors, map_tensors
+from ddp_kit.data.transfer import Placement
+from ddp_kit.data.workers import by_one_worker, with_workers
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 
@@ -69,12 +66,12 @@ class Feed:
     def _read(self, *, start: int, end: int) -> Generator[MicroBatch, None, None]:
         if self.sampler is None:
             stream = TrainingStream(self.data, plan=self.plan, rank=self.rank, seed=self.seed, start=start, end=end, course=self.course)
-            yield from _with_workers(stream, None, num_workers=self.num_workers) if self.num_workers else stream
+            yield from with_workers(stream, None, num_workers=self.num_workers) if self.num_workers else stream
             return
         reader = Reader(self.data, seed=self.seed, training=True)
         requests = self.sampler.requests(start=start, end=end)
         if self.num_workers:
-            yield from _with_workers(reader, requests, num_workers=self.num_workers)
+            yield from with_workers(reader, requests, num_workers=self.num_workers)
             return
         per_step = len(self.plan.of_rank(self.rank))
         while own := list(itertools.islice(requests, per_step)):
@@ -92,14 +89,14 @@ class Feed:
         else:
             request = self.sampler.request(0, slice(0, size), step=0, micro_batch=0)
             reader = Reader(self.data, seed=self.seed, training=True)
-            answer = _by_one_worker(reader, [request]) if self.num_workers else reader.read([request])[0]
+            answer = by_one_worker(reader, [request]) if self.num_workers else reader.read([request])[0]
         return MicroBatch(answer.request, self.placement(answer.batch))
 
     def _start_of_stream(self, size: int) -> MicroBatch:
         whole = replace(self.plan, global_batch=size, bounds=(0, size), firsts=(0, 1))
         stream = TrainingStream(self.data, plan=whole, rank=0, seed=self.seed, start=0, end=1)
         if self.num_workers:
-            return _by_one_worker(stream, None)
+            return by_one_worker(stream, None)
         if self.course is None:
             return next(iter(stream))
         state = copy.deepcopy(self.data.dataset.state_dict())
@@ -157,44 +154,15 @@ def _evaluation(data: Data, share: Mapping[str, int], *, num_workers: int) -> Ge
     if data.is_iterable:
         stream = EvaluationStream(data, **share)
         # one worker: each would read the whole stream for its part of it
-        yield from _with_workers(stream, None, num_workers=1) if num_workers else stream
+        yield from with_workers(stream, None, num_workers=1) if num_workers else stream
         return
     requests = evaluation_requests(len(data), **share)
     reader = Reader(data, seed=0, training=False)
     if num_workers:
-        yield from _with_workers(reader, requests, num_workers=num_workers)
+        yield from with_workers(reader, requests, num_workers=num_workers)
         return
     for request in requests:
         yield from reader.read([request])
-
-
-def _by_one_worker(dataset: Any, requests: Iterable[Request] | None) -> MicroBatch:
-    """Returns the first answer of a worker that lives for it alone."""
-    with contextlib.closing(_with_workers(dataset, requests, num_workers=1)) as answers:
-        return next(answers)
-
-
-def _with_workers(dataset: Any, requests: Iterable[Request] | None, *, num_workers: int) -> Generator[MicroBatch, None, None]:
-    """Yields what torch's DataLoader makes of requests, each answered by `dataset.__getitems__`, or of a stream that answers itself."""
-    whole: dict[str, Any] = {"batch_size": None} if requests is None else {"batch_sampler": requests}
-    loader = DataLoader(
-        dataset,
-        **whole,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_obey_the_parent_only,
-        generator=torch.Generator(),  # its own: the default one belongs to the model
-        pin_memory=False,  # `placed` pins: torch's pinning thread would not look into a MicroBatch
-    )
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # every thread of a forked worker must inherit it
-    try:
-        answers: Any = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        yield from answers
-    finally:
-        answers._shutdown_workers()  # a traceback would keep it alive, and the garbage collector ends workers only after 5 s
 
 
 def grouped(micro_batches: Iterable[MicroBatch], *, per_step: int) -> Iterator[RankBatch]:
@@ -220,63 +188,3 @@ def batches_of(loader: Iterable[Any], *, group: Group, size: int) -> Iterator[Ra
         request = Request(step, 0, group.rank, indices)
         yield RankBatch(step, 0, [MicroBatch(request, batch)], time.perf_counter() - begin)
         begin = time.perf_counter()
-
-
-def placed(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterator[MicroBatch]:
-    """Yields micro-batches on the device; on CUDA through pinned memory and a stream of its own, one ahead.
-
-    What a data set has put on the device itself stays in the stream that made it.
-    """
-    if placement.device.type != "cuda":
-        for micro_batch in micro_batches:
-            yield MicroBatch(micro_batch.request, placement(micro_batch.batch)) if placement.is_needed else micro_batch
-        return
-    stream = torch.cuda.Stream(placement.device)
-    ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
-    for micro_batch in micro_batches:
-        if has_cuda_tensors(micro_batch.batch):
-            yield MicroBatch(micro_batch.request, placement(micro_batch.batch))
-            continue
-        with torch.cuda.stream(stream):
-            copied = placement(map_tensors(micro_batch.batch, torch.Tensor.pin_memory))
-            done = stream.record_event()
-        if ahead is not None:
-            yield _arrived(*ahead)
-        ahead = MicroBatch(micro_batch.request, copied), done
-    if ahead is not None:
-        yield _arrived(*ahead)
-
-
-def _arrived(micro_batch: MicroBatch, done: "torch.cuda.Event") -> MicroBatch:
-    """Makes the device's main stream wait for the copy (no host wait), and keeps the memory until that stream has used it."""
-    current = torch.cuda.current_stream()
-    current.wait_event(done)
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        tensor.record_stream(current)
-        return tensor
-
-    return MicroBatch(micro_batch.request, map_tensors(micro_batch.batch, keep))
-
-
-def _as_it_is(answer: Any) -> Any:
-    return answer
-
-
-def _obey_the_parent_only(worker: int) -> None:
-    """Loader workers live until the training process ends them: a signal to the whole job must not take them first.
-
-    That end is a SIGTERM as well, from the parent, and Python waits for it at exit; so it is told from others by its sender.
-    """
-    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's own handler stays, which ends the worker
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_the_end, args=(os.getppid(),), daemon=True).start()
-
-
-def _wait_for_the_end(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)

@@ -4,12 +4,9 @@ Owns: the training group (nccl on CUDA, gloo on CPU), the gloo groups beside it,
 Refuses: `dist.barrier`, default timeouts, and leaving a group behind: a gloo rank that exits without destroying it aborts.
 """
 
-import contextlib
 import ctypes
-import os
 import socket
-import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_kit.distributed.failures import Blame
+from ddp_kit.distributed.gloo_abort import open_sockets, shut_sending
 from ddp_kit.distributed.node_check import Preflight, preflight
 from ddp_kit.distributed.process_tuning import set_threads, tune_process
 from ddp_kit.distributed.rendezvous import gather, hosts_store, meeting
@@ -89,9 +87,9 @@ class Group:
     @contextmanager
     def connecting(self) -> Iterator[None]:
         """Notes the connections made within it, which are cut if this rank fails. A library's own process group goes into `others`."""
-        before = _sockets()
+        before = open_sockets()
         yield
-        self.sockets |= {descriptor: inode for descriptor, inode in _sockets().items() if before.get(descriptor) != inode}
+        self.sockets |= {descriptor: inode for descriptor, inode in open_sockets().items() if before.get(descriptor) != inode}
 
 
 def _set_timeout(group: dist.ProcessGroup, *, timeout_s: float) -> None:
@@ -157,7 +155,7 @@ def process_group(
             group.blame.tell(error)  # before the connections close, so that peers find the culprit when they do
             is_awaited = group.blame.is_awaited
             if is_awaited:
-                _shut(group.sockets)
+                shut_sending(group.sockets)
             _leave(group, failed=True)
             if is_awaited:
                 group.blame.linger()
@@ -187,7 +185,7 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta, check: P
 
 def _make_groups(group: Group, store: dist.Store, *, timeout: timedelta, check: Preflight) -> None:
     topology, cuda = group.topology, group.device.type == "cuda"
-    before = _sockets()
+    before = open_sockets()
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=dist.PrefixStore("ddp_kit_training", store),
@@ -205,7 +203,7 @@ def _make_groups(group: Group, store: dist.Store, *, timeout: timedelta, check: 
     assert isinstance(control, dist.ProcessGroup)  # every rank is in it
     assert isinstance(sums, dist.ProcessGroup)
     group.control, group.sums = control, sums
-    group.sockets = {descriptor: inode for descriptor, inode in _sockets().items() if before.get(descriptor) != inode}
+    group.sockets = {descriptor: inode for descriptor, inode in open_sockets().items() if before.get(descriptor) != inode}
     dist.all_reduce(torch.zeros(1), group=control)  # nobody leaves while a peer is still connecting: that would fail it
     check.try_sum(training, group.device)
 
@@ -232,28 +230,3 @@ def _abandon(groups: Sequence[dist.ProcessGroup]) -> None:
     for made in distinct.values():
         if dist.get_backend(made) == "nccl":
             made.abort()  # destroying an NCCL group after an error can wait for ever
-
-
-def _sockets() -> dict[int, int]:
-    """Returns this process's open sockets: file descriptor -> inode."""
-    found = {}
-    for path in Path("/dev/fd").iterdir():
-        with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
-            about = os.fstat(int(path.name))
-            if stat.S_ISSOCK(about.st_mode):
-                found[int(path.name)] = about.st_ino
-    return found
-
-
-def _shut(sockets: Mapping[int, int]) -> None:
-    """Ends this rank's side of the connections of gloo groups, which have no abort (pytorch#130345), so that its peers notice at once.
-
-    Nothing else would until the process ends: a traceback holds the groups. Only the sending side, and the process should live on for a
-    while: a peer's gloo that is cut off in the middle of a message waits for the rest of it until its timeout.
-    """
-    for descriptor, inode in sockets.items():
-        with contextlib.suppress(OSError):  # closed meanwhile, or a listener, whose end gloo would not survive
-            if os.fstat(descriptor).st_ino == inode:
-                with socket.socket(fileno=os.dup(descriptor)) as connection:
-                    connection.getpeername()
-                    connection.shutdown(socket.SHUT_WR)

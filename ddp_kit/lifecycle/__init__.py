@@ -1,1 +1,1 @@
-"""lifecycle"""
+"""One attempt of a run, from the lock on its directory to status.json."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import DdpKitError
-from ddp_kit.trackers.jsonl import read_lines
+from ddp_kit.io.json_lines import read_lines
 
 FRUITLESS_LIVES = 3
 BEGINNINGS = ("start", "resume")

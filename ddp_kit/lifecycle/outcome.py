@@ -13,8 +13,10 @@ from pathlib import Path
 
 from torch import nn
 
+from ddp_kit.checkpoint.checkpointer import Checkpoints
 from ddp_kit.checkpoint.format.writer import Saved
 from ddp_kit.distributed.failures import Verdict
+from ddp_kit.io.json_lines import read_json
 from ddp_kit.io.logs import logger
 from ddp_kit.lifecycle.run_dir import RunDir, Status
 from ddp_kit.lifecycle.session import exit_code
@@ -25,7 +27,6 @@ from ddp_kit.setup.build import Composition
 from ddp_kit.stopping.grace_period import Grace
 from ddp_kit.stopping.signals import REQUEUE, Stop, StopFlag, Stopped
 from ddp_kit.stopping.stop_watcher import Watch
-from ddp_kit.trackers.jsonl import read_json
 from ddp_kit.training.loop import Ending
 from ddp_kit.training.reporter import Reporter
 from ddp_kit.training.state import Training
@@ -69,7 +70,7 @@ class Life:
     def watches(self, training: Training) -> None:
         """From now on a stop is looked for, and measured. Whoever calls it calls `close`."""
         self.grace, checkpoints = Grace(training.control, training.group.topology), training.checkpoints
-        assert checkpoints is not None
+        assert isinstance(checkpoints, Checkpoints)
         if self.directory is not None:
             hours = self.settings.max_hours
             end = self.began + 3600 * hours if hours else math.inf
@@ -83,7 +84,7 @@ class Life:
     def saved(self, save: Saved) -> None:
         """Takes a save that has ended: tells of it, and what a stop needs now."""
         assert self.reporter is not None
-        self.reporter.saved(save)
+        tell_of_save(self.reporter, save)
         if save.error or self.grace is None:
             return
         self.grace.saved(save.seconds)
@@ -189,3 +190,15 @@ class Life:
             run_dir=self.place.path,
             model=self.composition.training.model,
         )
+
+
+def tell_of_save(reporter: Reporter, save: Saved) -> None:
+    """Writes down a save that has ended. A failed one is said as a warning, and training goes on."""
+    said = save.error or save.note
+    if said:
+        logger.warning("checkpoint of step %s: %s", save.step, said)
+    if save.error:
+        reporter.event("save_failed", step=save.step, message=save.error)
+        return
+    words = f"{save.nbytes / 2**20:.1f} MiB in {save.seconds:.2f} s"
+    reporter.event("save", step=save.step, message=f"{words}; {save.note}" if save.note else words)

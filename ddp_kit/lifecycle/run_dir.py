@@ -5,13 +5,10 @@ Refuses: other ranks than 0 (they are told the path).
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import re
 import socket
-import subprocess
 import tempfile
 import threading
 import time
@@ -25,9 +22,11 @@ from ddp_kit.distributed.collectives import max_over_ranks
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import ConfigError
+from ddp_kit.io.json_lines import json_text, read_json
+from ddp_kit.io.lock import exclusive
+from ddp_kit.io.process import pid_namespace, process_start
+from ddp_kit.io.redact import redact_text
 from ddp_kit.lifecycle.history import restart_count, whole_name_of_job
-from ddp_kit.trackers import redact_text
-from ddp_kit.trackers.jsonl import json_text, read_json
 
 Status = Literal["running", "finished", "stopped", "preempted", "failed"]
 
@@ -35,7 +34,6 @@ BEAT_S = 15.0
 DEATH_S = 2.0  # from the loss of a killed process's connections to its end
 STALE_S = 60.0  # without a beat, where the owner cannot be looked up: it ran on another host
 SEEN_S = 10.0  # until another host sees a new file
-NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre mounted without it, some FUSE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ class RunDir:
         self._stop.set()
         self._heart.join()
         self._heart = None
-        with _exclusive(self._lock) as file:
+        with exclusive(self._lock) as file:
             if _read_owner(file) in (self._owner, None):
                 self._lock.unlink()
         self._owner = None
@@ -112,7 +110,7 @@ class RunDir:
         if not self._lock.exists():
             yield False
             return
-        with _exclusive(self._lock) as file:
+        with exclusive(self._lock) as file:
             owner = _read_owner(file)
             is_heir = owner is not None and not _lives(owner, lock=self._lock)
             yield is_heir
@@ -169,7 +167,7 @@ class RunDir:
         return None
 
     def _take_lock(self) -> None:
-        with _exclusive(self._lock) as file:
+        with exclusive(self._lock) as file:
             owner = _read_owner(file)
             if owner is not None and _lives(owner, lock=self._lock):
                 job = f", job {owner.job}" if owner.job else ""
@@ -222,27 +220,6 @@ def default_name(recipe: str, environ: Mapping[str, str] | None = None) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _exclusive(lock: Path) -> Iterator[IO[str]]:
-    """Opens the lock file while no other process is looking at it or changing it.
-
-    Another process may unlink the file between our open and our flock; then ours is no longer the one on disk: once more.
-    """
-    while True:
-        current = None
-        with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                if error.errno not in NO_FLOCK:
-                    raise
-            with contextlib.suppress(FileNotFoundError):
-                current = lock.stat()
-            if current is not None and os.path.samestat(os.fstat(file.fileno()), current):
-                yield file
-                return
-
-
 def _read_owner(file: IO[str]) -> Owner | None:
     """The owner in an open lock file; None if it is empty or not ours to understand."""
     file.seek(0)
@@ -256,13 +233,13 @@ def _read_owner(file: IO[str]) -> Owner | None:
 def _this_process() -> Owner:
     pid = os.getpid()
     job = whole_name_of_job()
-    return Owner(host=socket.gethostname(), pid=pid, start=process_start(pid), namespace=_namespace(), job=job, restart=restart_count())
+    return Owner(host=socket.gethostname(), pid=pid, start=process_start(pid), namespace=pid_namespace(), job=job, restart=restart_count())
 
 
 def _lives(owner: Owner, *, lock: Path) -> bool:
     if owner.job and owner.job == whole_name_of_job() and owner.restart < restart_count():
         return False  # SLURM starts a job again only once its last life is over
-    if (owner.host, owner.namespace) == (socket.gethostname(), _namespace()):
+    if (owner.host, owner.namespace) == (socket.gethostname(), pid_namespace()):
         return process_start(owner.pid) == owner.start
     now = time.time()
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=lock.parent) as clock:  # a reader may not write here
@@ -275,20 +252,3 @@ def _is_lost_peer(owner: Owner) -> bool:
     restarts = environment().get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
     here = _this_process()
     return restarts and owner.host != here.host and bool(owner.job) and (owner.job, owner.restart) == (here.job, here.restart)
-
-
-def process_start(pid: int) -> str:
-    """Returns when a process on this host started, in its system's own words; "" if there is none or it is a zombie."""
-    if Path("/proc/self/stat").exists():
-        try:
-            state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return ""
-        return "" if state in "ZX" else numbers[18]  # field 22: clock ticks since boot
-    found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
-
-
-def _namespace() -> str:
-    path = Path("/proc/self/ns/pid")
-    return str(path.readlink()) if path.is_symlink() else ""

@@ -15,9 +15,9 @@ from ddp_kit.distributed.process_group import Group, process_group
 from ddp_kit.distributed.topology import is_first_rank
 from ddp_kit.errors import ConfigError, DdpKitError
 from ddp_kit.io.logs import logger, without_secrets
+from ddp_kit.io.redact import redact_text
 from ddp_kit.settings import Settings
 from ddp_kit.strategies.precision import arithmetic, deterministic
-from ddp_kit.trackers import redact_text
 
 OTHERS_SPEAK_S = 5.0  # a busy machine starts the first rank that much later than the others
 OnFailure = Callable[[Verdict], None]

@@ -25,16 +25,19 @@ from ddp_kit.distributed.collectives import from_rank
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import Topology, environment, facts
 from ddp_kit.errors import ConfigError
+from ddp_kit.io.json_lines import json_text, read_json
 from ddp_kit.io.logs import logger
+from ddp_kit.io.process import process_start
+from ddp_kit.io.redact import is_secret, redact, redact_text
 from ddp_kit.lifecycle.env_facts import describe
 from ddp_kit.lifecycle.history import last_step, starts_of_job
-from ddp_kit.lifecycle.run_dir import RunDir, default_name, process_start, require_shared
+from ddp_kit.lifecycle.run_dir import RunDir, default_name, require_shared
 from ddp_kit.recipe import Recipe, RecipeSource
 from ddp_kit.settings import Settings, to_json
 from ddp_kit.setup.build import Composition
-from ddp_kit.trackers import Tracker, is_secret, redact, redact_text
+from ddp_kit.trackers.base import Tracker
 from ddp_kit.trackers.console import Console
-from ddp_kit.trackers.jsonl import JsonlTracker, json_text, read_json
+from ddp_kit.trackers.jsonl import JsonlTracker
 from ddp_kit.training.peak_flops import peak_flops
 from ddp_kit.training.reporter import Reporter
 

@@ -1,1 +1,1 @@
-"""setup"""
+"""What happens once, before the first step."""

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ddp_kit.checkpoint.best import best_notes
 from ddp_kit.checkpoint.find import is_checkpoint
+from ddp_kit.checkpoint.retention import best_notes
 from ddp_kit.checkpoint.weights import base_sha256, load_weights, require_equal
+from ddp_kit.config.secrets import is_secret_setting
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches, splits_that_keep
 from ddp_kit.data.dataset import Data, as_data
 from ddp_kit.data.loader import Feed, build_loader, feed_of
@@ -22,18 +23,18 @@ from ddp_kit.data.seeding import Purpose, generators_put_back, key
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.collectives import first_difference, gather_bytes
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.distributed.process_tuning import wants_channels_last
 from ddp_kit.errors import ConfigError
-from ddp_kit.io.logs import logger
+from ddp_kit.io.logs import REDACTED, logger
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings, digest, flag, flatten
 from ddp_kit.setup.find_batch_size import find_micro_batch
 from ddp_kit.setup.meta_init import materialise
 from ddp_kit.setup.wrap import Part, checkpoint_activations, part_of, wrap_parts
-from ddp_kit.strategies import Strategy, choose_strategy
+from ddp_kit.strategies import choose_strategy
+from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.checks import require_splittable
+from ddp_kit.strategies.optimizers import wants_channels_last
 from ddp_kit.strategies.precision import placed, weight_dtype
-from ddp_kit.trackers import REDACTED, is_secret_setting
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.evaluator import Evaluator, data_sets
 from ddp_kit.training.loop import Pace

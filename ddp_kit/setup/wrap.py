@@ -16,18 +16,19 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint
 
 from ddp_kit.checkpoint.weights import require_equal
+from ddp_kit.data.batch_plan import require_subtrees
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.seeding import forward_key
 from ddp_kit.distributed.control_packet import Control
 from ddp_kit.distributed.local_shard import local
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.distributed.process_tuning import fuse
 from ddp_kit.errors import ConfigError, nearest, some
 from ddp_kit.metrics import LossSum
 from ddp_kit.settings import Precision, Settings
 from ddp_kit.setup.dry_run import Rehearsal
-from ddp_kit.setup.exactness import require_fit
-from ddp_kit.strategies import Strategy, choose_strategy
+from ddp_kit.strategies import choose_strategy
+from ddp_kit.strategies.base import Strategy
+from ddp_kit.strategies.optimizers import fuse
 from ddp_kit.strategies.precision import LossScale
 from ddp_kit.training.running_stats import RunningStatistics
 from ddp_kit.training.state import LossCall, ObjectiveState, Training
@@ -97,7 +98,7 @@ def wrap_parts(
     """
     micro_batches = feed.plan.micro_batches
     if exact:
-        require_fit(feed, group)
+        require_exact(feed, group)
     training = Training(
         group=group,
         control=Control(group),
@@ -208,3 +209,10 @@ def checkpoint_activations(model: nn.Module, class_name: str) -> None:
         )
     for module in modules:
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def require_exact(feed: Feed, group: Group) -> None:
+    """Raises: ConfigError on every rank if a run of this feed on these ranks cannot be exact."""
+    if feed.sampler is None:
+        raise ConfigError("--exact: the training data is iterable, and its order is its own. Give it __getitem__ and __len__.")
+    require_subtrees(feed.plan, world_size=group.world_size)

@@ -1,1 +1,1 @@
-"""stopping"""
+"""Every reason why a run ends before its end."""

@@ -10,25 +10,31 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ddp_kit.distributed.topology import environment
-from ddp_kit.lifecycle.run_dir import process_start
+from ddp_kit.io.process import process_start
 from ddp_kit.stopping.grace_period import Grace
 from ddp_kit.stopping.signals import Stop, StopFlag
-
-if TYPE_CHECKING:
-    from ddp_kit.checkpoint.checkpointer import Checkpoints
 
 POLL_S = 1.0
 MARGIN_S = 15.0  # before a job's end, for the processes' own end and the batch script's word with SLURM
 UNKNOWN_S = 15.0  # what a stop is taken to need before that was measured
 
 
+class AsksForSaves(Protocol):
+    """Whoever can be asked for a save from outside."""
+
+    is_asked: bool
+
+    def ask(self) -> None:
+        """Asks for a save at the next boundary of all ranks."""
+
+
 class Watch:
     """Looks for `STOP` and `SAVE` in a run directory, and at the times when the run has to end. Whoever makes one closes it."""
 
-    def __init__(self, folder: Path, flag: StopFlag, *, checkpoints: "Checkpoints", grace: Grace, end: float = math.inf):
+    def __init__(self, folder: Path, flag: StopFlag, *, checkpoints: AsksForSaves, grace: Grace, end: float = math.inf):
         """Args: `checkpoints` are asked for a save, `grace` for what a stop needs; `end`: when --max-hours are over, by
         `time.monotonic()`."""
         self._folder, self._flag, self._checkpoints, self._grace, self._end = folder, flag, checkpoints, grace, end

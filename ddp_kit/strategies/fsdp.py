@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves
 
 from ddp_kit.distributed.local_shard import local
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.distributed.process_tuning import step_quietly
 from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.settings import Fsdp, Precision
 from ddp_kit.strategies.checks import Unread
+from ddp_kit.strategies.optimizers import step_quietly
 from ddp_kit.strategies.precision import AUTOCAST
 from ddp_kit.strategies.root import Root, Through
 from ddp_kit.strategies.usage_guard import Uses

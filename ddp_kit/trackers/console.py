@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ddp_kit.distributed.topology import environment
 from ddp_kit.io.logs import without_secrets
-from ddp_kit.trackers import RunInfo
+from ddp_kit.trackers.base import RunInfo
 
 if TYPE_CHECKING:
     from rich.live import Live

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ddp_kit.errors import require
-from ddp_kit.trackers import RunInfo, numbers
+from ddp_kit.trackers.base import RunInfo, numbers
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

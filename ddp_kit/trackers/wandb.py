@@ -17,7 +17,7 @@ from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import ConfigError, require
 from ddp_kit.io.logs import logger
 from ddp_kit.settings import Wandb
-from ddp_kit.trackers import RunInfo, numbers
+from ddp_kit.trackers.base import RunInfo, numbers
 
 if TYPE_CHECKING:
     from wandb import Run, Settings

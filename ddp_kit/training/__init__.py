@@ -1,1 +1,1 @@
-"""training"""
+"""What happens at each step."""

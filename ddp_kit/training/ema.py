@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ddp_kit.checkpoint.weights import is_weight
 from ddp_kit.distributed.local_shard import local
 
 
@@ -45,3 +44,8 @@ class WeightAverage:
             kept = live.clone()
             live.copy_(average)
             average.copy_(kept)
+
+
+def is_weight(buffer: torch.Tensor) -> bool:
+    """Whether a buffer belongs to the weights: averaged and hashed with them."""
+    return buffer.is_floating_point() or buffer.is_complex()

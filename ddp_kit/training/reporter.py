@@ -16,12 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddp_kit.checkpoint.format.writer import Saved
 from ddp_kit.distributed.collectives import first_difference
 from ddp_kit.errors import DdpKitError
-from ddp_kit.io.logs import logger
 from ddp_kit.metrics import means
-from ddp_kit.trackers import RunInfo, Tracker
+from ddp_kit.trackers.base import RunInfo, Tracker
 from ddp_kit.training.state import StepSums, Training
 
 BURST_S = 0.1  # how long a record may wait for others
@@ -176,16 +174,6 @@ class Reporter:
         record |= ({"message": message} if message else {}) | dict(about or {})
         for tracker in self._trackers:
             tracker.event(record)
-
-    def saved(self, save: Saved) -> None:
-        """Takes a save that has ended. A failed one is said as a warning, and training goes on."""
-        said = save.error or save.note
-        if said:
-            logger.warning("checkpoint of step %s: %s", save.step, said)
-        if save.error:
-            self.event("save_failed", step=save.step, message=save.error)
-        else:
-            self.event("save", step=save.step, message=f"{save.nbytes / 2**20:.1f} MiB in {save.seconds:.2f} s{said and '; '}{save.note}")
 
     def samples(self, values: Mapping[str, Any], *, step: int) -> None:
         """Hands texts and images to every tracker."""

@@ -7,7 +7,7 @@ Refuses: doing anything with it: that is `step`, `evaluation` and `fit`.
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,18 +20,40 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
 from ddp_kit.metrics import LossSum, Number, Totals
 from ddp_kit.settings import Precision
-from ddp_kit.strategies import Strategy
+from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.deepspeed.partitions import Moments
 from ddp_kit.strategies.precision import LossScale, autocast
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.loss_count import Count
 from ddp_kit.training.running_stats import RunningStatistics
 
-if TYPE_CHECKING:
-    from ddp_kit.checkpoint.checkpointer import Checkpoints
-
 FULL = (torch.float32, torch.float64)
 Sums = Mapping[str, tuple[Number, Number]]
+
+
+class Checkpointer(Protocol):
+    """What training asks of whoever saves its state. Every rank makes the same calls at the same steps."""
+
+    committed_step: int
+    """of the newest checkpoint that is known to be whole, -1 without one"""
+
+    def prepare(self) -> None:
+        """After the first step of a life: looks whether the state can be saved, and makes room for it."""
+
+    def is_due(self) -> bool:
+        """Whether this rank asks for a save."""
+
+    def after(self, metrics: Mapping[str, float], *, is_due: bool) -> None:
+        """Saves if that is due or an evaluation's `metrics` are the best so far."""
+
+    def save(self, metrics: Mapping[str, float], *, again: bool = False) -> None:
+        """Begins a save of the current step, unless it has one (`again` replaces it)."""
+
+    def report(self) -> None:
+        """Tells of the save that has ended since the last call."""
+
+    def finish(self, *, failures: int = 3) -> None:
+        """Waits for the save in flight. Raises: SaveError after so many failures in a row."""
 
 
 class LossCall(nn.Module):
@@ -105,7 +127,7 @@ class Training:
     notes: list[str] = field(default_factory=list)  # what wrapping found that the user should read at start
     copied: "torch.cuda.Event | None" = None  # of a snapshot: the optimizer may change the weights only after it
     base_sha256: str = ""  # of the frozen weights, if checkpoints leave them out
-    checkpoints: "Checkpoints | None" = None
+    checkpoints: Checkpointer | None = None
     suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None  # a deferred step that the host has not seen yet
 
     def settle(self) -> None:

@@ -17,8 +17,8 @@ from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.seeding import seed_forward
 from ddp_kit.distributed.collectives import anywhere, over_shards
-from ddp_kit.distributed.process_tuning import step_quietly
 from ddp_kit.stopping.signals import StopFlag
+from ddp_kit.strategies.optimizers import step_quietly
 from ddp_kit.training.nonfinite import find_non_finite, judge, listed, look_back
 from ddp_kit.training.state import ObjectiveState, StepSums, Sums, Training
 

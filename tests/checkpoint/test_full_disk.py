@@ -18,10 +18,11 @@ from ddp_kit.checkpoint.retention import Keep
 from ddp_kit.checkpoint.state_dict import model_tensors
 from ddp_kit.distributed.collectives import from_rank
 from ddp_kit.distributed.process_group import Group
+from ddp_kit.io.json_lines import read_lines
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.testing import run_ranks
-from ddp_kit.trackers import RunInfo
-from ddp_kit.trackers.jsonl import JsonlTracker, read_lines
+from ddp_kit.trackers.base import RunInfo
+from ddp_kit.trackers.jsonl import JsonlTracker
 
 
 def grown(folder: Path) -> None:

@@ -9,7 +9,7 @@ from ddp_kit.cli import main
 from ddp_kit.cli.plot import draw
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.settings import EarlyStop, Settings, to_json
-from ddp_kit.trackers import RunInfo
+from ddp_kit.trackers.base import RunInfo
 from ddp_kit.trackers.jsonl import JsonlTracker
 
 STEPS = 200

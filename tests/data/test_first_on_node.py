@@ -1,6 +1,5 @@
 """first_on_node with real processes: one makes, the others wait, and a killed maker leaves nothing that counts."""
 
-from paths import ROOT
 import errno
 import logging
 import os
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from ddp_kit.data import first_on_node as module
 from ddp_kit.data.first_on_node import cache_path, first_on_node

@@ -16,14 +16,14 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 import ddp_kit
 from ddp_kit import Data
-from ddp_kit.data.batch_plan import plan_batches
-from ddp_kit.setup.build import compose
 from ddp_kit.data import orders
+from ddp_kit.data.batch_plan import plan_batches
 from ddp_kit.data.loader import Feed, evaluation_batches, feed_of
-from ddp_kit.data.transfer import Placement
-from ddp_kit.errors import DataError
-from ddp_kit.distributed.process_group import Group
 from ddp_kit.data.seeding import Draws, Purpose, key, occurrences_in, sample_keys
+from ddp_kit.data.transfer import Placement
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.errors import DataError
+from ddp_kit.setup.build import compose
 from ddp_kit.testing import current_group, run_ranks
 
 CPU = Placement(torch.device("cpu"))

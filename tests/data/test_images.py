@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ddp_kit.data.images import ImageArray, mirror, padded_crop
-from ddp_kit.errors import DataError
 from ddp_kit.data.seeding import Draws
+from ddp_kit.errors import DataError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

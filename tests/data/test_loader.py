@@ -12,12 +12,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from ddp_kit import Data, build_loader
 from ddp_kit.data.batch_plan import describe, plan_batches
 from ddp_kit.data.loader import Feed, feed_of
-from ddp_kit.data.transfer import Placement
 from ddp_kit.data.sampler import GlobalBatchSampler
-from ddp_kit.errors import ConfigError, DataError
-from ddp_kit.distributed.process_group import process_group
 from ddp_kit.data.seeding import Draws, permutation
+from ddp_kit.data.transfer import Placement
+from ddp_kit.distributed.process_group import process_group
 from ddp_kit.distributed.topology import Topology
+from ddp_kit.errors import ConfigError, DataError
 
 CPU = Placement(torch.device("cpu"))
 SIZE, BATCH = 50, 12

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ddp_kit.data import orders
-from ddp_kit.errors import DataError
 from ddp_kit.data.seeding import Draws, forward_key, generators_put_back, key, permutation, seed_forward, seed_generators
+from ddp_kit.errors import DataError
 
 GOLDEN_KEYS = [16109376577732193491, 11110072706454795156, 21077252156847029, 16545586078752390967]
 GOLDEN_ORDER = [2, 8, 6, 9, 7, 4, 5, 3, 1, 0]

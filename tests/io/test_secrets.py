@@ -14,11 +14,11 @@ from talkative import Login, Settings
 
 from ddp_kit.checkpoint.format.layout import Manifest
 from ddp_kit.checkpoint.resume import RECIPE, SEALED, binding, require_unchanged
+from ddp_kit.config.secrets import secrets_of
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import hiding, without_secrets
 from ddp_kit.lifecycle.start import completable
 from ddp_kit.settings import flatten
-from ddp_kit.trackers import secrets_of
 
 TALKATIVE = str(KIT / "talkative.py")
 TOKEN, KEY, LOGIN = "Sesame-open/17 now", "kx7kx7kx7", "hunter2hunter2"

@@ -15,8 +15,9 @@ import pytest
 from paths import ROOT
 
 from ddp_kit.errors import ConfigError
+from ddp_kit.io.process import process_start
 from ddp_kit.lifecycle import run_dir as module
-from ddp_kit.lifecycle.run_dir import Owner, RunDir, default_name, is_in_use, process_start
+from ddp_kit.lifecycle.run_dir import Owner, RunDir, default_name, is_in_use
 
 OTHERS = """
 import os, sys, time

@@ -21,12 +21,12 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from ddp_kit import Data, LossSum, Recipe, schedules
 from ddp_kit.config.validation import check
+from ddp_kit.data.batch_plan import fitting_world_sizes
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.tree_sum import fold
 from ddp_kit.errors import ConfigError
 from ddp_kit.lifecycle.session import session
 from ddp_kit.setup.build import compose
-from ddp_kit.setup.exactness import fitting_world_sizes
 from ddp_kit.strategies.precision import deterministic
 from ddp_kit.testing import run_ranks
 

@@ -13,7 +13,7 @@ import time
 import pytest
 from paths import ROOT
 
-from ddp_kit.trackers import RunInfo
+from ddp_kit.trackers.base import RunInfo
 from ddp_kit.trackers.console import Console, duration, live_line, train_line
 
 TRAIN = {"kind": "train", "step": 10, "epoch": 0, "samples": 5120, "loss": 0.5, "lr": 0.1, "samples_per_s": 1234.5, "data_wait": 0.01}

@@ -15,8 +15,11 @@ from paths import ROOT
 
 import ddp_kit
 from ddp_kit.errors import MissingPackageError
-from ddp_kit.trackers import REDACTED, RunInfo, redact
-from ddp_kit.trackers.jsonl import JsonlTracker, json_text, read_lines
+from ddp_kit.io.json_lines import json_text, read_lines
+from ddp_kit.io.logs import REDACTED
+from ddp_kit.io.redact import redact
+from ddp_kit.trackers.base import RunInfo
+from ddp_kit.trackers.jsonl import JsonlTracker
 from ddp_kit.trackers.tensorboard import TensorBoardTracker
 from ddp_kit.trackers.wandb import has_key
 
@@ -153,7 +156,8 @@ import numpy as np
 import wandb
 from ddp_kit.io.logs import rank_log
 from ddp_kit.settings import Wandb
-from ddp_kit.trackers import RunInfo, redact
+from ddp_kit.io.redact import redact
+from ddp_kit.trackers import RunInfo
 from ddp_kit.trackers.jsonl import JsonlTracker
 from ddp_kit.trackers.wandb import WandbTracker
 run_dir, key, password, note = Path(sys.argv[1]), *sys.argv[2:5]

@@ -19,7 +19,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, NonFiniteError
 from ddp_kit.setup.build import build_model, compose
 from ddp_kit.testing import assert_same_on_all_ranks
-from ddp_kit.trackers import RunInfo
+from ddp_kit.trackers.base import RunInfo
 from ddp_kit.training.reporter import Reporter
 from ddp_kit.training.step import train_step
 

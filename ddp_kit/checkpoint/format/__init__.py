@@ -1,1 +1,1 @@
-"""format"""
+"""The bytes of a checkpoint: who writes what, when it is whole, and reading it without trust. Knows nothing of training."""

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 from ddp_kit.cli.plan.costs import Costs, costs_of, fake_group
 from ddp_kit.config.command_line import parse
-from ddp_kit.data.batch_plan import BatchPlan, describe, plan_batches
+from ddp_kit.data.batch_plan import BatchPlan, describe, plan_batches, require_subtrees
 from ddp_kit.data.dataset import as_data
 from ddp_kit.errors import ConfigError, DdpKitError
 from ddp_kit.lifecycle.session import recipe_path, run_command
 from ddp_kit.recipe import Recipe, load_recipe
 from ddp_kit.settings import Settings
-from ddp_kit.setup.exactness import require_subtrees
 
 GIB, MIB = 2**30, 2**20
 

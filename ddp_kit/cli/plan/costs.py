@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ddp_kit.checkpoint.weights import is_weight, tie, tied_names
+from ddp_kit.checkpoint.weights import tie, tied_names
 from ddp_kit.data.batch_plan import BatchPlan
 from ddp_kit.distributed.failures import Blame
 from ddp_kit.distributed.local_shard import local
@@ -33,6 +33,7 @@ from ddp_kit.strategies.deepspeed.config import config_of
 from ddp_kit.strategies.fsdp import gathered_dtype, modules_to_wrap
 from ddp_kit.strategies.precision import placed, weight_dtype
 from ddp_kit.strategies.zero1 import rebuilt
+from ddp_kit.training.ema import is_weight
 
 Backend = Literal["nccl", "gloo"]
 Key = tuple[int, int]  # number of an objective, identity of a parameter

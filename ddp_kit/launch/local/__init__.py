@@ -1,1 +1,1 @@
-"""local"""
+"""The ranks of one machine."""

@@ -1,4 +1,4 @@
-"""accelerate as the launcher: `python -m ddp_kit.launch.local.accelerate --nproc-per-node 8 RECIPE.py [recipe flags]`.
+"""accelerate as the launcher: `ddp-kit run --launcher accelerate --nproc-per-node 8 RECIPE.py [recipe flags]`.
 
 Owns: accelerate's command line, and what its configuration file says of machines and processes.
 Refuses: the rest of that file; precision and the like are flags of the recipe.
@@ -6,7 +6,6 @@ Refuses: the rest of that file; precision and the like are flags of the recipe.
 
 import importlib.util
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -83,9 +82,3 @@ def agreed(asked: int | None, *, nodes: int | None, config: Path) -> tuple[int |
     if faults:
         raise LaunchError("; ".join(faults) + ". Change the flags, or that file.")
     return nodes, processes // (nodes or 1) if asked is None and processes is not None else asked
-
-
-if __name__ == "__main__":
-    from ddp_kit.launch.local.run import main
-
-    sys.exit(main(["--launcher", "accelerate", *sys.argv[1:]]))

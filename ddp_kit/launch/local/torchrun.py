@@ -1,6 +1,5 @@
-"""torchrun as the launcher: `python -m ddp_kit.launch.local.torchrun --nproc-per-node 8 RECIPE.py [recipe flags]`."""
+"""torchrun as the launcher: `ddp-kit run --launcher torchrun --nproc-per-node 8 RECIPE.py [recipe flags]`."""
 
-import sys
 from typing import NoReturn
 
 from ddp_kit.launch.environment import become
@@ -16,9 +15,3 @@ def command(plan: Plan) -> list[str]:
 def run(plan: Plan) -> NoReturn:
     """Becomes torchrun, which flattens a rank's exit code to 1: the run's status.json holds the real one."""
     become(command(plan))
-
-
-if __name__ == "__main__":
-    from ddp_kit.launch.local.run import main
-
-    sys.exit(main(["--launcher", "torchrun", *sys.argv[1:]]))

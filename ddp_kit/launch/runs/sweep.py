@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ddp_kit.launch.local import processes
+from ddp_kit.launch.local import processes as local
 from ddp_kit.launch.environment import has_slurm, visible_gpus
 from ddp_kit.launch.plan import LaunchError, Plan, answered, processes_of, recipe_faults
 from ddp_kit.launch.slurm.script import render
@@ -84,7 +84,7 @@ def run_here(asked: argparse.Namespace, *, home: Path, points: Sequence[Point], 
         run_dir = home / folder_of(point)
         print(f"{number} of {len(points)}: {run_dir}", flush=True)
         words = (asked.words[0], *flags, *flags_of(point), "--run-dir", str(run_dir))
-        codes.append(processes.run(Plan(words=words, processes=processes, python=asked.python)))
+        codes.append(local.run(Plan(words=words, processes=processes, python=asked.python)))
         if codes[-1] in STOPPED:
             break
     failed = [folder_of(point) for point, code in zip(points, codes, strict=False) if code]

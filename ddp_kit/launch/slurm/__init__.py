@@ -1,1 +1,1 @@
-"""slurm"""
+"""Batch jobs."""

@@ -1,1 +1,1 @@
-"""deepspeed"""
+"""DeepSpeed as a strategy."""
