@@ -48,32 +48,60 @@ from ddp_kit import process_group
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.training.state import Training
 
-TARGETS = [("block", MEMCPY, 1.2), ("block", PROCESS, 0.6), ("slowdown", PROCESS, 0.25), ("durable", DCP, 0.8), ("load", DCP, 0.2)]
-BATCHES = [[MEMCPY, READ, DCP, PROCESS], [THREAD, TORCH, ACCELERATE]]  # beside ddp_kit: not all buffers fit into memory at once
+TARGETS = [
+    ("block", MEMCPY, 1.2),
+    ("block", PROCESS, 0.6),
+    ("slowdown", PROCESS, 0.25),
+    ("durable", DCP, 0.8),
+    ("load", DCP, 0.2),
+]
+BATCHES = [
+    [MEMCPY, READ, DCP, PROCESS],
+    [THREAD, TORCH, ACCELERATE],
+]  # beside ddp_kit: not all buffers fit into memory at once
 
 
 class Table:
     """Seconds by kind and contender, round by round, the same on all ranks; and the bytes that each wrote."""
 
     def __init__(self) -> None:
-        self.figures: dict[str, dict[str, list[float]]] = {kind: defaultdict(list) for kind in ("block", "durable", "slowdown", "load")}
+        self.figures: dict[str, dict[str, list[float]]] = {
+            kind: defaultdict(list) for kind in ("block", "durable", "slowdown", "load")
+        }
         self.sizes: dict[str, int] = {}
 
     def add(self, name: str, **seconds: float) -> None:
         for kind, value in seconds.items():
             self.figures[kind][name].append(value)
         if dist.get_rank() == 0:
-            print(name, *(f"{kind} {value:.3f}" for kind, value in seconds.items()), file=sys.stderr, flush=True)
+            print(
+                name,
+                *(f"{kind} {value:.3f}" for kind, value in seconds.items()),
+                file=sys.stderr,
+                flush=True,
+            )
 
     def show(self) -> None:
-        print(f"{'seconds, median (min-max)':26}" + "".join(f"{kind:>21}" for kind in self.figures) + f"{'written, MB':>13}")
+        print(
+            f"{'seconds, median (min-max)':26}"
+            + "".join(f"{kind:>21}" for kind in self.figures)
+            + f"{'written, MB':>13}"
+        )
         for name, size in self.sizes.items():
             cells = [own[name] for own in self.figures.values()]
-            texts = [f"{statistics.median(cell):.3f} ({min(cell):.2f}-{max(cell):.2f})" if cell else "" for cell in cells]
+            texts = [
+                f"{statistics.median(cell):.3f} ({min(cell):.2f}-{max(cell):.2f})" if cell else ""
+                for cell in cells
+            ]
             print(f"{name:26}" + "".join(f"{text:>21}" for text in texts) + f"{size / 1e6:13.0f}")
         for kind, other, target in TARGETS:
             with suppress(statistics.StatisticsError):
-                ratios = [a / b for a, b in zip(self.figures[kind][OURS], self.figures[kind][other], strict=False)]
+                ratios = [
+                    a / b
+                    for a, b in zip(
+                        self.figures[kind][OURS], self.figures[kind][other], strict=False
+                    )
+                ]
                 spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
                 print(f"{kind:10} of ddp_kit / {other:26} {spread:20} target <= {target}")
         print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}")
@@ -145,7 +173,11 @@ def peak(call: Callable[[], Any]) -> float:
     """Returns by how many MiB this process outgrew its memory during a call."""
 
     def memory(name: str) -> int:
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(name)
+        )
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
@@ -165,25 +197,32 @@ def first_save(training: Training, place: Path) -> Contender:
     more, shard = peak(run), state_bytes(training) / training.group.world_size / 2**20
     if training.group.rank == 0:
         print(
-            f"memory for ddp_kit's first save: {more:.0f} MiB on rank 0, {more / shard:.3f} times its shard of {shard:.0f} MiB", flush=True
+            f"memory for ddp_kit's first save: {more:.0f} MiB on rank 0, {more / shard:.3f} times its shard of {shard:.0f} MiB",
+            flush=True,
         )
     return made[0]
 
 
-def save_in_turns(contenders: dict[str, Contender], group: Group, place: Path, *, rounds: int, table: Table) -> None:
+def save_in_turns(
+    contenders: dict[str, Contender], group: Group, place: Path, *, rounds: int, table: Table
+) -> None:
     step = Step()
     for round_ in range(rounds + 1):  # the first one warms up: buffers, processes, the disk's cache
         for name, contender in contenders.items():
             with scratch(place / name, group) as folder:
                 block, durable = saved(contender, folder)
-                table.sizes[name] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                table.sizes[name] = sum(
+                    file.stat().st_size for file in folder.rglob("*") if file.is_file()
+                )
             with scratch(place / name, group) as folder:
                 whole = slowdown(contender, folder, step=step)
             if round_:
                 table.add(name, block=block, durable=durable, slowdown=whole)
 
 
-def load_in_turns(contenders: dict[str, Contender], group: Group, place: Path, *, rounds: int, table: Table) -> None:
+def load_in_turns(
+    contenders: dict[str, Contender], group: Group, place: Path, *, rounds: int, table: Table
+) -> None:
     for _ in range(rounds):
         for name, contender in contenders.items():
             if contender.load is not None:
@@ -212,17 +251,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; not in memory")
-    parser.add_argument("--only", nargs="*", default=[name for batch in BATCHES for name in batch], help="contenders beside ddp_kit")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[name for batch in BATCHES for name in batch],
+        help="contenders beside ddp_kit",
+    )
     options = parser.parse_args()
     with process_group(device="cpu") as group:
         place = [tempfile.mkdtemp(dir=options.folder) if group.rank == 0 else None]
         dist.broadcast_object_list(place)
         try:
-            table = measure(trained(group), Path(place[0]), rounds=options.rounds, names=options.only)
+            table = measure(
+                trained(group), Path(place[0]), rounds=options.rounds, names=options.only
+            )
         finally:
             shutil.rmtree(place[0], ignore_errors=True)
         if group.rank == 0:
-            print(f"{group.world_size} ranks, torch {torch.__version__}, {options.rounds} rounds in {place[0]}")
+            print(
+                f"{group.world_size} ranks, torch {torch.__version__}, {options.rounds} rounds in {place[0]}"
+            )
             table.show()
 
 

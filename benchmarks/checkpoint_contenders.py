@@ -23,9 +23,18 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.training.state import Training
 
 WIDTH, LAYERS = 2048, 24
-OURS, MEMCPY, DCP, PROCESS = "ddp_kit", "memcpy of a rank's share", "DCP save", "DCP async_save, process"
+OURS, MEMCPY, DCP, PROCESS = (
+    "ddp_kit",
+    "memcpy of a rank's share",
+    "DCP save",
+    "DCP async_save, process",
+)
 READ = "read of all, unverified"
-THREAD, TORCH, ACCELERATE = "DCP async_save, thread", "torch.save on rank 0", "Accelerate save_state"
+THREAD, TORCH, ACCELERATE = (
+    "DCP async_save, thread",
+    "torch.save on rank 0",
+    "Accelerate save_state",
+)
 
 
 @dataclass
@@ -46,17 +55,27 @@ def trained(group: Group) -> Training:
     def loss(net: nn.Module, batch: tuple[torch.Tensor]) -> LossSum:
         return LossSum(net(batch[0]).square().sum(), len(batch[0]))
 
-    feed = build_loader(TensorDataset(torch.randn(8, WIDTH)), group=group, global_batch=group.world_size)
+    feed = build_loader(
+        TensorDataset(torch.randn(8, WIDTH)), group=group, global_batch=group.world_size
+    )
     training = wrap(net, optimizer, loss, group=group, feed=feed)
     for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+        parameter.grad = (
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+        )
     optimizer.step()
     return training
 
 
 def ours(training: Training, folder: Path) -> Contender:
     ended: list[Any] = []
-    checkpoints = Checkpoints(training, LocalDisk(folder), about=About(run_id="benchmark"), keep=Keep(), on_end=ended.append)
+    checkpoints = Checkpoints(
+        training,
+        LocalDisk(folder),
+        about=About(run_id="benchmark"),
+        keep=Keep(),
+        on_end=ended.append,
+    )
     checkpoints.prepare()
 
     def begin(_: Path) -> Callable[[], bool]:
@@ -134,17 +153,29 @@ def dcp_save(training: Training) -> Contender:
         dcp.save(state_of(training).tensors, checkpoint_id=folder)
         return lambda: True
 
-    return Contender(begin, lambda folder: dcp.load(state_of(training).tensors, checkpoint_id=folder))
+    return Contender(
+        begin, lambda folder: dcp.load(state_of(training).tensors, checkpoint_id=folder)
+    )
 
 
 def dcp_async(training: Training, kind: AsyncCheckpointerType) -> Contender:
     is_process = kind is AsyncCheckpointerType.PROCESS
-    stager = DefaultStager(StagingOptions(False, is_process, False, False))  # kept, so that its buffers are
-    group = None if is_process else dist.new_group(backend="gloo")  # in the group that trains its thread's collectives hang (seen)
+    stager = DefaultStager(
+        StagingOptions(False, is_process, False, False)
+    )  # kept, so that its buffers are
+    group = (
+        None if is_process else dist.new_group(backend="gloo")
+    )  # in the group that trains its thread's collectives hang (seen)
 
     def begin(folder: Path) -> Callable[[], bool]:
         tensors = state_of(training).tensors
-        future = dcp.async_save(tensors, checkpoint_id=folder, async_checkpointer_type=kind, async_stager=stager, process_group=group)
+        future = dcp.async_save(
+            tensors,
+            checkpoint_id=folder,
+            async_checkpointer_type=kind,
+            async_stager=stager,
+            process_group=group,
+        )
 
         def is_done() -> bool:
             return bool(future.done() and [future.result()])  # raises what went wrong

@@ -24,7 +24,14 @@ from ddp_kit.setup.build import compose
 from ddp_kit.training.step import train_step
 
 BATCH = 128
-CONTENDERS = ["bare DDP", "ddp_kit plain", "ddp_kit defaults", "ddp_kit --precision bf16", "bare DDP bf16", "Accelerate"]
+CONTENDERS = [
+    "bare DDP",
+    "ddp_kit plain",
+    "ddp_kit defaults",
+    "ddp_kit --precision bf16",
+    "bare DDP bf16",
+    "Accelerate",
+]
 TARGETS = {"ddp_kit plain": 1.00, "ddp_kit defaults": 0.65, "ddp_kit --precision bf16": 0.38}
 
 
@@ -37,7 +44,11 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.shortcut = (
+            nn.Sequential()
+            if inputs == outputs
+            else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
@@ -53,7 +64,10 @@ def model() -> nn.Module:
 
 def data() -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(4096, 3, 32, 32, generator=generator), torch.randint(10, (4096,), generator=generator))
+    return TensorDataset(
+        torch.randn(4096, 3, 32, 32, generator=generator),
+        torch.randint(10, (4096,), generator=generator),
+    )
 
 
 def by_hand(*, bf16: bool = False, accelerate: bool = False) -> None:
@@ -85,7 +99,11 @@ def by_hand(*, bf16: bool = False, accelerate: bool = False) -> None:
             optimizer.step()
 
     serve(run)
-    for name in ("reducer", "logger", "process_group"):  # a gloo group that outlives its destruction aborts the process
+    for name in (
+        "reducer",
+        "logger",
+        "process_group",
+    ):  # a gloo group that outlives its destruction aborts the process
         delattr(net, name)
     dist.destroy_process_group()
 
@@ -98,12 +116,20 @@ def loss(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> LossSum:
 def ours(*, tuning: bool, precision: str = "fp32") -> None:
     """ddp_kit's step with its own loader."""
     with ddp_kit.process_group(device="cpu", threads=1, tuning=tuning) as group:
-        settings = Settings(global_batch=BATCH * group.world_size, max_steps=10**9, precision=precision, device="cpu", tuning=tuning)
+        settings = Settings(
+            global_batch=BATCH * group.world_size,
+            max_steps=10**9,
+            precision=precision,
+            device="cpu",
+            tuning=tuning,
+        )
 
         def optimizer(net: nn.Module) -> torch.optim.Optimizer:
             return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 
-        made = compose(Recipe(model=model, loss=loss, optimizer=optimizer, train_data=data), settings, group)
+        made = compose(
+            Recipe(model=model, loss=loss, optimizer=optimizer, train_data=data), settings, group
+        )
         batches = made.feed.batches(start=0, end=10**9)
 
         def run(steps: int) -> None:
@@ -120,11 +146,18 @@ def main() -> None:
     parser.add_argument("--contender", choices=CONTENDERS)
     options = parser.parse_args()
     if options.contender is None:
-        times = compare(CONTENDERS, script=__file__, world_size=2, rounds=options.rounds, steps=options.steps)
-        print(f"2 ranks, {BATCH} samples a rank, torch {torch.__version__}, {options.rounds} rounds of {options.steps} steps")
+        times = compare(
+            CONTENDERS, script=__file__, world_size=2, rounds=options.rounds, steps=options.steps
+        )
+        print(
+            f"2 ranks, {BATCH} samples a rank, torch {torch.__version__}, {options.rounds} rounds of {options.steps} steps"
+        )
         show(times, targets=TARGETS)
     elif options.contender.startswith("ddp_kit"):
-        ours(tuning="plain" not in options.contender, precision="bf16" if "bf16" in options.contender else "fp32")
+        ours(
+            tuning="plain" not in options.contender,
+            precision="bf16" if "bf16" in options.contender else "fp32",
+        )
     else:
         by_hand(bf16="bf16" in options.contender, accelerate=options.contender == "Accelerate")
 

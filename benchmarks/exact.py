@@ -18,7 +18,10 @@ from turns import compare, serve, show
 from ddp_kit import LossSum, build_loader, process_group, train_step, wrap
 
 TARGET = 1.10  # at 4 ranks
-MODELS = {"small": ((784, 128, 64, 10), 16, 100), "wide": ((1024, 1536, 1536, 1024), 4, 10)}  # widths, samples a micro-batch, steps a turn
+MODELS = {
+    "small": ((784, 128, 64, 10), 16, 100),
+    "wide": ((1024, 1536, 1536, 1024), 4, 10),
+}  # widths, samples a micro-batch, steps a turn
 
 
 def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> LossSum:
@@ -33,7 +36,9 @@ def contender(name: str, model: str) -> None:
         layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
         net = nn.Sequential(*layers[:-1])
         data = TensorDataset(torch.randn(4096, widths[0]), torch.randint(10, (4096,)))
-        feed = build_loader(data, group=group, global_batch=2 * size * group.world_size, micro_batch=size)
+        feed = build_loader(
+            data, group=group, global_batch=2 * size * group.world_size, micro_batch=size
+        )
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
         training = wrap(net, optimizer, loss, group=group, feed=feed, exact=name == "exact")
         batches = feed.batches(start=0, end=10**9)
@@ -62,7 +67,12 @@ def main() -> None:
             steps = MODELS[model][2]
             show(
                 compare(
-                    ["plain", "exact"], script=__file__, world_size=ranks, rounds=options.rounds, steps=steps, arguments=["--models", model]
+                    ["plain", "exact"],
+                    script=__file__,
+                    world_size=ranks,
+                    rounds=options.rounds,
+                    steps=steps,
+                    arguments=["--models", model],
                 )
             )
 

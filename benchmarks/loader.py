@@ -35,7 +35,10 @@ class PerSample(Dataset[tuple[Tensor, int]]):
     """The data set as torchvision's documentation writes it."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.images, self.labels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels.tolist()
+        self.images, self.labels = (
+            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+            labels.tolist(),
+        )
         self.transform = v2.Compose(
             [
                 v2.RandomCrop(32, padding=PADDING),
@@ -88,7 +91,9 @@ def torch_batches(dataset: Dataset[Any]) -> Batches:
 
 def our_batches(dataset: Any) -> Batches:
     with process_group(device="cpu") as group:  # of one process: none is made
-        for batch in build_loader(dataset, group=group, global_batch=BATCH).batches(start=0, end=2**40):
+        for batch in build_loader(dataset, group=group, global_batch=BATCH).batches(
+            start=0, end=2**40
+        ):
             yield batch.micro_batches[0].batch
 
 
@@ -114,7 +119,9 @@ def samples_per_s(batches: Batches, *, seconds: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and round")
     options = parser.parse_args()
@@ -126,16 +133,22 @@ def main() -> None:
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name, *_ in contenders}
     for round_ in range(options.rounds + 1):
         for name, theirs, ours, _ in contenders:
-            found = tuple(samples_per_s(batches, seconds=options.seconds) for batches in (theirs, ours))
+            found = tuple(
+                samples_per_s(batches, seconds=options.seconds) for batches in (theirs, ours)
+            )
             if round_:  # the first round warms up
                 rates[name].append(found)
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {platform.machine()}, 1 thread, {options.rounds} rounds")
+    print(
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, {platform.machine()}, 1 thread, {options.rounds} rounds"
+    )
     print(f"{'data':28} {'DataLoader: samples/s':32} {'ddp_kit':32} ratio")
     for name, _, _, target in contenders:
         columns = [spread([pair[i] for pair in rates[name]]) for i in (0, 1)]
         ratios = [ours / theirs for theirs, ours in rates[name]]
         asked = f"; target {target:g} or more" if target else ""
-        print(f"{name:28} {columns[0]:32} {columns[1]:32} {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}){asked}")
+        print(
+            f"{name:28} {columns[0]:32} {columns[1]:32} {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}){asked}"
+        )
 
 
 def spread(values: list[float]) -> str:

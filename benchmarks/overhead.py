@@ -50,12 +50,17 @@ TARGETS = {  # (base, contender): ratio
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
 
 
 def data(samples: int = 60_000) -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(samples, 784, generator=generator), torch.randint(10, (samples,), generator=generator))
+    return TensorDataset(
+        torch.randn(samples, 784, generator=generator),
+        torch.randint(10, (samples,), generator=generator),
+    )
 
 
 class Singles(Dataset[tuple[Tensor, Tensor]]):
@@ -94,7 +99,9 @@ def bare(group: Group, dataset: Dataset[Any]) -> Callable[[int], None]:
     net = model()
     wrapped = DistributedDataParallel(net) if group.world_size > 1 else net
     if group.world_size > 1:
-        group.closing.callback(lambda: [delattr(wrapped, name) for name in ("reducer", "logger", "process_group")])
+        group.closing.callback(
+            lambda: [delattr(wrapped, name) for name in ("reducer", "logger", "process_group")]
+        )
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     batches = endless(group, dataset)
 
@@ -121,7 +128,9 @@ def accelerated(group: Group, dataset: Dataset[Any]) -> Callable[[int], None]:
     loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True)
     net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     if group.world_size > 1:
-        group.closing.callback(lambda: [delattr(net, name) for name in ("reducer", "logger", "process_group")])
+        group.closing.callback(
+            lambda: [delattr(net, name) for name in ("reducer", "logger", "process_group")]
+        )
 
     def endless_loader() -> Iterator[list[torch.Tensor]]:
         while True:
@@ -153,7 +162,9 @@ def summed(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> LossSum:
     return LossSum(cross_entropy(net(inputs), labels, reduction="sum"), len(labels))
 
 
-def ours(group: Group, dataset: Dataset[Any], *, loader: bool, folder: Path) -> Callable[[int], None]:
+def ours(
+    group: Group, dataset: Dataset[Any], *, loader: bool, folder: Path
+) -> Callable[[int], None]:
     """ddp_kit's `fit` with its defaults; with `loader`, fed by the hand-written script's DataLoader."""
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
@@ -162,7 +173,10 @@ def ours(group: Group, dataset: Dataset[Any], *, loader: bool, folder: Path) -> 
     console = Console(stream=io.StringIO())
     lines = JsonlTracker()
     reporter = Reporter(
-        [lines, console] if group.rank == 0 else [], log_every=LOG_EVERY, progress=[console.progress], on_burst=[lines.flush]
+        [lines, console] if group.rank == 0 else [],
+        log_every=LOG_EVERY,
+        progress=[console.progress],
+        on_burst=[lines.flush],
     )
     folder.mkdir(parents=True, exist_ok=True)
     reporter.start(RunInfo(run_dir=folder, name="overhead"), step=0)
@@ -230,7 +244,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
-    with process_group(device="cpu", threads=1, tuning=False) as group, tempfile.TemporaryDirectory() as folder:
+    with (
+        process_group(device="cpu", threads=1, tuning=False) as group,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         taking_turns = contenders(group, Path(folder))
         times: dict[str, list[float]] = {contender.name: [] for contender in taking_turns}
         for round_ in range(options.rounds + 1):
@@ -240,21 +257,31 @@ def main() -> None:
                 begin = time.perf_counter()
                 contender.run(options.steps)
                 if round_:  # the first round warms up
-                    times[contender.name].append((time.perf_counter() - begin) / options.steps * 1e6)
+                    times[contender.name].append(
+                        (time.perf_counter() - begin) / options.steps * 1e6
+                    )
         if group.rank == 0:
             show(times, group.world_size, options)
 
 
 def show(times: dict[str, list[float]], world_size: int, options: argparse.Namespace) -> None:
-    print(f"{world_size} ranks, torch {torch.__version__}, {options.rounds} rounds of {options.steps} steps, load {os.getloadavg()[0]:.1f}")
-    bases = ["bare loop"] if world_size == 1 else ["bare DDP, default class", "bare DDP, SCHED_BATCH"]
+    print(
+        f"{world_size} ranks, torch {torch.__version__}, {options.rounds} rounds of {options.steps} steps, load {os.getloadavg()[0]:.1f}"
+    )
+    bases = (
+        ["bare loop"] if world_size == 1 else ["bare DDP, default class", "bare DDP, SCHED_BATCH"]
+    )
     for base in bases:
-        print(f"{'contender':52} {'us/step median (min-max)':28} ratio to {base!r}: median (min-max)")
+        print(
+            f"{'contender':52} {'us/step median (min-max)':28} ratio to {base!r}: median (min-max)"
+        )
         for name, own in times.items():
             ratios = [a / b for a, b in zip(own, times[base], strict=True)]
             spread = f"{statistics.median(own):.0f} ({min(own):.0f}-{max(own):.0f})"
             target = f"  target {TARGETS[base, name]:.2f}" if (base, name) in TARGETS else ""
-            print(f"{name:52} {spread:28} {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f}){target}")
+            print(
+                f"{name:52} {spread:28} {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f}){target}"
+            )
 
 
 if __name__ == "__main__":

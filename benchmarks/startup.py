@@ -75,8 +75,18 @@ def recipe(settings):
 def first_step(command: list[str], folder: Path) -> float:
     """Returns the seconds from the command to its line "first step"."""
     begin = time.time()
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    environ = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     steps = [float(found) for found in re.findall(r"first step (\d+\.\d+)", done.stdout)]
     if not steps:  # what comes after it does not count: a bare gloo script may abort when one rank leaves before the other
         raise SystemExit(done.stdout + done.stderr)

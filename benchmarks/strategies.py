@@ -37,7 +37,13 @@ from ddp_kit.settings import DeepSpeed, Fsdp
 from ddp_kit.setup.build import compose
 from ddp_kit.training.step import train_step
 
-WIDTH, LAYERS, SYMBOLS, LENGTH, BATCH = 512, 6, 256, 64, 8  # 19 million parameters: 300 MB with gradients and AdamW's moments
+WIDTH, LAYERS, SYMBOLS, LENGTH, BATCH = (
+    512,
+    6,
+    256,
+    64,
+    8,
+)  # 19 million parameters: 300 MB with gradients and AdamW's moments
 STAGES = ["deepspeed-1", "deepspeed-2", "deepspeed-3"]
 STEPS_TO_PEAK = 6  # after which none adds any
 CONTENDERS = ["by hand", "ddp_kit"]
@@ -60,7 +66,10 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tell = nn.Embedding(SYMBOLS, WIDTH)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, 8, 4 * WIDTH, dropout=0.0, batch_first=True) for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(WIDTH, 8, 4 * WIDTH, dropout=0.0, batch_first=True)
+            for _ in range(LAYERS)
+        )
         self.head = nn.Linear(WIDTH, SYMBOLS)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -87,14 +96,22 @@ def ours(group: Group, strategy: str) -> Callable[[], None]:
     def loss(model: nn.Module, batch: Any) -> LossSum:
         (tokens,) = batch
         logits = model(tokens[:, :-1])
-        return LossSum(cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"), tokens[:, 1:].numel())
+        return LossSum(
+            cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"),
+            tokens[:, 1:].numel(),
+        )
 
     chosen: dict[str, Any] = {"strategy": strategy}
     chosen |= {"fsdp": Fsdp(wrap=("TransformerEncoderLayer",))} if strategy == "fsdp" else {}
     if strategy in STAGES:
         chosen = {"strategy": "deepspeed", "deepspeed": DeepSpeed(stage=int(strategy[-1]))}
     settings = Settings(**chosen)
-    recipe = Recipe(model=Net, loss=loss, optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-4), train_data=data)
+    recipe = Recipe(
+        model=Net,
+        loss=loss,
+        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-4),
+        train_data=data,
+    )
     made = compose(recipe, settings, group)
     found = made.feed.batches(start=0, end=10**9)
     group.closing.callback(made.training.control.close)
@@ -119,11 +136,17 @@ def by_hand(group: Group, strategy: str) -> Callable[[], None]:
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
     if strategy == "zero1":
         optimizer = ZeroRedundancyOptimizer(
-            net.parameters(), optimizer_class=torch.optim.AdamW, parameters_as_bucket_view=True, lr=1e-4, fused=True
+            net.parameters(),
+            optimizer_class=torch.optim.AdamW,
+            parameters_as_bucket_view=True,
+            lr=1e-4,
+            fused=True,
         )
     if strategy in ("ddp", "zero1"):
         wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True)
-        group.closing.callback(lambda: [delattr(wrapped, name) for name in ("reducer", "logger", "process_group")])
+        group.closing.callback(
+            lambda: [delattr(wrapped, name) for name in ("reducer", "logger", "process_group")]
+        )
 
     def step() -> None:
         tokens = next(found)
@@ -135,7 +158,9 @@ def by_hand(group: Group, strategy: str) -> Callable[[], None]:
     return step
 
 
-def _deepspeed_by_hand(net: nn.Module, found: Iterator[torch.Tensor], *, stage: int) -> Callable[[], None]:
+def _deepspeed_by_hand(
+    net: nn.Module, found: Iterator[torch.Tensor], *, stage: int
+) -> Callable[[], None]:
     import deepspeed
 
     config = {
@@ -145,11 +170,15 @@ def _deepspeed_by_hand(net: nn.Module, found: Iterator[torch.Tensor], *, stage: 
         "gradient_clipping": 0.0,
     }
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=net, optimizer=optimizer, config=config, dist_init_required=False
+    )
 
     def step() -> None:
         tokens = next(found)
-        engine.backward(cross_entropy(engine(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
+        engine.backward(
+            cross_entropy(engine(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        )
         engine.step()
 
     return step
@@ -181,8 +210,15 @@ def one(strategy: str, contender: str, *, takes_memory: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = ["ddp", "zero1", "fsdp", *STAGES]
-    parser.add_argument("--strategies", nargs="+", default=known if find_spec("deepspeed") else known[:3], choices=known)
-    parser.add_argument("--starts", type=int, default=4, help="times that a strategy's ranks are started anew")
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        default=known if find_spec("deepspeed") else known[:3],
+        choices=known,
+    )
+    parser.add_argument(
+        "--starts", type=int, default=4, help="times that a strategy's ranks are started anew"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="rounds of each start")
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps in a turn")
     parser.add_argument("--ranks", type=int, default=2)
@@ -193,12 +229,18 @@ def main() -> None:
     if given.contender:
         one(given.strategy, given.contender, takes_memory=given.takes_memory)
         return
-    print(f"{given.ranks} ranks, {BATCH} samples a rank, torch {torch.__version__}; {given.starts} starts, ", end="")
+    print(
+        f"{given.ranks} ranks, {BATCH} samples a rank, torch {torch.__version__}; {given.starts} starts, ",
+        end="",
+    )
     print(f"{given.rounds} rounds each of {given.steps} steps a turn", flush=True)
     for strategy in given.strategies:
         print(f"\n{strategy}")
         times = times_of(strategy, given)
-        rates = [f"{name} {given.ranks * BATCH * 1e3 / statistics.median(own):.1f}" for name, own in times.items()]
+        rates = [
+            f"{name} {given.ranks * BATCH * 1e3 / statistics.median(own):.1f}"
+            for name, own in times.items()
+        ]
         print(f"samples/s: {', '.join(rates)}")
         show(times, targets={"ddp_kit": TIME}, digits=3)
         show(peaks_of(strategy, given), unit="peak MiB", targets={"ddp_kit": MEMORY}, digits=3)
@@ -209,7 +251,9 @@ def times_of(strategy: str, given: argparse.Namespace) -> dict[str, list[float]]
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for number in range(given.starts):
         names = CONTENDERS if number % 2 == 0 else CONTENDERS[::-1]
-        contenders = start(names, script=__file__, world_size=given.ranks, arguments=["--strategy", strategy])
+        contenders = start(
+            names, script=__file__, world_size=given.ranks, arguments=["--strategy", strategy]
+        )
         for name, own in take_turns(contenders, rounds=given.rounds, steps=given.steps).items():
             times[name] += own
         for contender in contenders:
@@ -221,9 +265,13 @@ def peaks_of(strategy: str, given: argparse.Namespace) -> dict[str, list[float]]
     """Returns MiB of the rank that has most."""
     peaks: dict[str, list[float]] = {}
     arguments = ["--strategy", strategy, "--takes-memory"]
-    for contender in start(CONTENDERS, script=__file__, world_size=given.ranks, arguments=arguments):
+    for contender in start(
+        CONTENDERS, script=__file__, world_size=given.ranks, arguments=arguments
+    ):
         contender.run(STEPS_TO_PEAK)
-        peaks[contender.name] = [max(float(said.split("memory ")[1].split()[0]) for said in contender.close())]
+        peaks[contender.name] = [
+            max(float(said.split("memory ")[1].split()[0]) for said in contender.close())
+        ]
     return peaks
 
 

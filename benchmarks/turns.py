@@ -32,10 +32,24 @@ class Ranks:
             port = probe.getsockname()[1]
         self._processes = []
         for rank in range(world_size):
-            facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
-            environ = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"} | {key: str(value) for key, value in facts.items()}
+            facts = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world_size,
+                "LOCAL_WORLD_SIZE": world_size,
+                "MASTER_PORT": port,
+            }
+            environ = (
+                os.environ
+                | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+                | {key: str(value) for key, value in facts.items()}
+            )
             command = [sys.executable, script, "--contender", name, *arguments]
-            self._processes.append(subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            self._processes.append(
+                subprocess.Popen(
+                    command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            )
 
     def answer(self, sign: str) -> str:
         """Reads every rank's lines up to one that begins with `sign`; returns rank 0's."""
@@ -66,7 +80,9 @@ class Ranks:
         return said
 
 
-def start(names: Sequence[str], *, script: str, world_size: int, arguments: Sequence[str] = ()) -> list[Ranks]:
+def start(
+    names: Sequence[str], *, script: str, world_size: int, arguments: Sequence[str] = ()
+) -> list[Ranks]:
     """Returns the contenders when all of them wait for their turn."""
     contenders = []
     for name in names:  # one at a time: starting is heavier than running
@@ -87,7 +103,13 @@ def take_turns(contenders: Sequence[Ranks], *, rounds: int, steps: int) -> dict[
 
 
 def compare(
-    names: Sequence[str], *, script: str, world_size: int, rounds: int, steps: int, arguments: Sequence[str] = ()
+    names: Sequence[str],
+    *,
+    script: str,
+    world_size: int,
+    rounds: int,
+    steps: int,
+    arguments: Sequence[str] = (),
 ) -> dict[str, list[float]]:
     """Starts the contenders, lets them take turns and ends them; returns what `take_turns` does."""
     contenders = start(names, script=script, world_size=world_size, arguments=arguments)
@@ -97,7 +119,13 @@ def compare(
     return times
 
 
-def show(times: dict[str, list[float]], *, unit: str = "ms/step", targets: Mapping[str, float] | None = None, digits: int = 2) -> None:
+def show(
+    times: dict[str, list[float]],
+    *,
+    unit: str = "ms/step",
+    targets: Mapping[str, float] | None = None,
+    digits: int = 2,
+) -> None:
     """Prints medians with their spread, and ratios to the first row, taken round by round, beside the most they should be."""
     base = next(iter(times))
     print(f"{'contender':48} {f'{unit}: median (min-max)':30} ratio to {base!r}: median (min-max)")
@@ -105,5 +133,7 @@ def show(times: dict[str, list[float]], *, unit: str = "ms/step", targets: Mappi
         ratios = [a / b for a, b in zip(own, times[base], strict=True)]
         spread = f"{statistics.median(own):.4g} ({min(own):.4g}-{max(own):.4g})"
         target = f"  target {targets[name]:.2f}" if targets and name in targets else ""
-        print(f"{name:48} {spread:30} {statistics.median(ratios):.3f} ({min(ratios):.{digits}f}-{max(ratios):.{digits}f}){target}")
+        print(
+            f"{name:48} {spread:30} {statistics.median(ratios):.3f} ({min(ratios):.{digits}f}-{max(ratios):.{digits}f}){target}"
+        )
     print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}", flush=True)

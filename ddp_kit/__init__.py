@@ -59,6 +59,10 @@ def __getattr__(name: str) -> object:
     if name not in HOMES:
         raise AttributeError(f"module 'ddp_kit' has no attribute {name!r}")
     home = importlib.import_module(HOMES[name])
-    value = home if HOMES[name].endswith(f".{name}") and name in ("schedules", "orders") else getattr(home, name)
+    value = (
+        home
+        if HOMES[name].endswith(f".{name}") and name in ("schedules", "orders")
+        else getattr(home, name)
+    )
     globals()[name] = value
     return value

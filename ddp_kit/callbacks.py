@@ -23,7 +23,9 @@ class Profile:
         """Args: the trace begins after `after` steps and holds `steps` of them."""
         self._path = Path(folder) / f"rank-{read_topology().rank}.json"
         self._first, self._last = after, after + steps
-        self._profiler = torch.profiler.profile(acc_events=True)  # one cycle; torch 2.11 warns otherwise
+        self._profiler = torch.profiler.profile(
+            acc_events=True
+        )  # one cycle; torch 2.11 warns otherwise
 
     def on_start(self, model: nn.Module) -> None:
         """Makes the folder: a name that cannot be written shows now."""
@@ -71,4 +73,9 @@ class StepTimes:
         """Logs median, 95th percentile and maximum, without the first step."""
         if len(self.seconds) > 1:
             median, high, most = np.quantile(self.seconds[1:], [0.5, 0.95, 1.0]) * 1e3
-            logger.info("step times: median %.3g ms, 95th percentile %.3g ms, longest %.3g ms", median, high, most)
+            logger.info(
+                "step times: median %.3g ms, 95th percentile %.3g ms, longest %.3g ms",
+                median,
+                high,
+                most,
+            )

@@ -37,7 +37,9 @@ class NonFiniteError(DdpKitError):
 def summary(error: BaseException) -> str:
     """Returns kind and message of an error; of one that torch brought from a loader worker, the worker's own last line."""
     lines = str(error).strip().splitlines()
-    if len(lines) > 1 and lines[1].startswith("Original Traceback"):  # torch puts the worker's whole traceback into the message
+    if len(lines) > 1 and lines[1].startswith(
+        "Original Traceback"
+    ):  # torch puts the worker's whole traceback into the message
         return f"{lines[-1]} (in a loader worker)"
     return f"{type(error).__name__}: {error}"
 
@@ -71,4 +73,6 @@ def require(module: str, *, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         package = module.split(".")[0]
-        raise MissingPackageError(f"{package} is needed here and not installed. Type: pip install 'ddp_kit[{extra}]'") from error
+        raise MissingPackageError(
+            f"{package} is needed here and not installed. Type: pip install 'ddp_kit[{extra}]'"
+        ) from error

@@ -20,7 +20,12 @@ from ddp_kit.io.logs import rank_log
 from ddp_kit.lifecycle.session import recipe_path, run_command, session
 from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
 from ddp_kit.settings import DeepSpeed, Fsdp, Settings
-from ddp_kit.setup.build import build_model, placement_of, require_same_settings, settle_memory_format
+from ddp_kit.setup.build import (
+    build_model,
+    placement_of,
+    require_same_settings,
+    settle_memory_format,
+)
 from ddp_kit.trackers.console import evaluation_line
 from ddp_kit.training.evaluator import Evaluator, data_sets
 
@@ -31,13 +36,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         source = load_recipe(recipe_path(args, command="python -m ddp_kit.evaluate"))
-        flags = ["--init-from" + flag[6:] if flag.split("=")[0] == "--from" else flag for flag in args[1:] if flag != "--best"]
-        settings = parse(source.settings, flags, prog=f"ddp_kit.evaluate {args[0]}", rank=read_topology().rank)
+        flags = [
+            "--init-from" + flag[6:] if flag.split("=")[0] == "--from" else flag
+            for flag in args[1:]
+            if flag != "--best"
+        ]
+        settings = parse(
+            source.settings, flags, prog=f"ddp_kit.evaluate {args[0]}", rank=read_topology().rank
+        )
         if not settings.init_from:
-            raise ConfigError("evaluation needs weights: type --from runs/NAME (and --best for its best checkpoint), or --from FILE.")
+            raise ConfigError(
+                "evaluation needs weights: type --from runs/NAME (and --best for its best checkpoint), or --from FILE."
+            )
         if "--best" in args:
-            settings = replace(settings, init_from=str(path_of(Path(settings.init_from), is_best=True, flag_text="--from")))
-        settings = replace(settings, strategy="ddp", fsdp=Fsdp(), deepspeed=DeepSpeed())  # each rank has the whole model
+            settings = replace(
+                settings,
+                init_from=str(path_of(Path(settings.init_from), is_best=True, flag_text="--from")),
+            )
+        settings = replace(
+            settings, strategy="ddp", fsdp=Fsdp(), deepspeed=DeepSpeed()
+        )  # each rank has the whole model
         with session(settings) as group, rank_log(None, rank=group.rank):
             require_same_settings(group, settings, text=source.text)
             _evaluate(source, settings, group)
@@ -52,7 +70,11 @@ def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
     if not any(kinds.values()):
         raise ConfigError(f"{source.path.name} has neither eval_data nor test_data to evaluate.")
     model = build_model(recipe, settings, group)
-    micro_batch = settings.micro_batch if isinstance(settings.micro_batch, int) and settings.micro_batch else settings.global_batch
+    micro_batch = (
+        settings.micro_batch
+        if isinstance(settings.micro_batch, int) and settings.micro_batch
+        else settings.global_batch
+    )
     for kind, make in kinds.items():
         if make is None:
             continue
@@ -64,7 +86,9 @@ def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
             micro_batch=micro_batch,
             placement=placement_of(model, settings, group),
         )
-        evaluator.placement = settle_memory_format(model, evaluator.placement, partial(evaluator, model, limit=1))
+        evaluator.placement = settle_memory_format(
+            model, evaluator.placement, partial(evaluator, model, limit=1)
+        )
         metrics = evaluator(model)
         if group.rank == 0:
             print(evaluation_line({"kind": kind, "step": 0, **metrics}).replace("step 0  ", ""))

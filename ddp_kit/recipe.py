@@ -79,7 +79,9 @@ class Recipe:
     eval_data: Callable[[], Any] | None = None
     test_data: Callable[[], Any] | None = None
     evaluate: Callable[[Any, Any], Pairs] | None = None
-    summarize: Callable[[dict[str, float], dict[str, torch.Tensor]], Mapping[str, float]] | None = None
+    summarize: Callable[[dict[str, float], dict[str, torch.Tensor]], Mapping[str, float]] | None = (
+        None
+    )
     samples: Callable[[Any], Mapping[str, Any]] | None = None
     objectives: Sequence[Objective] = ()
     callbacks: Sequence[Callback] = ()
@@ -88,10 +90,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.objectives and (self.loss or self.optimizer or self.scheduler):
-            raise ConfigError("a recipe has either `objectives` or its own loss, optimizer and scheduler, not both.")
+            raise ConfigError(
+                "a recipe has either `objectives` or its own loss, optimizer and scheduler, not both."
+            )
         parts = [part.trains for part in self.objectives]
         if len(set(parts)) < len(parts):
-            raise ConfigError(f"two objectives train the same part of the model ({', '.join(parts)}); put their losses into one.")
+            raise ConfigError(
+                f"two objectives train the same part of the model ({', '.join(parts)}); put their losses into one."
+            )
         if not self.objectives and (self.loss is None or self.optimizer is None):
             raise ConfigError("a recipe needs `loss` and `optimizer`, or `objectives`.")
 
@@ -129,10 +135,14 @@ def load_recipe(spec: str) -> RecipeSource:
     module = _from_file(Path(spec)) if is_file else _from_module(spec)
     build = getattr(module, "recipe", None)
     if not callable(build) or isinstance(build, type):
-        raise ConfigError(f"{spec} has no function `recipe(settings)`. `ddp-kit new my.py --from digits` writes one to start from.")
+        raise ConfigError(
+            f"{spec} has no function `recipe(settings)`. `ddp-kit new my.py --from digits` writes one to start from."
+        )
     settings = getattr(module, "Settings", None)
     if not (isinstance(settings, type) and issubclass(settings, Settings)):
-        raise ConfigError(f"{spec} has no class `Settings(ddp_kit.Settings)`: a frozen dataclass with the recipe's flags and defaults.")
+        raise ConfigError(
+            f"{spec} has no class `Settings(ddp_kit.Settings)`: a frozen dataclass with the recipe's flags and defaults."
+        )
     _refuse_settings(settings, spec)
     if not _accepts_one(build):
         raise ConfigError(f"{spec}: `recipe` must take one argument, the settings.")
@@ -145,9 +155,15 @@ def _refuse_settings(settings: type[Settings], spec: str) -> None:
         raise ConfigError(
             f"{spec}: Settings is no dataclass; its fields would be no flags. Put @dataclass(frozen=True, kw_only=True) above it."
         )
-    bare = [field.name for field in fields(settings) if field.default is MISSING and field.default_factory is MISSING]
+    bare = [
+        field.name
+        for field in fields(settings)
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
     if bare:
-        raise ConfigError(f"{spec}: Settings needs a default for {', '.join(bare)}: a recipe runs without flags.")
+        raise ConfigError(
+            f"{spec}: Settings needs a default for {', '.join(bare)}: a recipe runs without flags."
+        )
 
 
 def _accepts_one(build: Callable[..., Any]) -> bool:
@@ -160,13 +176,25 @@ def _accepts_one(build: Callable[..., Any]) -> bool:
 
 def _from_file(path: Path) -> ModuleType:
     if path.suffix != ".py" or not path.is_file():
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
-        hint = f" Did you mean {path.parent / near}?" if near else " Expected a .py file or a module's dotted name."
+        near = (
+            nearest(path.name, [p.name for p in path.parent.glob("*.py")])
+            if path.parent.is_dir()
+            else ""
+        )
+        hint = (
+            f" Did you mean {path.parent / near}?"
+            if near
+            else " Expected a .py file or a module's dotted name."
+        )
         raise ConfigError(
             f"recipe {path}: {'it is a folder' if path.is_dir() else 'not a Python file' if path.exists() else 'no such file'}.{hint}"
         )
     # a spawned loader worker imports it by this name, so the file's own one wherever it can be: a dash does no harm, a dot would
-    name = path.stem if "." not in path.stem and path.stem not in sys.modules else f"recipe_{abs(hash(path.resolve()))}"
+    name = (
+        path.stem
+        if "." not in path.stem and path.stem not in sys.modules
+        else f"recipe_{abs(hash(path.resolve()))}"
+    )
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None
     assert spec.loader is not None

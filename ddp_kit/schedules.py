@@ -13,21 +13,33 @@ from torch.optim.lr_scheduler import LambdaLR
 from ddp_kit.errors import ConfigError
 
 
-def _warmed(optimizer: Optimizer, total_steps: int, warmup: float, decay: Callable[[int, int], float]) -> LambdaLR:
+def _warmed(
+    optimizer: Optimizer, total_steps: int, warmup: float, decay: Callable[[int, int], float]
+) -> LambdaLR:
     """A linear warm-up over `warmup` (a fraction of total_steps if below 1, else steps), then `decay(step, steps after it)`."""
     if total_steps < 1:
-        raise ConfigError("a schedule needs to know how many steps there are: type --epochs N or --max-steps N.")
+        raise ConfigError(
+            "a schedule needs to know how many steps there are: type --epochs N or --max-steps N."
+        )
     if not 0 <= warmup <= total_steps:
-        raise ConfigError(f"a warm-up of {warmup} does not fit into {total_steps} steps: expected a fraction below 1, or steps.")
+        raise ConfigError(
+            f"a warm-up of {warmup} does not fit into {total_steps} steps: expected a fraction below 1, or steps."
+        )
     rise = round(warmup * total_steps) if warmup < 1 else round(warmup)
 
     def factor(step: int) -> float:
-        return (step + 1) / (rise + 1) if step < rise else decay(step - rise, max(total_steps - rise, 1))
+        return (
+            (step + 1) / (rise + 1)
+            if step < rise
+            else decay(step - rise, max(total_steps - rise, 1))
+        )
 
     return LambdaLR(optimizer, factor)
 
 
-def warmup_cosine(optimizer: Optimizer, total_steps: int, *, warmup: float = 0.05, final: float = 0.0) -> LambdaLR:
+def warmup_cosine(
+    optimizer: Optimizer, total_steps: int, *, warmup: float = 0.05, final: float = 0.0
+) -> LambdaLR:
     """Warm-up, then half a cosine down to `final` times the peak. Source: Loshchilov and Hutter, SGDR, arXiv 1608.03983."""
 
     def cosine(step: int, steps: int) -> float:
@@ -36,18 +48,34 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0
     return _warmed(optimizer, total_steps, warmup, cosine)
 
 
-def linear(optimizer: Optimizer, total_steps: int, *, warmup: float = 0.05, final: float = 0.0) -> LambdaLR:
+def linear(
+    optimizer: Optimizer, total_steps: int, *, warmup: float = 0.05, final: float = 0.0
+) -> LambdaLR:
     """Warm-up, then a straight line down to `final` times the peak."""
-    return _warmed(optimizer, total_steps, warmup, lambda step, steps: 1 - (1 - final) * min(step / steps, 1))
+    return _warmed(
+        optimizer, total_steps, warmup, lambda step, steps: 1 - (1 - final) * min(step / steps, 1)
+    )
 
 
 def step(
-    optimizer: Optimizer, total_steps: int, *, at: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1, warmup: float = 0.0
+    optimizer: Optimizer,
+    total_steps: int,
+    *,
+    at: tuple[float, ...] = (0.5, 0.75),
+    factor: float = 0.1,
+    warmup: float = 0.0,
 ) -> LambdaLR:
     """Multiplies the rate by `factor` at each fraction `at` of the steps after the warm-up."""
-    return _warmed(optimizer, total_steps, warmup, lambda step, steps: factor ** sum(step >= fraction * steps for fraction in at))
+    return _warmed(
+        optimizer,
+        total_steps,
+        warmup,
+        lambda step, steps: factor ** sum(step >= fraction * steps for fraction in at),
+    )
 
 
-def exponential(optimizer: Optimizer, total_steps: int, *, final: float = 0.01, warmup: float = 0.0) -> LambdaLR:
+def exponential(
+    optimizer: Optimizer, total_steps: int, *, final: float = 0.01, warmup: float = 0.0
+) -> LambdaLR:
     """Falls by the same factor at each step, down to `final` times the peak at the end."""
     return _warmed(optimizer, total_steps, warmup, lambda step, steps: final ** (step / steps))

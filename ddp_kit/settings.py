@@ -172,7 +172,9 @@ def _as_text(value: object) -> str:
         return value.name
     if isinstance(value, PurePath):
         return str(value)
-    raise ConfigError(f"a field of Settings holds a {type(value).__name__}; expected numbers, texts, paths, enums, or tuples of them.")
+    raise ConfigError(
+        f"a field of Settings holds a {type(value).__name__}; expected numbers, texts, paths, enums, or tuples of them."
+    )
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -181,14 +183,26 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in inner
     if origin is tuple:
-        kinds = inner[:1] * len(value) if inner[1:] == (...,) and isinstance(value, (list, tuple)) else inner
-        return isinstance(value, (list, tuple)) and len(kinds) == len(value) and all(map(fits, value, kinds))
+        kinds = (
+            inner[:1] * len(value)
+            if inner[1:] == (...,) and isinstance(value, (list, tuple))
+            else inner
+        )
+        return (
+            isinstance(value, (list, tuple))
+            and len(kinds) == len(value)
+            and all(map(fits, value, kinds))
+        )
     if origin in (list, dict):
         return isinstance(value, origin)
     if inner:  # a union
         return any(fits(value, kind) for kind in inner)
     if hint is float:
-        return (isinstance(value, (int, float)) and not isinstance(value, bool)) or value in ("inf", "-inf", "nan")
+        return (isinstance(value, (int, float)) and not isinstance(value, bool)) or value in (
+            "inf",
+            "-inf",
+            "nan",
+        )
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if isinstance(hint, type) and issubclass(hint, Enum):

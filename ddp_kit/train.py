@@ -32,12 +32,29 @@ from ddp_kit.lifecycle.history import job_facts, require_progress
 from ddp_kit.lifecycle.outcome import Life, Outcome
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.lifecycle.session import recipe_path, run_command, session
-from ddp_kit.lifecycle.start import Place, begins_from, default_path, open_directory, reporter_of, say, write_facts
+from ddp_kit.lifecycle.start import (
+    Place,
+    begins_from,
+    default_path,
+    open_directory,
+    reporter_of,
+    say,
+    write_facts,
+)
 from ddp_kit.recipe import Recipe, load_recipe
 from ddp_kit.settings import Settings, to_json
 from ddp_kit.setup.build import Composition, compose, require_same_settings
 from ddp_kit.stopping.early_stopping import EarlyStopping
-from ddp_kit.stopping.signals import REQUEUE, Abandoned, StopFlag, Stopped, heeding, is_restarted, leaves_with_agent, signals_noted
+from ddp_kit.stopping.signals import (
+    REQUEUE,
+    Abandoned,
+    StopFlag,
+    Stopped,
+    heeding,
+    is_restarted,
+    leaves_with_agent,
+    signals_noted,
+)
 from ddp_kit.stopping.stop_watcher import process_age_s
 from ddp_kit.trackers.base import RunInfo
 from ddp_kit.training.evaluator import data_sets
@@ -63,13 +80,21 @@ def _live(build: Callable[[], Recipe], life: Life) -> Outcome:
         signals_noted() as stop,
         _warnings_requeue(stop, path),
         ExitStack() as stack,
-        session(life.settings, speaks=life.source is not None, on_failure=life.failed, after_failure=life.mourned, run_dir=path) as group,
+        session(
+            life.settings,
+            speaks=life.source is not None,
+            on_failure=life.failed,
+            after_failure=life.mourned,
+            run_dir=path,
+        ) as group,
     ):
         life.stop = stop
         try:
             outcome = _train(build, life, group, stack)
             stack.close()
-            from_rank(group, b"")  # srun may end the others at the first exit code: nobody leaves before rank 0 is done
+            from_rank(
+                group, b""
+            )  # srun may end the others at the first exit code: nobody leaves before rank 0 is done
             return outcome
         except BaseException:
             stop.deferring = True  # torchrun sends SIGTERM to the survivors of a rank: what failed is to be written down first
@@ -93,23 +118,35 @@ def _train(build: Callable[[], Recipe], life: Life, group: Group, stack: ExitSta
     require_same_settings(group, settings, text=source.text if source else "")
     recipe = build()
     if not isinstance(recipe, Recipe):
-        raise ConfigError(f"the function `recipe` must return a ddp_kit.Recipe; it returned {type(recipe).__name__}.")
+        raise ConfigError(
+            f"the function `recipe` must return a ddp_kit.Recipe; it returned {type(recipe).__name__}."
+        )
 
     def claimed(directory: RunDir) -> None:
         stack.callback(directory.release)
         life.directory = directory
 
-    place = life.place = open_directory(settings, group, name=life.name, source=source, claimed=claimed)
+    place = life.place = open_directory(
+        settings, group, name=life.name, source=source, claimed=claimed
+    )
     stack.enter_context(rank_log(place.path / "logs", rank=group.rank))
     opened = begins_from(settings, group, place)
     needs_base = opened is None or settings.save_trainable_only
     composition = life.composition = compose(
-        recipe, settings if needs_base else replace(settings, init_from=""), group, is_resumed=opened is not None
+        recipe,
+        settings if needs_base else replace(settings, init_from=""),
+        group,
+        is_resumed=opened is not None,
     )
     reporter, stopping = reporter_of(recipe, settings, group), EarlyStopping(settings.early_stop)
     changed = _take_over(opened, life, composition, reporter, stopping)
     training, pace = composition.training, composition.pace
-    if opened is not None and place.is_finished and not changed and (training.step >= pace.end or place.is_stopped_early):
+    if (
+        opened is not None
+        and place.is_finished
+        and not changed
+        and (training.step >= pace.end or place.is_stopped_early)
+    ):
         return _finished_before(life, place)
     owes = opened is not None and pace.evaluates(training.step) and not opened.manifest.metrics
     _begin(life, place, composition, reporter, is_first=opened is None, owes_evaluation=owes)
@@ -122,8 +159,12 @@ def _train(build: Callable[[], Recipe], life: Life, group: Group, stack: ExitSta
             life.metrics = _evaluate(composition, reporter, epoch=epoch, stop=life.stop)
         return life.metrics
 
-    is_over = opened is not None and not changed and stopping.is_over  # but its test data are still to be evaluated
-    with closing(composition.feed.batches(start=training.step, end=training.step if is_over else pace.end)) as batches:
+    is_over = (
+        opened is not None and not changed and stopping.is_over
+    )  # but its test data are still to be evaluated
+    with closing(
+        composition.feed.batches(start=training.step, end=training.step if is_over else pace.end)
+    ) as batches:
         ending = fit(
             training,
             batches,
@@ -138,7 +179,13 @@ def _train(build: Callable[[], Recipe], life: Life, group: Group, stack: ExitSta
     return _end(ending, life, place, composition, reporter, recipe)
 
 
-def _take_over(opened: Opened | None, life: Life, composition: Composition, reporter: Reporter, stopping: EarlyStopping) -> list[str]:
+def _take_over(
+    opened: Opened | None,
+    life: Life,
+    composition: Composition,
+    reporter: Reporter,
+    stopping: EarlyStopping,
+) -> list[str]:
     """Sets saving up, and goes on from a checkpoint if there is one. Returns the settings that were changed on purpose."""
     settings, place, training = life.settings, life.place, composition.training
     assert place is not None
@@ -146,7 +193,9 @@ def _take_over(opened: Opened | None, life: Life, composition: Composition, repo
     training.checkpoints = Checkpoints(
         training,
         LocalDisk(place.checkpoints),
-        about=About(run_id=place.run_id, binding=new, steps_per_epoch=composition.pace.steps_per_epoch),
+        about=About(
+            run_id=place.run_id, binding=new, steps_per_epoch=composition.pace.steps_per_epoch
+        ),
         keep=keep_of(settings, composition.evaluator.names),
         minutes=settings.save_minutes,
         early_stopping=stopping,
@@ -156,11 +205,24 @@ def _take_over(opened: Opened | None, life: Life, composition: Composition, repo
     if opened is None:
         return []
     life.metrics = {name: float(value) for name, value in opened.manifest.metrics.items()}
-    resume_data(opened, composition.feed, world_size=training.group.world_size, restarts=settings.resume_data == "restart")
+    resume_data(
+        opened,
+        composition.feed,
+        world_size=training.group.world_size,
+        restarts=settings.resume_data == "restart",
+    )
     return resume(opened, training, settings=settings, new=new, early_stopping=stopping)
 
 
-def _begin(life: Life, place: Place, composition: Composition, reporter: Reporter, *, is_first: bool, owes_evaluation: bool) -> None:
+def _begin(
+    life: Life,
+    place: Place,
+    composition: Composition,
+    reporter: Reporter,
+    *,
+    is_first: bool,
+    owes_evaluation: bool,
+) -> None:
     """Writes down that this life begins, and tells everybody. Raises: DdpKitError if this job goes round in circles."""
     training = composition.training
     if life.directory is not None:
@@ -168,18 +230,27 @@ def _begin(life: Life, place: Place, composition: Composition, reporter: Reporte
         write_facts(life.directory, life.settings, training.group, place=place, source=life.source)
         life.directory.status("running", step=training.step)
     say(composition, training.group, place.path)
-    info = RunInfo(run_dir=place.path, name=life.name, settings=redact(to_json(life.settings)), total_steps=composition.pace.end)
+    info = RunInfo(
+        run_dir=place.path,
+        name=life.name,
+        settings=redact(to_json(life.settings)),
+        total_steps=composition.pace.end,
+    )
     life.reporter = reporter
     reporter.start(info, step=training.step)
     require_progress(place.starts, step=training.step)
     lost = "" if is_first else f"{max(0, place.last_step - training.step)} steps lost"
     if lost:
         logger.info("resumed at step %d: %s", training.step, lost)
-    reporter.event("start" if is_first else "resume", step=training.step, message=lost, about=job_facts())
+    reporter.event(
+        "start" if is_first else "resume", step=training.step, message=lost, about=job_facts()
+    )
     life.watches(training)
 
 
-def _evaluate(composition: Composition, reporter: Reporter, *, epoch: int, stop: StopFlag) -> dict[str, float]:
+def _evaluate(
+    composition: Composition, reporter: Reporter, *, epoch: int, stop: StopFlag
+) -> dict[str, float]:
     training, evaluator = composition.training, composition.evaluator
     with heeding(training.control, stop) as heed:
         metrics = evaluator(training.model, average=training.average, heed=heed)
@@ -190,7 +261,14 @@ def _evaluate(composition: Composition, reporter: Reporter, *, epoch: int, stop:
     return metrics
 
 
-def _end(ending: Ending, life: Life, place: Place, composition: Composition, reporter: Reporter, recipe: Recipe) -> Outcome:
+def _end(
+    ending: Ending,
+    life: Life,
+    place: Place,
+    composition: Composition,
+    reporter: Reporter,
+    recipe: Recipe,
+) -> Outcome:
     """Waits for the last save, evaluates the test data and leaves the status."""
     training = composition.training
     assert training.checkpoints is not None
@@ -198,7 +276,11 @@ def _end(ending: Ending, life: Life, place: Place, composition: Composition, rep
         life.stop.ask(ending.stop)  # now, on ranks that saw no sign of it
     training.checkpoints.finish(failures=1)  # the last one holds the result
     if ending.stop:
-        logger.info("%s: the stop took %.1f s until everything was saved", ending.reason, time.monotonic() - life.stop.since)
+        logger.info(
+            "%s: the stop took %.1f s until everything was saved",
+            ending.reason,
+            time.monotonic() - life.stop.since,
+        )
     has_time = ending.status != "preempted"  # hashing belongs into no grace period
     hashes = training.group.rank == 0 or training.strategy.shards is not None
     digest = weights_sha256(training.model) if has_time and hashes else ""
@@ -214,13 +296,18 @@ def _end(ending: Ending, life: Life, place: Place, composition: Composition, rep
     return life.ended(ending, digest=digest)
 
 
-def _test(recipe: Recipe, life: Life, place: Place, composition: Composition, reporter: Reporter) -> dict[str, float]:
+def _test(
+    recipe: Recipe, life: Life, place: Place, composition: Composition, reporter: Reporter
+) -> dict[str, float]:
     """Evaluates the test data once, on the weights of the best checkpoint (the last ones without one)."""
     assert recipe.test_data is not None
     training, evaluator = composition.training, composition.evaluator
     sets = data_sets(recipe.test_data(), what="test")
     keep = keep_of(life.settings, evaluator.names)
-    with best_weights(training, LocalDisk(place.checkpoints), keep=keep) as step, heeding(training.control, life.stop) as heed:
+    with (
+        best_weights(training, LocalDisk(place.checkpoints), keep=keep) as step,
+        heeding(training.control, life.stop) as heed,
+    ):
         metrics = evaluator.on(sets)(training.model, heed=heed)
     reporter.log({"kind": "test", "step": step or training.step, **metrics})
     return {f"test/{name}": value for name, value in metrics.items()}
@@ -244,7 +331,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         topology = read_topology()
         leaves_with_agent(topology.launcher)
         source = load_recipe(path)
-        settings = parse(source.settings, args[1:], prog=f"ddp_kit.train {args[0]}", rank=topology.rank)
+        settings = parse(
+            source.settings, args[1:], prog=f"ddp_kit.train {args[0]}", rank=topology.rank
+        )
         life = Life(settings=settings, name=source.name, source=source, args=args, began=began)
         outcome = _live(lambda: source.build(settings), life)
         return 0 if is_restarted() else outcome.exit_code

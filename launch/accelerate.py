@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of this folder, whose names are those of packages
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # in place of this folder, whose names are those of packages
 
 from ddp_kit.launch.local.run import main  # noqa: E402  (the path comes first)
 

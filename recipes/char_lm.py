@@ -49,10 +49,16 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.tell = heads, nn.Linear(width, width)
         self.ask = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * width))
-        self.net = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width)
+        )
 
-    def forward(self, states: Tensor, bias: Tensor) -> Tensor:  # (B, T, width), (B or 1, heads, T, T)
-        query, key, value = self.ask(states).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(
+        self, states: Tensor, bias: Tensor
+    ) -> Tensor:  # (B, T, width), (B or 1, heads, T, T)
+        query, key, value = (
+            self.ask(states).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         seen = scaled_dot_product_attention(query, key, value, attn_mask=bias)
         states = states + self.tell(seen.transpose(1, 2).flatten(2))
         return states + self.net(states)
@@ -62,7 +68,10 @@ class LanguageModel(nn.Module):
     def __init__(self, settings: Settings):
         super().__init__()
         width, self.heads, self.architecture = settings.width, settings.heads, settings.architecture
-        self.symbols, self.out = nn.Embedding(SYMBOLS, width), nn.Sequential(nn.LayerNorm(width), nn.Linear(width, SYMBOLS))
+        self.symbols, self.out = (
+            nn.Embedding(SYMBOLS, width),
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, SYMBOLS)),
+        )
         memory = nn.LSTM(width, width, num_layers=settings.layers, batch_first=True)
         blocks = nn.ModuleList(Block(width, settings.heads) for _ in range(settings.layers))
         self.inner = memory if self.architecture == "lstm" else blocks
@@ -72,11 +81,17 @@ class LanguageModel(nn.Module):
         states = self.symbols(tokens)
         if self.architecture == "lstm":
             return self.out(self.inner(states)[0])
-        heads, places = (torch.arange(size, device=tokens.device) for size in (self.heads, tokens.shape[1]))
-        turns = heads % 2 * 2 - 1 if self.architecture == "bert" else torch.ones_like(heads)  # half of BERT's heads look ahead
+        heads, places = (
+            torch.arange(size, device=tokens.device) for size in (self.heads, tokens.shape[1])
+        )
+        turns = (
+            heads % 2 * 2 - 1 if self.architecture == "bert" else torch.ones_like(heads)
+        )  # half of BERT's heads look ahead
         beyond = turns[:, None, None] * (places - places[:, None])
         unseen = (beyond > 0) | ((beyond < 0) & (tokens == PAD)[:, None, None])
-        bias = (2.0 ** (-8 / self.heads * (heads + 1)).to(states.dtype)[:, None, None] * -beyond.abs()).masked_fill(unseen, -math.inf)
+        bias = (
+            2.0 ** (-8 / self.heads * (heads + 1)).to(states.dtype)[:, None, None] * -beyond.abs()
+        ).masked_fill(unseen, -math.inf)
         for block in self.inner:
             states = block(states, bias)
         return self.out(states)
@@ -85,9 +100,15 @@ class LanguageModel(nn.Module):
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossSum:
     inputs, targets = batch  # (B, T) int; PAD is no target
     logits = model(inputs).transpose(1, 2)
-    count = (targets != PAD).sum()  # a tensor: the mean is over the characters of all ranks, however many each one has
+    count = (
+        targets != PAD
+    ).sum()  # a tensor: the mean is over the characters of all ranks, however many each one has
     right = (logits.argmax(1) == targets).sum()
-    return LossSum(cross_entropy(logits, targets, reduction="sum", ignore_index=PAD), count, metrics={"accuracy": (right, count)})
+    return LossSum(
+        cross_entropy(logits, targets, reduction="sum", ignore_index=PAD),
+        count,
+        metrics={"accuracy": (right, count)},
+    )
 
 
 def collate(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -97,20 +118,40 @@ def collate(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def masked(tokens: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     draws = torch.where(tokens == PAD, 2.0, draws[..., : tokens.shape[1]])
-    is_hidden = draws <= draws.amin(1, keepdim=True).clamp(min=0.15)  # Source: Devlin et al., BERT, arXiv 1810.04805, section 3.1
+    is_hidden = draws <= draws.amin(1, keepdim=True).clamp(
+        min=0.15
+    )  # Source: Devlin et al., BERT, arXiv 1810.04805, section 3.1
     return tokens.masked_fill(is_hidden, MASK), tokens.masked_fill(~is_hidden, PAD)
 
 
 def sequences(text: bytes, settings: Settings, *, training: bool) -> Data:
     """Cuts a text into `length` characters and the one that follows, and if ragged at the end of each speech too."""
-    size, speeches = settings.length, [speech + b"\n\n" for speech in text.split(b"\n\n")] if settings.ragged else [text]
-    pieces = [torch.tensor(list(one[i : i + size + 1])) for one in speeches for i in range(0, len(one) - 1, size)]
-    order = orders.by_length([len(piece) for piece in pieces], group=settings.global_batch) if settings.ragged and training else None
+    size, speeches = (
+        settings.length,
+        [speech + b"\n\n" for speech in text.split(b"\n\n")] if settings.ragged else [text],
+    )
+    pieces = [
+        torch.tensor(list(one[i : i + size + 1]))
+        for one in speeches
+        for i in range(0, len(one) - 1, size)
+    ]
+    order = (
+        orders.by_length([len(piece) for piece in pieces], group=settings.global_batch)
+        if settings.ragged and training
+        else None
+    )
     if settings.architecture != "bert":
         return Data(pieces, collate=collate, order=order)
     if training:
-        return Data(pieces, collate, lambda batch, draws: masked(batch[1], torch.from_numpy(draws.uniform(size))), order)
-    fixed = torch.rand(size, generator=torch.Generator().manual_seed(0))  # so that each evaluation, on any ranks, asks the same
+        return Data(
+            pieces,
+            collate,
+            lambda batch, draws: masked(batch[1], torch.from_numpy(draws.uniform(size))),
+            order,
+        )
+    fixed = torch.rand(
+        size, generator=torch.Generator().manual_seed(0)
+    )  # so that each evaluation, on any ranks, asks the same
     return Data(pieces, collate=lambda samples: masked(collate(samples)[1], fixed))
 
 
@@ -127,24 +168,38 @@ def continued(model: nn.Module, settings: Settings) -> str:
 def flops_per_sample(settings: Settings) -> float:
     """Of a whole sequence, forward and back. Source: Chowdhery et al., PaLM, arXiv 2204.02311, appendix B."""
     per_layer, seen = (8, 0) if settings.architecture == "lstm" else (12, settings.length)
-    return 6.0 * settings.length * settings.width * (settings.layers * (per_layer * settings.width + 2 * seen) + SYMBOLS)
+    return (
+        6.0
+        * settings.length
+        * settings.width
+        * (settings.layers * (per_layer * settings.width + 2 * seen) + SYMBOLS)
+    )
 
 
 def recipe(settings: Settings) -> Recipe:
     file = Path(settings.data_root, "tinyshakespeare.txt")
     if not file.is_file():
-        raise DataError(f"no text was found. Looked for:\n  {file.absolute()}\nType: --data-root DIR, a folder that holds it.")
+        raise DataError(
+            f"no text was found. Looked for:\n  {file.absolute()}\nType: --data-root DIR, a folder that holds it."
+        )
     if settings.width % settings.heads:
-        raise ConfigError(f"--heads {settings.heads} does not divide --width {settings.width}. Type --heads 1, 2 or 4, or another --width.")
+        raise ConfigError(
+            f"--heads {settings.heads} does not divide --width {settings.width}. Type --heads 1, 2 or 4, or another --width."
+        )
     text, split = file.read_bytes(), file.stat().st_size * 9 // 10
     return Recipe(
         model=lambda: LanguageModel(settings),
         loss=loss,
-        optimizer=lambda model: AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.1),
+        optimizer=lambda model: AdamW(
+            model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.1
+        ),
         scheduler=lambda optimizer, total_steps: schedules.warmup_cosine(optimizer, total_steps),
         train_data=lambda: sequences(text[:split], settings, training=True),
         eval_data=lambda: sequences(text[split:], settings, training=False),
-        summarize=lambda means, rows: {"perplexity": math.exp(means["loss"]), "bits_per_character": means["loss"] / math.log(2)},
+        summarize=lambda means, rows: {
+            "perplexity": math.exp(means["loss"]),
+            "bits_per_character": means["loss"] / math.log(2),
+        },
         samples=lambda model: {"text": continued(model, settings)},
         flops_per_sample=flops_per_sample(settings),
     )

@@ -26,14 +26,18 @@ class Settings(ddp_kit.Settings):
     """CIFAR-10 with LeNet or a small ResNet."""
 
     global_batch: int = 512
-    micro_batch: int = 64  # 8 micro-batches: BatchNorm gives the same numbers on 1, 2, 4 and 8 ranks
+    micro_batch: int = (
+        64  # 8 micro-batches: BatchNorm gives the same numbers on 1, 2, 4 and 8 ranks
+    )
     epochs: int = 10
     lr: float = 0.4  # peak learning rate
     grad_clip: float = 0.5  # lets LeNet, which has no normalisation, train at this rate too
     weight_decay: float = 5e-4  # times the squared weights, in the optimizer
     model: Literal["resnet", "lenet"] = "resnet"  # a ResNet with BatchNorm, or LeNet-5
     width: int = 16  # channels of the first convolution
-    blocks: int = 1  # residual blocks in each of the ResNet's three stages: 1 is ResNet-8, 3 is ResNet-20
+    blocks: int = (
+        1  # residual blocks in each of the ResNet's three stages: 1 is ResNet-8, 3 is ResNet-20
+    )
     data_root: str = "data"  # folder that holds cifar10/ or cifar-10-batches-py/
     download: bool = False  # fetch CIFAR-10 if it is not there
     augment: bool = True  # crop and flip the training images at random
@@ -50,7 +54,11 @@ class Block(nn.Module):
         self.first_norm = nn.BatchNorm2d(outputs)
         self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.second_norm = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+        self.shortcut = (
+            nn.Identity()
+            if stride == 1
+            else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         inner = relu(self.first_norm(self.first(images)))
@@ -58,7 +66,11 @@ class Block(nn.Module):
 
 
 def resnet(width: int, blocks: int) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
     inputs = width
     for outputs in (width, 2 * width, 4 * width):
         for _ in range(blocks):
@@ -98,31 +110,65 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossSum:
     images, labels = batch  # (B, 3, 32, 32) float, (B,) int
     logits = model(images)
     correct = (logits.argmax(1) == labels).sum()
-    return LossSum(cross_entropy(logits, labels, reduction="sum"), len(labels), metrics={"accuracy": (correct, len(labels))})
+    return LossSum(
+        cross_entropy(logits, labels, reduction="sum"),
+        len(labels),
+        metrics={"accuracy": (correct, len(labels))},
+    )
 
 
-def accuracy_per_class(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor | float, Tensor | int]]:
+def accuracy_per_class(
+    model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> dict[str, tuple[Tensor | float, Tensor | int]]:
     images, labels = batch
     logits = model(images)
-    of_class = one_hot(labels, 10)  # (B, 10): its columns add up to the counts, and where the answer is right to the sums
+    of_class = one_hot(
+        labels, 10
+    )  # (B, 10): its columns add up to the counts, and where the answer is right to the sums
     right = (logits.argmax(1) == labels).unsqueeze(1) * of_class
-    overall = {"loss": (cross_entropy(logits, labels, reduction="sum"), len(labels)), "accuracy": (right.sum(), len(labels))}
-    return overall | {f"accuracy/{name}": (right[:, k].sum(), of_class[:, k].sum()) for k, name in enumerate(CIFAR10_CLASSES)}
+    overall = {
+        "loss": (cross_entropy(logits, labels, reduction="sum"), len(labels)),
+        "accuracy": (right.sum(), len(labels)),
+    }
+    return overall | {
+        f"accuracy/{name}": (right[:, k].sum(), of_class[:, k].sum())
+        for k, name in enumerate(CIFAR10_CLASSES)
+    }
 
 
 def recipe(settings: Settings) -> Recipe:
     if settings.model == "lenet" and settings.blocks != Settings.blocks:
-        raise ConfigError(f"--blocks {settings.blocks} has no effect with --model lenet: leave it out, or type --model resnet.")
+        raise ConfigError(
+            f"--blocks {settings.blocks} has no effect with --model lenet: leave it out, or type --model resnet."
+        )
 
     def data(split: Literal["train", "validation", "test"]) -> object:
         padding = 4 if settings.augment else 0
-        return cifar10(settings.data_root, split, download=settings.download, crop_padding=padding, flip=settings.augment)
+        return cifar10(
+            settings.data_root,
+            split,
+            download=settings.download,
+            crop_padding=padding,
+            flip=settings.augment,
+        )
 
     return Recipe(
-        model=lambda: initialised(lenet(settings.width) if settings.model == "lenet" else resnet(settings.width, settings.blocks)),
+        model=lambda: initialised(
+            lenet(settings.width)
+            if settings.model == "lenet"
+            else resnet(settings.width, settings.blocks)
+        ),
         loss=loss,
-        optimizer=lambda model: SGD(model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True),
-        scheduler=lambda optimizer, total_steps: schedules.warmup_cosine(optimizer, total_steps, warmup=0.2),
+        optimizer=lambda model: SGD(
+            model.parameters(),
+            lr=settings.lr,
+            momentum=0.9,
+            weight_decay=settings.weight_decay,
+            nesterov=True,
+        ),
+        scheduler=lambda optimizer, total_steps: schedules.warmup_cosine(
+            optimizer, total_steps, warmup=0.2
+        ),
         train_data=lambda: data("train"),
         eval_data=lambda: data("validation"),
         test_data=lambda: data("test"),

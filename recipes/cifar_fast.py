@@ -27,10 +27,20 @@ from ddp_kit.data.known import cifar10
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import Precision
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images' pixels, scaled to 0..1
-SIDE, SMALL_SIDE, SHIFT = 32, 24, 2  # pixels of an image, of one of the first epochs, and by which one is moved at most
+MEAN, STD = (
+    (0.4914, 0.4822, 0.4465),
+    (0.2470, 0.2435, 0.2616),
+)  # of the training images' pixels, scaled to 0..1
+SIDE, SMALL_SIDE, SHIFT = (
+    32,
+    24,
+    2,
+)  # pixels of an image, of one of the first epochs, and by which one is moved at most
 PATCH, WHITENED = 2, 5000  # side of the patches that are whitened, and images they are taken from
-BIAS_RATE, LOGITS = 16, 1 / 9  # times the rate of the weights; times the last layer's outputs: as if its own rate were smaller
+BIAS_RATE, LOGITS = (
+    16,
+    1 / 9,
+)  # times the rate of the weights; times the last layer's outputs: as if its own rate were smaller
 WIDTHS = {85: (32, 64, 128), 94: (64, 256, 256), 96: (128, 384, 512)}
 
 
@@ -42,8 +52,12 @@ class Settings(ddp_kit.Settings):
     micro_batch: int = 128  # 4 micro-batches: BatchNorm gives the same numbers on 1, 2 and 4 ranks
     epochs: int = 7
     precision: Precision = "bf16"  # type fp32 where the CPU has no instructions for bf16
-    target: Literal[85, 94, 96] = 85  # per cent of the validation images that the net is large enough for
-    widths: tuple[int, ...] = ()  # channels of its groups of convolutions; none: what the target needs
+    target: Literal[85, 94, 96] = (
+        85  # per cent of the validation images that the net is large enough for
+    )
+    widths: tuple[
+        int, ...
+    ] = ()  # channels of its groups of convolutions; none: what the target needs
     lr: float = 0.8  # peak learning rate of the weights
     weight_decay: float = 1.3e-3  # times the squared weights, in the optimizer
     smoothing: float = 0.2  # share of a label that is spread over all classes
@@ -59,20 +73,27 @@ class Images:
     def __init__(self, settings: Settings, split: Literal["train", "validation", "test"]):
         device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
         pixels, labels = cifar10(settings.data_root, split, download=settings.download).pixels()
-        self.pixels, self.labels = torch.tensor(pixels, device=device), torch.tensor(labels, device=device)
+        self.pixels, self.labels = (
+            torch.tensor(pixels, device=device),
+            torch.tensor(labels, device=device),
+        )
         self.mean, self.std = (255 * torch.tensor(values, device=device) for values in (MEAN, STD))
         self.small_epochs = round(settings.small * settings.epochs)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: np.ndarray, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+    def __getitems__(
+        self, indices: np.ndarray, draws: Draws | None = None
+    ) -> tuple[Tensor, Tensor]:
         choices = np.zeros((4, len(indices), 1), np.int64)  # one copy to the device for all
         choices[0, :, 0] = indices
         if draws is not None:
             choices[1:3] = draws.integers(2 * SHIFT + 1, 2, 1).swapaxes(0, 1) - SHIFT
             choices[3] = (draws.of_every_epoch().integers(2, 1) + draws.epoch) % 2
-        at, down, right, is_mirrored = torch.from_numpy(choices).to(self.labels.device, non_blocking=True)  # (B, 1) each
+        at, down, right, is_mirrored = torch.from_numpy(choices).to(
+            self.labels.device, non_blocking=True
+        )  # (B, 1) each
         places = torch.arange(SIDE, device=at.device)
         rows = reflected(places + down)
         columns = reflected(torch.where(is_mirrored == 1, SIDE - 1 - places, places) + right)
@@ -103,26 +124,40 @@ def net(images: Tensor, settings: Settings) -> nn.Sequential:
     layers: list[nn.Module] = [whitening(images), nn.GELU()]
     inputs = layers[0].out_channels
     for width in settings.widths or WIDTHS[settings.target]:
-        for pool in (nn.MaxPool2d(2), nn.Identity(), nn.Identity())[: 3 if settings.target == 96 else 2]:
+        for pool in (nn.MaxPool2d(2), nn.Identity(), nn.Identity())[
+            : 3 if settings.target == 96 else 2
+        ]:
             convolution = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
-            nn.init.dirac_(convolution.weight.data[:inputs])  # passes its inputs on, and has room for more
+            nn.init.dirac_(
+                convolution.weight.data[:inputs]
+            )  # passes its inputs on, and has room for more
             norm = nn.BatchNorm2d(width, momentum=0.4)
             norm.weight.requires_grad_(False)
             layers += [convolution, pool, norm, nn.GELU()]
             inputs = width
-    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(inputs, 10, bias=False))
+    return nn.Sequential(
+        *layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(inputs, 10, bias=False)
+    )
 
 
 def optimizer(model: nn.Module, settings: Settings) -> Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    biases = {"params": [parameter for parameter in trained if parameter.dim() == 1], "lr": BIAS_RATE * settings.lr}
-    weights = {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": settings.weight_decay}
+    biases = {
+        "params": [parameter for parameter in trained if parameter.dim() == 1],
+        "lr": BIAS_RATE * settings.lr,
+    }
+    weights = {
+        "params": [parameter for parameter in trained if parameter.dim() > 1],
+        "weight_decay": settings.weight_decay,
+    }
     return SGD([weights, biases], lr=settings.lr, momentum=0.85, nesterov=True)
 
 
 def recipe(settings: Settings) -> Recipe:
     if settings.num_workers:
-        raise ConfigError(f"--num-workers {settings.num_workers} has no effect: the images lie where the net does. Leave it out.")
+        raise ConfigError(
+            f"--num-workers {settings.num_workers} has no effect: the images lie where the net does. Leave it out."
+        )
 
     def model() -> nn.Module:
         data = cifar10(settings.data_root, "train", download=settings.download)
@@ -134,14 +169,21 @@ def recipe(settings: Settings) -> Recipe:
         if not model.training:  # what it says of an image and of its mirror image, together
             logits = (logits + LOGITS * model(images.flip(3))) / 2
         correct = (logits.argmax(1) == labels).sum()
-        total = cross_entropy(logits, labels, reduction="sum", label_smoothing=settings.smoothing if model.training else 0.0)
+        total = cross_entropy(
+            logits,
+            labels,
+            reduction="sum",
+            label_smoothing=settings.smoothing if model.training else 0.0,
+        )
         return LossSum(total, len(labels), metrics={"accuracy": (correct, len(labels))})
 
     return Recipe(
         model=model,
         loss=loss,
         optimizer=lambda model: optimizer(model, settings),
-        scheduler=lambda optimizer, total_steps: schedules.linear(optimizer, total_steps, warmup=0.25),
+        scheduler=lambda optimizer, total_steps: schedules.linear(
+            optimizer, total_steps, warmup=0.25
+        ),
         train_data=lambda: Images(settings, "train"),
         eval_data=lambda: Images(settings, "validation"),
         test_data=lambda: Images(settings, "test"),

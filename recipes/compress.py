@@ -35,7 +35,9 @@ class Settings(cifar.Settings):
     epochs: int = 5
     teacher: str = ""  # the ResNet's weights, a .safetensors file
     hint: float = 0.9  # weight of the teacher's answers; the rest is that of the labels
-    temperature: float = 4.0  # divides the logits of both: the higher, the more the unlikely classes count
+    temperature: float = (
+        4.0  # divides the logits of both: the higher, the more the unlikely classes count
+    )
 
 
 def load(file: str, *, flag: str, made_by: str) -> dict[str, Tensor]:
@@ -52,7 +54,9 @@ def load_resnet(file: str) -> nn.Module:
     tensors = load(file, flag="--teacher", made_by="cifar")
     blocks = sum(name.endswith(".first.weight") for name in tensors) // 3
     if not blocks:
-        raise ConfigError(f"--teacher {file}: no ResNet. Type --teacher FILE.safetensors of a run of recipes/cifar.py --model resnet")
+        raise ConfigError(
+            f"--teacher {file}: no ResNet. Type --teacher FILE.safetensors of a run of recipes/cifar.py --model resnet"
+        )
     model = cifar.resnet(len(tensors["0.weight"]), blocks)
     model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
@@ -73,32 +77,49 @@ class Int8(nn.Module):
         self.register_buffer("bias", layer.bias.detach())
 
     def forward(self, values: Tensor) -> Tensor:
-        rows = values[:, None] if self.kernel is None else unfold(values, self.kernel).transpose(1, 2)  # (B, places, K)
+        rows = (
+            values[:, None] if self.kernel is None else unfold(values, self.kernel).transpose(1, 2)
+        )  # (B, places, K)
         scale = rows.abs().amax((1, 2), keepdim=True).clamp(min=1e-12) / 127
         codes = (rows / scale).round().to(torch.int8)
-        sums = torch._int_mm(codes.flatten(0, 1), self.codes.T).unflatten(0, codes.shape[:2])  # (B, places, outputs)
+        sums = torch._int_mm(codes.flatten(0, 1), self.codes.T).unflatten(
+            0, codes.shape[:2]
+        )  # (B, places, outputs)
         result = sums * scale * self.scale + self.bias
         side = values.shape[-1] - (self.kernel[0] - 1 if self.kernel else 0)
-        return result[:, 0] if self.kernel is None else result.transpose(1, 2).unflatten(2, (side, side))
+        return (
+            result[:, 0]
+            if self.kernel is None
+            else result.transpose(1, 2).unflatten(2, (side, side))
+        )
 
 
 def quantised(model: nn.Sequential) -> nn.Sequential:
     """Returns a copy with its convolutions and linear layers in int8. No calibration: inputs are scaled as they come."""
-    return nn.Sequential(*(Int8(layer) if isinstance(layer, nn.Conv2d | nn.Linear) else layer for layer in model))
+    return nn.Sequential(
+        *(Int8(layer) if isinstance(layer, nn.Conv2d | nn.Linear) else layer for layer in model)
+    )
 
 
 def exported(model: nn.Module, file: str) -> nn.Module:
     """Writes the model as a graph with its weights, for any batch size, and returns what is read back: no Python class is needed."""
     batch = torch.export.Dim("batch", min=1)
-    torch.export.save(torch.export.export(model, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: batch},)), file)
+    torch.export.save(
+        torch.export.export(model, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: batch},)), file
+    )
     return torch.export.load(file).module()
 
 
 def accuracy(model: nn.Module, data_root: str) -> float:
     data = cifar10(data_root, "test")
-    batches = (data.__getitems__(range(start, min(start + 500, len(data)))) for start in range(0, len(data), 500))
+    batches = (
+        data.__getitems__(range(start, min(start + 500, len(data))))
+        for start in range(0, len(data), 500)
+    )
     with torch.no_grad():
-        return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches) / len(data)
+        return sum(
+            int((model(images).argmax(1) == labels).sum()) for images, labels in batches
+        ) / len(data)
 
 
 def main(student: str, teacher: str, data_root: str = "data", out: str = "lenet") -> None:
@@ -117,12 +138,17 @@ def main(student: str, teacher: str, data_root: str = "data", out: str = "lenet"
         ("ResNet, the teacher", teacher, load_resnet(teacher)),
         ("LeNet, the student", student, small),
     ]
-    for name, model, file in (("exported", small, f"{out}.pt2"), ("exported in int8", quantised(small), f"{out}-int8.pt2")):
+    for name, model, file in (
+        ("exported", small, f"{out}.pt2"),
+        ("exported in int8", quantised(small), f"{out}-int8.pt2"),
+    ):
         rows.append((name, file, exported(model, file)))
     print(f"{'':20}{'test accuracy':>14}{'weights, KiB':>14}{'file, KiB':>11}")
     for name, file, model in rows:
         weights_kib = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1024
-        print(f"{name:20}{accuracy(model, data_root):14.2%}{weights_kib:14.0f}{Path(file).stat().st_size / 1024:11.0f}  {file}")
+        print(
+            f"{name:20}{accuracy(model, data_root):14.2%}{weights_kib:14.0f}{Path(file).stat().st_size / 1024:11.0f}  {file}"
+        )
 
 
 def recipe(settings: Settings) -> Recipe:

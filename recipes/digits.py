@@ -46,7 +46,11 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossSum:
     images, labels = batch  # (B, 1, 8, 8) float, (B,) int
     logits = model(images)
     correct = (logits.argmax(1) == labels).sum()
-    return LossSum(cross_entropy(logits, labels, reduction="sum"), len(labels), metrics={"accuracy": (correct, len(labels))})
+    return LossSum(
+        cross_entropy(logits, labels, reduction="sum"),
+        len(labels),
+        metrics={"accuracy": (correct, len(labels))},
+    )
 
 
 def recipe(settings: Settings) -> Recipe:

@@ -48,16 +48,28 @@ class Settings(ddp_kit.Settings):
     data_dir: str = ""  # folder of a data set, whole or with splits train and validation
     column: str = "text"  # where the data set has its texts
     max_tokens: int = 256  # a longer text is cut
-    lora_rank: int = 0  # train adapters of this rank in all linear layers, and nothing else; 0 is off
+    lora_rank: int = (
+        0  # train adapters of this rank in all linear layers, and nothing else; 0 is off
+    )
 
 
 def causal_model(settings: Settings) -> nn.Module:
-    model = require("transformers", extra="hf").AutoModelForCausalLM.from_pretrained(settings.model_dir, local_files_only=True)
+    model = require("transformers", extra="hf").AutoModelForCausalLM.from_pretrained(
+        settings.model_dir, local_files_only=True
+    )
     if settings.lora_rank:
         peft = require("peft", extra="hf")
-        is_conv = any(type(layer).__name__ == "Conv1D" for layer in model.modules())  # GPT-2's linear layers, transposed
-        shape = {"r": settings.lora_rank, "lora_alpha": 2 * settings.lora_rank, "fan_in_fan_out": is_conv}
-        model = peft.get_peft_model(model, peft.LoraConfig(**shape, target_modules="all-linear", task_type="CAUSAL_LM"))
+        is_conv = any(
+            type(layer).__name__ == "Conv1D" for layer in model.modules()
+        )  # GPT-2's linear layers, transposed
+        shape = {
+            "r": settings.lora_rank,
+            "lora_alpha": 2 * settings.lora_rank,
+            "fan_in_fan_out": is_conv,
+        }
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(**shape, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
     return model.float().train()  # loaded for evaluation, and in the precision of the file
 
 
@@ -69,14 +81,20 @@ def splits(settings: Settings) -> Mapping[str, Any]:
         found = {"train": held["train"], "validation": held["test"]}
     for name in ("train", "validation"):
         if name not in found or settings.column not in found[name].column_names:
-            has = ", ".join(f"{split} ({', '.join(part.column_names)})" for split, part in found.items())
-            raise DataError(f"{settings.data_dir} has {has}; expected {name} with {settings.column}. Type --column or another --data-dir.")
+            has = ", ".join(
+                f"{split} ({', '.join(part.column_names)})" for split, part in found.items()
+            )
+            raise DataError(
+                f"{settings.data_dir} has {has}; expected {name} with {settings.column}. Type --column or another --data-dir."
+            )
     return found
 
 
 def sequences(texts: list[str], settings: Settings) -> list[Tensor]:
     """Returns the tokens of each text, with the end-of-text token where the tokenizer has one."""
-    tokenizer = require("transformers", extra="hf").AutoTokenizer.from_pretrained(settings.model_dir, local_files_only=True)
+    tokenizer = require("transformers", extra="hf").AutoTokenizer.from_pretrained(
+        settings.model_dir, local_files_only=True
+    )
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = [(own + end)[: settings.max_tokens] for own in tokenizer(list(texts))["input_ids"]]
     return [torch.tensor(own) for own in tokens if len(own) > 1]
@@ -85,39 +103,63 @@ def sequences(texts: list[str], settings: Settings) -> list[Tensor]:
 def collate(samples: list[Tensor]) -> dict[str, Tensor]:
     return {
         "input_ids": pad_sequence(samples, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(sample) for sample in samples], batch_first=True),
+        "attention_mask": pad_sequence(
+            [torch.ones_like(sample) for sample in samples], batch_first=True
+        ),
         "labels": pad_sequence(samples, batch_first=True, padding_value=IGNORED),
     }
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> LossSum:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits[:, :-1]
     targets = batch["labels"][:, 1:]  # (B, T - 1): what comes next
-    count = (targets != IGNORED).sum()  # a tensor: the mean is over the tokens of all ranks, however many each one has
+    count = (
+        targets != IGNORED
+    ).sum()  # a tensor: the mean is over the tokens of all ranks, however many each one has
     right = (logits.argmax(-1) == targets).sum()
-    total = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED)
+    total = cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED
+    )
     return LossSum(total, count, metrics={"accuracy": (right, count)})
 
 
 def optimizer(model: nn.Module, settings: Settings) -> AdamW:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # a tied one comes once
+    trained = [
+        parameter for parameter in model.parameters() if parameter.requires_grad
+    ]  # a tied one comes once
     matrices, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return AdamW([group for group in groups if group["params"]], lr=settings.lr)
 
 
 def recipe(settings: Settings) -> Recipe:
     if settings.lora_rank < 0:
-        raise ConfigError(f"--lora-rank {settings.lora_rank}: expected 1 or more, or 0 for no adapters.")
-    for flag, folder, file in (("model", settings.model_dir, "config.json"), ("data", settings.data_dir, "*.json")):
+        raise ConfigError(
+            f"--lora-rank {settings.lora_rank}: expected 1 or more, or 0 for no adapters."
+        )
+    for flag, folder, file in (
+        ("model", settings.model_dir, "config.json"),
+        ("data", settings.data_dir, "*.json"),
+    ):
         if not folder or not list(Path(folder).glob(file)):
-            looked = f"no {flag} in {Path(folder).absolute()}" if folder else f"--{flag}-dir is not set"
-            raise ConfigError(f"{looked}. Type --{flag}-dir DIR, a folder with {file} as save_pretrained or save_to_disk leaves it.")
+            looked = (
+                f"no {flag} in {Path(folder).absolute()}" if folder else f"--{flag}-dir is not set"
+            )
+            raise ConfigError(
+                f"{looked}. Type --{flag}-dir DIR, a folder with {file} as save_pretrained or save_to_disk leaves it."
+            )
 
     def data(split: str) -> Data:
         samples = sequences(splits(settings)[split][settings.column], settings)
         lengths = [len(sample) for sample in samples]
-        return Data(samples, collate=collate, order=orders.by_length(lengths, group=settings.global_batch))
+        return Data(
+            samples, collate=collate, order=orders.by_length(lengths, group=settings.global_batch)
+        )
 
     return Recipe(
         model=lambda: causal_model(settings),

@@ -32,9 +32,13 @@ class Settings(ddp_kit.Settings):
     """A generative adversarial network on MNIST."""
 
     global_batch: int = 128
-    micro_batch: int = 32  # the noise is drawn for a micro-batch: the same numbers on 1, 2 and 4 ranks
+    micro_batch: int = (
+        32  # the noise is drawn for a micro-batch: the same numbers on 1, 2 and 4 ranks
+    )
     epochs: int = 4
-    early_stop: EarlyStop = field(default_factory=lambda: EarlyStop(metric="frechet"))  # no improvement in 5 evaluations
+    early_stop: EarlyStop = field(
+        default_factory=lambda: EarlyStop(metric="frechet")
+    )  # no improvement in 5 evaluations
     ema: float = 0.99  # of the weights: the images are of the average
     lr: float = 2e-3  # learning rate of both
     noise: int = 64  # numbers that an image is made from
@@ -73,7 +77,9 @@ class Gan(nn.Module):
     def images(self, count: int) -> Tensor:
         """Returns new images (count, 1, 28, 28), pixels from 0 to 1, of noise from torch's generator, seeded for each step."""
         like = next(self.generator.parameters())
-        made: Tensor = self.generator(torch.randn(count, self.noise, device=like.device, dtype=like.dtype))
+        made: Tensor = self.generator(
+            torch.randn(count, self.noise, device=like.device, dtype=like.dtype)
+        )
         return made
 
 
@@ -84,9 +90,16 @@ def pixels(batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def tell_apart(model: Gan, batch: tuple[Tensor, Tensor]) -> LossSum:
     """The discriminator's loss. Source: Goodfellow et al., "Generative adversarial nets", arXiv 1406.2661, here with logits."""
-    real, fake = model.discriminator(pixels(batch)), model.discriminator(model.images(len(batch[0])))
+    real, fake = (
+        model.discriminator(pixels(batch)),
+        model.discriminator(model.images(len(batch[0]))),
+    )
     right = (real > 0).sum() + (fake <= 0).sum()
-    return LossSum(softplus(-real).sum() + softplus(fake).sum(), len(real), metrics={"accuracy": (right, 2 * len(real))})
+    return LossSum(
+        softplus(-real).sum() + softplus(fake).sum(),
+        len(real),
+        metrics={"accuracy": (right, 2 * len(real))},
+    )
 
 
 def be_taken_for_real(model: Gan, batch: tuple[Tensor, Tensor]) -> LossSum:
@@ -98,7 +111,10 @@ def be_taken_for_real(model: Gan, batch: tuple[Tensor, Tensor]) -> LossSum:
 def features(model: Gan, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Returns rows (B, 49) of real and of new images: how bright each square of 4 x 4 pixels is."""
     real = pixels(batch)
-    return {name: avg_pool2d(images, 4).flatten(1) for name, images in (("real", real), ("fake", model.images(len(real))))}
+    return {
+        name: avg_pool2d(images, 4).flatten(1)
+        for name, images in (("real", real), ("fake", model.images(len(real))))
+    }
 
 
 def frechet(means: dict[str, float], rows: Mapping[str, Tensor]) -> dict[str, float]:
@@ -116,12 +132,19 @@ def frechet(means: dict[str, float], rows: Mapping[str, Tensor]) -> dict[str, fl
 
 def grid(model: Gan) -> dict[str, Tensor]:
     """Returns one image (1, 224, 224) of new ones, from the same noise at each evaluation."""
-    return {"digits": model.images(GRID * GRID).view(GRID, GRID, 28, 28).transpose(1, 2).reshape(1, GRID * 28, GRID * 28)}
+    return {
+        "digits": model.images(GRID * GRID)
+        .view(GRID, GRID, 28, 28)
+        .transpose(1, 2)
+        .reshape(1, GRID * 28, GRID * 28)
+    }
 
 
 def recipe(settings: Settings) -> Recipe:
     if settings.width < 4 or settings.width % 4 or settings.noise < 1:
-        raise ConfigError(f"--width {settings.width} --noise {settings.noise}: expected a multiple of 4, and at least 1.")
+        raise ConfigError(
+            f"--width {settings.width} --noise {settings.noise}: expected a multiple of 4, and at least 1."
+        )
 
     def adam(part: nn.Module) -> Adam:
         return Adam(part.parameters(), lr=settings.lr, betas=(0.5, 0.999))

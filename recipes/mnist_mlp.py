@@ -32,7 +32,9 @@ class Settings(ddp_kit.Settings):
 
     global_batch: int = 128
     epochs: int = 15
-    early_stop: EarlyStop = field(default_factory=lambda: EarlyStop(metric="accuracy", mode="max", patience=5))
+    early_stop: EarlyStop = field(
+        default_factory=lambda: EarlyStop(metric="accuracy", mode="max", patience=5)
+    )
     data_root: str = "data"  # folder that holds MNIST/raw
     download: bool = False  # fetch MNIST if it is not there
     hidden: tuple[int, ...] = (128, 64)  # sizes of the hidden layers
@@ -42,7 +44,9 @@ class Settings(ddp_kit.Settings):
     optimizer: Literal["sgd", "adam", "rmsprop"] = "sgd"  # sgd has momentum
     lr: float = 0.1  # peak learning rate; adam and rmsprop want about 0.001
     momentum: float = 0.9  # of sgd
-    schedule: Literal["cosine", "step", "exponential", "none"] = "cosine"  # how the learning rate falls
+    schedule: Literal["cosine", "step", "exponential", "none"] = (
+        "cosine"  # how the learning rate falls
+    )
     l1: float = 0.0  # weight of the sum of |w| over all weight matrices
     l2: float = 0.0  # weight of half the sum of w^2 over all weight matrices
 
@@ -82,17 +86,29 @@ def schedule(optimizer: Optimizer, total_steps: int, *, name: str) -> LRSchedule
 
 def recipe(settings: Settings) -> Recipe:
     if settings.optimizer != "sgd" and settings.momentum != Settings.momentum:
-        raise ConfigError(f"--momentum {settings.momentum} has no effect with --optimizer {settings.optimizer}: leave it out.")
+        raise ConfigError(
+            f"--momentum {settings.momentum} has no effect with --optimizer {settings.optimizer}: leave it out."
+        )
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossSum:
         images, labels = batch  # (B, 1, 28, 28) float, (B,) int
         logits = model(images)
         correct = (logits.argmax(1) == labels).sum()
-        result = LossSum(cross_entropy(logits, labels, reduction="sum"), len(labels), metrics={"accuracy": (correct, len(labels))})
+        result = LossSum(
+            cross_entropy(logits, labels, reduction="sum"),
+            len(labels),
+            metrics={"accuracy": (correct, len(labels))},
+        )
         if model.training and settings.l1:
-            result = result.plus_mean(settings.l1 * torch.stack([weight.abs().sum() for weight in weights(model)]).sum())
+            result = result.plus_mean(
+                settings.l1 * torch.stack([weight.abs().sum() for weight in weights(model)]).sum()
+            )
         if model.training and settings.l2:
-            result = result.plus_mean(settings.l2 / 2 * torch.stack([weight.square().sum() for weight in weights(model)]).sum())
+            result = result.plus_mean(
+                settings.l2
+                / 2
+                * torch.stack([weight.square().sum() for weight in weights(model)]).sum()
+            )
         return result
 
     def decay(optimizer: Optimizer, total_steps: int) -> LRScheduler:

@@ -38,8 +38,14 @@ class Settings(ddp_kit.Settings):
     lr: float = 2e-3  # peak learning rate
     width: int = 16  # channels of the first block; each further block has twice as many
     blocks: int = 3  # convolutions in the trunk, each of which halves the image
-    weights: Literal["fixed", "learned"] = "fixed"  # of the tasks; learned: from each task's uncertainty
-    task_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of digit, parity and mass, where they are fixed
+    weights: Literal["fixed", "learned"] = (
+        "fixed"  # of the tasks; learned: from each task's uncertainty
+    )
+    task_weights: tuple[float, float, float] = (
+        1.0,
+        1.0,
+        1.0,
+    )  # of digit, parity and mass, where they are fixed
     absent: float = 0.0  # share of the training images, another one for each task, that carry no label of it, drawn anew each epoch
     data_root: str = "data"  # folder that holds MNIST/raw
     download: bool = False  # fetch MNIST if it is not there
@@ -51,9 +57,13 @@ class MultiTask(nn.Module):
     def __init__(self, settings: Settings):
         super().__init__()
         channels = (1, *(settings.width * 2**i for i in range(settings.blocks)))
-        self.blocks = nn.ModuleList(nn.Conv2d(inputs, outputs, 3, padding=1) for inputs, outputs in pairwise(channels))
+        self.blocks = nn.ModuleList(
+            nn.Conv2d(inputs, outputs, 3, padding=1) for inputs, outputs in pairwise(channels)
+        )
         side = 28 >> settings.blocks
-        self.heads = nn.ModuleDict({task: nn.Linear(channels[-1] * side * side, size) for task, size in OUTPUTS.items()})
+        self.heads = nn.ModuleDict(
+            {task: nn.Linear(channels[-1] * side * side, size) for task, size in OUTPUTS.items()}
+        )
         self.losses = nn.ModuleDict(
             {
                 "digit": nn.CrossEntropyLoss(reduction="sum"),
@@ -63,7 +73,9 @@ class MultiTask(nn.Module):
         )
         self.weights = dict(zip(OUTPUTS, settings.task_weights, strict=True))
         is_learned = settings.weights == "learned"
-        self.log_variances = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in OUTPUTS if is_learned})
+        self.log_variances = nn.ParameterDict(
+            {task: nn.Parameter(torch.zeros(())) for task in OUTPUTS if is_learned}
+        )
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 1, 28, 28) -> (B, features)."""
@@ -76,7 +88,9 @@ class MultiTask(nn.Module):
         if task not in self.log_variances:
             return self.weights[task] * total
         log_variance = self.log_variances[task]
-        half = 0.5 if task == "mass" else 1.0  # the logarithm of a normal density has it, that of a softmax does not
+        half = (
+            0.5 if task == "mass" else 1.0
+        )  # the logarithm of a normal density has it, that of a softmax does not
         return half * torch.exp(-log_variance) * total + 0.5 * log_variance * count
 
 
@@ -97,32 +111,49 @@ def measured(task: str, outputs: Tensor, target: Tensor) -> Tensor:
 
 def loss(model: MultiTask, batch: tuple[Tensor, ...]) -> LossSum:
     """Every label weighs the same: a task that half of the images carry counts half. A task that no image carries is left out."""
-    images, labels, *drawn = batch  # (B, 1, 28, 28) float, (B,) int, with --absent (B, tasks) bool: whether a label is there
+    images, labels, *drawn = (
+        batch  # (B, 1, 28, 28) float, (B,) int, with --absent (B, tasks) bool: whether a label is there
+    )
     features = model.features(images)
     total = 0.0 * features.sum()  # a batch without any label has a gradient too
     metrics: dict[str, tuple[Tensor | float, int]] = {}
     for i, (task, target) in enumerate(targets(images, labels)):
-        there = drawn[0][:, i].nonzero().squeeze(1) if drawn else torch.arange(len(images), device=images.device)  # waits for the device
+        there = (
+            drawn[0][:, i].nonzero().squeeze(1)
+            if drawn
+            else torch.arange(len(images), device=images.device)
+        )  # waits for the device
         name = f"{task}/{'error' if task == 'mass' else 'accuracy'}"
         metrics[name] = (0.0, 0)  # the same names in every batch, with nothing to count
         if len(there):
             outputs, target = model.heads[task](features[there]), target[there]
             total = total + model.weighted(task, model.losses[task](outputs, target), len(there))
             metrics[name] = (measured(task, outputs, target), len(there))
-    weights = {f"{task}/weight": (torch.exp(-log_variance.detach()), 1) for task, log_variance in model.log_variances.items()}
+    weights = {
+        f"{task}/weight": (torch.exp(-log_variance.detach()), 1)
+        for task, log_variance in model.log_variances.items()
+    }
     return LossSum(total, len(images), metrics=metrics | weights)
 
 
 def check(settings: Settings) -> None:
     if settings.weights == "learned" and settings.task_weights != Settings.task_weights:
-        raise ConfigError("--task-weights has no effect with --weights learned: leave it out, or type --weights fixed.")
-    if min(settings.task_weights) < 0 or not 0 <= settings.absent < 1 or not 1 <= settings.blocks <= 4:
+        raise ConfigError(
+            "--task-weights has no effect with --weights learned: leave it out, or type --weights fixed."
+        )
+    if (
+        min(settings.task_weights) < 0
+        or not 0 <= settings.absent < 1
+        or not 1 <= settings.blocks <= 4
+    ):
         raise ConfigError(
             f"--task-weights {settings.task_weights} --absent {settings.absent} --blocks {settings.blocks}: expected weights of 0 or more, "
             "a share from 0 to below 1, and 1 to 4 blocks."
         )
     if settings.absent and not settings.find_unused_parameters:
-        raise ConfigError(f"--absent {settings.absent} leaves heads without a gradient in some batches: type --find-unused-parameters too.")
+        raise ConfigError(
+            f"--absent {settings.absent} leaves heads without a gradient in some batches: type --find-unused-parameters too."
+        )
 
 
 def recipe(settings: Settings) -> Recipe:
@@ -137,7 +168,8 @@ def recipe(settings: Settings) -> Recipe:
         optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=settings.lr),
         scheduler=lambda optimizer, total_steps: schedules.warmup_cosine(optimizer, total_steps),
         train_data=lambda: Data(
-            mnist(settings.data_root, "train", download=settings.download), augment=drop_labels if settings.absent else None
+            mnist(settings.data_root, "train", download=settings.download),
+            augment=drop_labels if settings.absent else None,
         ),
         eval_data=lambda: mnist(settings.data_root, "validation", download=settings.download),
         test_data=lambda: mnist(settings.data_root, "test", download=settings.download),

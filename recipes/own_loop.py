@@ -21,15 +21,23 @@ def loss(model, batch):
     images, labels = batch  # (B, 1, 8, 8) float, (B,) int
     logits = model(images)
     right = (logits.argmax(1) == labels).sum()
-    return LossSum(cross_entropy(logits, labels, reduction="sum"), len(labels), metrics={"accuracy": (right, len(labels))})  # >> sums
+    return LossSum(
+        cross_entropy(logits, labels, reduction="sum"),
+        len(labels),
+        metrics={"accuracy": (right, len(labels))},
+    )  # >> sums
 
 
 def main(steps: int = 400, folder: str = "runs/own_loop") -> None:
     with ddp_kit.process_group() as group, ddp_kit.signals_noted() as stop:  # >>
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(group.device)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(
+            group.device
+        )
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        feed = ddp_kit.build_loader(digits("train"), group=group, global_batch=64)  # >> the global batch, whatever the ranks
+        feed = ddp_kit.build_loader(
+            digits("train"), group=group, global_batch=64
+        )  # >> the global batch, whatever the ranks
         training = ddp_kit.wrap(model, optimizer, loss, group=group, feed=feed)  # >>
         ddp_kit.restore(training, folder)  # >> the newest good checkpoint, if there is one
         for batch in feed.batches(start=training.step, end=steps):  # >>
@@ -43,7 +51,9 @@ def main(steps: int = 400, folder: str = "runs/own_loop") -> None:
             if is_stopping:
                 break
         validation = evaluation_batches(digits("validation"), micro_batch=256, group=group)
-        metrics = evaluate(model, validation, group=group, measure=lambda model, batch: loss(model, batch).sums())  # >> all samples once
+        metrics = evaluate(
+            model, validation, group=group, measure=lambda model, batch: loss(model, batch).sums()
+        )  # >> all samples once
         if group.rank == 0:
             print(f"validation loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.4f}")
 

@@ -57,10 +57,15 @@ class Log(NamedTuple):
         The r-th such item of a user is r plus the number of those met that come before it: nothing has to be drawn twice.
         """
         places = np.arange(len(self.met)) - self.starts[self.users]
-        before = self.users * self.items + self.met - places  # not met before each one met; ascending, one user after another
+        before = (
+            self.users * self.items + self.met - places
+        )  # not met before each one met; ascending, one user after another
         free = self.items - np.diff(self.starts)[users]
         rank = (uniform * free[:, None]).astype(np.int64)
-        passed = np.searchsorted(before, users[:, None] * self.items + rank, side="right") - self.starts[users][:, None]
+        passed = (
+            np.searchsorted(before, users[:, None] * self.items + rank, side="right")
+            - self.starts[users][:, None]
+        )
         return rank + passed
 
 
@@ -81,7 +86,14 @@ def make_log(*, users: int, items: int) -> Log:
         kept.append(np.sort(chosen[2:]))
     starts = np.concatenate([[0], np.cumsum(counts - 2)])
     validation, test = np.stack(held_out, axis=1)
-    return Log(items, np.repeat(np.arange(users), counts - 2), np.concatenate(kept), starts, validation, test)
+    return Log(
+        items,
+        np.repeat(np.arange(users), counts - 2),
+        np.concatenate(kept),
+        starts,
+        validation,
+        test,
+    )
 
 
 class Recommender(nn.Module):
@@ -100,7 +112,9 @@ class Recommender(nn.Module):
     def forward(self, users: Tensor, items: Tensor) -> Tensor:
         """(B,), (B, K) or (1, K) -> (B, K)."""
         user, item = self.users(users).unsqueeze(1), self.items(items)
-        hidden = torch.relu(self.of_user(user) + self.of_item(item))  # the MLP's first layer, so that each side is computed once
+        hidden = torch.relu(
+            self.of_user(user) + self.of_item(item)
+        )  # the MLP's first layer, so that each side is computed once
         return (user * item).sum(2) + self.out(hidden).squeeze(2)
 
 
@@ -110,12 +124,18 @@ def loss(model: Recommender, batch: tuple[Tensor, Tensor, Tensor]) -> LossSum:
     return LossSum(softplus(-scores[:, 0]).sum() + softplus(scores[:, 1:]).sum(), len(users))
 
 
-def ranked(model: Recommender, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, tuple[Tensor, int]]:
+def ranked(
+    model: Recommender, batch: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, tuple[Tensor, int]]:
     """Ranks each user's held-out item among all items that he has not met: hit rate and NDCG at 10, as sums over users."""
     users, held_out, is_met = batch  # (B,), (B,) int, (B, items) bool
-    scores = model(users, torch.arange(is_met.shape[1], device=users.device).unsqueeze(0)).masked_fill(is_met, -torch.inf)
+    scores = model(
+        users, torch.arange(is_met.shape[1], device=users.device).unsqueeze(0)
+    ).masked_fill(is_met, -torch.inf)
     own = scores.gather(1, held_out.unsqueeze(1))
-    rank = (~(scores < own)).sum(1) - 1  # a tie counts against the model, or one that scores all alike would be perfect
+    rank = (~(scores < own)).sum(
+        1
+    ) - 1  # a tie counts against the model, or one that scores all alike would be perfect
     gain = (rank < TOP) / torch.log2(rank.double() + 2)
     return {f"hr@{TOP}": ((rank < TOP).sum(), len(users)), f"ndcg@{TOP}": (gain.sum(), len(users))}
 
@@ -131,19 +151,32 @@ def to_rank(log: Log, *held_out: NDArray[np.int64]) -> TensorDataset:
 
 
 def recipe(settings: Settings) -> Recipe:
-    if settings.negatives < 1 or settings.dimension < 1 or settings.users < 1 or settings.items < 4 * FEWEST:
-        raise ConfigError(f"expected --negatives, --dimension and --users of 1 or more, and --items of {4 * FEWEST} or more.")
+    if (
+        settings.negatives < 1
+        or settings.dimension < 1
+        or settings.users < 1
+        or settings.items < 4 * FEWEST
+    ):
+        raise ConfigError(
+            f"expected --negatives, --dimension and --users of 1 or more, and --items of {4 * FEWEST} or more."
+        )
     log = make_log(users=settings.users, items=settings.items)
 
     def add_negatives(batch: tuple[Tensor, Tensor], draws: Draws) -> tuple[Tensor, ...]:
-        return (*batch, torch.from_numpy(log.not_met(batch[0].numpy(), draws.uniform(settings.negatives))))
+        return (
+            *batch,
+            torch.from_numpy(log.not_met(batch[0].numpy(), draws.uniform(settings.negatives))),
+        )
 
     return Recipe(
         model=lambda: Recommender(settings),
         loss=loss,
         optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=settings.lr),
         scheduler=lambda optimizer, total_steps: schedules.warmup_cosine(optimizer, total_steps),
-        train_data=lambda: Data(TensorDataset(torch.from_numpy(log.users), torch.from_numpy(log.met)), augment=add_negatives),
+        train_data=lambda: Data(
+            TensorDataset(torch.from_numpy(log.users), torch.from_numpy(log.met)),
+            augment=add_negatives,
+        ),
         eval_data=lambda: to_rank(log, log.validation),
         test_data=lambda: to_rank(log, log.validation, log.test),
         evaluate=ranked,

@@ -46,7 +46,18 @@ BUDGETS = {
     "testing": 1700,
 }
 MOST_TERNARIES, MOST_PAIRS = 12.0, 3.0  # per 1,000 lines
-HEAVY = ["torch", "torchvision", "accelerate", "deepspeed", "wandb", "tensorboard", "submitit", "sklearn", "tyro", "rich"]
+HEAVY = [
+    "torch",
+    "torchvision",
+    "accelerate",
+    "deepspeed",
+    "wandb",
+    "tensorboard",
+    "submitit",
+    "sklearn",
+    "tyro",
+    "rich",
+]
 
 
 @cache
@@ -87,7 +98,9 @@ def nodes(kind: type[ast.AST]) -> Iterator[tuple[Path, ast.AST]]:
 
 
 def per_1000_lines(count: int) -> float:
-    return 1000 * count / sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files())
+    return (
+        1000 * count / sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files())
+    )
 
 
 def test_every_file_is_in_a_room_that_has_a_layer() -> None:
@@ -109,7 +122,11 @@ def test_no_room_imports_one_of_its_own_layer_or_above() -> None:
 
 def test_modules_import_each_other_in_no_circle() -> None:
     # The table of public names imports its modules only once one of them is asked for.
-    arrows = {name_of(path): set(imports(path)) - {"ddp_kit"} for path in files() if path.name != "__init__.py"}
+    arrows = {
+        name_of(path): set(imports(path)) - {"ddp_kit"}
+        for path in files()
+        if path.name != "__init__.py"
+    }
     while True:
         leaves = {name for name, targets in arrows.items() if not targets & arrows.keys()}
         if not leaves:
@@ -132,50 +149,89 @@ def test_launchers_import_no_torch_and_little_of_ddp_kit() -> None:
 
 
 def test_no_file_and_no_function_is_long() -> None:
-    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files()}
+    lengths = {
+        name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files()
+    }
     assert {name: length for name, length in lengths.items() if length > 300} == {}
     functions = (*nodes(ast.FunctionDef), *nodes(ast.AsyncFunctionDef))
-    assert {f"{name_of(path)}.{node.name}" for path, node in functions if node.end_lineno - node.lineno >= 60} == set()
+    assert {
+        f"{name_of(path)}.{node.name}"
+        for path, node in functions
+        if node.end_lineno - node.lineno >= 60
+    } == set()
 
 
 def test_every_room_keeps_to_its_budget_of_lines() -> None:
     lines: dict[str, int] = dict.fromkeys(BUDGETS, 0)
     for path in files():
         own = room(path)
-        lines[own if own in BUDGETS else "faces"] += len(path.read_text(encoding="utf-8").splitlines())
+        lines[own if own in BUDGETS else "faces"] += len(
+            path.read_text(encoding="utf-8").splitlines()
+        )
     assert {name: count for name, count in lines.items() if count > BUDGETS[name]} == {}
 
 
 def test_a_condition_that_matters_is_an_if() -> None:
     ternaries = list(nodes(ast.IfExp))
-    nested = [path for path, node in ternaries if any(isinstance(child, ast.IfExp) for child in ast.iter_child_nodes(node))]
+    nested = [
+        path
+        for path, node in ternaries
+        if any(isinstance(child, ast.IfExp) for child in ast.iter_child_nodes(node))
+    ]
     assert not nested
     assert per_1000_lines(len(ternaries)) <= MOST_TERNARIES
 
 
 def test_a_loop_in_a_loop_is_no_comprehension() -> None:
     kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-    found = [f"{name_of(path)}:{node.lineno}" for kind in kinds for path, node in nodes(kind) if len(node.generators) > 1]
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for kind in kinds
+        for path, node in nodes(kind)
+        if len(node.generators) > 1
+    ]
     assert not found
 
 
 def test_values_are_bound_one_by_one() -> None:
-    pairs = [path for path, node in nodes(ast.Assign) if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)]
+    pairs = [
+        path
+        for path, node in nodes(ast.Assign)
+        if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+    ]
     assert per_1000_lines(len(pairs)) <= MOST_PAIRS
 
 
 def test_the_environment_is_read_in_one_place() -> None:
-    readers = {name_of(path) for path in files() if "os.environ" in path.read_text(encoding="utf-8") and room(path) != "testing"}
+    readers = {
+        name_of(path)
+        for path in files()
+        if "os.environ" in path.read_text(encoding="utf-8") and room(path) != "testing"
+    }
     assert readers == {"ddp_kit.distributed.topology", "ddp_kit.launch.environment"}
 
 
 def test_nothing_unpickles_and_nothing_waits_at_a_barrier() -> None:
     forbidden = {
-        *("dist.broadcast_object_list", "dist.all_gather_object", "dist.gather_object", "dist.scatter_object_list"),
-        *("dist.send_object_list", "dist.recv_object_list", "dist.barrier", "torch.load", "pickle.load", "pickle.loads"),
+        *(
+            "dist.broadcast_object_list",
+            "dist.all_gather_object",
+            "dist.gather_object",
+            "dist.scatter_object_list",
+        ),
+        *(
+            "dist.send_object_list",
+            "dist.recv_object_list",
+            "dist.barrier",
+            "torch.load",
+            "pickle.load",
+            "pickle.loads",
+        ),
     }
     calls = {(path, ast.unparse(node.func)) for path, node in nodes(ast.Call)}
-    assert {(path, call) for path, call in calls if call in forbidden and room(path) != "testing"} == set()
+    assert {
+        (path, call) for path, call in calls if call in forbidden and room(path) != "testing"
+    } == set()
 
 
 def test_public_names_are_these() -> None:
@@ -183,11 +239,35 @@ def test_public_names_are_these() -> None:
 
     assert sorted(ddp_kit.__all__) == sorted(
         [
-            *("Callback", "Data", "Draws", "LossSum", "Objective", "Recipe", "Settings", "build_loader", "first_on_node", "orders"),
-            *("plan_batches", "process_group", "restore", "run", "save", "schedules", "should_stop", "signals_noted", "train_step", "wrap"),
+            *(
+                "Callback",
+                "Data",
+                "Draws",
+                "LossSum",
+                "Objective",
+                "Recipe",
+                "Settings",
+                "build_loader",
+                "first_on_node",
+                "orders",
+            ),
+            *(
+                "plan_batches",
+                "process_group",
+                "restore",
+                "run",
+                "save",
+                "schedules",
+                "should_stop",
+                "signals_noted",
+                "train_step",
+                "wrap",
+            ),
         ]
     )
-    tops = {path.stem for path in LIBRARY.iterdir()}  # importing such a file would set the name of the package to it
+    tops = {
+        path.stem for path in LIBRARY.iterdir()
+    }  # importing such a file would set the name of the package to it
     assert tops & (set(ddp_kit.__all__) - {"schedules"}) == set()
 
 
@@ -199,6 +279,8 @@ def test_importing_it_does_not_import_heavy_packages(module: str) -> None:
 
 
 def test_the_training_command_imports_optional_packages_only_on_use() -> None:
-    code = f"import sys, ddp_kit.train; print([name for name in {HEAVY[1:]!r} if name in sys.modules])"
+    code = (
+        f"import sys, ddp_kit.train; print([name for name in {HEAVY[1:]!r} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -65,7 +65,12 @@ class Checkpoints:
         each save that has ended.
         """
         group = training.group
-        self._training, self._about, self._minutes, self._early_stopping = training, about, minutes, early_stopping
+        self._training, self._about, self._minutes, self._early_stopping = (
+            training,
+            about,
+            minutes,
+            early_stopping,
+        )
         self._on_end, self._course, self.storage = on_end or _warn, course, storage
         token = from_rank(group, uuid.uuid4().hex[:12].encode()).decode()
         own_group = group.join_another(backend="gloo") if group.control is not None else None
@@ -144,18 +149,29 @@ class Checkpoints:
             run_id=self._about.run_id,
             step=training.step,
             world_size=training.group.world_size,
-            settings_sha256=hashlib.sha256(json.dumps(self._about.binding, sort_keys=True).encode()).hexdigest(),
+            settings_sha256=hashlib.sha256(
+                json.dumps(self._about.binding, sort_keys=True).encode()
+            ).hexdigest(),
             time=time.time(),
             best_by=f"{self._keep.mode} {self._keep.metric}" if self._keep.metric else "",
             cursor=cursor,
-            metrics={name: value if math.isfinite(value) else repr(value) for name, value in metrics.items()},
+            metrics={
+                name: value if math.isfinite(value) else repr(value)
+                for name, value in metrics.items()
+            },
         )
-        copied = self._saver.save(state.tensors, state.own, state.values, manifest=manifest, first=state.buffers)
+        copied = self._saver.save(
+            state.tensors, state.own, state.values, manifest=manifest, first=state.buffers
+        )
         training.copied = copied.ready
         self.saved_step, self._last_save = training.step, time.monotonic()
 
     def _state(self) -> State:
-        more = {"settings": dict(self._about.binding), "run_id": self._about.run_id, "best": repr(self._best)}
+        more = {
+            "settings": dict(self._about.binding),
+            "run_id": self._about.run_id,
+            "best": repr(self._best),
+        }
         if self._course is not None:
             more["data"] = self._places(self._course)
         return state_of(self._training, early_stopping=self._early_stopping, more=more)
@@ -166,8 +182,12 @@ class Checkpoints:
         tensors: dict[str, torch.Tensor] = {}
         own = encode(vars(place), tensors, name="the training data's state_dict")
         if tensors:
-            raise ConfigError("the training data's state_dict holds tensors; a checkpoint takes plain data of it: numbers, texts, lists.")
-        return [json.loads(row) for row in gather_bytes(self._training.group, json.dumps(own).encode())]
+            raise ConfigError(
+                "the training data's state_dict holds tensors; a checkpoint takes plain data of it: numbers, texts, lists."
+            )
+        return [
+            json.loads(row) for row in gather_bytes(self._training.group, json.dumps(own).encode())
+        ]
 
     def report(self) -> None:
         """Tells of the save that has ended since the last call. Raises: what ended the thread, if that was no full disk and its like."""
@@ -200,7 +220,9 @@ def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterato
         opened.copy_into(live)
         if training.average is not None:
             averaged = {f"ema/{name}": live.get(f"model/{name}") for name in training.average.names}
-            opened.copy_into({name: tensor for name, tensor in averaged.items() if tensor is not None})
+            opened.copy_into(
+                {name: tensor for name, tensor in averaged.items() if tensor is not None}
+            )
         yield opened.manifest.step
     finally:
         with torch.no_grad():
@@ -212,7 +234,11 @@ def _open_best(storage: Storage, keep: Keep, *, group: Group) -> Opened | None:
     """Returns the best checkpoint that is whole, None without one. Every rank calls it."""
     damaged: set[int] = set()
     while True:
-        manifests = [manifest for manifest in manifests_of(storage) if manifest.step not in damaged] if group.rank == 0 else []
+        manifests = (
+            [manifest for manifest in manifests_of(storage) if manifest.step not in damaged]
+            if group.rank == 0
+            else []
+        )
         found = best(manifests, metric=keep.metric, mode=keep.mode)
         step = int(from_rank(group, str(found.step if found else 0).encode()))
         if not step:
@@ -220,7 +246,11 @@ def _open_best(storage: Storage, keep: Keep, *, group: Group) -> Opened | None:
         try:
             return open_checkpoint(storage, step, group=group)
         except DamagedError as error:
-            logger.warning("the best checkpoint, of step %d, is damaged (%s): the next best one is used", step, error)
+            logger.warning(
+                "the best checkpoint, of step %d, is damaged (%s): the next best one is used",
+                step,
+                error,
+            )
             damaged.add(step)
 
 
@@ -259,8 +289,12 @@ def _of_ones_own(training: Training, path: Path | str) -> Checkpoints:
     if training.checkpoints is None:
         if training.group.rank == 0:
             clear(storage)
-        training.checkpoints = Checkpoints(training, storage, about=About(run_id="own"), keep=Keep())
+        training.checkpoints = Checkpoints(
+            training, storage, about=About(run_id="own"), keep=Keep()
+        )
     assert isinstance(training.checkpoints, Checkpoints)
     if training.checkpoints.storage != storage:
-        raise ConfigError(f"this run's checkpoints are in another folder than {path}: save and restore take one folder for one training.")
+        raise ConfigError(
+            f"this run's checkpoints are in another folder than {path}: save and restore take one folder for one training."
+        )
     return training.checkpoints

@@ -40,7 +40,9 @@ def origin_of(path: Path, *, flag_text: str) -> Origin:
         return Origin(path / "checkpoints")
     elif any(map(FOLDER.fullmatch, _names(path))):
         return Origin(path)
-    raise ConfigError(f"{flag_text} {path}: expected a run, or one of its checkpoints such as runs/NAME/checkpoints/step-00000100.")
+    raise ConfigError(
+        f"{flag_text} {path}: expected a run, or one of its checkpoints such as runs/NAME/checkpoints/step-00000100."
+    )
 
 
 def find(origin: Origin, *, group: Group, sets_aside: bool = False) -> Opened | None:
@@ -56,7 +58,11 @@ def find(origin: Origin, *, group: Group, sets_aside: bool = False) -> Opened | 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a run with checkpoints, a folder of them, or one of them."""
-    return bool(FOLDER.fullmatch(path.name)) or (path / "checkpoints").is_dir() or any(map(FOLDER.fullmatch, _names(path)))
+    return (
+        bool(FOLDER.fullmatch(path.name))
+        or (path / "checkpoints").is_dir()
+        or any(map(FOLDER.fullmatch, _names(path)))
+    )
 
 
 def _names(path: Path) -> list[str]:
@@ -78,7 +84,9 @@ def path_of(path: Path, *, is_best: bool, step: int = -1, flag_text: str) -> Pat
     if is_best:
         chosen = best_of(origin.storage)
         if chosen is None:
-            raise ConfigError(f"{flag_text} {path} --best: no checkpoint in it was evaluated. Leave --best out for the newest one.")
+            raise ConfigError(
+                f"{flag_text} {path} --best: no checkpoint in it was evaluated. Leave --best out for the newest one."
+            )
         step = chosen.step
     return origin.folder / folder_of(step)
 
@@ -86,4 +94,9 @@ def path_of(path: Path, *, is_best: bool, step: int = -1, flag_text: str) -> Pat
 def weights_of(opened: Opened, *, averaged: bool = True) -> dict[str, torch.Tensor]:
     """Returns the model's tensors by their names in the model; `averaged`: as evaluation used them, if the run averages them."""
     names = [name.removeprefix("model/") for name in opened.kinds if name.startswith("model/")]
-    return {name: opened.tensor(f"ema/{name}" if averaged and f"ema/{name}" in opened.kinds else f"model/{name}") for name in names}
+    return {
+        name: opened.tensor(
+            f"ema/{name}" if averaged and f"ema/{name}" in opened.kinds else f"model/{name}"
+        )
+        for name in names
+    }

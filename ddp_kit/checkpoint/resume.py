@@ -37,7 +37,17 @@ FREE = {
         "init_partial",
         "rename",
     ),
-    *("strategy", "eval_every", "log_every", "save_every", "save_minutes", "max_hours", "keep", "keep_every", "find_unused_parameters"),
+    *(
+        "strategy",
+        "eval_every",
+        "log_every",
+        "save_every",
+        "save_minutes",
+        "max_hours",
+        "keep",
+        "keep_every",
+        "find_unused_parameters",
+    ),
 }
 FREE_GROUPS = {"wandb", "fsdp", "deepspeed"}
 RECIPE = "recipe's text"
@@ -52,8 +62,15 @@ def binding(settings: Settings, *, recipe: str) -> dict[str, str]:
     """
     free = FREE | ({"max_steps"} if settings.epochs else set())
     free -= {"threads"} if getattr(settings, "exact", False) else set()
-    fields = {name: text for name, text in flatten(settings).items() if name not in free and name.split(".")[0] not in FREE_GROUPS}
-    bound = {name: _sealed(name, text) if is_secret_setting(name, text) else text for name, text in fields.items()}
+    fields = {
+        name: text
+        for name, text in flatten(settings).items()
+        if name not in free and name.split(".")[0] not in FREE_GROUPS
+    }
+    bound = {
+        name: _sealed(name, text) if is_secret_setting(name, text) else text
+        for name, text in fields.items()
+    }
     return bound | {RECIPE: recipe}
 
 
@@ -75,10 +92,16 @@ def _is_same(name: str, old: str | None, new: str | None) -> bool:
 def differences(old: Mapping[str, Any], new: Mapping[str, str]) -> list[str]:
     """Returns the names of what differs. A setting that the old life did not know had today's default."""
     defaults = flatten(Settings())
-    return [name for name in {**old, **new} if not _is_same(name, old.get(name, defaults.get(name)), new.get(name))]
+    return [
+        name
+        for name in {**old, **new}
+        if not _is_same(name, old.get(name, defaults.get(name)), new.get(name))
+    ]
 
 
-def require_unchanged(opened: Opened, new: Mapping[str, str], *, change: tuple[str, ...]) -> list[str]:
+def require_unchanged(
+    opened: Opened, new: Mapping[str, str], *, change: tuple[str, ...]
+) -> list[str]:
     """Returns the names that differ and were named. Raises: ConfigError with a table of those that were not."""
     old = opened.values["settings"]
     names = {name.lstrip("-").replace("-", "_") for name in change}
@@ -88,10 +111,17 @@ def require_unchanged(opened: Opened, new: Mapping[str, str], *, change: tuple[s
     if refused:
         rows = [
             ("setting", "checkpoint", "now"),
-            *((flag(name), _shown(name, old.get(name)), _shown(name, new.get(name))) for name in refused),
+            *(
+                (flag(name), _shown(name, old.get(name)), _shown(name, new.get(name)))
+                for name in refused
+            ),
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        table = "\n".join("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        table = "\n".join(
+            "  "
+            + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
         words = " ".join("recipe" if name == RECIPE else name for name in refused)
         raise ConfigError(
             f"the run in {opened.folder} was started with other settings:\n{table}\n"
@@ -101,18 +131,37 @@ def require_unchanged(opened: Opened, new: Mapping[str, str], *, change: tuple[s
 
 
 def _shown(name: str, text: Any) -> str:
-    if isinstance(text, str) and name != RECIPE and (text.startswith(SEALED) or is_secret_setting(name, text)):
+    if (
+        isinstance(text, str)
+        and name != RECIPE
+        and (text.startswith(SEALED) or is_secret_setting(name, text))
+    ):
         return REDACTED
-    return "-" if text is None else text[:12] if isinstance(text, str) and len(text) == 64 else str(text)[:40]
+    return (
+        "-"
+        if text is None
+        else text[:12]
+        if isinstance(text, str) and len(text) == 64
+        else str(text)[:40]
+    )
 
 
-def resume(opened: Opened, training: Training, *, settings: Settings, new: Mapping[str, str], early_stopping: EarlyStopping) -> list[str]:
+def resume(
+    opened: Opened,
+    training: Training,
+    *,
+    settings: Settings,
+    new: Mapping[str, str],
+    early_stopping: EarlyStopping,
+) -> list[str]:
     """Puts a life into the state of a checkpoint. Every rank calls it. Returns the settings that were changed on purpose.
 
     Raises: ConfigError for a checkpoint that does not fit, with nothing changed.
     """
     changed = require_unchanged(opened, new, change=settings.change)
-    restore_state(opened, training, early_stopping=early_stopping, keeps_hyperparameters=not changed)
+    restore_state(
+        opened, training, early_stopping=early_stopping, keeps_hyperparameters=not changed
+    )
     assert isinstance(training.checkpoints, Checkpoints)
     training.checkpoints.resumed(opened)
     return changed

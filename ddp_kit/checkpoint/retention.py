@@ -37,7 +37,10 @@ class Keep:
 
 def steps(storage: Storage) -> list[int]:
     """Returns the steps of committed checkpoints, newest first. Whether they are whole is not looked at."""
-    return sorted((int(match[1]) for name in storage.list("") if (match := FOLDER.fullmatch(name))), reverse=True)
+    return sorted(
+        (int(match[1]) for name in storage.list("") if (match := FOLDER.fullmatch(name))),
+        reverse=True,
+    )
 
 
 def read_manifest(storage: Storage, step: int) -> Manifest:
@@ -52,7 +55,11 @@ def read_manifest(storage: Storage, step: int) -> Manifest:
 
 def best(manifests: list[Manifest], *, metric: str, mode: str) -> Manifest | None:
     """Returns the checkpoint with the best value of a metric, the earliest of equals; None if none has it."""
-    valued = [(float(manifest.metrics[metric]), manifest) for manifest in manifests if metric in manifest.metrics]
+    valued = [
+        (float(manifest.metrics[metric]), manifest)
+        for manifest in manifests
+        if metric in manifest.metrics
+    ]
     valued = [(value, manifest) for value, manifest in valued if not math.isnan(value)]
     if not valued:
         return None
@@ -91,7 +98,9 @@ def clear(storage: Storage) -> None:
         step, _, rest = name.partition(".")
         if rest == "replaced" and step not in names:
             storage.rename(name, step)
-        elif FOLDER.fullmatch(step) and (rest.startswith("tmp-") or rest in ("deleted", "replaced")):
+        elif FOLDER.fullmatch(step) and (
+            rest.startswith("tmp-") or rest in ("deleted", "replaced")
+        ):
             storage.remove(name)
 
 
@@ -114,7 +123,9 @@ def free_name(storage: Storage, name: str) -> str:
 
 def best_metric(rule: EarlyStop, names: Iterable[str]) -> str:
     """Returns the evaluation metric that decides: the early-stopping one, else the (first) loss; "" if there is neither."""
-    return rule.metric or next((name for name in names if name == "loss" or name.endswith("/loss")), "")
+    return rule.metric or next(
+        (name for name in names if name == "loss" or name.endswith("/loss")), ""
+    )
 
 
 def keep_of(settings: Settings, names: Iterable[str]) -> Keep:
@@ -132,7 +143,9 @@ def best_notes(rule: EarlyStop, names: Collection[str], *, has_test: bool) -> li
     """Says at start where "best" may be another one than was meant."""
     notes = []
     if rule.mode == "min" and re.search(r"acc|auc|auroc|f1|top[-_]?\d", rule.metric):
-        notes.append(f"a smaller {rule.metric} counts as the better one: if it is the larger one, type --early-stop.mode max")
+        notes.append(
+            f"a smaller {rule.metric} counts as the better one: if it is the larger one, type --early-stop.mode max"
+        )
     if has_test and names and not best_metric(rule, names):
         notes.append(
             "the last weights are the ones tested, not the best, since evaluation reports no loss: let it report one, or type "

@@ -28,7 +28,13 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.training.state import ObjectiveState, Training
 
-KEEPS_OWN = {"params", "foreach", "fused", "capturable", "differentiable"}  # of a parameter group: how it is computed, not what
+KEEPS_OWN = {
+    "params",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+}  # of a parameter group: how it is computed, not what
 
 
 @dataclass(frozen=True)
@@ -42,21 +48,35 @@ class State:
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
         """The tensors that must be copied before the next forward pass."""
-        return {name: tensor for name, tensor in self.tensors.items() if not isinstance(tensor, nn.Parameter)}
+        return {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if not isinstance(tensor, nn.Parameter)
+        }
 
 
 def model_tensors(model: nn.Module, *, trainable_only: bool = False) -> dict[str, torch.Tensor]:
     """Returns parameters and all buffers as `model/NAME`, a tied one once; `trainable_only` leaves frozen parameters out."""
-    kept = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad or not trainable_only]
+    kept = [
+        (name, tensor)
+        for name, tensor in model.named_parameters()
+        if tensor.requires_grad or not trainable_only
+    ]
     return {f"model/{name}": tensor for name, tensor in [*kept, *model.named_buffers()]}
 
 
 def _items_of(training: Training) -> dict[str, Item]:
-    items: dict[str, Item] = dict(model_tensors(training.model, trainable_only=bool(training.base_sha256)))
+    items: dict[str, Item] = dict(
+        model_tensors(training.model, trainable_only=bool(training.base_sha256))
+    )
     average = training.average
     if average is not None:
         found = zip(average.names, average.like, average.averages, strict=True)
-        items |= {f"ema/{name}": held(like, own) if is_split(like) else own for name, like, own in found if f"model/{name}" in items}
+        items |= {
+            f"ema/{name}": held(like, own) if is_split(like) else own
+            for name, like, own in found
+            if f"model/{name}" in items
+        }
     return items
 
 
@@ -65,7 +85,12 @@ def _kind(item: Item) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(part.shape), part.rows.dtype if isinstance(part, Held) else part.content.dtype
 
 
-def state_of(training: Training, *, early_stopping: EarlyStopping | None = None, more: Mapping[str, Any] | None = None) -> State:
+def state_of(
+    training: Training,
+    *,
+    early_stopping: EarlyStopping | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> State:
     """Returns the state of a run at a step boundary; `more` are values of the caller's own.
 
     Raises: ConfigError if an optimizer's or scheduler's state is not tensors and plain data.
@@ -73,45 +98,76 @@ def state_of(training: Training, *, early_stopping: EarlyStopping | None = None,
     items = _items_of(training)
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     objectives = [_objective_values(objective, names, items) for objective in training.objectives]
-    values: dict[str, Any] = {"step": training.step, "skipped": training.skipped, "objectives": objectives}
+    values: dict[str, Any] = {
+        "step": training.step,
+        "skipped": training.skipped,
+        "objectives": objectives,
+    }
     values["base_sha256"] = training.base_sha256
     values["tied"] = tied_names(training.model)
     if early_stopping is not None:
-        own = {"best": early_stopping.best, "best_step": early_stopping.best_step, "stale": early_stopping.stale}
+        own = {
+            "best": early_stopping.best,
+            "best_step": early_stopping.best_step,
+            "stale": early_stopping.stale,
+        }
         values["early_stopping"] = encode(own, {}, name="early_stopping")
     values |= more or {}
-    kinds = {name: [list(shape), NAMES[dtype]] for name, (shape, dtype) in ((name, _kind(item)) for name, item in items.items())}
+    kinds = {
+        name: [list(shape), NAMES[dtype]]
+        for name, (shape, dtype) in ((name, _kind(item)) for name, item in items.items())
+    }
     if any(objective.owns is not None for objective in training.objectives):
         _exchange(training, objectives, kinds)
     values["tensors"] = kinds
-    plain = {name: item for name, item in items.items() if isinstance(item, torch.Tensor) and not is_split(item)}
-    parts = {name: held(item) if isinstance(item, torch.Tensor) else item for name, item in items.items() if name not in plain}
+    plain = {
+        name: item
+        for name, item in items.items()
+        if isinstance(item, torch.Tensor) and not is_split(item)
+    }
+    parts = {
+        name: held(item) if isinstance(item, torch.Tensor) else item
+        for name, item in items.items()
+        if name not in plain
+    }
     rows = {name: part for name, part in parts.items() if isinstance(part, Held)}
-    rows |= _rows({name: part for name, part in parts.items() if isinstance(part, Fragment)}, training.group)
+    rows |= _rows(
+        {name: part for name, part in parts.items() if isinstance(part, Fragment)}, training.group
+    )
     return State(plain, rows, values)
 
 
 def _rows(fragments: Mapping[str, Fragment], group: Group) -> dict[str, Held]:
     """Puts tensors that are split anywhere together, one at a time, and keeps in host memory the rows that this rank is to write."""
-    shapes = {name: Shape(part.shape, part.content.dtype.itemsize) for name, part in fragments.items()}
-    pieces = {piece.name: piece for piece in cut(shapes, rank=group.rank, world_size=group.world_size)}
+    shapes = {
+        name: Shape(part.shape, part.content.dtype.itemsize) for name, part in fragments.items()
+    }
+    pieces = {
+        piece.name: piece for piece in cut(shapes, rank=group.rank, world_size=group.world_size)
+    }
     found = {}
     for name, part in fragments.items():
         piece = pieces.get(name, Piece(name, 0, 0))
-        found[name] = Held(part.gather()[piece.start : piece.stop].to("cpu", copy=True), piece.start, part.shape)
+        found[name] = Held(
+            part.gather()[piece.start : piece.stop].to("cpu", copy=True), piece.start, part.shape
+        )
     return found
 
 
 def _exchange(training: Training, objectives: list[dict[str, Any]], kinds: dict[str, Any]) -> None:
     """Completes what each rank knows of its own parameters' optimizer state by what the others know of theirs."""
-    rows = gather_bytes(training.group, json.dumps([[entry["state"] for entry in objectives], kinds]).encode())
+    rows = gather_bytes(
+        training.group, json.dumps([[entry["state"] for entry in objectives], kinds]).encode()
+    )
     for states, known in map(json.loads, rows):
         kinds |= known
         for entry, state in zip(objectives, states, strict=True):
             entry["state"] |= state
 
 
-def _objective_values(objective: ObjectiveState, names: Mapping[int, str], items: dict[str, Item]) -> dict[str, Any]:
+def _objective_values(
+    objective: ObjectiveState, names: Mapping[int, str], items: dict[str, Item]
+) -> dict[str, Any]:
     prefix = f"optimizer/{objective.name}"
     groups, states = [], {}
     shared: dict[str, torch.Tensor] = {}
@@ -121,17 +177,29 @@ def _objective_values(objective: ObjectiveState, names: Mapping[int, str], items
     for parameter, kept in _moments(objective):
         name = names[id(parameter)]
         found: dict[str, torch.Tensor] = {}
-        states[name] = {key: encode(value, found, name=f"{prefix}{name}/{key}") for key, value in kept.items()}
+        states[name] = {
+            key: encode(value, found, name=f"{prefix}{name}/{key}") for key, value in kept.items()
+        }
         if is_split(parameter) and objective.moments is None:
             _require_alike(parameter, found)
         if objective.moments is not None:
             items |= {at: objective.moments.part(parameter, tensor) for at, tensor in found.items()}
         else:
-            items |= found if objective.owns is None else {at: held(tensor) for at, tensor in found.items()}
+            items |= (
+                found
+                if objective.owns is None
+                else {at: held(tensor) for at, tensor in found.items()}
+            )
     schedule = objective.scheduler.state_dict() if objective.scheduler is not None else None
     encoded = encode(schedule, shared, name=f"scheduler/{objective.name}")
     items |= shared
-    return {"name": objective.name, "groups": groups, "state": states, "scheduler": encoded, "scale": asdict(objective.scale)}
+    return {
+        "name": objective.name,
+        "groups": groups,
+        "state": states,
+        "scheduler": encoded,
+        "scale": asdict(objective.scale),
+    }
 
 
 def _require_alike(parameter: nn.Parameter, found: Mapping[str, torch.Tensor]) -> None:
@@ -150,11 +218,19 @@ def _moments(objective: ObjectiveState) -> Iterator[tuple[nn.Parameter, Mapping[
         yield from ((parameter, kept) for parameter, kept in objective.moments.items() if kept)
         return
     for group in objective.optimizer.param_groups:
-        yield from ((parameter, kept) for parameter in group["params"] if (kept := objective.optimizer.state.get(parameter)))
+        yield from (
+            (parameter, kept)
+            for parameter in group["params"]
+            if (kept := objective.optimizer.state.get(parameter))
+        )
 
 
 def restore_state(
-    opened: Opened, training: Training, *, early_stopping: EarlyStopping | None = None, keeps_hyperparameters: bool = True
+    opened: Opened,
+    training: Training,
+    *,
+    early_stopping: EarlyStopping | None = None,
+    keeps_hyperparameters: bool = True,
 ) -> None:
     """Puts a checkpoint's state into a run that was composed alike. Every rank calls it.
 
@@ -165,9 +241,13 @@ def restore_state(
     values = opened.values
     names = dict(training.model.named_parameters())
     saved = {entry["name"]: entry for entry in values["objectives"]}
-    own = {objective.name: len(objective.optimizer.param_groups) for objective in training.objectives}
+    own = {
+        objective.name: len(objective.optimizer.param_groups) for objective in training.objectives
+    }
     if {name: len(entry["groups"]) for name, entry in saved.items()} != own:
-        raise ConfigError(f"{opened.folder} has other objectives or parameter groups than this recipe.")
+        raise ConfigError(
+            f"{opened.folder} has other objectives or parameter groups than this recipe."
+        )
     if values["base_sha256"] != training.base_sha256:
         raise ConfigError(
             f"{opened.folder} was saved over frozen weights of SHA-256 {values['base_sha256'][:12] or '(all saved)'}; this life has "
@@ -177,17 +257,36 @@ def restore_state(
     tensors: dict[str, torch.Tensor] = {}
     for objective in training.objectives:
         tensors |= _places(opened, objective, saved[objective.name], names, targets)
-    loose = [part for entry in values["objectives"] for part in (entry["groups"], entry["scheduler"])]
-    values_of = {name: torch.empty(opened.kinds[name][0], dtype=opened.kinds[name][1]) for name in references(loose)}
+    loose = [
+        part for entry in values["objectives"] for part in (entry["groups"], entry["scheduler"])
+    ]
+    values_of = {
+        name: torch.empty(opened.kinds[name][0], dtype=opened.kinds[name][1])
+        for name in references(loose)
+    }
     targets |= values_of
     tensors |= values_of
-    require_fit(opened.kinds, {name: _kind(item) for name, item in targets.items()}, where=opened.folder)
+    require_fit(
+        opened.kinds, {name: _kind(item) for name, item in targets.items()}, where=opened.folder
+    )
     if not keeps_hyperparameters:
         for objective in training.objectives:
             _advance(objective, steps=values["step"], where=opened.folder)
-    opened.copy_into({name: item for name, item in targets.items() if not isinstance(item, torch.Tensor) or not item.is_meta})
+    opened.copy_into(
+        {
+            name: item
+            for name, item in targets.items()
+            if not isinstance(item, torch.Tensor) or not item.is_meta
+        }
+    )
     for objective in training.objectives:
-        _restore_objective(objective, saved[objective.name], names, tensors, keeps_hyperparameters=keeps_hyperparameters)
+        _restore_objective(
+            objective,
+            saved[objective.name],
+            names,
+            tensors,
+            keeps_hyperparameters=keeps_hyperparameters,
+        )
     training.step, training.skipped = values["step"], values["skipped"]
     if early_stopping is not None and "early_stopping" in values:
         for key, value in decode(values["early_stopping"], tensors).items():
@@ -195,7 +294,11 @@ def restore_state(
 
 
 def _places(
-    opened: Opened, objective: ObjectiveState, saved: Mapping[str, Any], names: Mapping[str, nn.Parameter], targets: dict[str, Item]
+    opened: Opened,
+    objective: ObjectiveState,
+    saved: Mapping[str, Any],
+    names: Mapping[str, nn.Parameter],
+    targets: dict[str, Item],
 ) -> dict[str, torch.Tensor]:
     """Returns tensors for an optimizer's state: those that it has, else new ones where torch would have them: like the parameter, a
     scalar on the CPU; without memory for what other ranks keep. `targets` gets them as what is to be read into them.
@@ -219,7 +322,12 @@ def _places(
                 continue
             elif isinstance(has, torch.Tensor) and has.shape == shape and has.dtype == dtype:
                 tensors[reference] = has
-            elif like is not None and (is_split(like) or objective.moments is not None) and shape and shape != whole:
+            elif (
+                like is not None
+                and (is_split(like) or objective.moments is not None)
+                and shape
+                and shape != whole
+            ):
                 raise ConfigError(
                     f"{opened.folder} cannot go on with this --strategy: the optimizer's {reference} has shape {shape}, its parameter "
                     f"{whole}, and only what is shaped alike can be split alike. Type --strategy ddp, or zero1."
@@ -227,8 +335,14 @@ def _places(
             elif like is not None and like.shape == shape:
                 tensors[reference] = torch.empty_like(like, dtype=dtype, requires_grad=False)
             else:
-                on_device = like is not None and (bool(shape) or _steps_on_device(objective.optimizer))
-                tensors[reference] = torch.empty(shape, dtype=dtype, device=like.device if like is not None and on_device else "cpu")
+                on_device = like is not None and (
+                    bool(shape) or _steps_on_device(objective.optimizer)
+                )
+                tensors[reference] = torch.empty(
+                    shape,
+                    dtype=dtype,
+                    device=like.device if like is not None and on_device else "cpu",
+                )
             targets[reference] = tensors[reference]
     return tensors
 
@@ -292,4 +406,8 @@ def _counted(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     for kind in type(optimizer).__mro__:
         if "__init__" in vars(kind):
             arguments |= set(inspect.signature(vars(kind)["__init__"]).parameters)
-    return {key: value for key, value in group.items() if key in optimizer.defaults and key not in arguments}
+    return {
+        key: value
+        for key, value in group.items()
+        if key in optimizer.defaults and key not in arguments
+    }

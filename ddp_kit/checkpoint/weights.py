@@ -36,7 +36,16 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (
+        tensor.detach()
+        .cpu()
+        .resolve_conj()
+        .contiguous()
+        .reshape(-1)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -52,14 +61,22 @@ def sha256_of(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, part in tensors.items():
         tensor = whole(part)
-        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
+        digest.update(
+            f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode()
+        )
         digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
 def base_sha256(model: nn.Module) -> str:
     """Returns the hash of the frozen parameters, which a checkpoint of the trainable ones alone needs beside it."""
-    return sha256_of({name: tensor.detach() for name, tensor in sorted(model.named_parameters()) if not tensor.requires_grad})
+    return sha256_of(
+        {
+            name: tensor.detach()
+            for name, tensor in sorted(model.named_parameters())
+            if not tensor.requires_grad
+        }
+    )
 
 
 def require_equal(model: nn.Module, *, group: Group) -> None:
@@ -67,7 +84,17 @@ def require_equal(model: nn.Module, *, group: Group) -> None:
     if group.control is None:
         return
     named = dict(model.named_parameters()) | dict(model.named_buffers())
-    if first_difference(group, [zlib.crc32("\n".join(f"{name} {tuple(named[name].shape)}" for name in named).encode())]) is not None:
+    if (
+        first_difference(
+            group,
+            [
+                zlib.crc32(
+                    "\n".join(f"{name} {tuple(named[name].shape)}" for name in named).encode()
+                )
+            ],
+        )
+        is not None
+    ):
         raise DdpKitError(
             "the ranks built different models: names or shapes of the parameters differ. The model must not depend on the rank."
         )
@@ -102,12 +129,18 @@ def read_weights(path: Path, *, group: Group) -> tuple[dict[str, torch.Tensor], 
             with safe_open(file, framework="pt") as content:
                 tensors |= {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  it is no dict
         except SafetensorError as error:
-            hint = CONVERT % (file, file.with_suffix(".safetensors")) if file.suffix in PICKLES else ""
-            raise ConfigError(f"--init-from {file}: not a whole safetensors file: {error}.{hint}") from error
+            hint = (
+                CONVERT % (file, file.with_suffix(".safetensors")) if file.suffix in PICKLES else ""
+            )
+            raise ConfigError(
+                f"--init-from {file}: not a whole safetensors file: {error}.{hint}"
+            ) from error
     return tensors, ""
 
 
-def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence[str] = (), partial: bool = False) -> None:
+def load_weights(
+    model: nn.Module, path: Path, *, group: Group, rename: Sequence[str] = (), partial: bool = False
+) -> None:
     """Copies the tensors of `path` into the model by name (`rename`: `old=new`); nothing is changed unless all fit.
 
     `partial` takes those that fit and logs a table of the others, none of which may be frozen.
@@ -118,7 +151,9 @@ def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence
     for old, new in (pair.split("=") for pair in rename):
         if old not in tensors:
             near = nearest(old, tensors)
-            raise ConfigError(f"--rename {old}={new}: {path} has no {old}.{f' Did you mean {near}?' if near else ''}")
+            raise ConfigError(
+                f"--rename {old}={new}: {path} has no {old}.{f' Did you mean {near}?' if near else ''}"
+            )
         tensors[new] = tensors.pop(old)
     live = dict(sorted([*model.named_parameters(), *model.named_buffers()]))
     saved = model.state_dict()
@@ -126,26 +161,61 @@ def load_weights(model: nn.Module, path: Path, *, group: Group, rename: Sequence
         given = tensors.pop(alias, None)
         if name not in tensors and given is not None:
             tensors[name] = given
-    free = {name for name in live if name not in tensors and (name not in saved or name.endswith("num_batches_tracked"))}
+    free = {
+        name
+        for name in live
+        if name not in tensors and (name not in saved or name.endswith("num_batches_tracked"))
+    }
     if base and base == base_sha256(model):
-        free |= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in live.items() if name not in free}
-    floats = {name for name in wanted if name in tensors and _differ_in_width_only(tensors[name], live[name])}
-    found = {name: (tuple(tensor.shape), live[name].dtype if name in floats else tensor.dtype) for name, tensor in tensors.items()}
+        free |= {
+            name for name, parameter in model.named_parameters() if not parameter.requires_grad
+        }
+    wanted = {
+        name: (tuple(tensor.shape), tensor.dtype)
+        for name, tensor in live.items()
+        if name not in free
+    }
+    floats = {
+        name
+        for name in wanted
+        if name in tensors and _differ_in_width_only(tensors[name], live[name])
+    }
+    found = {
+        name: (tuple(tensor.shape), live[name].dtype if name in floats else tensor.dtype)
+        for name, tensor in tensors.items()
+    }
     unfit = misfits(found, wanted)
     fitting = [name for name in wanted if name not in unfit]
-    frozen = [name for name, parameter in model.named_parameters() if name in unfit and not parameter.requires_grad]
-    if frozen or not (partial and fitting):  # a frozen tensor that is not loaded would stay random for good
-        hint = "\nType --init-partial to take what fits and leave the rest at its initial values." if fitting and not partial else ""
+    frozen = [
+        name
+        for name, parameter in model.named_parameters()
+        if name in unfit and not parameter.requires_grad
+    ]
+    if frozen or not (
+        partial and fitting
+    ):  # a frozen tensor that is not loaded would stay random for good
+        hint = (
+            "\nType --init-partial to take what fits and leave the rest at its initial values."
+            if fitting and not partial
+            else ""
+        )
         hint = f"\nFrozen, and so needed from it: {some(frozen)}." if frozen else hint
         require_fit(found, wanted, where=f"--init-from {path}", hint=hint)
     elif unfit:
-        logger.info("--init-from %s: took %d of the model's %d tensors; not these:\n%s", path, len(fitting), len(wanted), table(unfit))
+        logger.info(
+            "--init-from %s: took %d of the model's %d tensors; not these:\n%s",
+            path,
+            len(fitting),
+            len(wanted),
+            table(unfit),
+        )
     with torch.no_grad():
         for name in fitting:
             place = held(live[name])
             assert isinstance(place, Held)  # DeepSpeed has not split it yet
-            place.rows.copy_(tensors[name][place.start : place.stop] if place.shape else tensors[name])
+            place.rows.copy_(
+                tensors[name][place.start : place.stop] if place.shape else tensors[name]
+            )
 
 
 def _differ_in_width_only(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -158,8 +228,15 @@ def _differ_in_width_only(one: torch.Tensor, other: torch.Tensor) -> bool:
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Returns the further names of tied tensors, each with the first one."""
     first: dict[int, str] = {}
-    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: first[id(tensor)] for name, tensor in everything if first.setdefault(id(tensor), name) != name}
+    everything = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {
+        name: first[id(tensor)]
+        for name, tensor in everything
+        if first.setdefault(id(tensor), name) != name
+    }
 
 
 def tie(model: nn.Module, tied: Mapping[str, str]) -> None:

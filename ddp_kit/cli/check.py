@@ -29,9 +29,13 @@ def main(argv: Sequence[str]) -> int:
 
     def command() -> int:
         source = load_recipe(recipe_path(argv, command="ddp-kit check"))
-        settings = parse(source.settings, argv[1:], prog=f"ddp-kit check {argv[0]}", rank=read_topology().rank)
+        settings = parse(
+            source.settings, argv[1:], prog=f"ddp-kit check {argv[0]}", rank=read_topology().rank
+        )
         if settings.tracker:
-            raise ConfigError("ddp-kit check leaves nothing, so --tracker has no effect: leave it out.")
+            raise ConfigError(
+                "ddp-kit check leaves nothing, so --tracker has no effect: leave it out."
+            )
         with session(settings) as group:
             require_same_settings(group, settings, text=source.text)
             made = compose(source.build(settings), settings, group)
@@ -69,9 +73,18 @@ def _figures(made: Composition, group: Group) -> list[str]:
         metrics = evaluator(training.model, average=training.average, limit=EVALUATED)
         each_s = (time.perf_counter() - begin) / (EVALUATED * len(evaluator.sets))
         sizes = [len(data) for data in evaluator.sets.values() if not data.is_iterable]
-        evaluated_s = sum(-(-size // (evaluator.micro_batch * group.world_size)) for size in sizes) * each_s
-        lines.append(evaluation_line({"kind": "eval   ", "step": training.step, **metrics}) + f"  (of {EVALUATED} micro-batches a rank)")
-    evaluations = sum(pace.evaluates(step) for step in itertools.islice(range(1, pace.end + 1), 10_000_000)) if evaluator.sets else 0
+        evaluated_s = (
+            sum(-(-size // (evaluator.micro_batch * group.world_size)) for size in sizes) * each_s
+        )
+        lines.append(
+            evaluation_line({"kind": "eval   ", "step": training.step, **metrics})
+            + f"  (of {EVALUATED} micro-batches a rank)"
+        )
+    evaluations = (
+        sum(pace.evaluates(step) for step in itertools.islice(range(1, pace.end + 1), 10_000_000))
+        if evaluator.sets
+        else 0
+    )
     lines += [
         f"memory  {peak_memory_mib(group.device):,.0f} MiB at the peak of a rank",
         f"time    about {duration(pace.end * trained_s + evaluations * evaluated_s)} for {pace.end:,} steps and {evaluations} evaluations",

@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from ddp_kit.checkpoint.find import best_of, find, origin_of, path_of, weights_of
-from ddp_kit.checkpoint.format.layout import FOLDER, MANIFEST, DamagedError, FormatError, Manifest, folder_of
+from ddp_kit.checkpoint.format.layout import (
+    FOLDER,
+    MANIFEST,
+    DamagedError,
+    FormatError,
+    Manifest,
+    folder_of,
+)
 from ddp_kit.checkpoint.format.reader import Opened, describe, retried, verify_file
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import read_manifest
@@ -25,7 +32,12 @@ def main(argv: Sequence[str]) -> int:
     """Runs one of the commands. Returns: 0, or 1 if `verify` found damage or `diff` a difference."""
     import tyro
 
-    commands: dict[str, Callable[..., int]] = {"ls": ls, "verify": verify, "export": export, "diff": diff}
+    commands: dict[str, Callable[..., int]] = {
+        "ls": ls,
+        "verify": verify,
+        "export": export,
+        "diff": diff,
+    }
     code: int = tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="ddp-kit ckpt")
     return code
 
@@ -47,10 +59,17 @@ def ls(run: Path, /) -> int:
     for name in storage.list(""):
         stem, _, rest = name.partition(".")
         if match := FOLDER.fullmatch(stem):
-            rows.append((str(int(match[1])), "", "", "", "no", rest) if rest else _row(storage, int(match[1]), best))
+            rows.append(
+                (str(int(match[1])), "", "", "", "no", rest)
+                if rest
+                else _row(storage, int(match[1]), best)
+            )
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     for row in rows:
-        cells = [text.rjust(width) if i < 4 else text.ljust(width) for i, (text, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            text.rjust(width) if i < 4 else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip())
     return 0
 
@@ -68,8 +87,17 @@ def _row(storage: LocalDisk, step: int, best: Manifest | None) -> tuple[str, ...
     note = "  ".join(f"{name} {float(value):.4g}" for name, value in manifest.metrics.items())
     if best is not None and best.step == step:
         note = f"best  {note}"
-    facts = (age(time.time() - manifest.time), f"{manifest.nbytes / 2**20:.1f} MiB", str(manifest.world_size))
-    return str(step), *facts, "no" if wrong else "yes", f"{wrong[0]} is missing or has another size" if wrong else note
+    facts = (
+        age(time.time() - manifest.time),
+        f"{manifest.nbytes / 2**20:.1f} MiB",
+        str(manifest.world_size),
+    )
+    return (
+        str(step),
+        *facts,
+        "no" if wrong else "yes",
+        f"{wrong[0]} is missing or has another size" if wrong else note,
+    )
 
 
 def age(seconds: float) -> str:
@@ -104,7 +132,9 @@ def verify(run: Path, /) -> int:
     return 1 if wrong else 0
 
 
-def export(run: Path, /, *, out: Path, best: bool = False, step: int = -1, ema: bool = False) -> int:
+def export(
+    run: Path, /, *, out: Path, best: bool = False, step: int = -1, ema: bool = False
+) -> int:
     """Writes a checkpoint's weights to one plain safetensors file that loads without ddp_kit.
 
     Args:
@@ -118,7 +148,9 @@ def export(run: Path, /, *, out: Path, best: bool = False, step: int = -1, ema: 
         raise ConfigError(f"--out {out}: it is there already. Type another name.")
     opened = _opened(path_of(run, is_best=best, step=step, flag_text="ckpt export"))
     if ema and not any(name.startswith("ema/") for name in opened.kinds):
-        raise ConfigError(f"--ema: {opened.folder} has no averaged weights, since the run was without --ema.")
+        raise ConfigError(
+            f"--ema: {opened.folder} has no averaged weights, since the run was without --ema."
+        )
     tensors = weights_of(opened, averaged=ema or best)
     if wide := [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]:
         raise ConfigError(

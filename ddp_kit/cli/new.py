@@ -10,7 +10,10 @@ from typing import Annotated
 from ddp_kit.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent.parent
-SHIPPED = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")  # inside a wheel; beside the package in a checkout
+SHIPPED = (
+    PACKAGE / "_recipes",
+    PACKAGE.parent / "recipes",
+)  # inside a wheel; beside the package in a checkout
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,29 +39,41 @@ def main(argv: Sequence[str]) -> int:
 
 def find_recipe(name: str) -> Path:
     """Returns the file of a shipped recipe, `cifar` or `cifar.py`. Raises: ConfigError with the list and the nearest name."""
-    recipes = {path.stem: path for folder in reversed(SHIPPED) for path in sorted(folder.glob("[a-z]*.py"))}
+    recipes = {
+        path.stem: path for folder in reversed(SHIPPED) for path in sorted(folder.glob("[a-z]*.py"))
+    }
     wanted = name.removesuffix(".py")
     if wanted in recipes:
         return recipes[wanted]
     near = nearest(wanted, recipes)
     hint = f" Did you mean --from {near}?" if near else ""
-    raise ConfigError(f"--from {name}: no such recipe. Shipped are: {', '.join(sorted(recipes)) or 'none'}.{hint}")
+    raise ConfigError(
+        f"--from {name}: no such recipe. Shipped are: {', '.join(sorted(recipes)) or 'none'}.{hint}"
+    )
 
 
 def _copy(recipe: Path, destination: Path) -> None:
     if destination.suffix != ".py":
-        raise ConfigError(f"{destination}: a recipe is a Python file. Type: ddp-kit new {destination.with_suffix('.py')}")
+        raise ConfigError(
+            f"{destination}: a recipe is a Python file. Type: ddp-kit new {destination.with_suffix('.py')}"
+        )
     if not destination.parent.is_dir():
-        raise ConfigError(f"{destination}: there is no folder {destination.parent}. Type: mkdir -p {destination.parent}")
+        raise ConfigError(
+            f"{destination}: there is no folder {destination.parent}. Type: mkdir -p {destination.parent}"
+        )
     text = recipe.read_text(encoding="utf-8")
     try:
         with destination.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(f"{destination}: exists already and is not overwritten. Type another name.") from None
+        raise ConfigError(
+            f"{destination}: exists already and is not overwritten. Type another name."
+        ) from None
     print(f"{destination}: a copy of the shipped recipe {recipe.stem}. Next:\n")
     if "\ndef recipe(" in text:
-        print(f"  ddp-kit check {destination}      two steps and an evaluation, memory, rate, time to finish; leaves nothing")
+        print(
+            f"  ddp-kit check {destination}      two steps and an evaluation, memory, rate, time to finish; leaves nothing"
+        )
         print(f"  torchrun --nproc_per_node=2 -m ddp_kit.train {destination} --help")
     else:
         print(f"  torchrun --nproc_per_node=2 {destination}")

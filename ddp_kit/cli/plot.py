@@ -7,12 +7,24 @@ import math
 from collections.abc import Mapping, Sequence
 
 Point = tuple[float, float]
-DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # braille bit of (row, column) inside a cell
+DOTS = (
+    (0x01, 0x08),
+    (0x02, 0x10),
+    (0x04, 0x20),
+    (0x40, 0x80),
+)  # braille bit of (row, column) inside a cell
 LOG_FROM = 20.0  # ratio of largest to smallest value from which the axis is logarithmic
 LABEL = 9
 
 
-def draw(line: Sequence[Point], marks: Mapping[str, Sequence[Point]], *, width: int, height: int, across: str = "step") -> list[str]:
+def draw(
+    line: Sequence[Point],
+    marks: Mapping[str, Sequence[Point]],
+    *,
+    width: int,
+    height: int,
+    across: str = "step",
+) -> list[str]:
     """Returns a frame of `height` + 2 rows, `width` characters wide: `line` in dots, `marks` as {character: points} over it.
     `across` names the horizontal axis.
 
@@ -34,16 +46,25 @@ def draw(line: Sequence[Point], marks: Mapping[str, Sequence[Point]], *, width: 
         span = scale(high) - scale(low)
         return round((scale(high) - scale(value)) / span * (rows - 1)) if span else rows // 2
 
-    cells = _dots({column: row(value, 4 * height) for column, value in binned.items()}, columns=columns, height=height)
+    cells = _dots(
+        {column: row(value, 4 * height) for column, value in binned.items()},
+        columns=columns,
+        height=height,
+    )
     for mark, points in marks.items():
         for x, y in points:
             cells[row(y, height)][round((x - first) / ((last - first) or 1) * (columns - 1))] = mark
     share = (height // 2) / (height - 1)  # of the way down
     middle = high * (low / high) ** share if scale is math.log10 else high - share * (high - low)
     labels = {0: high, height // 2: middle, height - 1: low}
-    rows = [f"{_label(labels.get(at)):>{LABEL}} ┤{''.join(row_cells)}" for at, row_cells in enumerate(cells)]
+    rows = [
+        f"{_label(labels.get(at)):>{LABEL}} ┤{''.join(row_cells)}"
+        for at, row_cells in enumerate(cells)
+    ]
     left, right = f"{first:g}", f"{last:g}"
-    title = f"{across}{', logarithmic loss' if scale is math.log10 else ''}".center(columns - len(left) - len(right))
+    title = f"{across}{', logarithmic loss' if scale is math.log10 else ''}".center(
+        columns - len(left) - len(right)
+    )
     return [*rows, f"{'':{LABEL}} └{'─' * columns}", f"{'':{LABEL}}  {left}{title}{right}"]
 
 
@@ -55,7 +76,9 @@ def _label(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _binned(points: Sequence[Point], *, first: float, last: float, columns: int) -> dict[int, float]:
+def _binned(
+    points: Sequence[Point], *, first: float, last: float, columns: int
+) -> dict[int, float]:
     """The mean value of each column of dots that has points."""
     sums: dict[int, tuple[float, int]] = {}
     for x, y in points:
@@ -73,8 +96,13 @@ def _dots(rows: Mapping[int, int], *, columns: int, height: int) -> list[list[st
         bits[row // 4][column // 2] |= DOTS[row % 4][column % 2]
 
     path = sorted(rows.items())
-    for (column, row), (next_column, next_row) in zip(path, [*path[1:], path[-1]] if path else [], strict=True):
+    for (column, row), (next_column, next_row) in zip(
+        path, [*path[1:], path[-1]] if path else [], strict=True
+    ):
         steps = max(abs(next_row - row), next_column - column, 1)
         for part in range(steps + 1):
-            dot(column + round((next_column - column) * part / steps), row + round((next_row - row) * part / steps))
+            dot(
+                column + round((next_column - column) * part / steps),
+                row + round((next_row - row) * part / steps),
+            )
     return [[chr(0x2800 + cell) if cell else " " for cell in cells] for cells in bits]

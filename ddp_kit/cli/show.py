@@ -25,7 +25,13 @@ FILES = ("status.json", "metrics.jsonl", "settings.json")
 HEIGHT = 14
 MARKS = "●▲■◆"
 SMALLER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse", "rmse", "nll")
-COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "preempted": "yellow", "failed": "red"}
+COLOURS = {
+    "finished": "green",
+    "running": "cyan",
+    "stopped": "yellow",
+    "preempted": "yellow",
+    "failed": "red",
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,12 +59,22 @@ def screen(run: Path, *, width: int) -> list["Text"]:
     """Returns the lines of the screen. Raises: ConfigError if `run` is no run directory; it lists those nearby."""
     if not is_run(run):
         raise ConfigError(_no_run(run))
-    records = [record for record in read_lines(run / "metrics.jsonl") if isinstance(record.get("step"), int) and "kind" in record]
+    records = [
+        record
+        for record in read_lines(run / "metrics.jsonl")
+        if isinstance(record.get("step"), int) and "kind" in record
+    ]
     train = [record for record in records if record.get("kind") == "train"]
-    newest = {record["kind"]: record for record in records if record.get("kind") in ("eval", "test")}
+    newest = {
+        record["kind"]: record for record in records if record.get("kind") in ("eval", "test")
+    }
     settings = read_json(run / "settings.json")
     lines = [_headline(run), *_settings(settings), *_status(run)]
-    lines += [_row("last", train_line(_numbers(train[-1])))] if train else [_row("last", "no train record yet")]
+    lines += (
+        [_row("last", train_line(_numbers(train[-1])))]
+        if train
+        else [_row("last", "no train record yet")]
+    )
     lines += [_row("", evaluation_line(_numbers(record))) for record in newest.values()]
     lines += _best([record for record in records if record.get("kind") == "eval"], settings)
     return [*lines, *_curve(records, width=width)]
@@ -74,9 +90,17 @@ def _no_run(run: Path) -> str:
         return f"{run}: holds runs but is none itself. Type one of them: {', '.join(inside[-5:])}"
     nearby = _runs_in(run.parent) or _runs_in(Path("runs"))
     near = nearest(str(run), nearby) or nearest(run.name, nearby)
-    what = "is no run directory (it has no status.json, metrics.jsonl or settings.json)" if run.exists() else "does not exist"
+    what = (
+        "is no run directory (it has no status.json, metrics.jsonl or settings.json)"
+        if run.exists()
+        else "does not exist"
+    )
     hint = f" Did you mean {near}?" if near else ""
-    return f"{run}: {what}.{hint}" + (f" Runs nearby: {', '.join(nearby[-5:])}" if nearby else " Type the folder that --run-dir named.")
+    return f"{run}: {what}.{hint}" + (
+        f" Runs nearby: {', '.join(nearby[-5:])}"
+        if nearby
+        else " Type the folder that --run-dir named."
+    )
 
 
 def _runs_in(folder: Path) -> list[str]:
@@ -99,9 +123,13 @@ def _headline(run: Path) -> "Text":
 
 def _settings(document: Record) -> list["Text"]:
     """Those that differ from the recipe's defaults where the file has them, else from ddp_kit's own."""
-    settings, defaults = _flat(document.get("settings")), _flat(document.get("defaults") or to_json(Settings()))
+    settings, defaults = (
+        _flat(document.get("settings")),
+        _flat(document.get("defaults") or to_json(Settings())),
+    )
     changed = [
-        f"{name} {shown(value) or 'none'}" + (f" (default {shown(defaults[name]) or 'none'})" if name in defaults else "")
+        f"{name} {shown(value) or 'none'}"
+        + (f" (default {shown(defaults[name]) or 'none'})" if name in defaults else "")
         for name, value in settings.items()
         if value != defaults.get(name)
     ]
@@ -111,7 +139,11 @@ def _settings(document: Record) -> list["Text"]:
 def _flat(value: object, prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, item in value.items() if isinstance(value, Mapping) else ():
-        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": item}
+        flat |= (
+            _flat(item, f"{prefix}{name}.")
+            if isinstance(item, Mapping)
+            else {f"{prefix}{name}": item}
+        )
     return flat
 
 
@@ -120,16 +152,28 @@ def _status(run: Path) -> list["Text"]:
     word = str(status.get("status", "unknown: no status.json"))
     text = word + (f" ({status['reason']})" if status.get("reason") else "")
     if word == "running" and not is_in_use(run):
-        text, word = "running says status.json, but no live process holds the run: it was killed", "failed"
+        text, word = (
+            "running says status.json, but no live process holds the run: it was killed",
+            "failed",
+        )
     else:
         text += f" at step {status.get('step', '?')}, epoch {status.get('epoch', '?')}"
     lines = [_row("status", text, colour=COLOURS.get(word, ""))]
     if status.get("weights_sha256"):
         lines.append(_row("weights", f"sha256 {status['weights_sha256']}"))
-    failures = [event for event in read_lines(run / "events.jsonl") if event.get("event") in ("failure", "signal")]
+    failures = [
+        event
+        for event in read_lines(run / "events.jsonl")
+        if event.get("event") in ("failure", "signal")
+    ]
     for event in failures[-2:]:
         message = str(event.get("message", "")).strip().splitlines()
-        lines.append(_row(str(event["event"]), f"rank {event.get('rank')} at step {event.get('step')}  {message[-1] if message else ''}"))
+        lines.append(
+            _row(
+                str(event["event"]),
+                f"rank {event.get('rank')} at step {event.get('step')}  {message[-1] if message else ''}",
+            )
+        )
     return lines
 
 
@@ -158,7 +202,10 @@ def smaller_is_better(metric: str) -> bool:
 
 def _numbers(record: Record) -> dict[str, object]:
     """The record with "nan", "inf" and "-inf" as numbers again."""
-    return {name: float(str(value)) if value in ("nan", "inf", "-inf") else value for name, value in record.items()}
+    return {
+        name: float(str(value)) if value in ("nan", "inf", "-inf") else value
+        for name, value in record.items()
+    }
 
 
 def _losses(records: Iterable[Record]) -> dict[str, list[Point]]:
@@ -167,7 +214,9 @@ def _losses(records: Iterable[Record]) -> dict[str, list[Point]]:
     for record in records:
         for name, value in _numbers(record).items():
             if name.rpartition("/")[2] == "loss" and isinstance(value, int | float):
-                series.setdefault(f"{record['kind']} {name}", []).append((float(str(record["step"])), float(value)))
+                series.setdefault(f"{record['kind']} {name}", []).append(
+                    (float(str(record["step"])), float(value))
+                )
     return series
 
 
@@ -179,9 +228,17 @@ def _curve(records: Sequence[Record], *, width: int) -> list["Text"]:
     main_name = next((name for name in series if name.startswith("train ")), "")
     line = series.pop(main_name, [])
     names = dict(zip(MARKS, series, strict=False))
-    rows = [Text(row) for row in draw(line, {mark: series[name] for mark, name in names.items()}, width=width, height=HEIGHT)]
+    rows = [
+        Text(row)
+        for row in draw(
+            line, {mark: series[name] for mark, name in names.items()}, width=width, height=HEIGHT
+        )
+    ]
     for row in rows:
         row.highlight_regex(r"[\u2800-\u28ff]+", "cyan")
         row.highlight_regex(f"[{MARKS}]", "yellow")
-    legend = [*([f"⠒⠒ {main_name}"] if main_name else []), *(f"{mark} {name}" for mark, name in names.items())]
+    legend = [
+        *([f"⠒⠒ {main_name}"] if main_name else []),
+        *(f"{mark} {name}" for mark, name in names.items()),
+    ]
     return [_row("", ""), _row("", "   ".join(legend)), *rows] if rows else []

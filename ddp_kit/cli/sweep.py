@@ -51,7 +51,10 @@ def print_results(sweep: Path, *, metric: str) -> None:
     others = [name for name in metrics if name != by]
     is_min = smaller_is_better(by)
     best = {name: _best(run.get(by, []), is_min=is_min) for name, run in curves.items()}
-    order = sorted(points, key=lambda name: (math.isnan(best[name][1]), best[name][1] if is_min else -best[name][1]))
+    order = sorted(
+        points,
+        key=lambda name: (math.isnan(best[name][1]), best[name][1] if is_min else -best[name][1]),
+    )
     letters = dict(zip(order, string.ascii_letters, strict=False))
     axes = list(dict.fromkeys(axis for point in points.values() for axis in point))
     table = Table("", *axes, "status", "step", f"best {by}", "at step", *others, box=box.SIMPLE)
@@ -60,11 +63,22 @@ def print_results(sweep: Path, *, metric: str) -> None:
         row = [letters.get(name, ""), *(str(points[name].get(axis, "")) for axis in axes)]
         row += [str(status.get("status", "waiting")), str(status.get("step", "-"))]
         row += ["-", "-"] if math.isnan(value) else [shown(value), f"{at:g}"]
-        table.add_row(*row, *(shown(curves[name][other][-1][1]) if other in curves[name] else "-" for other in others))
+        table.add_row(
+            *row,
+            *(
+                shown(curves[name][other][-1][1]) if other in curves[name] else "-"
+                for other in others
+            ),
+        )
     width = max(shutil.get_terminal_size().columns, 60)
     console = Console(highlight=False, width=width)
     console.print(table)
-    frame = draw([], {letters[name]: curves[name].get(by, []) for name in letters}, width=min(width, 120), height=HEIGHT)
+    frame = draw(
+        [],
+        {letters[name]: curves[name].get(by, []) for name in letters},
+        width=min(width, 120),
+        height=HEIGHT,
+    )
     for line in [f"   {by}, one letter a run", *frame] if frame else ["   no evaluation yet"]:
         console.print(line, markup=False)
 
@@ -73,7 +87,9 @@ def _points(sweep: Path) -> dict[str, Mapping[str, str]]:
     """The sweep's points by the name of their folder."""
     path = sweep / "sweep.json"
     if not path.is_file():
-        raise ConfigError(f"{sweep}: no sweep (it has no sweep.json). Type the folder that `ddp-kit sweep` named.")
+        raise ConfigError(
+            f"{sweep}: no sweep (it has no sweep.json). Type the folder that `ddp-kit sweep` named."
+        )
     runs: dict[str, Mapping[str, str]] = read_json(path)["runs"]  # type: ignore[assignment]  # as launch/sweep.py writes it
     return runs
 
@@ -91,7 +107,11 @@ def _curves(run: Path) -> dict[str, list[Point]]:
 
 def _best(points: Sequence[Point], *, is_min: bool) -> Point:
     """The step and value of the best evaluation; not a number without one."""
-    return (min if is_min else max)(points, key=lambda point: point[1]) if points else (math.nan, math.nan)
+    return (
+        (min if is_min else max)(points, key=lambda point: point[1])
+        if points
+        else (math.nan, math.nan)
+    )
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def parse(cls: type[AnySettings], args: Sequence[str], *, prog: str, rank: int =
     check(settings)
     chosen: object = getattr(settings, "strategy", "")
     for name in ("fsdp", "deepspeed"):
-        if chosen != name and any(arg.startswith(f"--{name}.") for arg in rest):  # with its default, which `check` cannot see
+        if chosen != name and any(
+            arg.startswith(f"--{name}.") for arg in rest
+        ):  # with its default, which `check` cannot see
             raise ConfigError(without_strategy(name))
     return settings
 
@@ -104,14 +106,20 @@ def _replace(settings: Any, values: dict[str, Any], *, where: str, prefix: str =
         key = name.replace("-", "_")
         if key not in fields:
             near = nearest(key, fields)
-            raise ConfigError(f"--settings {where}: unknown field {prefix}{name}.{f' Did you mean {prefix}{near}?' if near else ''}")
+            raise ConfigError(
+                f"--settings {where}: unknown field {prefix}{name}.{f' Did you mean {prefix}{near}?' if near else ''}"
+            )
         old = fields[key]
         if dataclasses.is_dataclass(old):
             if not isinstance(value, dict):
-                raise ConfigError(f"--settings {where}: {prefix}{name} = {value!r}: expected a table.")
+                raise ConfigError(
+                    f"--settings {where}: {prefix}{name} = {value!r}: expected a table."
+                )
             changes[key] = _replace(old, value, where=where, prefix=f"{prefix}{name}.")
         else:
-            changes[key] = _as_field(type(settings), key, value, where=f"--settings {where}: {prefix}{name}")
+            changes[key] = _as_field(
+                type(settings), key, value, where=f"--settings {where}: {prefix}{name}"
+            )
     return dataclasses.replace(settings, **changes)
 
 
@@ -119,10 +127,14 @@ def _as_field(cls: type, name: str, value: Any, *, where: str) -> Any:
     """Returns a TOML or JSON value as the field's type has it. Raises: ConfigError if it does not fit, or was redacted."""
     hint = typing.get_type_hints(cls)[name]
     if value == REDACTED:
-        raise ConfigError(f"{where} was redacted when it was written. Remove it there and type {flag(name)} with the value.")
+        raise ConfigError(
+            f"{where} was redacted when it was written. Remove it there and type {flag(name)} with the value."
+        )
     if fits(value, hint):
         return converted(value, hint)
-    raise ConfigError(f"{where} = {value!r}: expected {getattr(hint, '__name__', None) if isinstance(hint, type) else hint}.")
+    raise ConfigError(
+        f"{where} = {value!r}: expected {getattr(hint, '__name__', None) if isinstance(hint, type) else hint}."
+    )
 
 
 def _refuse_peers(cls: type[Settings], args: Sequence[str]) -> None:
@@ -133,19 +145,30 @@ def _refuse_peers(cls: type[Settings], args: Sequence[str]) -> None:
             raise ConfigError(f"{name} is not a flag here. Type {PEERS[name]}.")
 
 
-def _tyro(cls: type[AnySettings], args: Sequence[str], *, default: AnySettings, prog: str, prints_help: bool) -> AnySettings:
+def _tyro(
+    cls: type[AnySettings],
+    args: Sequence[str],
+    *,
+    default: AnySettings,
+    prog: str,
+    prints_help: bool,
+) -> AnySettings:
     import tyro  # 0.3 s: only where flags are read
 
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            return tyro.cli(cls, args=list(args), default=default, prog=prog, description=cls.__doc__ or "")
+            return tyro.cli(
+                cls, args=list(args), default=default, prog=prog, description=cls.__doc__ or ""
+            )
     except SystemExit as end:
         if end.code in (0, None):
             if prints_help:
                 sys.stdout.write(out.getvalue())
             raise
-        raise ConfigError(f"{_plain(err.getvalue() or out.getvalue())}{_suggest(cls, args)}") from None
+        raise ConfigError(
+            f"{_plain(err.getvalue() or out.getvalue())}{_suggest(cls, args)}"
+        ) from None
 
 
 def _plain(box: str) -> str:

@@ -14,7 +14,9 @@ from ddp_kit.settings import Settings, to_json
 def secrets_of(settings: Settings) -> set[str]:
     """Returns the texts that `redact` takes out of the settings. A word that is a field's default, as "label" of a label_key, is none."""
     values = to_json(settings)
-    words = {str(each.default) for each in fields(settings) if re.fullmatch("[a-z_]+", str(each.default))}
+    words = {
+        str(each.default) for each in fields(settings) if re.fullmatch("[a-z_]+", str(each.default))
+    }
     return set(_taken_out(values, redact(values))) - words
 
 

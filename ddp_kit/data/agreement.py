@@ -79,6 +79,8 @@ def _is_alike(first: list[Any], other: list[Any]) -> bool:
                 return False
             continue
         scale = max((abs(value) for value in content), default=0.0)
-        if any(abs(a - b) > TOLERANCE * scale for a, b in zip(content, others_content, strict=True)):
+        if any(
+            abs(a - b) > TOLERANCE * scale for a, b in zip(content, others_content, strict=True)
+        ):
             return False
     return True

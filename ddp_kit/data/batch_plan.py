@@ -38,7 +38,10 @@ class BatchPlan:
 
     def of_rank(self, rank: int) -> list[tuple[int, int, int]]:
         """Returns (index in the global batch, first sample, end) of each micro-batch of a rank."""
-        return [(i, self.bounds[i], self.bounds[i + 1]) for i in range(self.firsts[rank], self.firsts[rank + 1])]
+        return [
+            (i, self.bounds[i], self.bounds[i + 1])
+            for i in range(self.firsts[rank], self.firsts[rank + 1])
+        ]
 
 
 def plan_batches(global_batch: int, *, micro_batch: int, world_size: int) -> BatchPlan:
@@ -50,9 +53,13 @@ def plan_batches(global_batch: int, *, micro_batch: int, world_size: int) -> Bat
     """
     faults = []
     if global_batch < 1:
-        faults.append(f"--global-batch {global_batch}: expected at least 1 sample per optimizer step")
+        faults.append(
+            f"--global-batch {global_batch}: expected at least 1 sample per optimizer step"
+        )
     if micro_batch < 0:
-        faults.append(f"--micro-batch {micro_batch}: expected at least 1 sample, or 0 for a rank's whole share")
+        faults.append(
+            f"--micro-batch {micro_batch}: expected at least 1 sample, or 0 for a rank's whole share"
+        )
     if not faults and global_batch < world_size:
         faults.append(
             f"--global-batch {global_batch} has fewer samples than there are ranks ({world_size}). "
@@ -60,11 +67,21 @@ def plan_batches(global_batch: int, *, micro_batch: int, world_size: int) -> Bat
         )
     if faults:
         raise ConfigError(". ".join(faults) + ".")
-    if micro_batch and global_batch % micro_batch == 0 and global_batch // micro_batch >= world_size:
+    if (
+        micro_batch
+        and global_batch % micro_batch == 0
+        and global_batch // micro_batch >= world_size
+    ):
         total = global_batch // micro_batch
         bounds = tuple(range(0, global_batch + 1, micro_batch))
         firsts = tuple(_cut(total, parts=world_size))
-        return BatchPlan(global_batch=global_batch, bounds=bounds, firsts=firsts, is_invariant=True, stated=micro_batch)
+        return BatchPlan(
+            global_batch=global_batch,
+            bounds=bounds,
+            firsts=firsts,
+            is_invariant=True,
+            stated=micro_batch,
+        )
     share = -(-global_batch // world_size)
     each = -(-share // micro_batch) if micro_batch else 1
     cuts = _cut(global_batch, parts=world_size)
@@ -73,7 +90,13 @@ def plan_batches(global_batch: int, *, micro_batch: int, world_size: int) -> Bat
         marks += [start + cut for cut in _cut(stop - start, parts=min(each, stop - start))[1:]]
     starts = {mark: i for i, mark in enumerate(marks)}
     firsts = tuple(starts[cut] for cut in cuts)
-    return BatchPlan(global_batch=global_batch, bounds=tuple(marks), firsts=firsts, is_invariant=False, stated=micro_batch)
+    return BatchPlan(
+        global_batch=global_batch,
+        bounds=tuple(marks),
+        firsts=firsts,
+        is_invariant=False,
+        stated=micro_batch,
+    )
 
 
 def _cut(size: int, *, parts: int) -> list[int]:
@@ -89,7 +112,9 @@ def describe(plan: BatchPlan) -> str:
     """
     world_size = len(plan.firsts) - 1
     runs = [plan.of_rank(rank) for rank in range(world_size)]
-    sizes = sorted({stop - start for _, start, stop in (piece for run in runs for piece in run)}, reverse=True)
+    sizes = sorted(
+        {stop - start for _, start, stop in (piece for run in runs for piece in run)}, reverse=True
+    )
     if len(sizes) == 1 and len({len(run) for run in runs}) == 1:
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
         return f"{plan.global_batch} global = {ranks} x {sizes[0]} micro-batch x {len(runs[0])} accumulation"
@@ -106,7 +131,9 @@ def _sum(shares: Sequence[int]) -> str:
 
 def splits_that_keep(global_batch: int, *, world_size: int) -> int:
     """Returns the largest micro-batch that divides the global batch into at least `world_size` micro-batches."""
-    return max(size for size in range(1, global_batch // world_size + 1) if global_batch % size == 0)
+    return max(
+        size for size in range(1, global_batch // world_size + 1) if global_batch % size == 0
+    )
 
 
 def fitting_world_sizes(micro_batches: int) -> list[int]:

@@ -44,7 +44,9 @@ def decoded_folder(folder: Path, *, size: tuple[int, int] | None = None) -> Deco
     Raises: DataError if there are no class folders or images, or as `decoded` does.
     """
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    paths: list[str] = []  # not Path objects, which triple the time that a large listing takes at every start
+    paths: list[
+        str
+    ] = []  # not Path objects, which triple the time that a large listing takes at every start
     labels: list[int] = []
     for label, name in enumerate(classes):
         with os.scandir(folder / name) as entries:
@@ -52,12 +54,16 @@ def decoded_folder(folder: Path, *, size: tuple[int, int] | None = None) -> Deco
         paths += found
         labels += [label] * len(found)
     if not paths:
-        raise DataError(f"{folder} holds no images; expected are folders, one a class, of files {', '.join(SUFFIXES)}.")
+        raise DataError(
+            f"{folder} holds no images; expected are folders, one a class, of files {', '.join(SUFFIXES)}."
+        )
     images = decoded(paths, beside=folder, size=size)
     return DecodedFolder(images, np.asarray(labels, np.int64), tuple(classes))
 
 
-def decoded(paths: Sequence[str | Path], *, beside: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+def decoded(
+    paths: Sequence[str | Path], *, beside: Path, size: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
     """Decodes image files, once a node, into `<beside>.decoded-<key>.npy` (see `cache_path`) and maps that.
 
     The key hashes names, number, total bytes and newest modification time of the files, and `size`: a changed set is
@@ -79,7 +85,10 @@ def _key(names: Sequence[str], *, beside: Path, size: tuple[int, int] | None) ->
         status = os.stat(name)  # noqa: PTH116 (a third of the time of Path(name).stat())
         newest_ns, total_bytes = max(newest_ns, status.st_mtime_ns), total_bytes + status.st_size
     prefix = str(beside)  # left out of the key: the data may be moved together with its cache
-    described = [str((len(names), newest_ns, total_bytes, size)), *(name.removeprefix(prefix) for name in names)]
+    described = [
+        str((len(names), newest_ns, total_bytes, size)),
+        *(name.removeprefix(prefix) for name in names),
+    ]
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
 
@@ -105,7 +114,9 @@ def _decode_into(file: Path, names: Sequence[str], *, size: tuple[int, int] | No
                     )
                 out.write(image.tobytes())
     seconds, mebibytes = time.monotonic() - began, np.prod(shape) / 2**20
-    logging.getLogger("ddp_kit").info("decoded %d images (%.0f MiB) in %.1f s", len(names), mebibytes, seconds)
+    logging.getLogger("ddp_kit").info(
+        "decoded %d images (%.0f MiB) in %.1f s", len(names), mebibytes, seconds
+    )
 
 
 def _decode(name: str, *, size: tuple[int, int] | None) -> NDArray[np.uint8]:
@@ -115,7 +126,9 @@ def _decode(name: str, *, size: tuple[int, int] | None) -> NDArray[np.uint8]:
         with Image.open(name) as image:
             pixels = image.convert("RGB")
     except OSError as error:  # PIL's word for "no image", a truncated file and a missing one alike
-        raise DataError(f"{name} cannot be decoded: {error}. Mend it or take it out of the folder.") from error
+        raise DataError(
+            f"{name} cannot be decoded: {error}. Mend it or take it out of the folder."
+        ) from error
     if size is not None and pixels.size != (size[1], size[0]):
         pixels = pixels.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     return np.asarray(pixels)

@@ -61,8 +61,14 @@ def as_data(given: Any) -> Data:
     """
     data = given if isinstance(given, Data) else Data(given)
     dataset = data.dataset
-    if not (isinstance(dataset, IterableDataset) or hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")):
-        raise DataError(f"expected a data set with __getitem__ and __len__, or an IterableDataset; got {type(dataset).__name__}.")
+    if not (
+        isinstance(dataset, IterableDataset)
+        or hasattr(dataset, "__getitem__")
+        or hasattr(dataset, "__getitems__")
+    ):
+        raise DataError(
+            f"expected a data set with __getitem__ and __len__, or an IterableDataset; got {type(dataset).__name__}."
+        )
     return data
 
 
@@ -75,7 +81,9 @@ class BatchReader:
 
     def __call__(self, indices: NDArray[np.int64], draws: Draws | None) -> Any:
         """Returns a list of samples, or a ready batch."""
-        return self._read(indices, draws=draws) if self.takes_draws else self._read(indices.tolist())
+        return (
+            self._read(indices, draws=draws) if self.takes_draws else self._read(indices.tolist())
+        )
 
 
 def without_subsets(dataset: Dataset[Any]) -> tuple[Any, NDArray[np.int64] | None]:

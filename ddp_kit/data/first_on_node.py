@@ -80,7 +80,9 @@ def _acquire(lock: Path, *, wanted: Path) -> int:
             return descriptor
         if not told and time.monotonic() - asked > QUIET_S:
             told = True
-            logging.getLogger("ddp_kit").info("waiting for another process to make %s (lock: %s)", wanted, lock)
+            logging.getLogger("ddp_kit").info(
+                "waiting for another process to make %s (lock: %s)", wanted, lock
+            )
         time.sleep(POLL_S)
 
 

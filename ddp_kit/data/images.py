@@ -47,7 +47,12 @@ class ImageArray:
         classes: Sequence[str] = (),
     ):
         self.images, self.labels = images, np.asarray(labels, np.int64)
-        self.mean, self.std, self.crop_padding, self.flip = tuple(mean), tuple(std), crop_padding, flip
+        self.mean, self.std, self.crop_padding, self.flip = (
+            tuple(mean),
+            tuple(std),
+            crop_padding,
+            flip,
+        )
         self.classes = tuple(classes)
         self._rows: NDArray[np.int64] | None = None  # a subset's rows; None is all
         self._check()
@@ -60,10 +65,18 @@ class ImageArray:
     def _check(self) -> None:
         images, labels = self.images, self.labels
         if images.dtype != np.uint8 or images.ndim != 4:
-            raise DataError(f"ImageArray got images {images.dtype} {images.shape}; expected is uint8 (N, H, W, C).")
+            raise DataError(
+                f"ImageArray got images {images.dtype} {images.shape}; expected is uint8 (N, H, W, C)."
+            )
         if labels.shape != images.shape[:1]:
-            raise DataError(f"ImageArray got labels {labels.shape} for images {images.shape}; expected is one an image.")
-        if not len(self.mean) == len(self.std) == images.shape[3] or min(self.std) <= 0 or self.crop_padding < 0:
+            raise DataError(
+                f"ImageArray got labels {labels.shape} for images {images.shape}; expected is one an image."
+            )
+        if (
+            not len(self.mean) == len(self.std) == images.shape[3]
+            or min(self.std) <= 0
+            or self.crop_padding < 0
+        ):
             raise DataError(
                 f"ImageArray got mean {self.mean}, std {self.std}, crop_padding {self.crop_padding} for images"
                 f" {images.shape}; expected are {images.shape[3]} means, as many positive deviations, a padding >= 0."
@@ -72,7 +85,9 @@ class ImageArray:
         wrong = np.flatnonzero((labels < 0) | (labels >= end))
         if len(wrong):
             at = wrong[0]
-            raise DataError(f"Sample {at} has label {labels[at]}; expected are 0 to {end - 1} for {end} classes.")
+            raise DataError(
+                f"Sample {at} has label {labels[at]}; expected are 0 to {end - 1} for {end} classes."
+            )
 
     def __len__(self) -> int:
         return len(self.images) if self._rows is None else len(self._rows)
@@ -86,7 +101,11 @@ class ImageArray:
 
     def pixels(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Returns the images, uint8 (N, H, W, C), and the labels, int64 (N,), for a data set of one's own. A subset's are copied."""
-        return (self.images, self.labels) if self._rows is None else (self.images[self._rows], self.labels[self._rows])
+        return (
+            (self.images, self.labels)
+            if self._rows is None
+            else (self.images[self._rows], self.labels[self._rows])
+        )
 
     def __getitems__(self, indices: Indices, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
         """Returns the batch of the samples `indices` in fresh memory; without `draws`, as in evaluation, nothing random."""
@@ -95,21 +114,29 @@ class ImageArray:
             rows = self._rows[rows]
         pixels = self.images[rows]
         if draws is not None and (self.crop_padding or self.flip):
-            numbers = draws.uniform(3)  # row, column, flip: always all three, so that they do not hang on each other
+            numbers = draws.uniform(
+                3
+            )  # row, column, flip: always all three, so that they do not hang on each other
             if self.crop_padding:
                 offsets = (numbers[:, :2] * (2 * self.crop_padding + 1)).astype(np.int64)
-                pixels = padded_crop(pixels, padding=self.crop_padding, top=offsets[:, 0], left=offsets[:, 1])
+                pixels = padded_crop(
+                    pixels, padding=self.crop_padding, top=offsets[:, 0], left=offsets[:, 1]
+                )
             if self.flip:
                 mirror(pixels, rows=np.flatnonzero(numbers[:, 2] < 0.5))
         return self._normalised(pixels), torch.from_numpy(self.labels[rows])
 
     def _normalised(self, pixels: NDArray[np.uint8]) -> Tensor:
         values = torch.from_numpy(pixels.reshape(len(pixels), -1)).to(torch.float32)
-        values.mul_(self._scale).add_(self._shift)  # not fused: that rounds differently where a vector ends
+        values.mul_(self._scale).add_(
+            self._shift
+        )  # not fused: that rounds differently where a vector ends
         return values.view(pixels.shape).permute(0, 3, 1, 2)
 
 
-def padded_crop(pixels: NDArray[np.uint8], *, padding: int, top: NDArray[np.int64], left: NDArray[np.int64]) -> NDArray[np.uint8]:
+def padded_crop(
+    pixels: NDArray[np.uint8], *, padding: int, top: NDArray[np.int64], left: NDArray[np.int64]
+) -> NDArray[np.uint8]:
     """Pads images (B, H, W, C) with zeros and cuts (H, W) at (top, left), each in 0 .. 2 padding, one pair an image.
 
     Returns: a new uint8 array (B, H, W, C).

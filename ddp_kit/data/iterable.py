@@ -114,7 +114,17 @@ class Samples:
 class TrainingStream(IterableDataset[MicroBatch]):
     """This rank's micro-batches of a run over an iterable data set; in a loader worker, every n-th of them."""
 
-    def __init__(self, data: Data, *, plan: BatchPlan, rank: int, seed: int, start: int, end: int, course: Course | None = None):
+    def __init__(
+        self,
+        data: Data,
+        *,
+        plan: BatchPlan,
+        rank: int,
+        seed: int,
+        start: int,
+        end: int,
+        course: Course | None = None,
+    ):
         """Args: `course` of a data set with a state of its own."""
         super().__init__()
         self._course = course
@@ -132,12 +142,20 @@ class TrainingStream(IterableDataset[MicroBatch]):
             for index, start, stop in self._runs:
                 if taken % workers == worker and step >= self._start:
                     own = samples[start - self._runs[0][1] : stop - self._runs[0][1]]
-                    yield self._micro_batch(Request(step, epoch, index, np.arange(first + start, first + stop)), own, keyed)
+                    yield self._micro_batch(
+                        Request(step, epoch, index, np.arange(first + start, first + stop)),
+                        own,
+                        keyed,
+                    )
                 taken += step >= self._start
 
     def _global_batches(self, keyed: Keyed) -> Iterator[tuple[int, int, int, list[Any]]]:
         """Yields (step, epoch, position of the global batch in the stream, this rank's samples); a ragged tail is dropped."""
-        place = self._course.begin if self._course is not None and self._course.begin is not None else Place()
+        place = (
+            self._course.begin
+            if self._course is not None and self._course.begin is not None
+            else Place()
+        )
         step = 0 if place == Place() else self._start
         epoch = place.epoch
         while step < self._end:

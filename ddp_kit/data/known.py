@@ -25,7 +25,18 @@ Split = Literal["train", "validation", "test"]
 
 DIGITS_VALIDATION = 360
 VALIDATION = 5000
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801  # magic numbers: unsigned bytes in three dimensions, in one
 
 
@@ -39,9 +50,15 @@ def digits(split: Literal["train", "validation"]) -> ImageArray:
         raise ConfigError(f'digits has no split "{split}"; expected "train" or "validation".')
     # Read from the package's folder where it is installed: importing scikit-learn takes seconds, as long as training on this.
     spec = find_spec("sklearn")
-    package = Path(spec.origin) if spec and spec.origin else Path(str(require("sklearn", extra="recipes").__file__))
+    package = (
+        Path(spec.origin)
+        if spec and spec.origin
+        else Path(str(require("sklearn", extra="recipes").__file__))
+    )
     table = np.loadtxt(package.parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
-    images = (table[:, :-1] * 15).astype(np.uint8).reshape(-1, 8, 8, 1)  # 0..16 in the file, 0..240 here, exactly
+    images = (
+        (table[:, :-1] * 15).astype(np.uint8).reshape(-1, 8, 8, 1)
+    )  # 0..16 in the file, 0..240 here, exactly
     labels = table[:, -1].astype(np.int64)
     data = ImageArray(images, labels, mean=(0.2873,), std=(0.3539,))
     return _part(data, split, held_out=DIGITS_VALIDATION)
@@ -61,7 +78,9 @@ def mnist(root: str | Path, split: Split, *, download: bool = False) -> ImageArr
     if download:
         first_on_node(folder, _download_mnist)
     prefix = "t10k" if split == "test" else "train"
-    files = [folder / "raw" / f"{prefix}-{kind}" for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    files = [
+        folder / "raw" / f"{prefix}-{kind}" for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    ]
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise _not_found("MNIST", missing)
@@ -70,7 +89,14 @@ def mnist(root: str | Path, split: Split, *, download: bool = False) -> ImageArr
     return data if split == "test" else _part(data, split, held_out=VALIDATION)
 
 
-def cifar10(root: str | Path, split: Split, *, download: bool = False, crop_padding: int = 4, flip: bool = True) -> ImageArray:
+def cifar10(
+    root: str | Path,
+    split: Split,
+    *,
+    download: bool = False,
+    crop_padding: int = 4,
+    flip: bool = True,
+) -> ImageArray:
     """CIFAR-10 (32 x 32, colour, 10 classes): 45,000 train, 5,000 validation, 10,000 test; cropped and flipped in training.
 
     Looked for as image folders, `root`/cifar10/{train,test}/<class>/*.jpg, then in torchvision's own layout,
@@ -113,14 +139,18 @@ def _check_split(split: str) -> None:
 
 def _part(data: ImageArray, split: str, *, held_out: int) -> ImageArray:
     if len(data) <= held_out:
-        raise DataError(f"The training set has {len(data)} images; expected are more than the {held_out} to hold out.")
+        raise DataError(
+            f"The training set has {len(data)} images; expected are more than the {held_out} to hold out."
+        )
     order = np.argsort(keys(key(0, Purpose.SPLIT), np.arange(len(data))), kind="stable")
     return data.subset(np.sort(order[:held_out] if split == "validation" else order[held_out:]))
 
 
 def _not_found(name: str, looked: list[Path]) -> DataError:
     places = "\n".join(f"  {place.absolute()}" for place in looked)
-    return DataError(f"{name} was not found. Looked for:\n{places}\nType: --data-root DIR, or --download to fetch it.")
+    return DataError(
+        f"{name} was not found. Looked for:\n{places}\nType: --data-root DIR, or --download to fetch it."
+    )
 
 
 def _read_idx(file: Path, *, magic: int) -> NDArray[np.uint8]:
@@ -130,15 +160,21 @@ def _read_idx(file: Path, *, magic: int) -> NDArray[np.uint8]:
     with file.open("rb") as opened:
         head = opened.read(start)
     if len(head) < start or struct.unpack(">I", head[:4])[0] != magic:
-        raise DataError(f"{file} is no IDX file of {dimensions} dimensions. Delete it and unpack or download it again.")
+        raise DataError(
+            f"{file} is no IDX file of {dimensions} dimensions. Delete it and unpack or download it again."
+        )
     shape: tuple[int, ...] = struct.unpack(f">{dimensions}I", head[4:])
     size, wanted = file.stat().st_size, start + int(np.prod(shape))
     if size != wanted:
-        raise DataError(f"{file} has {size} bytes; its head says {wanted}. Delete it and unpack or download it again.")
+        raise DataError(
+            f"{file} has {size} bytes; its head says {wanted}. Delete it and unpack or download it again."
+        )
     return np.memmap(file, np.uint8, mode="r", offset=start, shape=shape)
 
 
-def _cifar10_batches(batches: Path, part: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _cifar10_batches(
+    batches: Path, part: Literal["train", "test"]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Reads torchvision's layout once a node, into a folder of two mapped arrays."""
 
     def make(temporary: Path) -> None:
@@ -146,7 +182,9 @@ def _cifar10_batches(batches: Path, part: Literal["train", "test"]) -> tuple[NDA
         try:
             read = datasets.CIFAR10(str(batches.parent), train=part == "train", download=False)
         except RuntimeError as error:
-            raise DataError(f"{batches} is damaged: {error} Delete it and unpack or download it again.") from error
+            raise DataError(
+                f"{batches} is damaged: {error} Delete it and unpack or download it again."
+            ) from error
         temporary.mkdir()
         np.save(temporary / "images.npy", read.data)
         np.save(temporary / "labels.npy", np.asarray(read.targets, np.int64))
@@ -176,5 +214,10 @@ def _download_cifar10(temporary: Path) -> None:
 def _fetch(name: str, download: Callable[[], object]) -> None:
     try:
         download()
-    except (OSError, RuntimeError) as error:  # torchvision raises either: no network, no mirror, a wrong checksum
-        raise DataError(f"{name} could not be downloaded: {error}. Type: --data-root DIR with a copy of it.") from error
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torchvision raises either: no network, no mirror, a wrong checksum
+        raise DataError(
+            f"{name} could not be downloaded: {error}. Type: --data-root DIR with a copy of it."
+        ) from error

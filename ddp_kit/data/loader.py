@@ -61,12 +61,26 @@ class Feed:
     def batches(self, *, start: int, end: int) -> Generator[RankBatch, None, None]:
         """Yields the batches of steps start to end - 1."""
         with contextlib.closing(self._read(start=start, end=end)) as micro_batches:
-            yield from grouped(placed(micro_batches, self.placement), per_step=len(self.plan.of_rank(self.rank)))
+            yield from grouped(
+                placed(micro_batches, self.placement), per_step=len(self.plan.of_rank(self.rank))
+            )
 
     def _read(self, *, start: int, end: int) -> Generator[MicroBatch, None, None]:
         if self.sampler is None:
-            stream = TrainingStream(self.data, plan=self.plan, rank=self.rank, seed=self.seed, start=start, end=end, course=self.course)
-            yield from with_workers(stream, None, num_workers=self.num_workers) if self.num_workers else stream
+            stream = TrainingStream(
+                self.data,
+                plan=self.plan,
+                rank=self.rank,
+                seed=self.seed,
+                start=start,
+                end=end,
+                course=self.course,
+            )
+            yield from (
+                with_workers(stream, None, num_workers=self.num_workers)
+                if self.num_workers
+                else stream
+            )
             return
         reader = Reader(self.data, seed=self.seed, training=True)
         requests = self.sampler.requests(start=start, end=end)
@@ -89,7 +103,9 @@ class Feed:
         else:
             request = self.sampler.request(0, slice(0, size), step=0, micro_batch=0)
             reader = Reader(self.data, seed=self.seed, training=True)
-            answer = by_one_worker(reader, [request]) if self.num_workers else reader.read([request])[0]
+            answer = (
+                by_one_worker(reader, [request]) if self.num_workers else reader.read([request])[0]
+            )
         return MicroBatch(answer.request, self.placement(answer.batch))
 
     def _start_of_stream(self, size: int) -> MicroBatch:
@@ -121,26 +137,60 @@ def build_loader(
     """
     plan = plan_batches(global_batch, micro_batch=micro_batch, world_size=group.world_size)
     place = placement or Placement(group.device)
-    return feed_of(as_data(data), plan=plan, rank=group.rank, seed=seed, placement=place, num_workers=num_workers)
+    return feed_of(
+        as_data(data),
+        plan=plan,
+        rank=group.rank,
+        seed=seed,
+        placement=place,
+        num_workers=num_workers,
+    )
 
 
-def feed_of(data: Data, *, plan: BatchPlan, rank: int, seed: int, placement: Placement, num_workers: int = 0) -> Feed:
+def feed_of(
+    data: Data, *, plan: BatchPlan, rank: int, seed: int, placement: Placement, num_workers: int = 0
+) -> Feed:
     """Returns a rank's feed by a plan that is made already."""
     if data.is_iterable and data.order is not None:
-        raise ConfigError("Data(order=...) has no effect on an iterable data set, which comes in its own order: leave it out.")
+        raise ConfigError(
+            "Data(order=...) has no effect on an iterable data set, which comes in its own order: leave it out."
+        )
     course = Course() if data.is_iterable and is_stateful(data.dataset) else None
     if course is not None and num_workers:
-        raise ConfigError("the training data keeps its own state, which only the training process can save: type --num-workers 0.")
-    sampler = None if data.is_iterable else GlobalBatchSampler(data, plan=plan, rank=rank, seed=seed, order=data.order)
-    return Feed(data=data, plan=plan, rank=rank, seed=seed, placement=placement, num_workers=num_workers, sampler=sampler, course=course)
+        raise ConfigError(
+            "the training data keeps its own state, which only the training process can save: type --num-workers 0."
+        )
+    sampler = (
+        None
+        if data.is_iterable
+        else GlobalBatchSampler(data, plan=plan, rank=rank, seed=seed, order=data.order)
+    )
+    return Feed(
+        data=data,
+        plan=plan,
+        rank=rank,
+        seed=seed,
+        placement=placement,
+        num_workers=num_workers,
+        sampler=sampler,
+        course=course,
+    )
 
 
 def evaluation_batches(
-    data: Any, *, group: Group, micro_batch: int, placement: Placement | None = None, num_workers: int = 0
+    data: Any,
+    *,
+    group: Group,
+    micro_batch: int,
+    placement: Placement | None = None,
+    num_workers: int = 0,
 ) -> Generator[MicroBatch, None, None]:
     """Yields this rank's micro-batches of an evaluation: each sample once over all ranks, and the same number on every rank."""
     share = {"micro_batch": micro_batch, "rank": group.rank, "world_size": group.world_size}
-    yield from placed(_evaluation(as_data(data), share, num_workers=num_workers), placement or Placement(group.device))
+    yield from placed(
+        _evaluation(as_data(data), share, num_workers=num_workers),
+        placement or Placement(group.device),
+    )
 
 
 def first_of_evaluation(data: Data, *, micro_batch: int, num_workers: int = 0) -> MicroBatch | None:
@@ -150,7 +200,9 @@ def first_of_evaluation(data: Data, *, micro_batch: int, num_workers: int = 0) -
         return next(answers, None)
 
 
-def _evaluation(data: Data, share: Mapping[str, int], *, num_workers: int) -> Generator[MicroBatch, None, None]:
+def _evaluation(
+    data: Data, share: Mapping[str, int], *, num_workers: int
+) -> Generator[MicroBatch, None, None]:
     if data.is_iterable:
         stream = EvaluationStream(data, **share)
         # one worker: each would read the whole stream for its part of it

@@ -15,7 +15,11 @@ def placed(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterato
     """
     if placement.device.type != "cuda":
         for micro_batch in micro_batches:
-            yield MicroBatch(micro_batch.request, placement(micro_batch.batch)) if placement.is_needed else micro_batch
+            yield (
+                MicroBatch(micro_batch.request, placement(micro_batch.batch))
+                if placement.is_needed
+                else micro_batch
+            )
         return
     stream = torch.cuda.Stream(placement.device)
     ahead: tuple[MicroBatch, torch.cuda.Event] | None = None

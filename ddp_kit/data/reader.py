@@ -27,7 +27,9 @@ class Request(NamedTuple):
     micro_batch: int  # index in the global batch
     indices: NDArray[np.int64]
     is_padding: bool = False  # evaluation: read so that all ranks run the same number of forward passes; counts nothing
-    occurrences: NDArray[np.int64] | None = None  # how often each sample came before in its epoch; None: never
+    occurrences: NDArray[np.int64] | None = (
+        None  # how often each sample came before in its epoch; None: never
+    )
 
 
 class MicroBatch(NamedTuple):
@@ -49,7 +51,9 @@ class Reader:
         self._data, self._seed, self._training = data, seed, training
         self._dataset, self._subset = without_subsets(data.dataset)
         self._tensors = tensors_of(self._dataset) if data.collate is None else None
-        self._by_batch = BatchReader(self._dataset) if hasattr(self._dataset, "__getitems__") else None
+        self._by_batch = (
+            BatchReader(self._dataset) if hasattr(self._dataset, "__getitems__") else None
+        )
         self._collate = data.collate or default_collate
         self._augment = data.augment if training else None
         self._generators = KeyedGenerators()
@@ -59,9 +63,13 @@ class Reader:
         """Whether code runs that may draw from default generators: that of a data set which is given draws does not."""
         if self._augment is not None or self._data.collate is not None:
             return True
-        return self._tensors is None and not (self._by_batch is not None and self._by_batch.takes_draws)
+        return self._tensors is None and not (
+            self._by_batch is not None and self._by_batch.takes_draws
+        )
 
-    def __getitems__(self, request: Request) -> MicroBatch:  # torch's fetcher hands a batch sampler's item to this method
+    def __getitems__(
+        self, request: Request
+    ) -> MicroBatch:  # torch's fetcher hands a batch sampler's item to this method
         """Returns the micro-batch of a request, in a loader worker."""
         self._generators.install_once()
         return self._answer(request)
@@ -83,7 +91,9 @@ class Reader:
         batch = self._read(request)
         if self._augment is None:
             return batch
-        self._seed_for_batch(request)  # an augmentation should use the draws; one that uses default generators is reproducible too
+        self._seed_for_batch(
+            request
+        )  # an augmentation should use the draws; one that uses default generators is reproducible too
         return self._augment(batch, self._draws(request))
 
     def _read(self, request: Request) -> Any:

@@ -25,9 +25,18 @@ class GlobalBatchSampler(DistributedSampler[Any]):
     on to the next epoch by itself; `requests` gives those of the whole run.
     """
 
-    def __init__(self, dataset: Any, *, plan: BatchPlan, rank: int, seed: int = 0, order: Order | None = None):
+    def __init__(
+        self, dataset: Any, *, plan: BatchPlan, rank: int, seed: int = 0, order: Order | None = None
+    ):
         """Raises: DataError if an epoch holds less than one global batch."""
-        super().__init__(dataset, num_replicas=len(plan.firsts) - 1, rank=rank, shuffle=True, seed=seed, drop_last=True)
+        super().__init__(
+            dataset,
+            num_replicas=len(plan.firsts) - 1,
+            rank=rank,
+            shuffle=True,
+            seed=seed,
+            drop_last=True,
+        )
         self._plan = plan
         self._order = order or permutation
         self._size = len(dataset)
@@ -51,8 +60,12 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         """Returns the order of an epoch. Raises: DataError if a user's order leaves the data set or changes its length."""
         if self._known[0] != epoch:
             order = np.asarray(self._order(self.seed, epoch, self._size), dtype=np.int64)
-            if order.ndim != 1 or (len(order) and not (order.min() >= 0 and order.max() < self._size)):
-                raise DataError(f"the order of epoch {epoch} is not a list of indices from 0 to {self._size - 1}.")
+            if order.ndim != 1 or (
+                len(order) and not (order.min() >= 0 and order.max() < self._size)
+            ):
+                raise DataError(
+                    f"the order of epoch {epoch} is not a list of indices from 0 to {self._size - 1}."
+                )
             if self._known[0] >= 0 and len(order) != self._length:
                 raise DataError(
                     f"the order of epoch {epoch} has {len(order)} samples, that of epoch 0 has {self._length}; expected the same."
@@ -67,7 +80,9 @@ class GlobalBatchSampler(DistributedSampler[Any]):
             epoch, k = divmod(step, self.steps_per_epoch)
             begin = k * self._plan.global_batch
             for index, first, stop in self._runs:
-                yield self.request(epoch, slice(begin + first, begin + stop), step=step, micro_batch=index)
+                yield self.request(
+                    epoch, slice(begin + first, begin + stop), step=step, micro_batch=index
+                )
 
     def request(self, epoch: int, places: slice, *, step: int, micro_batch: int) -> Request:
         """Returns the request for the samples at some places of an epoch's order."""
@@ -86,12 +101,16 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         return self.steps_per_epoch * len(self._runs)
 
 
-def evaluation_requests(size: int, *, micro_batch: int, rank: int, world_size: int) -> list[Request]:
+def evaluation_requests(
+    size: int, *, micro_batch: int, rank: int, world_size: int
+) -> list[Request]:
     """Returns a rank's micro-batches of an evaluation: each sample once over all ranks, in order, none repeated.
 
     All ranks get the same number: where they do not come out even, a request marked as padding reads sample 0 and counts nothing.
     """
-    blocks = [np.arange(first, min(first + micro_batch, size)) for first in range(0, size, micro_batch)]
+    blocks = [
+        np.arange(first, min(first + micro_batch, size)) for first in range(0, size, micro_batch)
+    ]
     small, larger = divmod(len(blocks), world_size)
     first = rank * small + min(rank, larger)
     own = range(first, first + small + (rank < larger))

@@ -69,7 +69,9 @@ def keys(base: int, indices: NDArray[np.integer] | Sequence[int]) -> NDArray[np.
     return _finished((state + np.uint64(1)) * np.uint64(GOLDEN) + np.uint64(base))
 
 
-def sample_keys(seed: int, epoch: int, indices: NDArray[np.int64], occurrences: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+def sample_keys(
+    seed: int, epoch: int, indices: NDArray[np.int64], occurrences: NDArray[np.int64] | None = None
+) -> NDArray[np.uint64]:
     """Returns the keys of samples in an epoch, shape (n,): `key(seed, Purpose.SAMPLE, epoch, index)`, all at once.
 
     Args: `occurrences` (n,) how often each sample came before in its epoch; a sample's first time has the key that it has without.
@@ -99,7 +101,9 @@ def occurrences_in(order: NDArray[np.int64]) -> NDArray[np.int64] | None:
 
 def permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     """Returns the order of `size` samples in an epoch: the indices sorted by their keys."""
-    order: NDArray[np.int64] = np.argsort(keys(key(seed, Purpose.ORDER, epoch), np.arange(size)), kind="stable")
+    order: NDArray[np.int64] = np.argsort(
+        keys(key(seed, Purpose.ORDER, epoch), np.arange(size)), kind="stable"
+    )
     return order
 
 
@@ -135,7 +139,9 @@ class Draws:
         width = 1
         for size in shape:
             width *= size
-        counters = np.arange(self._drawn + 1, self._drawn + 1 + width, dtype=np.uint64) * np.uint64(GOLDEN)
+        counters = np.arange(self._drawn + 1, self._drawn + 1 + width, dtype=np.uint64) * np.uint64(
+            GOLDEN
+        )
         self._drawn += width
         state = self._keys[:, None] + counters[None, :]
         return _finished(state).reshape(len(self._keys), *shape)
@@ -179,7 +185,9 @@ def generators_aside(numpy: np.random.BitGenerator) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.mtrand.set_bit_generator(callers)
-        if state["has_gauss"]:  # changing the bit generator forgets the second of two normal numbers
+        if state[
+            "has_gauss"
+        ]:  # changing the bit generator forgets the second of two normal numbers
             np.random.set_state(state)
         torch.set_rng_state(torch_state)
 
@@ -200,7 +208,9 @@ def seed_forward(base: int, step: int, micro_batch: int, *, device: torch.device
     """Seeds all default generators for one forward pass: dropout, mixup by NumPy, layers dropped by `random` depend on (seed, step,
     index of the micro-batch), nothing else.
     """
-    value = (base + step * GOLDEN + micro_batch * 0xC2B2AE3D27D4EB4F) & MASK  # once a forward pass: one round of the hash
+    value = (
+        base + step * GOLDEN + micro_batch * 0xC2B2AE3D27D4EB4F
+    ) & MASK  # once a forward pass: one round of the hash
     value = (value ^ (value >> 32)) * 0xFF51AFD7ED558CCD & MASK
     value ^= value >> 33
     seed_generators(value)

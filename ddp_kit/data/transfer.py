@@ -14,7 +14,13 @@ import torch
 class Placement:
     """Puts a batch where the model wants it: device, floating-point dtype, memory format. A no-op costs nothing."""
 
-    def __init__(self, device: torch.device, *, dtype: torch.dtype = torch.float32, channels_last: bool = False):
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ):
         self.device, self.dtype, self.channels_last = device, dtype, channels_last
         self.is_needed = device.type != "cpu" or dtype != torch.float32 or channels_last
 
@@ -29,7 +35,9 @@ class Placement:
         elif dtype == torch.complex64:
             dtype = self.dtype.to_complex()
         if self.channels_last and tensor.dim() == 4:
-            return tensor.to(self.device, dtype, non_blocking=True, memory_format=torch.channels_last)
+            return tensor.to(
+                self.device, dtype, non_blocking=True, memory_format=torch.channels_last
+            )
         return tensor.to(self.device, dtype, non_blocking=True)
 
 

@@ -19,9 +19,13 @@ def by_one_worker(dataset: Any, requests: Iterable[Request] | None) -> MicroBatc
         return next(answers)
 
 
-def with_workers(dataset: Any, requests: Iterable[Request] | None, *, num_workers: int) -> Generator[MicroBatch, None, None]:
+def with_workers(
+    dataset: Any, requests: Iterable[Request] | None, *, num_workers: int
+) -> Generator[MicroBatch, None, None]:
     """Yields what torch's DataLoader makes of requests, each answered by `dataset.__getitems__`, or of a stream that answers itself."""
-    whole: dict[str, Any] = {"batch_size": None} if requests is None else {"batch_sampler": requests}
+    whole: dict[str, Any] = (
+        {"batch_size": None} if requests is None else {"batch_sampler": requests}
+    )
     loader = DataLoader(
         dataset,
         **whole,
@@ -31,7 +35,9 @@ def with_workers(dataset: Any, requests: Iterable[Request] | None, *, num_worker
         generator=torch.Generator(),  # its own: the default one belongs to the model
         pin_memory=False,  # `placed` pins: torch's pinning thread would not look into a MicroBatch
     )
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # every thread of a forked worker must inherit it
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGTERM}
+    )  # every thread of a forked worker must inherit it
     try:
         answers: Any = iter(loader)
     finally:

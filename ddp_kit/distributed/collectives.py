@@ -29,7 +29,9 @@ def first_difference(group: Group, values: Sequence[int]) -> int | None:
     """Returns the index of the first value that is not equal on all ranks, or None."""
     both = max_over_ranks(group, [*values, *(-value for value in values)])
     highest, lowest = both[: len(values)], [-value for value in both[len(values) :]]
-    return next((i for i, (high, low) in enumerate(zip(highest, lowest, strict=True)) if high != low), None)
+    return next(
+        (i for i, (high, low) in enumerate(zip(highest, lowest, strict=True)) if high != low), None
+    )
 
 
 def sum_over_ranks(group: Group, values: torch.Tensor) -> torch.Tensor:
@@ -39,14 +41,18 @@ def sum_over_ranks(group: Group, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def sum_by_name(group: Group, rows: torch.Tensor, *, names: Sequence[str], order: Sequence[int]) -> dict[str, list[float]]:
+def sum_by_name(
+    group: Group, rows: torch.Tensor, *, names: Sequence[str], order: Sequence[int]
+) -> dict[str, list[float]]:
     """Adds up rows (k, len(names), values) of all ranks in float64, in an order that does not depend on who has which.
 
     Args: `order` one number for each row, by which the rows of all ranks are sorted.
     Raises: DdpKitError on every rank if the names differ between ranks.
     """
     if first_difference(group, [zlib.crc32("\n".join(names).encode())]) is not None:
-        raise DdpKitError(f"the ranks report different metrics; rank {group.rank} has {', '.join(names)}.")
+        raise DdpKitError(
+            f"the ranks report different metrics; rank {group.rank} has {', '.join(names)}."
+        )
     at = torch.argsort(torch.cat(gather_rows(group, torch.tensor(order, dtype=torch.int64))))
     sums = torch.cat(gather_rows(group, rows.cpu()))[at].sum(0)  # host-device synchronisation
     return dict(zip(names, sums.tolist(), strict=True))
@@ -69,20 +75,26 @@ def gather_bytes(group: Group, data: bytes) -> list[bytes]:
     """Returns every rank's bytes, in rank order."""
     if group.control is None:
         return [data]
-    sizes = max_over_ranks(group, [len(data) if rank == group.rank else 0 for rank in range(group.world_size)])
+    sizes = max_over_ranks(
+        group, [len(data) if rank == group.rank else 0 for rank in range(group.world_size)]
+    )
     own = torch.zeros(max(max(sizes), 1), dtype=torch.uint8)
     if data:
         own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     every = [torch.empty_like(own) for _ in range(group.world_size)]
     dist.all_gather(every, own, group=group.control)
-    return [bytes(content.numpy().tobytes()[:size]) for content, size in zip(every, sizes, strict=True)]
+    return [
+        bytes(content.numpy().tobytes()[:size]) for content, size in zip(every, sizes, strict=True)
+    ]
 
 
 def gather_rows(group: Group, rows: torch.Tensor) -> list[torch.Tensor]:
     """Returns every rank's rows (n_rank, ...) in rank order. The number of rows may differ; dtype and trailing shape may not."""
     if group.control is None:
         return [rows]
-    counts = max_over_ranks(group, [len(rows) if rank == group.rank else 0 for rank in range(group.world_size)])
+    counts = max_over_ranks(
+        group, [len(rows) if rank == group.rank else 0 for rank in range(group.world_size)]
+    )
     own = torch.zeros((max(counts), *rows.shape[1:]), dtype=rows.dtype)
     own[: len(rows)] = rows
     every = [torch.empty_like(own) for _ in range(group.world_size)]

@@ -103,7 +103,11 @@ class Control:
     def agreement_s(self) -> tuple[float, float]:
         """Returns how long a stop waits at most for the end of a step, and then for all ranks to know of it: sent at the next packet,
         read at the one after."""
-        return max(((step_s, 2 * _interval(step_s) * step_s) for step_s in self._step_s.values()), key=sum, default=(0.0, 0.0))
+        return max(
+            ((step_s, 2 * _interval(step_s) * step_s) for step_s in self._step_s.values()),
+            key=sum,
+            default=(0.0, 0.0),
+        )
 
     def _send(self, *, stop: int, saves: bool = False) -> None:
         now = time.perf_counter()
@@ -111,11 +115,15 @@ class Control:
         self._last = (self._position, now)
         rank = self._group.rank
         self._packet[Field.STOP] = (stop << SHIFT) + rank if stop else 0
-        self._packet[Field.CULPRIT] = ((self._culprit_step + 1) << SHIFT) + rank if self._culprit_step >= 0 else 0
+        self._packet[Field.CULPRIT] = (
+            ((self._culprit_step + 1) << SHIFT) + rank if self._culprit_step >= 0 else 0
+        )
         self._packet[Field.STEP_US] = int(since / steps * 1e6) if steps > 0 else 0
         self._packet[Field.SAVE] = int(saves)
         if self._group.control is not None:
-            self._work = dist.all_reduce(self._packet, dist.ReduceOp.MAX, group=self._group.control, async_op=True)
+            self._work = dist.all_reduce(
+                self._packet, dist.ReduceOp.MAX, group=self._group.control, async_op=True
+            )
 
     def _read(self) -> Decision:
         if self._work is not None:

@@ -20,7 +20,9 @@ from ddp_kit.errors import DdpKitError, summary
 
 Answer = TypeVar("Answer")
 FIRST, LOST, READ = "first", "lost", "read"
-SILENCE_S = 1.0  # after which rank 0 takes a rank for dead: the others have all noticed a loss by then
+SILENCE_S = (
+    1.0  # after which rank 0 takes a rank for dead: the others have all noticed a loss by then
+)
 LINGER_S = 5.0  # for the peers to lose the connection and read why
 
 
@@ -38,12 +40,18 @@ class Verdict:
     @property
     def is_own(self) -> bool:
         """Whether this rank failed by itself, not because of another one: alone, first, or in the same way as the first."""
-        return not self.is_silent and (self.culprit == self.rank or self.message == summary(self.error))
+        return not self.is_silent and (
+            self.culprit == self.rank or self.message == summary(self.error)
+        )
 
     @property
     def reason(self) -> str:
         """The failure in one text, for status.json."""
-        return self.message if self.is_silent or self.is_alone else f"rank {self.culprit}: {self.message}"
+        return (
+            self.message
+            if self.is_silent or self.is_alone
+            else f"rank {self.culprit}: {self.message}"
+        )
 
     def words(self) -> str:
         """Returns what this rank writes to stderr: the culprit its message or traceback, others a line, or nothing where all fail alike."""
@@ -51,7 +59,11 @@ class Verdict:
         if self.is_silent:
             return f"{where}: {self.message}\n"
         if self.culprit != self.rank:
-            return "" if self.is_own else f"{where}: ended because rank {self.culprit} failed: {self.message.splitlines()[0]}\n"
+            return (
+                ""
+                if self.is_own
+                else f"{where}: ended because rank {self.culprit} failed: {self.message.splitlines()[0]}\n"
+            )
         if isinstance(self.error, DdpKitError):
             return f"{self.error}\n"
         if isinstance(self.error, SystemExit):
@@ -63,7 +75,9 @@ class Verdict:
 class Blame:
     """One rank's end of the store in which failures are told. Without a store each rank is alone."""
 
-    def __init__(self, *, rank: int, world_size: int, store: dist.Store | None = None, hosts: bool = False):
+    def __init__(
+        self, *, rank: int, world_size: int, store: dist.Store | None = None, hosts: bool = False
+    ):
         """Args: `hosts` whether the store lives in this process."""
         self._rank, self._world_size, self._store, self._hosts = rank, world_size, store, hosts
         self._is_told = self._has_spoken = False
@@ -75,7 +89,13 @@ class Blame:
         """
         if self._world_size == 1 or not is_lost_peer(error):
             culprit, message = self.tell(error)
-            return Verdict(error=error, rank=self._rank, culprit=culprit, message=message, is_alone=self._world_size == 1)
+            return Verdict(
+                error=error,
+                rank=self._rank,
+                culprit=culprit,
+                message=message,
+                is_alone=self._world_size == 1,
+            )
         self._is_told = True  # that a peer is lost is no news to the others
         self._note(LOST)
         found = self._ask(_first)
@@ -83,15 +103,27 @@ class Blame:
         if found is not None:
             return Verdict(error=error, rank=self._rank, culprit=found[0], message=found[1])
         gone = self._missing(LOST, within_s=SILENCE_S if self._rank == 0 else 0)
-        known = f"; not heard of: rank {', '.join(map(str, gone))}" if self._rank == 0 or self._store is None else ""
+        known = (
+            f"; not heard of: rank {', '.join(map(str, gone))}"
+            if self._rank == 0 or self._store is None
+            else ""
+        )
         message = f"a peer is gone that left no word (killed, or out of memory){known}"
-        return Verdict(error=error, rank=self._rank, culprit=gone[0] if gone else -1, message=message, is_silent=True)
+        return Verdict(
+            error=error,
+            rank=self._rank,
+            culprit=gone[0] if gone else -1,
+            message=message,
+            is_silent=True,
+        )
 
     def tell(self, error: BaseException) -> tuple[int, str]:
         """Leaves word of an error if this rank has not done so. Returns (rank, message) of the first one that was left."""
         own = f"{self._rank}\n{summary(error)}"
         if not self._is_told and not is_lost_peer(error):
-            self._has_spoken = self._ask(lambda store: store.compare_set(FIRST, "", own)) is not None
+            self._has_spoken = (
+                self._ask(lambda store: store.compare_set(FIRST, "", own)) is not None
+            )
         self._is_told = True
         found = self._ask(_first)
         self._note(READ)
@@ -113,7 +145,11 @@ class Blame:
     def _missing(self, what: str, *, within_s: float) -> list[int]:
         """Returns the ranks that do not note `what` in time; where the store itself has died, rank 0, which held it."""
         end = time.monotonic() + within_s
-        while missing := self._ask(lambda store: [rank for rank in range(self._world_size) if not store.check([f"{what}/{rank}"])]):
+        while missing := self._ask(
+            lambda store: [
+                rank for rank in range(self._world_size) if not store.check([f"{what}/{rank}"])
+            ]
+        ):
             if time.monotonic() >= end:
                 break
             time.sleep(0.02)

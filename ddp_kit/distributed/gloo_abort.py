@@ -26,7 +26,9 @@ def shut_sending(sockets: Mapping[int, int]) -> None:
     while: a peer's gloo that is cut off in the middle of a message waits for the rest of it until its timeout.
     """
     for descriptor, inode in sockets.items():
-        with contextlib.suppress(OSError):  # closed meanwhile, or a listener, whose end gloo would not survive
+        with contextlib.suppress(
+            OSError
+        ):  # closed meanwhile, or a listener, whose end gloo would not survive
             if os.fstat(descriptor).st_ino == inode:
                 with socket.socket(fileno=os.dup(descriptor)) as connection:
                     connection.getpeername()

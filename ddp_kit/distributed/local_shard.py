@@ -43,14 +43,24 @@ class Fragment:
         """Returns the whole tensor. Every rank of the group calls it."""
         tensor = self.content.new_zeros(math.prod(self.shape))
         tensor[self.start : self.start + len(self.content)] = self.content
-        dist.all_reduce(tensor.view(torch.uint8), group=self.group)  # as bytes, of which all ranks but one have 0: -0.0 stays what it is
+        dist.all_reduce(
+            tensor.view(torch.uint8), group=self.group
+        )  # as bytes, of which all ranks but one have 0: -0.0 stays what it is
         return tensor.view(self.shape)
 
     def rows(self) -> Held:
         """Returns new host memory for the rows in which the elements are."""
         size = math.prod(self.shape[1:])
-        first, last = (self.start // size, -(-(self.start + len(self.content)) // size)) if len(self.content) else (0, 0)
-        return Held(torch.empty((last - first, *self.shape[1:]), dtype=self.content.dtype), first, self.shape)
+        first, last = (
+            (self.start // size, -(-(self.start + len(self.content)) // size))
+            if len(self.content)
+            else (0, 0)
+        )
+        return Held(
+            torch.empty((last - first, *self.shape[1:]), dtype=self.content.dtype),
+            first,
+            self.shape,
+        )
 
     @torch.no_grad()
     def take(self, held: Held) -> None:
@@ -66,13 +76,17 @@ def is_split(tensor: torch.Tensor) -> bool:
 
 def size(tensor: torch.Tensor) -> int:
     """Returns how many elements a tensor has on all ranks together."""
-    return int(getattr(tensor, "ds_numel", tensor.numel()))  # one of DeepSpeed's stage 3 is empty itself
+    return int(
+        getattr(tensor, "ds_numel", tensor.numel())
+    )  # one of DeepSpeed's stage 3 is empty itself
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Returns this rank's part of a tensor, without a copy and without gradients; a plain tensor is its own part."""
     detached = getattr(tensor, "ds_tensor", tensor).detach()
-    part: torch.Tensor = detached.to_local() if hasattr(detached, "to_local") else detached  # a DTensor, whose import takes a second
+    part: torch.Tensor = (
+        detached.to_local() if hasattr(detached, "to_local") else detached
+    )  # a DTensor, whose import takes a second
     return part
 
 
@@ -90,9 +104,15 @@ def held(tensor: torch.Tensor, content: torch.Tensor | None = None) -> Held | Fr
     mesh, place = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     assert place is not None  # every rank is in the mesh
     if not all(isinstance(at, Replicate) or at.is_shard(0) for at in tensor.placements):
-        raise ConfigError(f"a tensor of shape {tuple(tensor.shape)} is split as {tensor.placements}; a checkpoint takes rows: Shard(0).")
+        raise ConfigError(
+            f"a tensor of shape {tuple(tensor.shape)} is split as {tensor.placements}; a checkpoint takes rows: Shard(0)."
+        )
     _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
-    is_first = all(at == 0 for at, placement in zip(place, tensor.placements, strict=True) if isinstance(placement, Replicate))
+    is_first = all(
+        at == 0
+        for at, placement in zip(place, tensor.placements, strict=True)
+        if isinstance(placement, Replicate)
+    )
     return Held(rows, offset[0] if offset else 0, tuple(tensor.shape), writes=is_first)
 
 
@@ -112,5 +132,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     detached: Any = tensor.detach()
     if not is_split(detached):
         return tensor.detach()
-    full: torch.Tensor = detached.to(detached.device_mesh.device_type).full_tensor()  # one in host memory is where NCCL does not reach
+    full: torch.Tensor = detached.to(
+        detached.device_mesh.device_type
+    ).full_tensor()  # one in host memory is where NCCL does not reach
     return full

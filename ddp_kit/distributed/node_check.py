@@ -34,7 +34,9 @@ class Preflight:
     topology: Topology
     folder: Path  # the run directory
     within_s: float
-    hosts: Mapping[int, str] = field(default_factory=dict)  # by node rank, where that follows the launcher's order
+    hosts: Mapping[int, str] = field(
+        default_factory=dict
+    )  # by node rank, where that follows the launcher's order
     own_host: str = ""  # as the scheduler calls it; "" without one
     fault: str = ""  # of this rank's device
     begin: float = field(default_factory=time.monotonic)
@@ -61,7 +63,10 @@ class Preflight:
         self.store.set(f"size/{own.node_rank}", str(own.local_world_size))
         if self.own_host:
             self.store.set(f"host/{own.node_rank}", self.own_host)
-        self.store.set(f"device/{own.node_rank}/{own.local_rank}", f"no: {self.fault}" if self.fault else _identity(device))
+        self.store.set(
+            f"device/{own.node_rank}/{own.local_rank}",
+            f"no: {self.fault}" if self.fault else _identity(device),
+        )
         if own.rank == 0:
             faults = self._faults()
             while faults and self.left_s > 1:
@@ -81,7 +86,11 @@ class Preflight:
         """Keeps the store until the others that are here have heard."""
         assert self.store is not None
         sizes = {node: self._size(node) for node in range(self.topology.nodes)}
-        here = sum(self._has(f"device/{node}/{rank}") for node, size in sizes.items() for rank in range(size))
+        here = sum(
+            self._has(f"device/{node}/{rank}")
+            for node, size in sizes.items()
+            for rank in range(size)
+        )
         end = time.monotonic() + LATER_S
         while self.store.add("heard", 0) < here - 1 and time.monotonic() < end:
             time.sleep(PAUSE_S)
@@ -135,7 +144,11 @@ class Preflight:
         self.passed("out")
         while self._short_of("out") and time.monotonic() < end:
             time.sleep(PAUSE_S)
-        stages = {"out": "its ranks hang or are gone", "met": "its ranks did not connect", "reduced": "its ranks got through no sum"}
+        stages = {
+            "out": "its ranks hang or are gone",
+            "met": "its ranks did not connect",
+            "reduced": "its ranks got through no sum",
+        }
         for stage, words in stages.items():
             nodes = self._short_of(stage)
             if 0 < len(nodes) < self.topology.nodes:
@@ -143,7 +156,11 @@ class Preflight:
         return {}
 
     def _short_of(self, stage: str) -> list[int]:
-        return [node for node in range(self.topology.nodes) if self._count(stage, node) < self._size(node)]
+        return [
+            node
+            for node in range(self.topology.nodes)
+            if self._count(stage, node) < self._size(node)
+        ]
 
     def _faults(self) -> dict[int, str]:
         """Returns what is wrong with which node as far as ranks have come."""
@@ -157,7 +174,9 @@ class Preflight:
                 faults[node] = f"{len(here)} of {size or 'its'} ranks came"
         kinds = {name.partition(" ")[0] for names in devices.values() for name in names}
         for node, names in devices.items():
-            lacks = [name for name in names if name.startswith("no: ")] or [name for name in names if name == "cpu" and "cuda" in kinds]
+            lacks = [name for name in names if name.startswith("no: ")] or [
+                name for name in names if name == "cpu" and "cuda" in kinds
+            ]
             gpus = [name for name in names if name.startswith("cuda ")]
             if lacks:
                 faults[node] = f"no CUDA device is visible to {len(lacks)} of its ranks"
@@ -166,7 +185,9 @@ class Preflight:
         return faults
 
     def _words(self, faults: Mapping[int, str]) -> str:
-        named = "; ".join(f"{self._host(node) or f'node {node}'}: {words}" for node, words in faults.items())
+        named = "; ".join(
+            f"{self._host(node) or f'node {node}'}: {words}" for node, words in faults.items()
+        )
         return f"the pre-flight check of {self.within_s:.0f} s was not passed. {named}"
 
     def _write(self, nodes: Collection[int]) -> None:
@@ -211,14 +232,28 @@ def preflight(topology: Topology, folder: Path | None) -> Preflight:
         within_s = float(text or 0)
     except ValueError:
         raise ConfigError(f"DDP_KIT_PREFLIGHT_S={text!r} is not a number of seconds.") from None
-    is_torchruns = topology.launcher == "torchrun"  # it numbers its nodes in an order of its own, and those that are left anew
-    names = [] if is_torchruns else [name for name in environment().get("DDP_KIT_HOSTS", "").split(",") if name]
+    is_torchruns = (
+        topology.launcher == "torchrun"
+    )  # it numbers its nodes in an order of its own, and those that are left anew
+    names = (
+        []
+        if is_torchruns
+        else [name for name in environment().get("DDP_KIT_HOSTS", "").split(",") if name]
+    )
     host = environment().get("SLURMD_NODENAME", "")
     is_on = topology.nodes > 1 and folder is not None
     within_s = within_s if is_on else 0
-    return Preflight(topology=topology, folder=folder or Path(), within_s=within_s, hosts=dict(enumerate(names)), own_host=host)
+    return Preflight(
+        topology=topology,
+        folder=folder or Path(),
+        within_s=within_s,
+        hosts=dict(enumerate(names)),
+        own_host=host,
+    )
 
 
 def _identity(device: torch.device) -> str:
     """Which device this is, so that ranks on one and the same are seen."""
-    return f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else "cpu"
+    return (
+        f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else "cpu"
+    )

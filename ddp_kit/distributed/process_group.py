@@ -42,10 +42,16 @@ class Group:
     timeout_s: float = 600
     tuned: list[str] = field(default_factory=list)  # what of the defaults for speed took effect
     closing: ExitStack = field(default_factory=ExitStack)
-    sockets: dict[int, int] = field(default_factory=dict)  # of the gloo groups: file descriptor -> inode
+    sockets: dict[int, int] = field(
+        default_factory=dict
+    )  # of the gloo groups: file descriptor -> inode
     has_failed: bool = False  # it is being left on an error: peers may be gone
-    unseen: dict[int, Callable[[], None]] = field(default_factory=dict)  # looks at a last step whose verdict the host has not read
-    others: list[dist.ProcessGroup] = field(default_factory=list)  # of those who communicate beside training
+    unseen: dict[int, Callable[[], None]] = field(
+        default_factory=dict
+    )  # looks at a last step whose verdict the host has not read
+    others: list[dist.ProcessGroup] = field(
+        default_factory=list
+    )  # of those who communicate beside training
 
     @property
     def rank(self) -> int:
@@ -70,7 +76,11 @@ class Group:
     @property
     def all(self) -> list[dist.ProcessGroup]:
         """The process groups that there are."""
-        return [group for group in (self.training, self.control, self.sums, *self.others) if group is not None]
+        return [
+            group
+            for group in (self.training, self.control, self.sums, *self.others)
+            if group is not None
+        ]
 
     def join_another(self, *, backend: str | None = None) -> dist.ProcessGroup:
         """Returns one more process group of all ranks, of the training group's kind or of `backend`. Every rank calls it.
@@ -80,7 +90,9 @@ class Group:
         with self.connecting():
             another = dist.new_group(backend=backend)
             assert isinstance(another, dist.ProcessGroup)  # every rank is in it
-            dist.all_reduce(torch.zeros(1, device="cpu" if backend == "gloo" else self.device), group=another)  # as in `_join`
+            dist.all_reduce(
+                torch.zeros(1, device="cpu" if backend == "gloo" else self.device), group=another
+            )  # as in `_join`
         self.others.append(another)
         return another
 
@@ -89,11 +101,17 @@ class Group:
         """Notes the connections made within it, which are cut if this rank fails. A library's own process group goes into `others`."""
         before = open_sockets()
         yield
-        self.sockets |= {descriptor: inode for descriptor, inode in open_sockets().items() if before.get(descriptor) != inode}
+        self.sockets |= {
+            descriptor: inode
+            for descriptor, inode in open_sockets().items()
+            if before.get(descriptor) != inode
+        }
 
 
 def _set_timeout(group: dist.ProcessGroup, *, timeout_s: float) -> None:
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # public since torch 2.15
+    set_timeout = (
+        getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    )  # public since torch 2.15
     set_timeout(timedelta(seconds=timeout_s), group)
 
 
@@ -106,7 +124,9 @@ def choose_device(device: str, *, topology: Topology) -> torch.device:
         raise ConfigError(f"--device {device}: expected auto, cpu or cuda.")
     visible = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     if device == "cuda" and not visible:
-        raise ConfigError("--device cuda: no CUDA device is visible here (torch.cuda.is_available() is False). Type --device cpu, or auto.")
+        raise ConfigError(
+            "--device cuda: no CUDA device is visible here (torch.cuda.is_available() is False). Type --device cpu, or auto."
+        )
     return torch.device("cuda", topology.local_rank % visible) if visible else torch.device("cpu")
 
 
@@ -135,7 +155,10 @@ def process_group(
     chosen = check.device(lambda: choose_device(device, topology=topology))
     alone = Blame(rank=topology.rank, world_size=topology.world_size)
     group = Group(topology=topology, device=chosen, blame=alone, timeout_s=timeout_s)
-    group.tuned = [*(tune_process(topology, chosen) if tuning else []), f"CPU threads a rank: {set_threads(topology, threads=threads)}"]
+    group.tuned = [
+        *(tune_process(topology, chosen) if tuning else []),
+        f"CPU threads a rank: {set_threads(topology, threads=threads)}",
+    ]
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if topology.launcher == "none":
@@ -147,12 +170,19 @@ def process_group(
         if topology.nodes == 1:
             stack.enter_context(environment_default("GLOO_SOCKET_IFNAME", _loopback()))
         with check.judging():
-            _join(group, init_method=init_method, timeout=timedelta(seconds=first_timeout_s), check=check)
+            _join(
+                group,
+                init_method=init_method,
+                timeout=timedelta(seconds=first_timeout_s),
+                check=check,
+            )
         try:
             yield group
             group.end()
         except BaseException as error:
-            group.blame.tell(error)  # before the connections close, so that peers find the culprit when they do
+            group.blame.tell(
+                error
+            )  # before the connections close, so that peers find the culprit when they do
             is_awaited = group.blame.is_awaited
             if is_awaited:
                 shut_sending(group.sockets)
@@ -175,7 +205,9 @@ def _join(group: Group, *, init_method: str | None, timeout: timedelta, check: P
         gather(store, topology, timeout=timeout)
     hosts = init_method is None and hosts_store(topology)
     shared = dist.PrefixStore("ddp_kit_blame", store)
-    group.blame = Blame(rank=topology.rank, world_size=topology.world_size, store=shared, hosts=hosts)
+    group.blame = Blame(
+        rank=topology.rank, world_size=topology.world_size, store=shared, hosts=hosts
+    )
     _make_groups(group, store, timeout=timeout, check=check)
     if timeout != usual:
         store.set_timeout(usual)
@@ -203,8 +235,14 @@ def _make_groups(group: Group, store: dist.Store, *, timeout: timedelta, check: 
     assert isinstance(control, dist.ProcessGroup)  # every rank is in it
     assert isinstance(sums, dist.ProcessGroup)
     group.control, group.sums = control, sums
-    group.sockets = {descriptor: inode for descriptor, inode in open_sockets().items() if before.get(descriptor) != inode}
-    dist.all_reduce(torch.zeros(1), group=control)  # nobody leaves while a peer is still connecting: that would fail it
+    group.sockets = {
+        descriptor: inode
+        for descriptor, inode in open_sockets().items()
+        if before.get(descriptor) != inode
+    }
+    dist.all_reduce(
+        torch.zeros(1), group=control
+    )  # nobody leaves while a peer is still connecting: that would fail it
     check.try_sum(training, group.device)
 
 
@@ -226,7 +264,9 @@ def _abandon(groups: Sequence[dist.ProcessGroup]) -> None:
     """Makes sure that nothing waits for a peer in these groups any more: first of all, since threads that are joined may sit in one."""
     distinct = {id(made): made for made in groups}  # on CUDA the sums' is the training group
     for made in distinct.values():
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))  # gloo's destructor waits for what is in flight, which may never end
+        ctypes.pythonapi.Py_IncRef(
+            ctypes.py_object(made)
+        )  # gloo's destructor waits for what is in flight, which may never end
     for made in distinct.values():
         if dist.get_backend(made) == "nccl":
             made.abort()  # destroying an NCCL group after an error can wait for ever

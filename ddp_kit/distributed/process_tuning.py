@@ -21,10 +21,14 @@ MIB = 1024 * 1024
 
 def set_threads(topology: Topology, *, threads: int = 0) -> int:
     """Sets torch's CPU threads for this rank: `threads`, or cores / ranks on the node. Returns the number."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     stated = environment().get("OMP_NUM_THREADS", "")
     share = max(1, cores // topology.local_world_size)
-    if not threads and stated.isdigit() and topology.launcher != "torchrun":  # torchrun sets 1 by itself, whatever the cores
+    if (
+        not threads and stated.isdigit() and topology.launcher != "torchrun"
+    ):  # torchrun sets 1 by itself, whatever the cores
         share = int(stated)
     torch.set_num_threads(threads or share)
     return threads or share
@@ -38,7 +42,9 @@ def tune_process(topology: Topology, device: torch.device) -> list[str]:
     if device.type != "cpu":
         return []
     done = []
-    if topology.world_size > 1 and hasattr(os, "SCHED_BATCH"):  # gloo's hand-overs between threads: 4 ms tails in the default class
+    if topology.world_size > 1 and hasattr(
+        os, "SCHED_BATCH"
+    ):  # gloo's hand-overs between threads: 4 ms tails in the default class
         try:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
             done.append("SCHED_BATCH")
@@ -55,4 +61,10 @@ def _keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # not glibc
         return False
-    return all([mallopt(M_MMAP_THRESHOLD, 32 * MIB), mallopt(M_TRIM_THRESHOLD, 2048 * MIB - 1), mallopt(M_TOP_PAD, 64 * MIB)])
+    return all(
+        [
+            mallopt(M_MMAP_THRESHOLD, 32 * MIB),
+            mallopt(M_TRIM_THRESHOLD, 2048 * MIB - 1),
+            mallopt(M_TOP_PAD, 64 * MIB),
+        ]
+    )

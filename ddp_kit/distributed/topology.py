@@ -13,9 +13,18 @@ from ddp_kit.errors import ConfigError
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # torchrun's, DeepSpeed's launcher's
-SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
+SLURM = (
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_NODELIST",
+    "SLURM_STEP_TASKS_PER_NODE",
+)
 
-FIRST_PORT, PORTS = 20000, 10000  # those that are derived from a job's id: below what systems hand out by themselves
+FIRST_PORT, PORTS = (
+    20000,
+    10000,
+)  # those that are derived from a job's id: below what systems hand out by themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +40,9 @@ class Topology:
     launcher: str = "none"
     master: str = ""
     port: int = 0
-    meeting: str = ""  # this job's sign, where the port was derived: another job may have derived the same
+    meeting: str = (
+        ""  # this job's sign, where the port was derived: another job may have derived the same
+    )
     source: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -42,14 +53,22 @@ class Topology:
         return [FIRST_PORT + (self.port - FIRST_PORT + 1009 * i) % PORTS for i in range(8)]
 
     def __post_init__(self) -> None:
-        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
-            raise ConfigError(f"rank variables contradict each other: {facts(self)}. Start the ranks with torchrun or srun.")
+        if not (
+            0 <= self.rank < self.world_size
+            and 0 <= self.local_rank < self.local_world_size <= self.world_size
+        ):
+            raise ConfigError(
+                f"rank variables contradict each other: {facts(self)}. Start the ranks with torchrun or srun."
+            )
 
 
 def facts(topology: Topology) -> str:
     """Returns the rank facts in one line for logs and errors, each with its source."""
     names = ("rank", "local_rank", "world_size", "local_world_size", "node_rank", "nodes")
-    return ", ".join(f"{name}={getattr(topology, name)} ({topology.source.get(name, 'default')})" for name in names)
+    return ", ".join(
+        f"{name}={getattr(topology, name)} ({topology.source.get(name, 'default')})"
+        for name in names
+    )
 
 
 def environment() -> Mapping[str, str]:
@@ -78,7 +97,9 @@ def read_topology(environ: Mapping[str, str] | None = None) -> Topology:
     environ = environment() if environ is None else environ
     if any(name in environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
         return _torchrun(environ)
-    if "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "0") != "4294967290":  # an `sbatch` script's own shell is no rank
+    if (
+        "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "0") != "4294967290"
+    ):  # an `sbatch` script's own shell is no rank
         return _slurm(environ)
     return Topology(source={"rank": "one process: neither RANK nor SLURM_PROCID is set"})
 
@@ -102,7 +123,9 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
     try:
         return int(environ[name])
     except ValueError:
-        raise ConfigError(f"{name}={environ[name]!r} is not an integer. Start the ranks with torchrun or srun.") from None
+        raise ConfigError(
+            f"{name}={environ[name]!r} is not an integer. Start the ranks with torchrun or srun."
+        ) from None
 
 
 def _torchrun(environ: Mapping[str, str]) -> Topology:
@@ -112,10 +135,24 @@ def _torchrun(environ: Mapping[str, str]) -> Topology:
     local = next((name for name in LOCAL_SIZES if name in environ), "")
     local_world_size = _integer(environ, local) if local else world_size
     source["local_world_size"] = local or "WORLD_SIZE (LOCAL_WORLD_SIZE is not set: one node)"
-    node_rank = _integer(environ, "GROUP_RANK") if "GROUP_RANK" in environ else _integer(environ, "RANK") // max(local_world_size, 1)
-    source["node_rank"] = "GROUP_RANK" if "GROUP_RANK" in environ else f"RANK / {local or 'WORLD_SIZE'}"
-    nodes = _integer(environ, "GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in environ else -(-world_size // max(local_world_size, 1))
-    source["nodes"] = "GROUP_WORLD_SIZE" if "GROUP_WORLD_SIZE" in environ else f"WORLD_SIZE / {local or 'WORLD_SIZE'}"
+    node_rank = (
+        _integer(environ, "GROUP_RANK")
+        if "GROUP_RANK" in environ
+        else _integer(environ, "RANK") // max(local_world_size, 1)
+    )
+    source["node_rank"] = (
+        "GROUP_RANK" if "GROUP_RANK" in environ else f"RANK / {local or 'WORLD_SIZE'}"
+    )
+    nodes = (
+        _integer(environ, "GROUP_WORLD_SIZE")
+        if "GROUP_WORLD_SIZE" in environ
+        else -(-world_size // max(local_world_size, 1))
+    )
+    source["nodes"] = (
+        "GROUP_WORLD_SIZE"
+        if "GROUP_WORLD_SIZE" in environ
+        else f"WORLD_SIZE / {local or 'WORLD_SIZE'}"
+    )
     return Topology(
         rank=_integer(environ, "RANK"),
         local_rank=_integer(environ, "LOCAL_RANK"),
@@ -123,7 +160,9 @@ def _torchrun(environ: Mapping[str, str]) -> Topology:
         local_world_size=local_world_size,
         node_rank=node_rank,
         nodes=nodes,
-        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environ else environ.get("DDP_KIT_LAUNCHER", "environment"),
+        launcher="torchrun"
+        if "TORCHELASTIC_RUN_ID" in environ
+        else environ.get("DDP_KIT_LAUNCHER", "environment"),
         master=environ["MASTER_ADDR"],
         port=_integer(environ, "MASTER_PORT"),
         source=source,
@@ -135,8 +174,12 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
     tasks = expand_tasks(environ["SLURM_STEP_TASKS_PER_NODE"])
     node_rank = _integer(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
     if node_rank >= len(tasks):
-        raise ConfigError(f"SLURM_NODEID={node_rank} is outside SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']}.")
-    job, restarts, step = (environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+        raise ConfigError(
+            f"SLURM_NODEID={node_rank} is outside SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']}."
+        )
+    job, restarts, step = (
+        environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")
+    )
     return Topology(
         rank=_integer(environ, "SLURM_PROCID"),
         local_rank=_integer(environ, "SLURM_LOCALID"),
@@ -146,7 +189,9 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
         nodes=len(tasks),
         launcher="slurm",
         master=environ.get("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"])),
-        port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _step_port(job, restarts, step),
+        port=_integer(environ, "MASTER_PORT")
+        if "MASTER_PORT" in environ
+        else _step_port(job, restarts, step),
         meeting="" if "MASTER_PORT" in environ else f"{job}.{restarts}.{step}",
         source={
             "rank": "SLURM_PROCID",
@@ -172,7 +217,9 @@ def expand_tasks(text: str) -> list[int]:
     for part in text.split(","):
         count, _, times = part.partition("(x")
         if not count.isdigit() or (times and not times.rstrip(")").isdigit()):
-            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE={text!r} cannot be read; expected something like 2(x3),1.")
+            raise ConfigError(
+                f"SLURM_STEP_TASKS_PER_NODE={text!r} cannot be read; expected something like 2(x3),1."
+            )
         counts += [int(count)] * (int(times.rstrip(")")) if times else 1)
     return counts
 

@@ -13,7 +13,11 @@ _LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 
 def json_text(value: object, *, indent: int | None = None) -> str:
     """Returns strict JSON. Scalars of torch and numpy become numbers, paths become texts, keys keep their order."""
-    return _LINE.encode(_plain(value)) if indent is None else json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    return (
+        _LINE.encode(_plain(value))
+        if indent is None
+        else json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    )
 
 
 def _plain(value: object) -> object:
@@ -27,7 +31,9 @@ def _plain(value: object) -> object:
         return [_plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    item = getattr(value, "item", None)  # a scalar of numpy or torch; anything else is json's TypeError
+    item = getattr(
+        value, "item", None
+    )  # a scalar of numpy or torch; anything else is json's TypeError
     return _plain(item()) if callable(item) else value
 
 
@@ -76,7 +82,9 @@ class JsonLines:
         self._path, self._is_failing = path, False
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         size = os.fstat(self._file).st_size
-        self._waiting = bytearray(b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b"")
+        self._waiting = bytearray(
+            b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b""
+        )
 
     def add(self, value: object) -> None:
         self._waiting += json_text(value).encode() + b"\n"
@@ -88,11 +96,17 @@ class JsonLines:
             self._is_failing = False
         except OSError as error:
             if not self._is_failing:
-                logger.warning("%s: %s; its lines wait in memory until they can be written", self._path, error.strerror)
+                logger.warning(
+                    "%s: %s; its lines wait in memory until they can be written",
+                    self._path,
+                    error.strerror,
+                )
             self._is_failing = True
 
     def close(self) -> None:
         self.flush()
         if self._waiting:
-            logger.warning("%s: the last %d lines could not be written", self._path, self._waiting.count(b"\n"))
+            logger.warning(
+                "%s: the last %d lines could not be written", self._path, self._waiting.count(b"\n")
+            )
         os.close(self._file)

@@ -19,7 +19,9 @@ def exclusive(lock: Path) -> Iterator[IO[str]]:
     """
     while True:
         current = None
-        with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
+        with os.fdopen(
+            os.open(lock, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8"
+        ) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:

@@ -36,8 +36,16 @@ def hiding(values: Iterable[str]) -> Iterator[None]:
     """
     found: set[str] = set()
     for value in values:
-        found |= {value, quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1], repr(value)[1:-1]}
-    longest_first = sorted((text for text in found if len(text.strip()) >= LEAST), key=len, reverse=True)
+        found |= {
+            value,
+            quote(value, safe=""),
+            quote_plus(value),
+            json.dumps(value)[1:-1],
+            repr(value)[1:-1],
+        }
+    longest_first = sorted(
+        (text for text in found if len(text.strip()) >= LEAST), key=len, reverse=True
+    )
     if not longest_first:
         yield
         return
@@ -154,7 +162,9 @@ class _ToFile(logging.FileHandler):
     """A log is worth no run: what a full disk refuses is dropped."""
 
     def _open(self) -> io.TextIOWrapper:
-        return io.TextIOWrapper(io.BufferedWriter(_Patient(self.baseFilename, self.mode)), encoding="utf-8")
+        return io.TextIOWrapper(
+            io.BufferedWriter(_Patient(self.baseFilename, self.mode)), encoding="utf-8"
+        )
 
 
 class _ToStdout(logging.StreamHandler[TextIO]):
@@ -184,9 +194,16 @@ def rank_log(folder: Path | None, *, rank: int) -> Iterator[logging.Logger]:
     level, propagates, shown = logger.level, logger.propagate, warnings.showwarning
 
     def show(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
     ) -> None:
-        logger.debug("%s", warnings.formatwarning(message, category, filename, lineno, line).rstrip())
+        logger.debug(
+            "%s", warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+        )
         if rank == 0 or file is not None:  # once, not once a rank
             shown(message, category, filename, lineno, file, line)
 

@@ -12,7 +12,9 @@ def process_start(pid: int) -> str:
         except (FileNotFoundError, ProcessLookupError):
             return ""
         return "" if state in "ZX" else numbers[18]  # field 22: clock ticks since boot
-    found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
     return found.stdout.strip()
 
 

@@ -8,16 +8,51 @@ from ddp_kit.io.logs import without_secrets
 
 # A name is judged by its words: any of the first set, or a last word of the second set, as in `wandb_api_key` or `hfToken`.
 # Words before `token` and `key` that make them harmless are those of vocabularies and of sorting.
-SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey", "authorization"}
+SECRET_WORDS = {
+    "password",
+    "passwd",
+    "passphrase",
+    "secret",
+    "secrets",
+    "credential",
+    "credentials",
+    "apikey",
+    "authorization",
+}
 
 
 SECRET_LAST_WORDS = {"key", "keys", "token", "tokens", "auth"}
 
 
-HARMLESS_BEFORE = {"pad", "eos", "bos", "unk", "mask", "sep", "cls", "max", "min", "sort", "group", "state", "dict", "cache"}
+HARMLESS_BEFORE = {
+    "pad",
+    "eos",
+    "bos",
+    "unk",
+    "mask",
+    "sep",
+    "cls",
+    "max",
+    "min",
+    "sort",
+    "group",
+    "state",
+    "dict",
+    "cache",
+}
 
 
-NAMES_OF_HASHES = {"revision", "commit", "sha", "sha1", "sha256", "hash", "checksum", "digest", "id"}
+NAMES_OF_HASHES = {
+    "revision",
+    "commit",
+    "sha",
+    "sha1",
+    "sha256",
+    "hash",
+    "checksum",
+    "digest",
+    "id",
+}
 
 
 SECRET_TEXTS = re.compile(
@@ -33,7 +68,9 @@ URL_LOGIN = re.compile(r"(?i)((?<!ssh)://)[^\s/?#]+@")
 BEARER = re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}")
 
 
-QUOTED = re.compile(r"(?i)((?:password|passwd|passphrase|secret|api_?key|access_?token|auth_?token)['\"]?\s*[:=]\s*['\"]?)[^\s'\",;&]+")
+QUOTED = re.compile(
+    r"(?i)((?:password|passwd|passphrase|secret|api_?key|access_?token|auth_?token)['\"]?\s*[:=]\s*['\"]?)[^\s'\",;&]+"
+)
 
 
 ASSIGNED = re.compile(r"([\w-]+)=([^\s,;&#'\"]+)")
@@ -59,7 +96,12 @@ def _value(value: object, *, name: str) -> object:
     if isinstance(value, list | tuple):
         items = [_value(item, name=name) for item in value]
         for index, flag in enumerate(items[:-1]):
-            if isinstance(flag, str) and flag.startswith("-") and "=" not in flag and is_secret(flag):
+            if (
+                isinstance(flag, str)
+                and flag.startswith("-")
+                and "=" not in flag
+                and is_secret(flag)
+            ):
                 items[index + 1] = REDACTED
         return items
     if not isinstance(value, str):
@@ -75,7 +117,9 @@ def redact_text(text: str) -> str:
     text = URL_LOGIN.sub(rf"\g<1>{REDACTED}@", text)
     text = BEARER.sub(rf"\g<1>{REDACTED}", text)
     text = QUOTED.sub(rf"\g<1>{REDACTED}", text)
-    return ASSIGNED.sub(lambda match: f"{match[1]}={REDACTED}" if is_secret(match[1]) else match[0], text)
+    return ASSIGNED.sub(
+        lambda match: f"{match[1]}={REDACTED}" if is_secret(match[1]) else match[0], text
+    )
 
 
 def _hidden(value: object, *, numbers: bool) -> object:
@@ -83,7 +127,12 @@ def _hidden(value: object, *, numbers: bool) -> object:
         return {name: _hidden(item, numbers=numbers) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_hidden(item, numbers=numbers) for item in value]
-    if value is None or value == "" or isinstance(value, bool) or (not numbers and isinstance(value, int | float)):
+    if (
+        value is None
+        or value == ""
+        or isinstance(value, bool)
+        or (not numbers and isinstance(value, int | float))
+    ):
         return value
     return REDACTED
 
@@ -97,4 +146,8 @@ def is_secret(name: str) -> bool:
     words = _words(name)
     if SECRET_WORDS.intersection(words) or words[-1:] in (["sig"], ["signature"]):
         return True
-    return bool(words) and words[-1] in SECRET_LAST_WORDS and not HARMLESS_BEFORE.intersection(words[:-1])
+    return (
+        bool(words)
+        and words[-1] in SECRET_LAST_WORDS
+        and not HARMLESS_BEFORE.intersection(words[:-1])
+    )

@@ -12,13 +12,41 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE")
-OWN = tuple(f"DDP_KIT_{name}" for name in ("LAUNCHER", "LISTENER", "REQUEUE", "GRACE_S", "PREFLIGHT_S", "HOSTS"))  # from launcher to ranks
-FOREIGN = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "SUBMITIT_", "PMI")  # a launcher's own: of a job that this start may be part of
+RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+)
+OWN = tuple(
+    f"DDP_KIT_{name}"
+    for name in ("LAUNCHER", "LISTENER", "REQUEUE", "GRACE_S", "PREFLIGHT_S", "HOSTS")
+)  # from launcher to ranks
+FOREIGN = (
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+    "SLURM_",
+    "SUBMITIT_",
+    "PMI",
+)  # a launcher's own: of a job that this start may be part of
 KEPT = ("SLURM_CONF",)  # where the cluster is
 # of the job that a start on this machine is part of: the run's name, its lives, whether and when it stops for the next one
 JOBS = (
-    *(f"SLURM_{name}" for name in ("CLUSTER_NAME", "JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "JOB_END_TIME")),
+    *(
+        f"SLURM_{name}"
+        for name in (
+            "CLUSTER_NAME",
+            "JOB_ID",
+            "ARRAY_JOB_ID",
+            "ARRAY_TASK_ID",
+            "RESTART_COUNT",
+            "JOB_END_TIME",
+        )
+    ),
     *("DDP_KIT_REQUEUE", "DDP_KIT_GRACE_S"),
 )
 
@@ -30,7 +58,9 @@ def environment() -> Mapping[str, str]:
 
 def clean(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns an environment without the rank and job variables of whoever has started us."""
-    foreign = {name for name in environ if name in RANK_VARIABLES + OWN or name.startswith(FOREIGN)} - set(KEPT)
+    foreign = {
+        name for name in environ if name in RANK_VARIABLES + OWN or name.startswith(FOREIGN)
+    } - set(KEPT)
     return {name: value for name, value in environ.items() if name not in foreign}
 
 
@@ -44,9 +74,17 @@ def outside_job(*, without: Collection[str] = ()) -> Iterator[None]:
     """Takes the rank and job variables, and those named, out of this process's own environment while it lasts: what it submits is a job
     of its own. Outside of jobs SLURM's variables stay: they are the user's choices.
     """
-    foreign = {name: value for name, value in os.environ.items() if name in without or name not in clean(os.environ)}
+    foreign = {
+        name: value
+        for name, value in os.environ.items()
+        if name in without or name not in clean(os.environ)
+    }
     if "SLURM_JOB_ID" not in os.environ:
-        foreign = {name: value for name, value in foreign.items() if name in without or not name.startswith("SLURM_")}
+        foreign = {
+            name: value
+            for name, value in foreign.items()
+            if name in without or not name.startswith("SLURM_")
+        }
     for name in foreign:
         del os.environ[name]
     try:
@@ -69,9 +107,15 @@ def python_paths(env: Sequence[str] = ()) -> list[str]:
     """Returns where ranks look for modules beside their own folder, installed packages apart: PYTHONPATH, of `env` (NAME=VALUE) too,
     then what editable installs have added.
     """
-    named = [pair.partition("=")[2] for pair in env if pair.startswith("PYTHONPATH=")] or [environment().get("PYTHONPATH", "")]
-    found = [path for path in named[-1].split(os.pathsep) if path] + sys.path[1:]  # the first one is this program's own
-    return [path for path in found if not {"site-packages", "dist-packages"} & set(Path(path).parts)]
+    named = [pair.partition("=")[2] for pair in env if pair.startswith("PYTHONPATH=")] or [
+        environment().get("PYTHONPATH", "")
+    ]
+    found = [path for path in named[-1].split(os.pathsep) if path] + sys.path[
+        1:
+    ]  # the first one is this program's own
+    return [
+        path for path in found if not {"site-packages", "dist-packages"} & set(Path(path).parts)
+    ]
 
 
 def has_slurm() -> bool:
@@ -79,7 +123,9 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
-def visible_gpus(*, environ: Mapping[str, str] | None = None, driver: Path = Path("/proc/driver/nvidia/gpus")) -> int:
+def visible_gpus(
+    *, environ: Mapping[str, str] | None = None, driver: Path = Path("/proc/driver/nvidia/gpus")
+) -> int:
     """Returns how many GPUs a process started here would see, without torch."""
     visible = (environment() if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

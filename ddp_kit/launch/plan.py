@@ -55,9 +55,13 @@ def recipe_faults(words: Sequence[str], *, verb: str) -> list[str]:
     if not words:
         return [f"the recipe is missing: ddp-kit {verb} RECIPE.py [recipe flags]"]
     if words[0].startswith("-"):
-        return [f"{words[0]} is no flag of the launcher, and the recipe comes before its own flags. `ddp-kit {verb.split()[0]} --help`"]
+        return [
+            f"{words[0]} is no flag of the launcher, and the recipe comes before its own flags. `ddp-kit {verb.split()[0]} --help`"
+        ]
     path = Path(words[0])
-    if words[0].endswith(".py") or "/" in words[0] or path.exists():  # a file to ddp_kit too, and otherwise a module
+    if (
+        words[0].endswith(".py") or "/" in words[0] or path.exists()
+    ):  # a file to ddp_kit too, and otherwise a module
         near = f". Did you mean {path}.py?" if Path(f"{path}.py").is_file() else ""
         if not path.is_file():
             return [f"{path} is not there (looked in {Path.cwd()}){near}"]

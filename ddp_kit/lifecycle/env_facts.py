@@ -19,25 +19,46 @@ from ddp_kit.distributed.topology import Topology, environment
 
 GIT_TIMEOUT_S = 5.0
 # Settings of libraries that change numbers or speed; names that never hold a secret.
-TOLD_PREFIXES = ("NCCL_", "GLOO_", "OMP_", "MKL_", "CUDA_VISIBLE_", "CUBLAS_WORKSPACE_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "PYTORCH_")
+TOLD_PREFIXES = (
+    "NCCL_",
+    "GLOO_",
+    "OMP_",
+    "MKL_",
+    "CUDA_VISIBLE_",
+    "CUBLAS_WORKSPACE_",
+    "TORCH_NCCL_",
+    "TORCH_DISTRIBUTED_",
+    "PYTORCH_",
+)
 
 
-def describe(topology: Topology, device: torch.device, *, recipe_folder: Path | None = None) -> dict[str, object]:
+def describe(
+    topology: Topology, device: torch.device, *, recipe_folder: Path | None = None
+) -> dict[str, object]:
     """Returns the facts as JSON values. Called by rank 0 alone; `recipe_folder` is where the git revision is looked up."""
     return {
         "versions": versions(),
         "host": host(),
         "devices": devices(device),
         "git": git_revision(recipe_folder) if recipe_folder else {},
-        "topology": {name: value for name, value in dataclasses.asdict(topology).items() if name != "source"},
+        "topology": {
+            name: value for name, value in dataclasses.asdict(topology).items() if name != "source"
+        },
         "source": dict(topology.source),
-        "environment": {name: value for name, value in sorted(environment().items()) if name.startswith(TOLD_PREFIXES)},
+        "environment": {
+            name: value
+            for name, value in sorted(environment().items())
+            if name.startswith(TOLD_PREFIXES)
+        },
     }
 
 
 def versions() -> dict[str, str]:
     """Returns the version of everything that numbers may depend on; an absent package is left out."""
-    found = {"ddp_kit": _package("ddp_kit") or "from a folder, not installed", "python": platform.python_version()}
+    found = {
+        "ddp_kit": _package("ddp_kit") or "from a folder, not installed",
+        "python": platform.python_version(),
+    }
     found |= {"torch": torch.__version__, "numpy": np.__version__}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -52,16 +73,27 @@ def versions() -> dict[str, str]:
 
 def host() -> dict[str, object]:
     """Returns name, operating system, CPU model, and the cores that this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"name": socket.gethostname(), "os": platform.platform(), "cpu": _cpu_model(), "cores": usable}
+    usable = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return {
+        "name": socket.gethostname(),
+        "os": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": usable,
+    }
 
 
 def devices(device: torch.device) -> dict[str, object]:
     """Returns where this rank trains and which GPUs are visible; torch's threads on a CPU."""
     facts: dict[str, object] = {"device": str(device), "threads": torch.get_num_threads()}
     if device.type == "cuda":
-        seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        facts["gpus"] = [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in seen]
+        seen = [
+            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
+        ]
+        facts["gpus"] = [
+            {"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in seen
+        ]
     return facts
 
 
@@ -76,7 +108,13 @@ def git_revision(folder: Path) -> dict[str, object]:
 
 def _git(folder: Path, *arguments: str) -> str:
     try:
-        found = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=GIT_TIMEOUT_S)
+        found = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=GIT_TIMEOUT_S,
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return found.stdout.strip() if found.returncode == 0 else ""

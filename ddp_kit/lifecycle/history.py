@@ -20,7 +20,11 @@ def job_facts() -> dict[str, object]:
     job = environment().get("SLURM_JOB_ID", "")
     if not job:
         return {}
-    return {"job": job, "restart": restart_count(), "cluster": environment().get("SLURM_CLUSTER_NAME", "")}
+    return {
+        "job": job,
+        "restart": restart_count(),
+        "cluster": environment().get("SLURM_CLUSTER_NAME", ""),
+    }
 
 
 def whole_name_of_job() -> str:
@@ -43,7 +47,11 @@ def last_step(path: Path, status: Mapping[str, object]) -> int:
     events: list[dict[str, object]] = []
     for event in read_lines(path / "events.jsonl"):
         events = [event] if event.get("event") in BEGINNINGS else [*events, event]
-    records = [status, *events, *(record for record in read_lines(path / "metrics.jsonl") if record.get("kind") == "train")]
+    records = [
+        status,
+        *events,
+        *(record for record in read_lines(path / "metrics.jsonl") if record.get("kind") == "train"),
+    ]
     return max(step for record in records if isinstance(step := record.get("step", 0), int))
 
 

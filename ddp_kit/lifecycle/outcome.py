@@ -65,16 +65,23 @@ class Life:
     metrics: dict[str, float] = field(default_factory=dict)
     grace: Grace | None = None
     watch: Watch | None = None  # rank 0 only
-    told: Mapping[str, object] | None = None  # the content of status.json after a failure, where this rank has written it
+    told: Mapping[str, object] | None = (
+        None  # the content of status.json after a failure, where this rank has written it
+    )
 
     def watches(self, training: Training) -> None:
         """From now on a stop is looked for, and measured. Whoever calls it calls `close`."""
-        self.grace, checkpoints = Grace(training.control, training.group.topology), training.checkpoints
+        self.grace, checkpoints = (
+            Grace(training.control, training.group.topology),
+            training.checkpoints,
+        )
         assert isinstance(checkpoints, Checkpoints)
         if self.directory is not None:
             hours = self.settings.max_hours
             end = self.began + 3600 * hours if hours else math.inf
-            self.watch = Watch(self.directory.path, self.stop, checkpoints=checkpoints, grace=self.grace, end=end)
+            self.watch = Watch(
+                self.directory.path, self.stop, checkpoints=checkpoints, grace=self.grace, end=end
+            )
 
     def close(self) -> None:
         """Ends the watch."""
@@ -135,7 +142,9 @@ class Life:
         step = self.composition.training.step if self.composition else 0
         self.told = {"status": status, "reason": reason, "step": step}
         try:
-            self.told = directory.status(status, reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error))
+            self.told = directory.status(
+                status, reason=reason, step=step, metrics=self.metrics, exit_code=exit_code(error)
+            )
         except OSError as failure:  # a full disk, which may be why this life failed
             logger.warning("status.json could not be written: %s", failure)
 
@@ -170,7 +179,11 @@ class Life:
                 self.directory.ask_requeue(ending.reason)
             if self.watch is not None and ending.stop is Stop.FILE and self.watch.take("STOP"):
                 self.reporter.event("acknowledged", step=training.step, message="the file STOP")
-            self.reporter.event("finish" if ending.status == "finished" else "stop", step=training.step, message=ending.reason)
+            self.reporter.event(
+                "finish" if ending.status == "finished" else "stop",
+                step=training.step,
+                message=ending.reason,
+            )
             self.reporter.finish(status)
             if ending.status != "finished" and self.advice:
                 logger.info("%s", self.advice)

@@ -68,19 +68,27 @@ class RunDir:
         end = time.monotonic() + STALE_S + BEAT_S
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            while (owner := self.holder()) is not None and _is_lost_peer(owner) and time.monotonic() < end:
+            while (
+                (owner := self.holder()) is not None
+                and _is_lost_peer(owner)
+                and time.monotonic() < end
+            ):
                 time.sleep(1.0)
             self._take_lock()
             (self.path / "requeue").unlink(missing_ok=True)  # of a life that is over
         except OSError as error:
-            raise ConfigError(f"--run-dir {self.path}: cannot be written ({error.strerror}). Type another --run-dir.") from error
+            raise ConfigError(
+                f"--run-dir {self.path}: cannot be written ({error.strerror}). Type another --run-dir."
+            ) from error
         self._stop.clear()
         self._heart = threading.Thread(target=self._beat, name="run-dir-heartbeat", daemon=True)
         self._heart.start()
 
     def ask_requeue(self, reason: str) -> None:
         """Leaves the file `requeue`: the launcher's batch script starts the job again if it is there at the end."""
-        self.path.mkdir(parents=True, exist_ok=True)  # a warning may come before there is anything else
+        self.path.mkdir(
+            parents=True, exist_ok=True
+        )  # a warning may come before there is anything else
         (self.path / "requeue").write_text(f"{' '.join(reason.split())}\n", encoding="utf-8")
 
     def release(self) -> None:
@@ -183,18 +191,24 @@ class RunDir:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # a file server that is away for a while; the next beat tries again
+            with contextlib.suppress(
+                OSError
+            ):  # a file server that is away for a while; the next beat tries again
                 os.utime(self._lock)
 
 
 def require_shared(path: Path, run_id: str, *, group: Group) -> None:
     """Raises: ConfigError on every rank if one of them does not see the settings.json that rank 0 has written."""
     end = time.monotonic() + SEEN_S
-    while (is_missing := read_json(path / "settings.json").get("run_id") != run_id) and time.monotonic() < end:
+    while (
+        is_missing := read_json(path / "settings.json").get("run_id") != run_id
+    ) and time.monotonic() < end:
         time.sleep(0.1)
     missing = max_over_ranks(group, [group.rank + 1 if is_missing else 0])[0]
     if missing:
-        raise ConfigError(f"rank {missing - 1} does not see --run-dir {path} as rank 0 wrote it. All nodes must share that file system.")
+        raise ConfigError(
+            f"rank {missing - 1} does not see --run-dir {path} as rank 0 wrote it. All nodes must share that file system."
+        )
 
 
 def is_in_use(path: Path) -> bool:
@@ -210,7 +224,10 @@ def default_name(recipe: str, environ: Mapping[str, str] | None = None) -> Path:
     environ = environment() if environ is None else environ
     name = re.sub(r"[^\w.-]+", "-", recipe)
     if "SLURM_JOB_ID" in environ:
-        job, task = environ.get("SLURM_ARRAY_JOB_ID", environ["SLURM_JOB_ID"]), environ.get("SLURM_ARRAY_TASK_ID", "")
+        job, task = (
+            environ.get("SLURM_ARRAY_JOB_ID", environ["SLURM_JOB_ID"]),
+            environ.get("SLURM_ARRAY_TASK_ID", ""),
+        )
         return Path("runs") / (f"{name}-{job}_{task}" if task else f"{name}-{job}")
     first = Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     path, suffix = first, 1
@@ -233,7 +250,14 @@ def _read_owner(file: IO[str]) -> Owner | None:
 def _this_process() -> Owner:
     pid = os.getpid()
     job = whole_name_of_job()
-    return Owner(host=socket.gethostname(), pid=pid, start=process_start(pid), namespace=pid_namespace(), job=job, restart=restart_count())
+    return Owner(
+        host=socket.gethostname(),
+        pid=pid,
+        start=process_start(pid),
+        namespace=pid_namespace(),
+        job=job,
+        restart=restart_count(),
+    )
 
 
 def _lives(owner: Owner, *, lock: Path) -> bool:
@@ -242,8 +266,13 @@ def _lives(owner: Owner, *, lock: Path) -> bool:
     if (owner.host, owner.namespace) == (socket.gethostname(), pid_namespace()):
         return process_start(owner.pid) == owner.start
     now = time.time()
-    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=lock.parent) as clock:  # a reader may not write here
-        now = os.fstat(clock.fileno()).st_mtime  # the file server's clock, by which the beats are dated
+    with (
+        contextlib.suppress(OSError),
+        tempfile.TemporaryFile(dir=lock.parent) as clock,
+    ):  # a reader may not write here
+        now = os.fstat(
+            clock.fileno()
+        ).st_mtime  # the file server's clock, by which the beats are dated
     return now - lock.stat().st_mtime < STALE_S
 
 
@@ -251,4 +280,9 @@ def _is_lost_peer(owner: Owner) -> bool:
     """Whether the owner was a rank of this very life of the job, on another node, and torchrun's agents have begun anew since."""
     restarts = environment().get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
     here = _this_process()
-    return restarts and owner.host != here.host and bool(owner.job) and (owner.job, owner.restart) == (here.job, here.restart)
+    return (
+        restarts
+        and owner.host != here.host
+        and bool(owner.job)
+        and (owner.job, owner.restart) == (here.job, here.restart)
+    )

@@ -38,10 +38,17 @@ def session(
     message goes to stderr, first and once, and the error becomes a SystemExit with its exit code. `after_failure(verdict)` does what
     may take its time.
     """
-    threads = settings.threads or int(settings.exact)  # a convolution's gradient has other bits on two threads than on one
-    with process_group(device=settings.device, threads=threads, tuning=settings.tuning, run_dir=run_dir) as group:
+    threads = settings.threads or int(
+        settings.exact
+    )  # a convolution's gradient has other bits on two threads than on one
+    with process_group(
+        device=settings.device, threads=threads, tuning=settings.tuning, run_dir=run_dir
+    ) as group:
         try:
-            with arithmetic(settings.precision, group.device), deterministic(settings.exact, group.device):
+            with (
+                arithmetic(settings.precision, group.device),
+                deterministic(settings.exact, group.device),
+            ):
                 yield group
         except BaseException as error:
             verdict = group.blame.judge(error)
@@ -64,7 +71,13 @@ def exit_code(error: BaseException) -> int:
     """Returns the exit code of a failure: 2 usage, 130 SIGINT, a SystemExit's own, 1 anything else."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-    return error.exit_code if isinstance(error, DdpKitError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+    return (
+        error.exit_code
+        if isinstance(error, DdpKitError)
+        else 130
+        if isinstance(error, KeyboardInterrupt)
+        else 1
+    )
 
 
 def run_command(command: Callable[[], int]) -> int:

@@ -69,7 +69,14 @@ class Place:
         return str(self.earlier.get("reason", "")).startswith("stopped early")
 
 
-def open_directory(settings: Settings, group: Group, *, name: str, source: RecipeSource | None, claimed: Callable[[RunDir], None]) -> Place:
+def open_directory(
+    settings: Settings,
+    group: Group,
+    *,
+    name: str,
+    source: RecipeSource | None,
+    claimed: Callable[[RunDir], None],
+) -> Place:
     """Rank 0 chooses and claims the run directory, hands it to `claimed`, and writes the facts of a new run; all ranks learn the path."""
     path = Path(settings.run_dir) if settings.run_dir else default_path(name)
     place = Place(name=name, path=path, run_id=uuid.uuid4().hex[:16], earlier={})
@@ -85,7 +92,9 @@ def open_directory(settings: Settings, group: Group, *, name: str, source: Recip
             )
         claimed(directory)
         run_id = str(read_json(path / "settings.json").get("run_id", "")) if earlier else ""
-        place = replace(place, run_id=run_id or place.run_id, earlier=earlier, starts=starts_of_job(path))
+        place = replace(
+            place, run_id=run_id or place.run_id, earlier=earlier, starts=starts_of_job(path)
+        )
         place = replace(place, last_step=last_step(path, earlier)) if earlier else place
         if not run_id:
             write_facts(directory, settings, group, place=place, source=source)
@@ -97,12 +106,26 @@ def open_directory(settings: Settings, group: Group, *, name: str, source: Recip
     return place
 
 
-def write_facts(directory: RunDir, settings: Settings, group: Group, *, place: Place, source: RecipeSource | None) -> None:
+def write_facts(
+    directory: RunDir,
+    settings: Settings,
+    group: Group,
+    *,
+    place: Place,
+    source: RecipeSource | None,
+) -> None:
     """Writes settings.json and env.json. Those of an earlier life stay until this one has begun."""
-    about = {"run_id": place.run_id, "agent": _agent(), "recipe": str(source.path) if source else place.name}
+    about = {
+        "run_id": place.run_id,
+        "agent": _agent(),
+        "recipe": str(source.path) if source else place.name,
+    }
     about |= {"recipe_sha256": source.sha256} if source else {}
     defaults = to_json(source.settings()) if source else {}
-    directory.write_json("settings.json", about | {"settings": redact(to_json(settings)), "defaults": redact(defaults)})
+    directory.write_json(
+        "settings.json",
+        about | {"settings": redact(to_json(settings)), "defaults": redact(defaults)},
+    )
     folder = source.path.parent if source else None
     directory.write_json("env.json", describe(group.topology, group.device, recipe_folder=folder))
 
@@ -118,9 +141,15 @@ def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None
             raise ConfigError(f"--resume {settings.resume}: there is no good checkpoint in it.")
         is_here = origin.folder.resolve() == place.checkpoints.resolve()
         if not is_here and candidates(LocalDisk(place.checkpoints), group=group):
-            raise ConfigError(f"--resume {settings.resume}: --run-dir {place.path} has checkpoints of its own. Type another --run-dir.")
+            raise ConfigError(
+                f"--resume {settings.resume}: --run-dir {place.path} has checkpoints of its own. Type another --run-dir."
+            )
         return opened
-    opened = find(Origin(place.checkpoints), group=group, sets_aside=True) if settings.resume == "auto" else None
+    opened = (
+        find(Origin(place.checkpoints), group=group, sets_aside=True)
+        if settings.resume == "auto"
+        else None
+    )
     if opened is not None and opened.manifest.run_id != place.run_id:
         raise ConfigError(
             f"--run-dir {place.path}: its {opened.folder} belongs to another run ({opened.manifest.run_id}, not {place.run_id}). "
@@ -139,7 +168,9 @@ def resume_command(args: Sequence[str], path: Path, topology: Topology) -> str:
         del kept[at : at + (1 if "=" in kept[at] else 2)]
     nodes = f" --nnodes={topology.nodes}" if topology.nodes > 1 else ""
     starts = {"none": "python", "slurm": "srun python"}
-    start = starts.get(topology.launcher, f"torchrun{nodes} --nproc_per_node={topology.local_world_size}")
+    start = starts.get(
+        topology.launcher, f"torchrun{nodes} --nproc_per_node={topology.local_world_size}"
+    )
     return f"{start} -m ddp_kit.train {shlex.join([*kept, '--run-dir', str(path)])}"
 
 
@@ -188,23 +219,48 @@ def reporter_of(recipe: Recipe, settings: Settings, group: Group) -> Reporter:
         trackers.append(TensorBoardTracker())
     given = [*trackers, *recipe.trackers]
     peak = peak_rate(recipe, settings, group)
-    return Reporter(given, log_every=settings.log_every, peak_rate=peak, progress=[console.progress], on_burst=[lines.flush])
+    return Reporter(
+        given,
+        log_every=settings.log_every,
+        peak_rate=peak,
+        progress=[console.progress],
+        on_burst=[lines.flush],
+    )
 
 
 def peak_rate(recipe: Recipe, settings: Settings, group: Group) -> float:
     """Returns the samples/s of a recipe if every rank's device, taken to be alike, ran at its peak; 0 if that is not known."""
     if not recipe.flops_per_sample or group.device.type != "cuda":
         return 0.0
-    return group.world_size * peak_flops(torch.cuda.get_device_name(group.device), precision=settings.precision) / recipe.flops_per_sample
+    return (
+        group.world_size
+        * peak_flops(torch.cuda.get_device_name(group.device), precision=settings.precision)
+        / recipe.flops_per_sample
+    )
 
 
 def say(composition: Composition, group: Group, path: Path) -> None:
     """The lines at start: where, the split, the defaults for speed, and what wrapping found."""
     training = composition.training
     topology = group.topology
-    logger.log(logging.DEBUG if topology.launcher == "none" else logging.INFO, "ranks by %s: %s", topology.launcher, facts(topology))
-    tuned = [*group.tuned, *training.tuned, *(["channels_last"] if composition.evaluator.placement.channels_last else [])]
-    logger.info("run %s on %s x %s, %d steps", path, group.world_size, group.device.type, composition.pace.end)
+    logger.log(
+        logging.DEBUG if topology.launcher == "none" else logging.INFO,
+        "ranks by %s: %s",
+        topology.launcher,
+        facts(topology),
+    )
+    tuned = [
+        *group.tuned,
+        *training.tuned,
+        *(["channels_last"] if composition.evaluator.placement.channels_last else []),
+    ]
+    logger.info(
+        "run %s on %s x %s, %d steps",
+        path,
+        group.world_size,
+        group.device.type,
+        composition.pace.end,
+    )
     logger.info("batch: %s", batch_plan.describe(training.plan))
     logger.info("for speed (--no-tuning switches it off): %s", ", ".join(tuned))
     for note in training.notes:

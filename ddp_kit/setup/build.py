@@ -46,39 +46,70 @@ def require_same_settings(group: Group, settings: Settings, *, text: str) -> Non
     """Raises: ConfigError on every rank if the ranks were started with different settings or another recipe text."""
     fields = flatten(settings) | {"recipe's text": text}
     names = list(fields)
-    at = first_difference(group, [digest("\n".join(names)), *(digest(fields[name]) for name in names)])
+    at = first_difference(
+        group, [digest("\n".join(names)), *(digest(fields[name]) for name in names)]
+    )
     if at is None:
         return
     if at == 0:
-        raise ConfigError("the ranks run different recipes: their Settings have different fields. Start all of them with one command.")
+        raise ConfigError(
+            "the ranks run different recipes: their Settings have different fields. Start all of them with one command."
+        )
     name = names[at - 1]
     if name == "recipe's text":
-        raise ConfigError("the ranks read different texts of the recipe. All nodes must see the same files.")
+        raise ConfigError(
+            "the ranks read different texts of the recipe. All nodes must see the same files."
+        )
     values = [value.decode() for value in gather_bytes(group, fields[name].encode())]
     is_hidden = any(is_secret_setting(name, value) for value in values)
-    shown = ", ".join(f"{REDACTED if is_hidden else value} on rank {values.index(value)}" for value in dict.fromkeys(values))
-    raise ConfigError(f"the ranks were started with different settings: {flag(name)} is {shown}. Start all of them with one command.")
+    shown = ", ".join(
+        f"{REDACTED if is_hidden else value} on rank {values.index(value)}"
+        for value in dict.fromkeys(values)
+    )
+    raise ConfigError(
+        f"the ranks were started with different settings: {flag(name)} is {shown}. Start all of them with one command."
+    )
 
 
 def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
     """Returns the model on this rank's device, from weights that depend on the seed alone (or on `init_from`)."""
-    is_split = settings.strategy == "fsdp" and group.world_size > 1  # the strategy moves it, part by part
+    is_split = (
+        settings.strategy == "fsdp" and group.world_size > 1
+    )  # the strategy moves it, part by part
     is_meta = is_split and settings.fsdp.meta
     with generators_put_back(), torch.device("meta") if is_meta else nullcontext():
         torch.manual_seed(key(settings.seed, Purpose.WEIGHTS))
         model = recipe.model()
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"the recipe's model() must return an nn.Module; it returned {type(model).__name__}.")
-    lazy = [name for name, tensor in model.named_parameters() if isinstance(tensor, nn.parameter.UninitializedParameter)]
+        raise ConfigError(
+            f"the recipe's model() must return an nn.Module; it returned {type(model).__name__}."
+        )
+    lazy = [
+        name
+        for name, tensor in model.named_parameters()
+        if isinstance(tensor, nn.parameter.UninitializedParameter)
+    ]
     if lazy:
-        raise ConfigError(f"the model's {lazy[0]} has no shape yet (a lazy module): run one batch through it in the recipe's model().")
+        raise ConfigError(
+            f"the model's {lazy[0]} has no shape yet (a lazy module): run one batch through it in the recipe's model()."
+        )
     if settings.init_from and not is_meta:
-        load_weights(model, Path(settings.init_from), group=group, rename=settings.rename, partial=settings.init_partial)
+        load_weights(
+            model,
+            Path(settings.init_from),
+            group=group,
+            rename=settings.rename,
+            partial=settings.init_partial,
+        )
     if settings.fsdp.cpu_offload and group.device.type == "cpu":
-        raise ConfigError("--fsdp.cpu-offload: this rank runs on a CPU, where weights are in host memory anyway. Leave it out.")
+        raise ConfigError(
+            "--fsdp.cpu-offload: this rank runs on a CPU, where weights are in host memory anyway. Leave it out."
+        )
     if settings.sync_batchnorm:
         if group.device.type != "cuda":
-            raise ConfigError("--sync-batchnorm: torch's SyncBatchNorm runs on CUDA only; this rank runs on a CPU. Leave it out.")
+            raise ConfigError(
+                "--sync-batchnorm: torch's SyncBatchNorm runs on CUDA only; this rank runs on a CPU. Leave it out."
+            )
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.training)
     device = "meta" if is_meta else "cpu" if is_split else group.device
     model = placed(model, device=device, dtype=weight_dtype(settings.precision))
@@ -93,15 +124,25 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
 
 def has_channels_last(model: nn.Module, settings: Settings) -> bool:
     """Whether a model is given that memory format, which neither FSDP2 nor ZeRO can split."""
-    return settings.tuning and settings.strategy not in ("fsdp", "deepspeed") and wants_channels_last(model)
+    return (
+        settings.tuning
+        and settings.strategy not in ("fsdp", "deepspeed")
+        and wants_channels_last(model)
+    )
 
 
 def placement_of(model: nn.Module, settings: Settings, group: Group) -> Placement:
     """Returns where the batches of a model have to be."""
-    return Placement(group.device, dtype=weight_dtype(settings.precision), channels_last=has_channels_last(model, settings))
+    return Placement(
+        group.device,
+        dtype=weight_dtype(settings.precision),
+        channels_last=has_channels_last(model, settings),
+    )
 
 
-def settle_memory_format(model: nn.Module, placement: Placement, trial: Callable[[], object]) -> Placement:
+def settle_memory_format(
+    model: nn.Module, placement: Placement, trial: Callable[[], object]
+) -> Placement:
     """Returns the placement to use: without channels_last if the model reshapes in a way that this format does not allow.
 
     `trial` runs the model on a batch; what it changes in buffers and generators is put back.
@@ -115,7 +156,9 @@ def settle_memory_format(model: nn.Module, placement: Placement, trial: Callable
         if "view size is not compatible" not in str(error):
             raise
         model.to(memory_format=torch.contiguous_format)
-        logger.info("note: channels_last is off, since the model reshapes with view(); flatten(1) or reshape() would allow it")
+        logger.info(
+            "note: channels_last is off, since the model reshapes with view(); flatten(1) or reshape() would allow it"
+        )
         return Placement(placement.device, dtype=placement.dtype, channels_last=False)
     return placement
 
@@ -130,15 +173,21 @@ class Composition:
     pace: Pace
 
 
-def compose(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool = False) -> Composition:
+def compose(
+    recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool = False
+) -> Composition:
     """Calls the recipe's factories and wraps what they give. Every rank calls it. `is_resumed`: a checkpoint's state will follow."""
     model = build_model(recipe, settings, group)
     data = as_data(recipe.train_data())
     placement = placement_of(model, settings, group)
-    placement = settle_memory_format(model, placement, lambda: _run_losses(model, recipe, data, placement, settings, group))
+    placement = settle_memory_format(
+        model, placement, lambda: _run_losses(model, recipe, data, placement, settings, group)
+    )
     micro_batch = settings.micro_batch
     if micro_batch == "auto":
-        micro_batch = find_micro_batch(model, recipe.parts(), data, placement=placement, settings=settings, group=group)
+        micro_batch = find_micro_batch(
+            model, recipe.parts(), data, placement=placement, settings=settings, group=group
+        )
     feed = build_loader(
         data,
         group=group,
@@ -150,13 +199,26 @@ def compose(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: boo
     )
     pace = _pace(settings, feed)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("the model has nothing to train: it has no parameters, or all of them are frozen.")
+        raise ConfigError(
+            "the model has nothing to train: it has no parameters, or all of them are frozen."
+        )
     strategy, base = _spread(model, recipe, settings, group, is_resumed=is_resumed)
     parts = []
     for objective in recipe.parts():
         optimizer = objective.optimizer(part_of(model, objective.trains))
-        scheduler = objective.scheduler(optimizer, _scheduled_steps(settings, feed)) if objective.scheduler else None
-        parts.append(Part(loss=objective.loss, optimizer=optimizer, scheduler=scheduler, trains=objective.trains))
+        scheduler = (
+            objective.scheduler(optimizer, _scheduled_steps(settings, feed))
+            if objective.scheduler
+            else None
+        )
+        parts.append(
+            Part(
+                loss=objective.loss,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                trains=objective.trains,
+            )
+        )
     training = wrap_parts(
         model,
         parts,
@@ -185,42 +247,78 @@ def compose(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: boo
         enter=strategy.enter,
     )
     evaluator.rehearse(model)
-    training.notes += best_notes(settings.early_stop, evaluator.names, has_test=recipe.test_data is not None)
+    training.notes += best_notes(
+        settings.early_stop, evaluator.names, has_test=recipe.test_data is not None
+    )
     return Composition(training=training, feed=feed, evaluator=evaluator, pace=pace)
 
 
-def _spread(model: nn.Module, recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool) -> tuple[Strategy, str]:
+def _spread(
+    model: nn.Module, recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool
+) -> tuple[Strategy, str]:
     """Returns the strategy, which has split the model if it does, and the hash of frozen weights that checkpoints leave out, else ""."""
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     if not is_meta:
         require_equal(model, group=group)
     require_splittable(model, settings, objectives=len(recipe.parts()))
     strategy = choose_strategy(group, settings)
-    if settings.save_trainable_only and all(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("--save-trainable-only has no effect: no parameter of the model is frozen. Leave it out.")
+    if settings.save_trainable_only and all(
+        parameter.requires_grad for parameter in model.parameters()
+    ):
+        raise ConfigError(
+            "--save-trainable-only has no effect: no parameter of the model is frozen. Leave it out."
+        )
     if settings.save_trainable_only and is_meta:
-        raise ConfigError("--save-trainable-only with --fsdp.meta: the frozen weights have no values yet whose hash could be kept.")
+        raise ConfigError(
+            "--save-trainable-only with --fsdp.meta: the frozen weights have no values yet whose hash could be kept."
+        )
     base = base_sha256(model) if settings.save_trainable_only else ""
     strategy.shard(model)
     if is_meta:
-        is_partial = settings.init_partial and not is_resumed  # what does not fit keeps its first values
+        is_partial = (
+            settings.init_partial and not is_resumed
+        )  # what does not fit keeps its first values
         has_all = is_resumed or bool(settings.init_from and is_checkpoint(Path(settings.init_from)))
         materialise(
             model,
             device=group.device,
             seed=settings.seed,
             offloads=settings.fsdp.cpu_offload,
-            reads="all" if has_all and not is_partial else "file" if settings.init_from and not is_partial else "nothing",
+            reads="all"
+            if has_all and not is_partial
+            else "file"
+            if settings.init_from and not is_partial
+            else "nothing",
         )
         if settings.init_from:
-            load_weights(model, Path(settings.init_from), group=group, rename=settings.rename, partial=settings.init_partial)
+            load_weights(
+                model,
+                Path(settings.init_from),
+                group=group,
+                rename=settings.rename,
+                partial=settings.init_partial,
+            )
     return strategy, base
 
 
-def _run_losses(model: nn.Module, recipe: Recipe, data: Data, placement: Placement, settings: Settings, group: Group) -> None:
+def _run_losses(
+    model: nn.Module,
+    recipe: Recipe,
+    data: Data,
+    placement: Placement,
+    settings: Settings,
+    group: Group,
+) -> None:
     """Runs the losses on two samples, as many as BatchNorm needs."""
     plan = plan_batches(min(2, settings.global_batch), micro_batch=0, world_size=1)
-    feed = feed_of(data, plan=plan, rank=0, seed=settings.seed, placement=placement, num_workers=settings.num_workers)
+    feed = feed_of(
+        data,
+        plan=plan,
+        rank=0,
+        seed=settings.seed,
+        placement=placement,
+        num_workers=settings.num_workers,
+    )
     batch = feed.rehearsal().batch
     for part in recipe.parts():
         LossCall(model, part.loss, precision=settings.precision, device=group.device)(batch)
@@ -239,17 +337,26 @@ def _pace(settings: Settings, feed: Feed) -> Pace:
         )
     whole = _scheduled_steps(settings, feed)
     end = min(whole, settings.max_steps) if settings.max_steps else whole
-    return Pace(end=end, steps_per_epoch=feed.steps_per_epoch, eval_every=settings.eval_every, save_every=settings.save_every)
+    return Pace(
+        end=end,
+        steps_per_epoch=feed.steps_per_epoch,
+        eval_every=settings.eval_every,
+        save_every=settings.save_every,
+    )
 
 
 def _split_notes(model: nn.Module, plan: BatchPlan, settings: Settings, group: Group) -> list[str]:
     """Says which layers make the numbers depend on the split, and which flag mends it."""
     kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    layers = sorted({type(module).__name__ for module in model.modules() if isinstance(module, kinds)})
+    layers = sorted(
+        {type(module).__name__ for module in model.modules() if isinstance(module, kinds)}
+    )
     if not layers or plan.is_invariant or settings.sync_batchnorm or group.world_size == 1:
         return []
     keeps = splits_that_keep(settings.global_batch, world_size=group.world_size)
     mend = f"--micro-batch {keeps} keeps the numbers the same on 1 to {settings.global_batch // keeps} ranks"
     if keeps == 1:  # which BatchNorm cannot normalise
         mend = "no --micro-batch mends it; a --global-batch with more divisors would"
-    return [f"{', '.join(layers)} see one micro-batch at a time, and at another number of ranks it would be another one: {mend}"]
+    return [
+        f"{', '.join(layers)} see one micro-batch at a time, and at another number of ranks it would be another one: {mend}"
+    ]

@@ -30,18 +30,36 @@ class Rehearsal:
 
     def __init__(self, training: Training, feed: Feed, *, allows_unused: bool, exact: bool = False):
         """Args: `allows_unused` whether parameters may stay without a gradient; `exact` whether bits must not depend on the ranks."""
-        self.training, self._feed, self._allows_unused, self._exact = training, feed, allows_unused, exact
+        self.training, self._feed, self._allows_unused, self._exact = (
+            training,
+            feed,
+            allows_unused,
+            exact,
+        )
         self._batch = feed.rehearsal()
-        require_same_samples(training.group, self._batch.batch, what="training data", is_iterable=feed.data.is_iterable)
+        require_same_samples(
+            training.group,
+            self._batch.batch,
+            what="training data",
+            is_iterable=feed.data.is_iterable,
+        )
 
     def run(
-        self, call: LossCall, optimizer: Optimizer, parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]
+        self,
+        call: LossCall,
+        optimizer: Optimizer,
+        parameters: Sequence[nn.Parameter],
+        frozen: Sequence[nn.Parameter],
     ) -> tuple[Wrapped, Count]:
         """Returns the wrapped call of a loss that trains `parameters`, ready for the first step, and how its count will be known.
 
         Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer.
         """
-        with _only(parameters, frozen), generators_put_back(), buffers_put_back(self.training.model) as buffers:
+        with (
+            _only(parameters, frozen),
+            generators_put_back(),
+            buffers_put_back(self.training.model) as buffers,
+        ):
             count = self._run_bare(call, parameters)
             _note_buffers(self.training, buffers, exact=self._exact)
             wrapped = self.training.strategy.wrap(call, optimizer)
@@ -57,14 +75,20 @@ class Rehearsal:
             total, count, _ = training.strategy.enter(call, batch.batch)
         beforehand = feed.data.count(batch.batch) if feed.data.count is not None else count
         if not math.isclose(float(beforehand), float(count), rel_tol=1e-5):
-            raise ConfigError(f"Data(count=...) gives {float(beforehand):g} where the loss counts {float(count):g}; they must agree.")
+            raise ConfigError(
+                f"Data(count=...) gives {float(beforehand):g} where the loss counts {float(count):g}; they must agree."
+            )
         known = _count_of(count, batch.size, feed=feed, group=training.group)
         if not total.requires_grad:
-            raise ConfigError("the loss has no gradient: total must be computed from the model's output, without detach() or no_grad().")
+            raise ConfigError(
+                "the loss has no gradient: total must be computed from the model's output, without detach() or no_grad()."
+            )
         (total / batch.size).backward()
         _refuse_unused(training, parameters, allows_unused=self._allows_unused)
         if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
-            raise ConfigError("the model has sparse gradients (an Embedding with sparse=True), which cannot be summed: leave sparse out.")
+            raise ConfigError(
+                "the model has sparse gradients (an Embedding with sparse=True), which cannot be summed: leave sparse out."
+            )
         for parameter in parameters:
             parameter.grad = None  # the wrapper's buckets take their memory
         return known
@@ -104,8 +128,13 @@ def _count_of(count: int | torch.Tensor, size: int, *, feed: Feed, group: Group)
         )
     whole = float(count) / size * feed.plan.global_batch  # host-device synchronisation, once
     exponent = round(math.log2(whole)) if 0 < whole < math.inf else 0
-    if first_difference(group, [int(is_fixed), int(count) if is_fixed else 0, exponent]) is not None:
-        raise DdpKitError("the ranks' losses return different counts for the same samples; the loss must not depend on the rank.")
+    if (
+        first_difference(group, [int(is_fixed), int(count) if is_fixed else 0, exponent])
+        is not None
+    ):
+        raise DdpKitError(
+            "the ranks' losses return different counts for the same samples; the loss must not depend on the rank."
+        )
     if feed.data.count is not None:
         return KnownCount(feed.data.count, group=group, slots=feed.plan.micro_batches)
     if is_fixed:
@@ -113,7 +142,9 @@ def _count_of(count: int | torch.Tensor, size: int, *, feed: Feed, group: Group)
     return FoundCount(expected=2.0**exponent, group=group, slots=feed.plan.micro_batches)
 
 
-def _refuse_unused(training: Training, parameters: Sequence[nn.Parameter], *, allows_unused: bool) -> None:
+def _refuse_unused(
+    training: Training, parameters: Sequence[nn.Parameter], *, allows_unused: bool
+) -> None:
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     unused = [names[id(parameter)] for parameter in parameters if parameter.grad is None]
     if first_difference(training.group, [len(unused)]) is not None:
@@ -122,10 +153,14 @@ def _refuse_unused(training: Training, parameters: Sequence[nn.Parameter], *, al
         )
     if unused and training.group.world_size > 1 and not allows_unused:
         said = no_gradient(unused, is_split=training.strategy.shards is not None)
-        raise ConfigError(f"{said}; if it never uses them, freeze them with requires_grad_(False) or remove them.")
+        raise ConfigError(
+            f"{said}; if it never uses them, freeze them with requires_grad_(False) or remove them."
+        )
 
 
-def _note_buffers(training: Training, before: Sequence[tuple[Buffer, torch.Tensor]], *, exact: bool) -> None:
+def _note_buffers(
+    training: Training, before: Sequence[tuple[Buffer, torch.Tensor]], *, exact: bool
+) -> None:
     """Notes the buffers outside normalisation layers that a forward pass changed; they are taken from rank 0 at every step.
 
     Raises: ConfigError where that would have to be exact.
@@ -133,7 +168,10 @@ def _note_buffers(training: Training, before: Sequence[tuple[Buffer, torch.Tenso
     statistics = training.statistics
     known = {id(buffer.tensor) for buffer in statistics.others}
     for buffer, value in before:
-        is_ours = buffer.tensor.untyped_storage().data_ptr() in statistics.owned or id(buffer.tensor) in known
+        is_ours = (
+            buffer.tensor.untyped_storage().data_ptr() in statistics.owned
+            or id(buffer.tensor) in known
+        )
         if not is_ours and not torch.equal(buffer.settle(), value):
             if exact:
                 raise ConfigError(
@@ -142,4 +180,6 @@ def _note_buffers(training: Training, before: Sequence[tuple[Buffer, torch.Tenso
                 )
             statistics.others.append(buffer)
             if training.group.world_size > 1:
-                training.notes.append(f"buffer {buffer.name} is changed by training; it is taken from rank 0")
+                training.notes.append(
+                    f"buffer {buffer.name} is changed by training; it is taken from rank 0"
+                )

@@ -25,7 +25,13 @@ from ddp_kit.training.state import LossCall
 
 
 def find_micro_batch(
-    model: nn.Module, parts: Sequence[Objective], data: Data, *, placement: Placement, settings: Settings, group: Group
+    model: nn.Module,
+    parts: Sequence[Objective],
+    data: Data,
+    *,
+    placement: Placement,
+    settings: Settings,
+    group: Group,
 ) -> int:
     """Returns the largest divisor of the global batch, up to a rank's share, that fits on every rank. Every rank calls it.
 
@@ -34,7 +40,16 @@ def find_micro_batch(
     share = -(-settings.global_batch // group.world_size)
     sizes = [size for size in range(share, 0, -1) if settings.global_batch % size == 0]
     with buffers_put_back(model):
-        own = next((size for size in sizes if _fits(model, parts, data, size, placement=placement, settings=settings, group=group)), 0)
+        own = next(
+            (
+                size
+                for size in sizes
+                if _fits(
+                    model, parts, data, size, placement=placement, settings=settings, group=group
+                )
+            ),
+            0,
+        )
     model.zero_grad(set_to_none=True)
     fitting = -max_over_ranks(group, [-own])[0]
     if not fitting:
@@ -45,7 +60,14 @@ def find_micro_batch(
 
 
 def _fits(
-    model: nn.Module, parts: Sequence[Objective], data: Data, size: int, *, placement: Placement, settings: Settings, group: Group
+    model: nn.Module,
+    parts: Sequence[Objective],
+    data: Data,
+    size: int,
+    *,
+    placement: Placement,
+    settings: Settings,
+    group: Group,
 ) -> bool:
     """Runs each loss forward and backward on `size` samples; optimizer state is not there yet, so a tenth is left free on CUDA."""
     plan = plan_batches(size, micro_batch=0, world_size=1)
@@ -53,7 +75,14 @@ def _fits(
         torch.cuda.empty_cache()  # what a larger size has left
         torch.cuda.reset_peak_memory_stats(group.device)
     try:
-        feed = feed_of(data, plan=plan, rank=0, seed=settings.seed, placement=placement, num_workers=settings.num_workers)
+        feed = feed_of(
+            data,
+            plan=plan,
+            rank=0,
+            seed=settings.seed,
+            placement=placement,
+            num_workers=settings.num_workers,
+        )
         batch: MicroBatch = feed.rehearsal()
         with generators_put_back():
             for part in parts:
@@ -61,7 +90,9 @@ def _fits(
                 call(batch.batch)[0].backward()
         if group.device.type == "cuda":
             total = torch.cuda.get_device_properties(group.device).total_memory
-            weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+            weights = sum(
+                parameter.numel() * parameter.element_size() for parameter in model.parameters()
+            )
             return torch.cuda.max_memory_allocated(group.device) + 2 * weights < 0.95 * total
     except torch.OutOfMemoryError:
         return False

@@ -16,7 +16,12 @@ from ddp_kit.errors import ConfigError, some
 
 
 def materialise(
-    model: nn.Module, *, device: torch.device, seed: int, reads: Literal["nothing", "file", "all"], offloads: bool = False
+    model: nn.Module,
+    *,
+    device: torch.device,
+    seed: int,
+    reads: Literal["nothing", "file", "all"],
+    offloads: bool = False,
 ) -> None:
     """Gives a split model on the meta device memory and values. Every rank calls it.
 
@@ -27,12 +32,22 @@ def materialise(
     tied = tied_names(model)
     model.to_empty(device="cpu" if offloads else device)
     tie(model, tied)  # it gave each name memory of its own
-    owners = {name: module for name, module in model.named_modules() if module._parameters or module._buffers}
+    owners = {
+        name: module
+        for name, module in model.named_modules()
+        if module._parameters or module._buffers
+    }
     if reads == "file":
-        drawn = {name: module for name, module in owners.items() if module._non_persistent_buffers_set}
+        drawn = {
+            name: module for name, module in owners.items() if module._non_persistent_buffers_set
+        }
     else:
         drawn = owners if reads == "nothing" else {}
-    silent = [name or type(model).__name__ for name, module in drawn.items() if not hasattr(module, "reset_parameters")]
+    silent = [
+        name or type(model).__name__
+        for name, module in drawn.items()
+        if not hasattr(module, "reset_parameters")
+    ]
     if silent:
         raise ConfigError(
             f"--fsdp.meta: {some(silent)} have tensors of their own that no file gives values to, and no reset_parameters() to do so. "
@@ -52,13 +67,21 @@ def materialise(
 def _reset(module: nn.Module, name: str) -> None:
     """Draws a module's own values on whole tensors, and keeps this rank's rows. Raises: ConfigError if it leaves a buffer as it was."""
     parts = dict(module._parameters)
-    before = {own: (buffer, buffer._version) for own, buffer in module._buffers.items() if buffer is not None}
+    before = {
+        own: (buffer, buffer._version)
+        for own, buffer in module._buffers.items()
+        if buffer is not None
+    }
     for own, parameter in parts.items():
         if parameter is not None:
             whole = torch.empty(parameter.shape, dtype=parameter.dtype)
             module._parameters[own] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
     module.reset_parameters()  # type: ignore[operator]  # `materialise` has looked: it is there
-    left = [own for own, (buffer, version) in before.items() if module._buffers[own] is buffer and buffer._version == version]
+    left = [
+        own
+        for own, (buffer, version) in before.items()
+        if module._buffers[own] is buffer and buffer._version == version
+    ]
     if left:
         raise ConfigError(
             f"--fsdp.meta: {name} has buffers that its reset_parameters() gives no values: {some(left)}. Let it, or leave --fsdp.meta out."

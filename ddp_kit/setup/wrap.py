@@ -63,7 +63,9 @@ def wrap(
     return wrap_parts(
         model,
         [Part(loss=loss, optimizer=optimizer, scheduler=scheduler)],
-        strategy=choose_strategy(group, Settings(exact=exact, find_unused_parameters=find_unused_parameters)),
+        strategy=choose_strategy(
+            group, Settings(exact=exact, find_unused_parameters=find_unused_parameters)
+        ),
         group=group,
         feed=feed,
         precision=precision,
@@ -105,29 +107,47 @@ def wrap_parts(
         strategy=strategy,
         model=model,
         objectives=[],
-        statistics=RunningStatistics(model, group, micro_batches=micro_batches, always=has_checkpointed_activations, exact=exact),
+        statistics=RunningStatistics(
+            model,
+            group,
+            micro_batches=micro_batches,
+            always=has_checkpointed_activations,
+            exact=exact,
+        ),
         plan=feed.plan,
         forward_key=forward_key(feed.seed),
         grad_clip=grad_clip,
-        rounds=max(map(len, map(feed.plan.of_rank, range(group.world_size)))) if strategy.shards is not None else 0,
+        rounds=max(map(len, map(feed.plan.of_rank, range(group.world_size))))
+        if strategy.shards is not None
+        else 0,
     )
     rehearsal = Rehearsal(training, feed, allows_unused=find_unused_parameters, exact=exact)
     fused = [fuse(part.optimizer) for part in parts] if tuning else []
     if fused and all(fused):
         training.tuned.append("fused optimizer")
     for part in parts:
-        training.objectives.append(_objective(part, rehearsal, precision=precision, is_only=len(parts) == 1))
+        training.objectives.append(
+            _objective(part, rehearsal, precision=precision, is_only=len(parts) == 1)
+        )
     return training
 
 
-def _objective(part: Part, rehearsal: Rehearsal, *, precision: Precision, is_only: bool) -> ObjectiveState:
+def _objective(
+    part: Part, rehearsal: Rehearsal, *, precision: Precision, is_only: bool
+) -> ObjectiveState:
     """Checks, wraps and rehearses one objective."""
     model, group = rehearsal.training.model, rehearsal.training.group
     _check_scheduler(part)
     parameters = _trained(model, part, is_only=is_only)
     own = {id(parameter) for parameter in parameters}
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
-    on_device = group.device.type == "cuda" and getattr(part.optimizer, "_step_supports_amp_scaling", False)
+    frozen = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.requires_grad and id(parameter) not in own
+    ]
+    on_device = group.device.type == "cuda" and getattr(
+        part.optimizer, "_step_supports_amp_scaling", False
+    )
     call = LossCall(model, part.loss, precision=precision, device=group.device)
     wrapped, count = rehearsal.run(call, part.optimizer, parameters, frozen)
     is_plain = wrapped.step is None and rehearsal.training.strategy.shards is None
@@ -147,17 +167,28 @@ def _objective(part: Part, rehearsal: Rehearsal, *, precision: Precision, is_onl
         refresh=wrapped.refresh,
         found_inf=torch.zeros((), device=place),
         one=torch.ones((), device=place),
-        is_mixed=len({parameter.dtype for parameter in parameters}) > 1 or parameters[0].is_complex(),
-        is_deferred=on_device and is_only and is_plain and precision != "fp16",  # the host need not wait for each step's verdict
+        is_mixed=len({parameter.dtype for parameter in parameters}) > 1
+        or parameters[0].is_complex(),
+        is_deferred=on_device
+        and is_only
+        and is_plain
+        and precision != "fp16",  # the host need not wait for each step's verdict
     )
 
 
 def _check_scheduler(part: Part) -> None:
     """Raises: ConfigError for a scheduler that would not move this optimizer's rates once per step."""
     if isinstance(part.scheduler, ReduceLROnPlateau):
-        raise ConfigError("ReduceLROnPlateau counts evaluations, schedulers here count optimizer steps: take one of ddp_kit.schedules.")
-    if part.scheduler is not None and getattr(part.scheduler, "optimizer", part.optimizer) is not part.optimizer:
-        raise ConfigError("the scheduler belongs to another optimizer than the one it was given: build it from the function's argument.")
+        raise ConfigError(
+            "ReduceLROnPlateau counts evaluations, schedulers here count optimizer steps: take one of ddp_kit.schedules."
+        )
+    if (
+        part.scheduler is not None
+        and getattr(part.scheduler, "optimizer", part.optimizer) is not part.optimizer
+    ):
+        raise ConfigError(
+            "the scheduler belongs to another optimizer than the one it was given: build it from the function's argument."
+        )
 
 
 def part_of(model: nn.Module, trains: str) -> nn.Module:
@@ -174,15 +205,23 @@ def part_of(model: nn.Module, trains: str) -> nn.Module:
 def _trained(model: nn.Module, part: Part, *, is_only: bool) -> list[nn.Parameter]:
     """Returns the parameters of an objective. Raises: ConfigError if its optimizer holds none, foreign ones, or not all of them."""
     module = part_of(model, part.trains)
-    named = {id(p): f"{part.trains}.{name}".lstrip(".") for name, p in module.named_parameters() if p.requires_grad}
+    named = {
+        id(p): f"{part.trains}.{name}".lstrip(".")
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
     held = {id(p) for parameters in part.optimizer.param_groups for p in parameters["params"]}
     everything = {id(p) for p in model.parameters()}
     kind = type(part.optimizer).__name__
     if not held & set(named):
         what = "parameters that are not this model's" if held else "no parameters"
-        raise ConfigError(f"the optimizer ({kind}) holds {what}. Build it from the model it is given: {kind}(model.parameters(), ...).")
+        raise ConfigError(
+            f"the optimizer ({kind}) holds {what}. Build it from the model it is given: {kind}(model.parameters(), ...)."
+        )
     if held - everything:
-        raise ConfigError(f"the optimizer ({kind}) holds {len(held - everything)} tensors that are not parameters of the model.")
+        raise ConfigError(
+            f"the optimizer ({kind}) holds {len(held - everything)} tensors that are not parameters of the model."
+        )
     missing = [name for identity, name in named.items() if identity not in held]
     if missing:
         raise ConfigError(
@@ -190,7 +229,9 @@ def _trained(model: nn.Module, part: Part, *, is_only: bool) -> list[nn.Paramete
             "these with requires_grad_(False)."
         )
     if held & everything - set(named) and not is_only:
-        raise ConfigError(f"Objective(trains={part.trains!r}): its optimizer ({kind}) also holds parameters outside that part.")
+        raise ConfigError(
+            f"Objective(trains={part.trains!r}): its optimizer ({kind}) also holds parameters outside that part."
+        )
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
@@ -214,5 +255,7 @@ def checkpoint_activations(model: nn.Module, class_name: str) -> None:
 def require_exact(feed: Feed, group: Group) -> None:
     """Raises: ConfigError on every rank if a run of this feed on these ranks cannot be exact."""
     if feed.sampler is None:
-        raise ConfigError("--exact: the training data is iterable, and its order is its own. Give it __getitem__ and __len__.")
+        raise ConfigError(
+            "--exact: the training data is iterable, and its order is its own. Give it __getitem__ and __len__."
+        )
     require_subtrees(feed.plan, world_size=group.world_size)

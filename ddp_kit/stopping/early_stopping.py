@@ -28,7 +28,9 @@ class EarlyStopping:
         if not self.rule.metric:
             return False
         if self.rule.metric not in metrics:
-            raise ConfigError(f"--early-stop.metric {self.rule.metric}: evaluation does not produce it; it produces {', '.join(metrics)}.")
+            raise ConfigError(
+                f"--early-stop.metric {self.rule.metric}: evaluation does not produce it; it produces {', '.join(metrics)}."
+            )
         value = metrics[self.rule.metric]
         gain = (self.best - value) if self.rule.mode == "min" else (value - self.best)
         if (math.isnan(self.best) and not math.isnan(value)) or gain > self.rule.min_delta:

@@ -39,7 +39,12 @@ class Grace:
             return ""
         self._has_said = True
         step_s, agreement_s = self._control.agreement_s()
-        parts = (("step", step_s), ("agreement", agreement_s), ("save in flight", max(self._saves)), ("save", max(self._saves)))
+        parts = (
+            ("step", step_s),
+            ("agreement", agreement_s),
+            ("save in flight", max(self._saves)),
+            ("save", max(self._saves)),
+        )
         return f"a stop needs up to {_s(self.needs_s)}: {', '.join(f'{name} {_s(seconds)}' for name, seconds in parts)}"
 
     def warning(self) -> str:

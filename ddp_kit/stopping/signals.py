@@ -52,7 +52,11 @@ class Stop(IntEnum):
 
     def words(self, rank: int) -> str:
         """Returns the reason in words; `rank` is the one that saw it."""
-        own = {Stop.MAX_HOURS: "--max-hours are over", Stop.JOB_END: "the job's time is nearly over", Stop.FILE: "the file STOP"}
+        own = {
+            Stop.MAX_HOURS: "--max-hours are over",
+            Stop.JOB_END: "the job's time is nearly over",
+            Stop.FILE: "the file STOP",
+        }
         return own.get(self, f"{self.name} on rank {rank}")
 
 
@@ -88,7 +92,10 @@ class StopFlag:
         self.stop = Stop.NONE
         self.since = 0.0  # time.monotonic() of the first reason
         self.deferring = False
-        self._order, self._ordered = Stop.NONE, 0.0  # the first signal that was no mere warning, and when
+        self._order, self._ordered = (
+            Stop.NONE,
+            0.0,
+        )  # the first signal that was no mere warning, and when
 
     def ask(self, stop: Stop) -> None:
         """Notes a reason to stop."""
@@ -120,7 +127,11 @@ def signals_noted() -> Iterator[StopFlag]:
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    heard = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    heard = [
+        number
+        for number in SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, flag.handle) for number in heard}
     try:
         yield flag

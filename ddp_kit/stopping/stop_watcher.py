@@ -18,7 +18,9 @@ from ddp_kit.stopping.grace_period import Grace
 from ddp_kit.stopping.signals import Stop, StopFlag
 
 POLL_S = 1.0
-MARGIN_S = 15.0  # before a job's end, for the processes' own end and the batch script's word with SLURM
+MARGIN_S = (
+    15.0  # before a job's end, for the processes' own end and the batch script's word with SLURM
+)
 UNKNOWN_S = 15.0  # what a stop is taken to need before that was measured
 
 
@@ -34,10 +36,24 @@ class AsksForSaves(Protocol):
 class Watch:
     """Looks for `STOP` and `SAVE` in a run directory, and at the times when the run has to end. Whoever makes one closes it."""
 
-    def __init__(self, folder: Path, flag: StopFlag, *, checkpoints: AsksForSaves, grace: Grace, end: float = math.inf):
+    def __init__(
+        self,
+        folder: Path,
+        flag: StopFlag,
+        *,
+        checkpoints: AsksForSaves,
+        grace: Grace,
+        end: float = math.inf,
+    ):
         """Args: `checkpoints` are asked for a save, `grace` for what a stop needs; `end`: when --max-hours are over, by
         `time.monotonic()`."""
-        self._folder, self._flag, self._checkpoints, self._grace, self._end = folder, flag, checkpoints, grace, end
+        self._folder, self._flag, self._checkpoints, self._grace, self._end = (
+            folder,
+            flag,
+            checkpoints,
+            grace,
+            end,
+        )
         self._job_end = _job_end()
         self._is_saving = False
         self._over = threading.Event()
@@ -71,7 +87,9 @@ class Watch:
 
     def _look(self) -> None:
         names = set()
-        with contextlib.suppress(OSError):  # a file server that is away for a while; the next look tries again
+        with contextlib.suppress(
+            OSError
+        ):  # a file server that is away for a while; the next look tries again
             names = {name for name in ("STOP", "SAVE") if (self._folder / name).exists()}
         if "STOP" in names:
             self._flag.ask(Stop.FILE)

@@ -30,7 +30,9 @@ def choose_strategy(group: Group, settings: Settings) -> Strategy:
         from ddp_kit.strategies.deepspeed.engine import Zero
 
         return Zero(group, settings.deepspeed)
-    ddp = DataParallel(group, find_unused_parameters=settings.find_unused_parameters, comm=settings.comm)
+    ddp = DataParallel(
+        group, find_unused_parameters=settings.find_unused_parameters, comm=settings.comm
+    )
     if settings.strategy == "zero1":
         from ddp_kit.strategies.zero1 import ZeroOne
 
@@ -38,4 +40,13 @@ def choose_strategy(group: Group, settings: Settings) -> Strategy:
     return ddp
 
 
-__all__ = ["DataParallel", "ExactDataParallel", "ExactSingle", "Function", "Single", "Strategy", "Wrapped", "choose_strategy"]
+__all__ = [
+    "DataParallel",
+    "ExactDataParallel",
+    "ExactSingle",
+    "Function",
+    "Single",
+    "Strategy",
+    "Wrapped",
+    "choose_strategy",
+]

@@ -27,10 +27,14 @@ def require_splittable(model: nn.Module, settings: Settings, *, objectives: int)
     if chosen not in ("fsdp", "deepspeed"):
         return
     if objectives > 1:
-        raise ConfigError(f"--strategy {chosen}: it trains one objective, the recipe has {objectives}. Type --strategy zero1.")
+        raise ConfigError(
+            f"--strategy {chosen}: it trains one objective, the recipe has {objectives}. Type --strategy zero1."
+        )
     if chosen == "deepspeed":
         config_of(settings.deepspeed)
-        if importlib.util.find_spec("deepspeed") is None:  # it is imported where its environment is set
+        if (
+            importlib.util.find_spec("deepspeed") is None
+        ):  # it is imported where its environment is set
             require("deepspeed", extra="deepspeed")
         if not settings.deepspeed.stage:
             return
@@ -40,7 +44,9 @@ def require_splittable(model: nn.Module, settings: Settings, *, objectives: int)
         modules_to_wrap(model, settings.fsdp)
     named = list(model.named_parameters())
     if scalars := [name for name, parameter in named if not parameter.dim()]:
-        raise ConfigError(f"--strategy {chosen} cannot split a scalar: give {some(scalars)} the shape (1,), or type --strategy zero1.")
+        raise ConfigError(
+            f"--strategy {chosen} cannot split a scalar: give {some(scalars)} the shape (1,), or type --strategy zero1."
+        )
     if strided := [name for name, parameter in named if not parameter.is_contiguous()]:
         raise ConfigError(
             f"--strategy {chosen} splits memory that is contiguous: {some(strided)} is a view of other strides. Make it contiguous(), "
@@ -54,9 +60,13 @@ def _require_real(model: nn.Module, settings: Settings) -> None:
     """
     names = [name for name, parameter in model.named_parameters() if parameter.is_complex()]
     if names and settings.strategy != "ddp":
-        raise ConfigError(f"--strategy {settings.strategy} cannot split complex parameters: {some(names)}. Type --strategy ddp.")
+        raise ConfigError(
+            f"--strategy {settings.strategy} cannot split complex parameters: {some(names)}. Type --strategy ddp."
+        )
     if names and settings.comm != "fp32":
-        raise ConfigError(f"--comm {settings.comm} would send the real parts alone of {some(names)}, which are complex. Leave it out.")
+        raise ConfigError(
+            f"--comm {settings.comm} would send the real parts alone of {some(names)}, which are complex. Leave it out."
+        )
 
 
 def require_elementwise(optimizer: Optimizer, *, stage: int) -> None:
@@ -70,19 +80,29 @@ def require_elementwise(optimizer: Optimizer, *, stage: int) -> None:
             f"--strategy deepspeed: the optimizer ({kind}) has state before the first step, which DeepSpeed cannot split. "
             "Type --strategy fsdp, or --deepspeed.stage 0."
         )
-    empty = [i for i, group in enumerate(optimizer.param_groups) if not any(parameter.requires_grad for parameter in group["params"])]
+    empty = [
+        i
+        for i, group in enumerate(optimizer.param_groups)
+        if not any(parameter.requires_grad for parameter in group["params"])
+    ]
     if empty:
-        raise ConfigError(f"--strategy deepspeed: parameter group {empty[0]} of the optimizer ({kind}) has nothing to train: leave it out.")
+        raise ConfigError(
+            f"--strategy deepspeed: parameter group {empty[0]} of the optimizer ({kind}) has nothing to train: leave it out."
+        )
     if not stage:
         return
     why = "DeepSpeed lays parameters into one, and it would step them otherwise than each by itself"
     try:
-        together = _stepped(optimizer, [torch.cat([tensor.flatten() for tensor in _small_and_large()])])
+        together = _stepped(
+            optimizer, [torch.cat([tensor.flatten() for tensor in _small_and_large()])]
+        )
         if torch.allclose(_stepped_alone(optimizer), together, rtol=1e-5):
             return
     except Exception as error:  # whatever an optimizer raises
         why = f"it cannot be tried out on a tensor of one dimension ({error})"
-    raise ConfigError(f"--strategy deepspeed: the optimizer is {kind}: {why}. Type --strategy zero1 or ddp, or --deepspeed.stage 0.")
+    raise ConfigError(
+        f"--strategy deepspeed: the optimizer is {kind}: {why}. Type --strategy zero1 or ddp, or --deepspeed.stage 0."
+    )
 
 
 def require_separate(optimizer: Optimizer) -> None:
@@ -91,7 +111,9 @@ def require_separate(optimizer: Optimizer) -> None:
     Raises: ConfigError if it takes something over all of them, a norm for instance, which would be another on each rank.
     """
     try:
-        is_separate = torch.allclose(_stepped_alone(optimizer), _stepped(optimizer, _small_and_large()), rtol=1e-5)
+        is_separate = torch.allclose(
+            _stepped_alone(optimizer), _stepped(optimizer, _small_and_large()), rtol=1e-5
+        )
     except Exception:  # whatever an optimizer raises: what it needs to be built and stepped is for its first step to say
         return
     if not is_separate:
@@ -131,6 +153,8 @@ class Unread(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls the function. Raises: ConfigError with the message if it would read such a number."""
-        if getattr(func, "__name__", "") in READS and any(not at.is_replicate() for at in getattr(args[0], "placements", ())):
+        if getattr(func, "__name__", "") in READS and any(
+            not at.is_replicate() for at in getattr(args[0], "placements", ())
+        ):
             raise ConfigError(self._message)
         return func(*args, **(kwargs or {}))

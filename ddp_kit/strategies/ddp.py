@@ -47,7 +47,10 @@ class DataParallel(Whole):
         )
         self._group.closing.callback(_release, wrapped)
         if self._comm != "fp32":
-            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+                bf16_compress_hook,
+                fp16_compress_hook,
+            )
 
             hook = bf16_compress_hook if self._comm == "bf16" else fp16_compress_hook
             wrapped.register_comm_hook(self._group.training, hook)
@@ -71,14 +74,22 @@ def _require_all(wrapped: DistributedDataParallel) -> None:
         indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
         if indices is None:
             raise
-        names = [name.removeprefix("module.model.") for name, p in wrapped.named_parameters() if p.requires_grad]
-        raise DdpKitError(no_gradient([names[int(index)] for index in indices[1].split()], is_split=False)) from None
+        names = [
+            name.removeprefix("module.model.")
+            for name, p in wrapped.named_parameters()
+            if p.requires_grad
+        ]
+        raise DdpKitError(
+            no_gradient([names[int(index)] for index in indices[1].split()], is_split=False)
+        ) from None
 
 
 def _no_buffer_sync() -> dict[str, Any]:
     """The option's name changed in torch 2.15, where the old one warns."""
     names = inspect.signature(DistributedDataParallel.__init__).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    return {
+        "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False
+    }
 
 
 def _release(wrapped: DistributedDataParallel) -> None:

@@ -106,14 +106,20 @@ class ExactDataParallel(Whole):
             at = [leaves.number[id(parameter)] for parameter in parameters]
             gradients = []
             flat = bucket.buffer()
-            if parameters[0].is_complex():  # as real numbers, twice as many, of which torch 2.15 makes wrong views
+            if parameters[
+                0
+            ].is_complex():  # as real numbers, twice as many, of which torch 2.15 makes wrong views
                 flat = torch.view_as_complex(flat.view(-1, 2))
             for view, own in zip(bucket.gradients(), parameters, strict=True):
-                gradient = flat.as_strided(own.shape, own.stride(), view.storage_offset())  # as DDP lays it into the bucket
+                gradient = flat.as_strided(
+                    own.shape, own.stride(), view.storage_offset()
+                )  # as DDP lays it into the bucket
                 gradients.append(gradient)
                 if own.grad is None:
                     _blank(gradient)
-            return exchange.sum(bucket.buffer(), before=lambda: leaves.fold.add_to(gradients, at=at))
+            return exchange.sum(
+                bucket.buffer(), before=lambda: leaves.fold.add_to(gradients, at=at)
+            )
 
         wrapped.register_comm_hook(self._exchange, hook)
         return Wrapped(call=wrapped)
@@ -129,7 +135,9 @@ class ExactDataParallel(Whole):
             return
         if self._find_unused:  # DDP has seen them used, and expects a gradient; it gives one to all that any rank has used
             for i in leaves.used:
-                leaves.parameters[i].grad = _blank(torch.empty_like(leaves.parameters[i], requires_grad=False))
+                leaves.parameters[i].grad = _blank(
+                    torch.empty_like(leaves.parameters[i], requires_grad=False)
+                )
         with self._ddp.micro_batch(wrapped, is_last=True):
             yield
         self._exchange.check()

@@ -16,7 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
@@ -38,7 +43,10 @@ OUTSIDE = (
     "its rows only. Let the optimizer decay weights, wrap fewer modules, or type --strategy zero1."
 )
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-NEVER_CALLED = (*CONTAINERS, NonDynamicallyQuantizableLinear)  # the latter is attention's, which reads its weight
+NEVER_CALLED = (
+    *CONTAINERS,
+    NonDynamicallyQuantizableLinear,
+)  # the latter is attention's, which reads its weight
 
 
 @final
@@ -50,7 +58,9 @@ class FullyShardedDataParallel:
         self.divisor = group.world_size  # FSDP averages
         self._mesh = _mesh(group, is_hybrid=settings.hybrid)
         has_offload = settings.cpu_offload  # gradients are then where NCCL does not reach
-        self.shards: dist.ProcessGroup | None = group.control if has_offload else self._mesh.get_group(self._mesh.ndim - 1)
+        self.shards: dist.ProcessGroup | None = (
+            group.control if has_offload else self._mesh.get_group(self._mesh.ndim - 1)
+        )
         self._root: Any = None
         self._has_evaluated = False
 
@@ -60,12 +70,16 @@ class FullyShardedDataParallel:
         root, inner = Root(model), modules_to_wrap(model, self._settings)
         for module in [*inner, root]:
             policy = MixedPrecisionPolicy(
-                param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=module is not root
+                param_dtype=dtype,
+                reduce_dtype=torch.float32 if dtype else None,
+                cast_forward_inputs=module is not root,
             )
             offload = CPUOffloadPolicy() if self._settings.cpu_offload else OffloadPolicy()
             fully_shard(module, mesh=self._mesh, mp_policy=policy, offload_policy=offload)
         self._root, self._uses = root, Uses(root, inner)
-        if hasattr(root, "set_reduce_scatter_unused_params"):  # from torch 2.15 on: a rank that leaves one out ends its backward pass
+        if hasattr(
+            root, "set_reduce_scatter_unused_params"
+        ):  # from torch 2.15 on: a rank that leaves one out ends its backward pass
             self._root.set_reduce_scatter_unused_params(True)
         self._group.closing.callback(self._release)
 
@@ -80,7 +94,9 @@ class FullyShardedDataParallel:
         """
         is_rehearsed = torch.is_grad_enabled() or not self._has_evaluated
         self._has_evaluated |= not torch.is_grad_enabled()
-        is_compiled = self._root.model._compiled_call_impl is not None  # anew for a pass that is watched
+        is_compiled = (
+            self._root.model._compiled_call_impl is not None
+        )  # anew for a pass that is watched
         try:
             with Unread(OUTSIDE) if is_rehearsed and not is_compiled else nullcontext():
                 result = self._root(function, *args)
@@ -123,9 +139,13 @@ def _mesh(group: Group, *, is_hybrid: bool) -> DeviceMesh:
             "many on each node."
         )
     with group.connecting():
-        mesh = init_device_mesh(kind, (topology.nodes, topology.local_world_size), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            kind, (topology.nodes, topology.local_world_size), mesh_dim_names=("replicate", "shard")
+        )
         for own in mesh.get_all_groups():
-            dist.all_reduce(torch.zeros(1, device=group.device), group=own)  # connects, so that an error cuts these connections too
+            dist.all_reduce(
+                torch.zeros(1, device=group.device), group=own
+            )  # connects, so that an error cuts these connections too
             group.others.append(own)
     return mesh
 
@@ -133,7 +153,11 @@ def _mesh(group: Group, *, is_hybrid: bool) -> DeviceMesh:
 def _stepping(optimizer: Optimizer) -> Callable[[], None]:
     """Returns what steps an optimizer, watched for the first time."""
     kind = type(optimizer).__name__
-    watches = [Unread(f"--strategy fsdp: {kind} reads numbers off weights or gradients that are split. Type --strategy zero1.")]
+    watches = [
+        Unread(
+            f"--strategy fsdp: {kind} reads numbers off weights or gradients that are split. Type --strategy zero1."
+        )
+    ]
 
     def step() -> None:
         with watches.pop() if watches else nullcontext():
@@ -150,12 +174,16 @@ def _step(optimizer: Optimizer) -> None:
         if not {"DTensor", "DeviceMesh", "placement"} & set(re.findall(r"\w+", str(error))):
             raise
         kind = type(optimizer).__name__
-        raise ConfigError(f"--strategy fsdp: {kind} cannot step weights that are split ({error}). Type --strategy zero1.") from error
+        raise ConfigError(
+            f"--strategy fsdp: {kind} cannot step weights that are split ({error}). Type --strategy zero1."
+        ) from error
 
 
 def gathered_dtype(model: nn.Module, precision: Precision) -> torch.dtype | None:
     """Returns the type in which weights are gathered, None: their own. Running statistics stay fp32, and all layers' weights with them."""
-    has_statistics = any(isinstance(module, _NormBase) and module.track_running_stats for module in model.modules())
+    has_statistics = any(
+        isinstance(module, _NormBase) and module.track_running_stats for module in model.modules()
+    )
     return None if has_statistics else AUTOCAST.get(precision)
 
 
@@ -180,7 +208,11 @@ def modules_to_wrap(model: nn.Module, settings: Fsdp) -> list[nn.Module]:
     order = {id(module): i for i, module in enumerate(inner)}
     chosen = [module for module in chosen if not isinstance(module, NEVER_CALLED)]
     places = _places(model)
-    closed = [module for module in chosen if all(count == places[identity] for identity, count in _places(module).items())]
+    closed = [
+        module
+        for module in chosen
+        if all(count == places[identity] for identity, count in _places(module).items())
+    ]
     if (settings.wrap or settings.wrap_size) and not closed:
         raise ConfigError(
             "--fsdp.wrap, --fsdp.wrap-size: nothing is left to split by itself: no module that is called is so large, or it shares "
@@ -191,7 +223,12 @@ def modules_to_wrap(model: nn.Module, settings: Fsdp) -> list[nn.Module]:
 
 def _places(model: nn.Module) -> Counter[int]:
     """Returns of each parameter, by its identity, in how many places of the model it is."""
-    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values() if parameter is not None)
+    return Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
 
 
 def _of_size(model: nn.Module, size: int) -> Iterator[nn.Module]:

@@ -18,11 +18,22 @@ def fuse(optimizer: Optimizer) -> bool:
     if type(optimizer) not in (SGD, Adam, AdamW) or optimizer.state:
         return False
     is_chosen = any(group.get(key) is not None for group in groups for key in ("foreach", "fused"))
-    is_special = any(group.get("capturable") or group.get("differentiable") or isinstance(group["lr"], torch.Tensor) for group in groups)
+    is_special = any(
+        group.get("capturable")
+        or group.get("differentiable")
+        or isinstance(group["lr"], torch.Tensor)
+        for group in groups
+    )
     parameters = [parameter for group in groups for parameter in group["params"]]
-    if type(optimizer) is SGD and any(hasattr(parameter, "to_local") for parameter in parameters):  # no rule for DTensors in 2.15
+    if type(optimizer) is SGD and any(
+        hasattr(parameter, "to_local") for parameter in parameters
+    ):  # no rule for DTensors in 2.15
         return False
-    if is_chosen or is_special or not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters):
+    if (
+        is_chosen
+        or is_special
+        or not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    ):
         return False
     for group in groups:
         group["fused"] = True
@@ -34,7 +45,12 @@ def step_quietly(optimizer: Optimizer) -> None:
     """Steps an optimizer without the wrapper in which torch announces it to profiler and hooks, if neither is there: 20 to 30 us less."""
     announced = type(optimizer).step
     own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    is_heard = own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled()
+    is_heard = (
+        own_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or _profiler_enabled()
+    )
     if is_heard or not getattr(announced, "hooked", False):
         optimizer.step()
         return

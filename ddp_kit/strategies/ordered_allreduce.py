@@ -21,7 +21,9 @@ import torch.distributed as dist
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.tree_sum import fold
 
-WHOLE = 1 << 21  # bytes over all ranks up to which a buffer travels whole; measured on gloo, where a round costs 0.15 to 0.5 ms
+WHOLE = (
+    1 << 21
+)  # bytes over all ranks up to which a buffer travels whole; measured on gloo, where a round costs 0.15 to 0.5 ms
 Future = torch.futures.Future[torch.Tensor]
 Job = tuple[Callable[[], None], torch.Tensor, Future, "torch.cuda.Event | None"]
 
@@ -38,13 +40,17 @@ class Exchange:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
-        self._thread = threading.Thread(target=self._work, name="ddp_kit exchange", daemon=True)  # a peer may keep it waiting for ever
+        self._thread = threading.Thread(
+            target=self._work, name="ddp_kit exchange", daemon=True
+        )  # a peer may keep it waiting for ever
         self._thread.start()
         group.closing.callback(self._close)
 
     def sum(self, buffer: torch.Tensor, *, before: Callable[[], None]) -> Future:
         """Returns a future of `buffer` holding the sum over ranks. `before` is called first, on the other thread."""
-        future = torch.futures.Future[torch.Tensor](devices=None if self._stream is None else [self._device])
+        future = torch.futures.Future[torch.Tensor](
+            devices=None if self._stream is None else [self._device]
+        )
         event = None if self._stream is None else torch.cuda.current_stream().record_event()
         self._jobs.put((before, buffer, future, event))
         return future
@@ -62,7 +68,9 @@ class Exchange:
                     if self._error is None:
                         before()
                         self._sum(buffer)
-                except Exception as error:  # raised again by `check`, on the thread that waits for the future
+                except (
+                    Exception
+                ) as error:  # raised again by `check`, on the thread that waits for the future
                     self._error = error
                 future.set_result(buffer)
 
@@ -93,10 +101,14 @@ class Exchange:
     def _trade(self, *, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor]) -> None:
         peers = [rank for rank in range(self._world_size) if rank != self._rank]
         if self._stream is None:
-            works: list[dist.Work | None] = [dist.irecv(receive[peer], peer, group=self._group) for peer in peers]
+            works: list[dist.Work | None] = [
+                dist.irecv(receive[peer], peer, group=self._group) for peer in peers
+            ]
             works += [dist.isend(send[peer], peer, group=self._group) for peer in peers]
         else:  # NCCL would wait for ever unless it gets them all at once
-            operations = [dist.P2POp(dist.irecv, receive[peer], peer, self._group) for peer in peers]
+            operations = [
+                dist.P2POp(dist.irecv, receive[peer], peer, self._group) for peer in peers
+            ]
             operations += [dist.P2POp(dist.isend, send[peer], peer, self._group) for peer in peers]
             works = [*dist.batch_isend_irecv(operations)]
         for work in works:

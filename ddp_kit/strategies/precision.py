@@ -67,7 +67,9 @@ def placed(model: nn.Module, *, device: torch.device | str, dtype: torch.dtype) 
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_complex():
-            return tensor.to(wide).resolve_conj()  # a view that is conjugated lazily has no bytes of its own
+            return tensor.to(
+                wide
+            ).resolve_conj()  # a view that is conjugated lazily has no bytes of its own
         if tensor.is_floating_point():
             return tensor.to(dtype)
         return tensor
@@ -101,11 +103,16 @@ def deterministic(is_on: bool, device: torch.device) -> Iterator[None]:
     if not is_on or device.type != "cuda":
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     torch.use_deterministic_algorithms(True)
     try:
-        with environment_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8"):  # which cuBLAS wants to see in this mode
+        with environment_default(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        ):  # which cuBLAS wants to see in this mode
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -113,14 +120,20 @@ def deterministic(is_on: bool, device: torch.device) -> Iterator[None]:
 
 
 def _refuse_unsupported(precision: Precision, device: torch.device) -> None:
-    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+    if precision == "tf32" and (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)
+    ):
         raise ConfigError(
             f"--precision tf32 needs a CUDA device of the Ampere generation or later; this rank runs on {device}. Type --precision fp32."
         )
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("--precision bf16: this CUDA device has no bfloat16. Type --precision fp16.")
+        raise ConfigError(
+            "--precision bf16: this CUDA device has no bfloat16. Type --precision fp16."
+        )
     if precision == "fp16" and device.type == "cpu" and not has_fp16(device):
-        raise ConfigError("--precision fp16: torch has no float16 kernels for this CPU. Type --precision bf16, or fp32.")
+        raise ConfigError(
+            "--precision fp16: torch has no float16 kernels for this CPU. Type --precision bf16, or fp32."
+        )
 
 
 def has_fp16(device: torch.device) -> bool:

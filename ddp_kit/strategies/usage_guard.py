@@ -35,19 +35,28 @@ class Rehearsed:
 class Uses:
     """One per model; it holds every micro-batch of a loss call against the first one."""
 
-    def __init__(self, root: nn.Module, gathered: Sequence[nn.Module], *, is_summed_in_order: bool = False):
+    def __init__(
+        self, root: nn.Module, gathered: Sequence[nn.Module], *, is_summed_in_order: bool = False
+    ):
         """Args: `gathered` the modules inside `root` at whose calls ranks gather weights, with the hooks that do so; `is_summed_in_order`
         whether gradients are summed with the others' in the order in which they come, whatever parameter they are of.
         """
         self._rehearsed: dict[int, Rehearsed] = {}  # by loss call
         self._expected: Rehearsed | None = None
-        self._is_on, self._modules, self._forward, self._reached = False, list[str](), 0, list[str]()
+        self._is_on, self._modules, self._forward, self._reached = (
+            False,
+            list[str](),
+            0,
+            list[str](),
+        )
         self._is_summed_in_order = is_summed_in_order
         self._watched = set[int]()
         names = {id(module): name for name, module in root.named_modules()}
         self._places = [(names[id(module)], module) for module in [root, *gathered]]
         for name, module in self._places[1:]:
-            module.register_forward_pre_hook(self._noting(_short(name)), prepend=True)  # before weights are gathered
+            module.register_forward_pre_hook(
+                self._noting(_short(name)), prepend=True
+            )  # before weights are gathered
 
     @contextmanager
     def micro_batch(self, call: nn.Module) -> Iterator[None]:
@@ -55,8 +64,20 @@ class Uses:
 
         Raises: DdpKitError before a call that the rehearsal did not have there.
         """
-        self._expected, self._modules, self._reached, self._is_on = self._rehearsed.get(id(call)), [], [], True
-        hooks = [] if self._expected else [module.register_forward_pre_hook(self._watching(name)) for name, module in self._places]
+        self._expected, self._modules, self._reached, self._is_on = (
+            self._rehearsed.get(id(call)),
+            [],
+            [],
+            True,
+        )
+        hooks = (
+            []
+            if self._expected
+            else [
+                module.register_forward_pre_hook(self._watching(name))
+                for name, module in self._places
+            ]
+        )
         try:
             yield
         finally:
@@ -71,7 +92,9 @@ class Uses:
             return
         self._forward = len(self._modules)
         if self._expected is not None and self._forward < self._expected.forward:
-            raise DdpKitError(f"{self._expected.modules[self._forward]} was not called, as it was before the first step. {GATHERED}")
+            raise DdpKitError(
+                f"{self._expected.modules[self._forward]} was not called, as it was before the first step. {GATHERED}"
+            )
 
     def watched(self, total: torch.Tensor) -> torch.Tensor:
         """Returns what backward is to begin at: a tensor of its own, so that its hook comes before those that sum gradients."""
@@ -88,15 +111,23 @@ class Uses:
         if missing := sorted(set(expected).difference(self._reached)):
             raise DdpKitError(no_gradient(missing, is_split=True))
         if self._is_summed_in_order and self._reached != expected:
-            here, there = next((a, b) for a, b in zip_longest(self._reached, expected, fillvalue="nothing") if a != b)
-            raise DdpKitError(f"{here} got its gradient where {there} did before the first step. {SUMMED}")
+            here, there = next(
+                (a, b)
+                for a, b in zip_longest(self._reached, expected, fillvalue="nothing")
+                if a != b
+            )
+            raise DdpKitError(
+                f"{here} got its gradient where {there} did before the first step. {SUMMED}"
+            )
 
     def _watching(self, place: str) -> Callable[..., None]:
         """Returns a hook for when a module has its weights: gradients reach these, not the parts that ranks hold of them."""
 
         def watch(module: nn.Module, inputs: Any) -> None:
             for name, parameter in module.named_parameters(prefix=place):
-                is_part = hasattr(parameter, "to_local")  # of a module inside that gathers for itself
+                is_part = hasattr(
+                    parameter, "to_local"
+                )  # of a module inside that gathers for itself
                 if parameter.requires_grad and not is_part and id(parameter) not in self._watched:
                     self._watched.add(id(parameter))
                     parameter.register_post_accumulate_grad_hook(self._reaching(_short(name)))
@@ -116,10 +147,14 @@ class Uses:
                 at, expected = len(self._modules), self._expected.modules
                 there = expected[at] if at < len(expected) else "nothing"
                 if name != there:
-                    raise DdpKitError(f"{name} was called where {there} was before the first step. {GATHERED}")
+                    raise DdpKitError(
+                        f"{name} was called where {there} was before the first step. {GATHERED}"
+                    )
             self._modules.append(name)
 
-        hidden: Callable[..., None] = torch.compiler.disable(note)  # a graph would be compiled anew with every change of the list
+        hidden: Callable[..., None] = torch.compiler.disable(
+            note
+        )  # a graph would be compiled anew with every change of the list
         return hidden
 
 

@@ -9,4 +9,12 @@ from ddp_kit.testing.ranks import Ranks, run_ranks, start_ranks
 from ddp_kit.testing.report import RankReport, RanksError
 from ddp_kit.testing.same import assert_same_on_all_ranks
 
-__all__ = ["RankReport", "Ranks", "RanksError", "assert_same_on_all_ranks", "current_group", "run_ranks", "start_ranks"]
+__all__ = [
+    "RankReport",
+    "Ranks",
+    "RanksError",
+    "assert_same_on_all_ranks",
+    "current_group",
+    "run_ranks",
+    "start_ranks",
+]

@@ -20,7 +20,13 @@ from ddp_kit.distributed.topology import environment
 from ddp_kit.testing.pytest_parts import rewritten_modules
 from ddp_kit.testing.report import RankReport
 
-AGENTS_VARIABLES = ("GROUP_RANK", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
+AGENTS_VARIABLES = (
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_RESTART_COUNT",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,9 @@ class Job:
     folder: str = field(default_factory=os.getcwd)
     modules: Mapping[str, str] = field(default_factory=rewritten_modules)
     filters: bytes = field(default_factory=lambda: pickle.dumps(list(warnings.filters)))
-    options: Mapping[str, object] = field(default_factory=lambda: {"verbose": 0, "tbstyle": "auto", "showlocals": False})
+    options: Mapping[str, object] = field(
+        default_factory=lambda: {"verbose": 0, "tbstyle": "auto", "showlocals": False}
+    )
 
     def __post_init__(self, changes: Mapping[str, str | None]) -> None:
         if self.world_size < 1:
@@ -49,8 +57,18 @@ class Job:
     def variables_of(self, rank: int) -> dict[str, str]:
         """Returns a rank's environment: that of the pytest process with torchrun's variables for one node; the test's own win."""
         size = str(self.world_size)
-        torchrun = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        return {**torchrun, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), **self.variables}
+        torchrun = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+        }
+        return {
+            **torchrun,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.port),
+            **self.variables,
+        }
 
 
 @dataclass(frozen=True)
@@ -64,7 +82,12 @@ class Body:
         """Runs the test's body."""
         owner: Any = importlib.import_module(self.module)
         for name in self.qualname.split("."):
-            owner = getattr(owner() if isinstance(owner, type) and name == self.qualname.rsplit(".", 1)[-1] else owner, name)
+            owner = getattr(
+                owner()
+                if isinstance(owner, type) and name == self.qualname.rsplit(".", 1)[-1]
+                else owner,
+                name,
+            )
         owner(**arguments)
 
 
@@ -89,7 +112,10 @@ def pack(function: Callable[..., object], *args: object, **kwargs: object) -> by
     """
     named: dict[str, object] = {f"argument {i}": value for i, value in enumerate(args)}
     named |= {f"argument {name!r}": value for name, value in kwargs.items()}
-    for what, value in {f"function {getattr(function, '__qualname__', function)!r}": function, **named}.items():
+    for what, value in {
+        f"function {getattr(function, '__qualname__', function)!r}": function,
+        **named,
+    }.items():
         try:
             pickle.dumps(value)
         except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:

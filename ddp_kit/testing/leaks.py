@@ -16,8 +16,21 @@ from pathlib import Path
 from ddp_kit.distributed.topology import environment
 
 # Set or started once by a library and kept for the process's life by design.
-LIBRARIES_VARIABLES = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KINETO_", "KMP_", "COV_CORE_")
-LIBRARIES_PROCESSES = ("ddp_kit.testing.server", "multiprocessing.resource_tracker", "multiprocessing.forkserver", "compile_worker")
+LIBRARIES_VARIABLES = (
+    "PYTEST_",
+    "TORCHINDUCTOR_",
+    "_TORCHINDUCTOR_",
+    "TRITON_",
+    "KINETO_",
+    "KMP_",
+    "COV_CORE_",
+)
+LIBRARIES_PROCESSES = (
+    "ddp_kit.testing.server",
+    "multiprocessing.resource_tracker",
+    "multiprocessing.forkserver",
+    "compile_worker",
+)
 LIBRARIES_THREADS = ("pytest_timeout", "pydevd", "execnet", "InductorSubproc", "tqdm_monitor")
 CACHES = ("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".coverage")
 
@@ -41,7 +54,11 @@ def take_stock() -> Stock:
         threads=frozenset(thread for thread in threading.enumerate() if _is_own(thread)),
         processes=_children(),
         groups=_groups(),
-        variables={name: value for name, value in environment().items() if not name.startswith(LIBRARIES_VARIABLES)},
+        variables={
+            name: value
+            for name, value in environment().items()
+            if not name.startswith(LIBRARIES_VARIABLES)
+        },
         folder=folder,
         files=frozenset(path.name for path in folder.iterdir() if not path.name.startswith(CACHES)),
     )
@@ -67,21 +84,37 @@ def _difference(before: Stock, now: Stock) -> list[str]:
         f"leaked thread: {thread.name!r}{' (daemon)' if thread.daemon else ''}"
         for thread in sorted(now.threads - before.threads, key=lambda thread: thread.name)
     ]
-    found += [f"leaked process: pid {pid}: {now.processes[pid]}" for pid in sorted(now.processes.keys() - before.processes.keys())]
+    found += [
+        f"leaked process: pid {pid}: {now.processes[pid]}"
+        for pid in sorted(now.processes.keys() - before.processes.keys())
+    ]
     found += [f"leaked process group: {name}" for name in sorted(now.groups - before.groups)]
     for name in sorted(before.variables.keys() | now.variables.keys()):
-        if before.variables.get(name) != now.variables.get(name):  # names only: values may be secrets
-            change = "set" if name not in before.variables else "unset" if name not in now.variables else "changed"
+        if before.variables.get(name) != now.variables.get(
+            name
+        ):  # names only: values may be secrets
+            change = (
+                "set"
+                if name not in before.variables
+                else "unset"
+                if name not in now.variables
+                else "changed"
+            )
             found.append(f"environment variable left {change}: {name}")
     if now.folder != before.folder:
         found.append(f"working directory left changed: {before.folder} -> {now.folder}")
     else:
-        found += [f"file left in the working directory: {name}" for name in sorted(now.files - before.files)]
+        found += [
+            f"file left in the working directory: {name}"
+            for name in sorted(now.files - before.files)
+        ]
     return found
 
 
 def _is_own(thread: threading.Thread) -> bool:
-    return not isinstance(thread, threading._DummyThread) and not thread.name.startswith(LIBRARIES_THREADS)
+    return not isinstance(thread, threading._DummyThread) and not thread.name.startswith(
+        LIBRARIES_THREADS
+    )
 
 
 def _groups() -> frozenset[str]:
@@ -89,15 +122,27 @@ def _groups() -> frozenset[str]:
     if distributed is None:
         return frozenset()
     world = distributed._world  # torch has no public list of groups
-    return frozenset(f"{world.pg_names[group]} ({world.pg_map[group][0]})" for group in list(world.pg_map) if group in world.pg_names)
+    return frozenset(
+        f"{world.pg_names[group]} ({world.pg_map[group][0]})"
+        for group in list(world.pg_map)
+        if group in world.pg_names
+    )
 
 
 def _children() -> dict[int, str]:
     """Returns the living children of this process and the members of its session (children whose parent has ended), by pid."""
     own = os.getpid()
     table = _process_table()
-    children = {pid: command for pid, (parent, session, command) in table.items() if own in (parent, session) and pid != own}
-    return {pid: command for pid, command in children.items() if not any(name in command for name in LIBRARIES_PROCESSES)}
+    children = {
+        pid: command
+        for pid, (parent, session, command) in table.items()
+        if own in (parent, session) and pid != own
+    }
+    return {
+        pid: command
+        for pid, command in children.items()
+        if not any(name in command for name in LIBRARIES_PROCESSES)
+    }
 
 
 def _process_table() -> dict[int, tuple[int, int, str]]:
@@ -114,7 +159,13 @@ def _process_table() -> dict[int, tuple[int, int, str]]:
                 state, parent, _, session = file.read().rpartition(b")")[2].split()[:4]
             if state == b"Z" or own not in (int(parent), int(session)):
                 continue
-            command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            command = (
+                Path(f"/proc/{entry}/cmdline")
+                .read_bytes()
+                .replace(b"\0", b" ")
+                .decode(errors="replace")
+                .strip()
+            )
         except (FileNotFoundError, ProcessLookupError):
             continue
         table[int(entry)] = (int(parent), int(session), command)
@@ -123,7 +174,9 @@ def _process_table() -> dict[int, tuple[int, int, str]]:
 
 def _process_table_of_ps() -> dict[int, tuple[int, int, str]]:
     table = {}
-    listing = subprocess.run(["ps", "-axo", "pid=,ppid=,stat=,command="], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["ps", "-axo", "pid=,ppid=,stat=,command="], capture_output=True, text=True, check=True
+    ).stdout
     for line in listing.splitlines():
         pid, parent, state, command = line.split(maxsplit=3)
         if not state.startswith("Z") and "ps -axo" not in command:

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 PARAMETER = "_ranks_world_size"
-NAMES = ("ddp_kit", "ddp_kit.testing.plugin")  # as the entry point has it, as `-p` and `pytest_plugins` have it
+NAMES = (
+    "ddp_kit",
+    "ddp_kit.testing.plugin",
+)  # as the entry point has it, as `-p` and `pytest_plugins` have it
 Owner = tuple[Pool, Token[Pool]]
 owned = pytest.StashKey[Owner]()
 MARKER = "ranks(world_size, ..., deadline_s=60): run the test on so many gloo processes; with several sizes, once for each."
@@ -38,7 +41,12 @@ def pytest_plugin_registered(plugin: object, manager: pytest.PytestPluginManager
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the ini option for heavy modules that the tests on ranks use."""
-    parser.addini("ranks_preload", type="linelist", default=[], help="modules that the server of ranks imports once (fork-safe ones)")
+    parser.addini(
+        "ranks_preload",
+        type="linelist",
+        default=[],
+        help="modules that the server of ranks imports once (fork-safe ones)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,12 +71,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     sizes, _ = _ranks(metafunc.definition)
     if len(sizes) > 1:
         metafunc.fixturenames.append(PARAMETER)
-        metafunc.parametrize(PARAMETER, sizes, ids=[f"ranks={size}" for size in sizes], indirect=True)
+        metafunc.parametrize(
+            PARAMETER, sizes, ids=[f"ranks={size}" for size in sizes], indirect=True
+        )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Starts importing torch in the server while the first tests run, if any test needs it."""
-    if not session.config.option.collectonly and any(item.get_closest_marker("ranks") for item in session.items):
+    if not session.config.option.collectonly and any(
+        item.get_closest_marker("ranks") for item in session.items
+    ):
         Pool.current.get().warm_up()
 
 
@@ -79,7 +91,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         return
     function = getattr(item, "function", None)
     if type(item) is not pytest.Function or inspect.iscoroutinefunction(function):
-        pytest.fail("@pytest.mark.ranks needs a plain test function or method, not a coroutine or a unittest.TestCase", pytrace=False)
+        pytest.fail(
+            "@pytest.mark.ranks needs a plain test function or method, not a coroutine or a unittest.TestCase",
+            pytrace=False,
+        )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -106,10 +121,16 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Shows the ranks' own tracebacks in place of the plugin's."""
     report = yield
-    if call.excinfo is not None and isinstance(call.excinfo.value, RanksError) and item.get_closest_marker("ranks") is not None:
+    if (
+        call.excinfo is not None
+        and isinstance(call.excinfo.value, RanksError)
+        and item.get_closest_marker("ranks") is not None
+    ):
         report.longrepr = _RanksRepr(call.excinfo.value, item=item)
     return report
 
@@ -119,7 +140,9 @@ class _RanksRepr(TerminalRepr):
 
     def __init__(self, error: RanksError, *, item: pytest.Item) -> None:
         path, line, _ = item.location
-        where = error.blamed.where if error.blamed and error.blamed.where else (path, (line or 0) + 1)
+        where = (
+            error.blamed.where if error.blamed and error.blamed.where else (path, (line or 0) + 1)
+        )
         self.reprcrash = ReprFileLocation(*where, error.headline)
         self.text = error.merged
 
@@ -140,8 +163,15 @@ def _ranks(node: pytest.Item) -> tuple[tuple[int, ...], float]:
     deadline_s = marker.kwargs.get("deadline_s", 60)
     is_whole = bool(marker.args) and all(type(size) is int and size > 0 for size in marker.args)
     if not is_whole or set(marker.kwargs) - {"deadline_s"} or not deadline_s > 0:
-        given = ", ".join([*map(repr, marker.args), *(f"{name}={value!r}" for name, value in marker.kwargs.items())])
-        raise pytest.UsageError(f"{node.nodeid}: ranks({given}): expected ranks(2) or ranks(1, 2, 4), and at most deadline_s=60 beside.")
+        given = ", ".join(
+            [
+                *map(repr, marker.args),
+                *(f"{name}={value!r}" for name, value in marker.kwargs.items()),
+            ]
+        )
+        raise pytest.UsageError(
+            f"{node.nodeid}: ranks({given}): expected ranks(2) or ranks(1, 2, 4), and at most deadline_s=60 beside."
+        )
     params = node.callspec.params if hasattr(node, "callspec") else {}
     return (params[PARAMETER],) if PARAMETER in params else marker.args, float(deadline_s)
 
@@ -172,7 +202,10 @@ def _world_size(request: pytest.FixtureRequest) -> int:
 def group(request: pytest.FixtureRequest) -> Stand:
     """The rank's ddp_kit Group, in the body of a test marked `ranks`. Fixtures, which run in the pytest process, see a placeholder."""
     if request.node.get_closest_marker("ranks") is None:
-        pytest.fail("the fixture `group` needs @pytest.mark.ranks(n) on the test; without ranks take `one_process_group`", pytrace=False)
+        pytest.fail(
+            "the fixture `group` needs @pytest.mark.ranks(n) on the test; without ranks take `one_process_group`",
+            pytrace=False,
+        )
     return Stand("group")
 
 
@@ -180,7 +213,9 @@ def group(request: pytest.FixtureRequest) -> Stand:
 def one_process_group() -> "Iterator[ProcessGroup]":
     """A gloo group of one process, in the pytest process; the default group during the test, destroyed afterwards."""
     import torch.distributed as dist
-    from torch._C._distributed_c10d import HashStore  # torch.distributed has it too, but not for type checkers
+    from torch._C._distributed_c10d import (
+        HashStore,
+    )  # torch.distributed has it too, but not for type checkers
 
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     assert dist.group.WORLD is not None

@@ -58,7 +58,12 @@ class Pool:
         self.log, self.buffer, self.jobs = self.folder / "server.log", b"", 0
         self.ended: dict[int, tuple[int, float]] = {}
         self.connection, theirs = socket.socketpair()
-        arguments = {"path": sys.path, "connection": theirs.fileno(), "folder": str(self.folder), "imports": self.imports}
+        arguments = {
+            "path": sys.path,
+            "connection": theirs.fileno(),
+            "folder": str(self.folder),
+            "imports": self.imports,
+        }
         with theirs, self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", BOOT, json.dumps({**arguments, "parent": os.getpid()})],
@@ -84,7 +89,9 @@ class Pool:
                 for pid in reply["pids"]:
                     self.ended.pop(pid, None)  # of an earlier process: numbers come again
                 return files, reply["pids"]
-        raise TimeoutError(f"the server of ranks did not start within {START_S:g} s:\n{self._log()}")
+        raise TimeoutError(
+            f"the server of ranks did not start within {START_S:g} s:\n{self._log()}"
+        )
 
     def signal(self, pid: int, number: int) -> None:
         """Sends a signal to a rank, through the server: it knows whether the pid is still the rank's. SIGKILL takes its children too."""
@@ -133,4 +140,8 @@ class Pool:
         return f"the server of ranks has ended (exit code {code}), and its ranks with it:\n{self._log()}"
 
     def _log(self) -> str:
-        return self.log.read_text(errors="replace")[-4000:] if self.log.exists() else "(its log is gone)"
+        return (
+            self.log.read_text(errors="replace")[-4000:]
+            if self.log.exists()
+            else "(its log is gone)"
+        )

@@ -24,7 +24,11 @@ HERE = str(Path(__file__).parent)
 
 def small_config() -> pytest.Config:
     """Returns a pytest configuration that has read no files: enough to rewrite assertions and to print differences."""
-    without = [part for name in ("capture", "faulthandler", "cacheprovider", "terminal") for part in ("-p", f"no:{name}")]
+    without = [
+        part
+        for name in ("capture", "faulthandler", "cacheprovider", "terminal")
+        for part in ("-p", f"no:{name}")
+    ]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ.pop("PYTEST_PLUGINS", None)
     return pytest.Config.fromdictargs({}, ["-c", os.devnull, "--noconftest", *without])
@@ -35,7 +39,11 @@ def rewritten_modules() -> dict[str, str]:
     found = {}
     for name, module in list(sys.modules.items()):
         spec = getattr(module, "__spec__", None)
-        if spec is not None and spec.origin and isinstance(spec.loader, assertion.rewrite.AssertionRewritingHook):
+        if (
+            spec is not None
+            and spec.origin
+            and isinstance(spec.loader, assertion.rewrite.AssertionRewritingHook)
+        ):
             found[name] = spec.origin
     return found
 
@@ -46,23 +54,31 @@ class _TestModules:
     def __init__(self, files: Mapping[str, str], *, hook: Any) -> None:
         self.files, self.hook = files, hook
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name in self.files:
             file = Path(self.files[name])
             inside = [str(file.parent)] if file.name == "__init__.py" else None
-            return importlib.util.spec_from_file_location(name, file, loader=self.hook, submodule_search_locations=inside)
+            return importlib.util.spec_from_file_location(
+                name, file, loader=self.hook, submodule_search_locations=inside
+            )
         if any(other.startswith(f"{name}.") for other in self.files):
             return PathFinder.find_spec(name, path) or ModuleSpec(name, None, is_package=True)
         return None
 
 
 @contextmanager
-def as_pytest(config: pytest.Config, *, files: Mapping[str, str], options: Mapping[str, object]) -> Iterator[None]:
+def as_pytest(
+    config: pytest.Config, *, files: Mapping[str, str], options: Mapping[str, object]
+) -> Iterator[None]:
     """Makes this rank import `files` (module name -> file) with rewritten assertions, and explain failed ones as pytest does."""
     vars(config.option).update(options)
     sys.meta_path.insert(0, _TestModules(files, hook=config.pluginmanager.rewrite_hook))
     item: Any = SimpleNamespace(ihook=config.hook, config=config)
-    explaining = assertion.pytest_runtest_protocol(item)  # while it is suspended, `assert a == b` is explained
+    explaining = assertion.pytest_runtest_protocol(
+        item
+    )  # while it is suspended, `assert a == b` is explained
     next(explaining)
     try:
         yield
@@ -78,6 +94,8 @@ def traceback_of(error: BaseException, *, config: pytest.Config) -> tuple[str, s
         info.traceback = outside
     style = config.option.tbstyle
     text = io.StringIO()
-    info.getrepr(style="long" if style == "auto" else style, showlocals=config.option.showlocals).toterminal(TerminalWriter(text))
+    info.getrepr(
+        style="long" if style == "auto" else style, showlocals=config.option.showlocals
+    ).toterminal(TerminalWriter(text))
     last = info.traceback[-1]
     return text.getvalue().strip("\n"), str(last.path), last.lineno + 1

@@ -96,8 +96,17 @@ def _failure(error: BaseException, *, common: dict[str, Any], config: pytest.Con
     now = time.monotonic()
     text, path, line = pytest_parts.traceback_of(error, config=config)
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    message = str(error) if isinstance(error, pytest.fail.Exception | _LeakError) else f"{type(error).__name__}: {error}"
-    has_place = not isinstance(error, _LeakError | pytest.PytestUnhandledThreadExceptionWarning | pytest.PytestUnraisableExceptionWarning)
+    message = (
+        str(error)
+        if isinstance(error, pytest.fail.Exception | _LeakError)
+        else f"{type(error).__name__}: {error}"
+    )
+    has_place = not isinstance(
+        error,
+        _LeakError
+        | pytest.PytestUnhandledThreadExceptionWarning
+        | pytest.PytestUnraisableExceptionWarning,
+    )
     return RankReport(
         **common,
         outcome="failed",
@@ -137,7 +146,9 @@ def _in_group(job: Job, *, store: Path, call: Callable[[], object]) -> object:
     from ddp_kit.distributed.process_group import process_group
 
     timeout_s = job.deadline_s + SPARE_S
-    with process_group(device="cpu", init_method=f"file://{store}", first_timeout_s=timeout_s, timeout_s=timeout_s) as group:
+    with process_group(
+        device="cpu", init_method=f"file://{store}", first_timeout_s=timeout_s, timeout_s=timeout_s
+    ) as group:
         token = _group.set(group)
         try:
             return call()
@@ -148,13 +159,18 @@ def _in_group(job: Job, *, store: Path, call: Callable[[], object]) -> object:
             _group.reset(token)
 
 
-def _call(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+def _call(
+    function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+) -> object:
     with ExitStack() as stack:
         made: dict[str, Callable[[], object]] = {
             "group": current_group,
             "monkeypatch": lambda: stack.enter_context(pytest.MonkeyPatch.context()),
         }
-        own = {name: made[value.name]() if isinstance(value, Stand) else value for name, value in kwargs.items()}
+        own = {
+            name: made[value.name]() if isinstance(value, Stand) else value
+            for name, value in kwargs.items()
+        }
         return function(*args, **own)
 
 
@@ -176,11 +192,21 @@ def _faults_are_warnings() -> Iterator[None]:
 
     def in_thread(fault: threading.ExceptHookArgs) -> None:
         name = fault.thread.name if fault.thread else "?"
-        faults.append((pytest.PytestUnhandledThreadExceptionWarning, f"in thread {name!r}: {fault.exc_type.__name__}: {fault.exc_value}"))
+        faults.append(
+            (
+                pytest.PytestUnhandledThreadExceptionWarning,
+                f"in thread {name!r}: {fault.exc_type.__name__}: {fault.exc_value}",
+            )
+        )
         threading.__excepthook__(fault)
 
     def unraisable(fault: "sys.UnraisableHookArgs") -> None:
-        faults.append((pytest.PytestUnraisableExceptionWarning, f"{fault.err_msg or 'ignored'} {fault.object!r}: {fault.exc_value!r}"))
+        faults.append(
+            (
+                pytest.PytestUnraisableExceptionWarning,
+                f"{fault.err_msg or 'ignored'} {fault.object!r}: {fault.exc_value!r}",
+            )
+        )
         sys.__unraisablehook__(fault)
 
     threading.excepthook, sys.unraisablehook = in_thread, unraisable

@@ -29,8 +29,14 @@ class Ranks:
     """The ranks of one test while they run. Leaving the `with` block kills those that are left."""
 
     def __init__(self, job: Job) -> None:
-        shared = Pool.current.get(None)  # the session's; outside pytest these ranks have a server of their own
-        self.pool, self.owns_pool, self.deadline_s = shared or Pool(), shared is None, job.deadline_s
+        shared = Pool.current.get(
+            None
+        )  # the session's; outside pytest these ranks have a server of their own
+        self.pool, self.owns_pool, self.deadline_s = (
+            shared or Pool(),
+            shared is None,
+            job.deadline_s,
+        )
         self.files, self.pids = self.pool.fork(job)
         self.deadline = time.monotonic() + job.deadline_s
         self.stacks: dict[int, str] = {}
@@ -51,7 +57,11 @@ class Ranks:
         """
         end, has_failed = self.deadline, False
         while self.living and time.monotonic() < end:
-            if grace_s is not None and not has_failed and any(self.pool.ended.get(pid, (0, 0.0))[0] for pid in self.pids):
+            if (
+                grace_s is not None
+                and not has_failed
+                and any(self.pool.ended.get(pid, (0, 0.0))[0] for pid in self.pids)
+            ):
                 end, has_failed = min(end, time.monotonic() + grace_s), True
             self.pool.receive(end - time.monotonic())
         late = self.living
@@ -80,7 +90,12 @@ class Ranks:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _dump(self, ranks: Sequence[int]) -> None:
@@ -97,7 +112,9 @@ class Ranks:
         for rank in ranks:
             self.kill(rank)
         end = time.monotonic() + END_S
-        while any(self.pids[rank] not in self.pool.ended for rank in ranks) and self.pool.receive(end - time.monotonic()):
+        while any(self.pids[rank] not in self.pool.ended for rank in ranks) and self.pool.receive(
+            end - time.monotonic()
+        ):
             pass
 
     def _report(self, rank: int, *, is_late: bool) -> RankReport:
@@ -109,11 +126,25 @@ class Ranks:
         if found.exists():
             report: RankReport = pickle.loads(found.read_bytes())
         elif is_late:
-            report = RankReport(rank=rank, outcome="late", time=ended, exit_code=code, message="was still running, and was killed")
+            report = RankReport(
+                rank=rank,
+                outcome="late",
+                time=ended,
+                exit_code=code,
+                message="was still running, and was killed",
+            )
         else:
-            report = RankReport(rank=rank, outcome="died", time=ended, exit_code=code, message=death(code))
-        stacks = "".join(line for line in text(self.files.stacks(rank)).splitlines(keepends=True) if HERE not in line and BOOT not in line)
-        return replace(report, pid=self.pids[rank], output=text(self.files.output(rank)), stacks=stacks)
+            report = RankReport(
+                rank=rank, outcome="died", time=ended, exit_code=code, message=death(code)
+            )
+        stacks = "".join(
+            line
+            for line in text(self.files.stacks(rank)).splitlines(keepends=True)
+            if HERE not in line and BOOT not in line
+        )
+        return replace(
+            report, pid=self.pids[rank], output=text(self.files.output(rank)), stacks=stacks
+        )
 
 
 def start_ranks(
@@ -130,7 +161,15 @@ def start_ranks(
         `group=False` leaves the process group to the function, which finds torchrun's variables set.
     Raises: TypeError if something cannot be sent to the ranks, ValueError if `world_size` is not at least 1.
     """
-    return Ranks(Job(call=pack(function, *args), world_size=world_size, has_group=group, deadline_s=deadline_s, changes=env or {}))
+    return Ranks(
+        Job(
+            call=pack(function, *args),
+            world_size=world_size,
+            has_group=group,
+            deadline_s=deadline_s,
+            changes=env or {},
+        )
+    )
 
 
 def run_ranks(
@@ -145,5 +184,7 @@ def run_ranks(
 
     Raises: RanksError if a rank failed, died or was late.
     """
-    with start_ranks(function, world_size, *args, deadline_s=deadline_s, env=env, group=group) as ranks:
+    with start_ranks(
+        function, world_size, *args, deadline_s=deadline_s, env=env, group=group
+    ) as ranks:
         return ranks.values()

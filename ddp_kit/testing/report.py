@@ -45,7 +45,11 @@ class RanksError(Exception):
         self.blamed = _blamed(reports)
         self.culprit = self.blamed.rank if self.blamed else None
         self.merged = _merged(reports, blamed=self.blamed, deadline_s=deadline_s)
-        outputs = (f"\n--- output of rank {report.rank} ---\n{report.output.rstrip()}" for report in reports if report.output.strip())
+        outputs = (
+            f"\n--- output of rank {report.rank} ---\n{report.output.rstrip()}"
+            for report in reports
+            if report.output.strip()
+        )
         super().__init__(self.merged + "".join(outputs))
 
     @property
@@ -66,7 +70,9 @@ def death(exit_code: int) -> str:
 def _blamed(reports: Sequence[RankReport]) -> RankReport | None:
     # A killed rank has nobody to note the time of its death, so its peers' "connection closed" may come first: echoes go last.
     # A rank that skips alone makes echoes too. Ranks that are only late are all innocent, or all guilty.
-    first = sorted((report for report in reports if report.outcome not in ("passed", "late")), key=_guilt)
+    first = sorted(
+        (report for report in reports if report.outcome not in ("passed", "late")), key=_guilt
+    )
     return first[0] if first else None
 
 
@@ -77,16 +83,25 @@ def _guilt(report: RankReport) -> tuple[bool, bool, float]:
 def _merged(reports: Sequence[RankReport], *, blamed: RankReport | None, deadline_s: float) -> str:
     parts = []
     if blamed is None:
-        parts.append(f"Not done after {deadline_s:g} s (deadline_s of the test). Where the ranks were, innermost call first:")
+        parts.append(
+            f"Not done after {deadline_s:g} s (deadline_s of the test). Where the ranks were, innermost call first:"
+        )
     elif blamed.outcome in ("skipped", "xfailed"):
-        parts.append(f"Rank {blamed.rank} of {len(reports)} was {blamed.outcome} ({blamed.message}); all ranks have to be, or none.")
+        parts.append(
+            f"Rank {blamed.rank} of {len(reports)} was {blamed.outcome} ({blamed.message}); all ranks have to be, or none."
+        )
     else:
         details = [text.rstrip() for text in (blamed.traceback, blamed.stacks) if text.strip()]
-        message = blamed.message.strip().partition("\n")[0] if blamed.traceback else blamed.message  # the traceback has all of it
+        message = (
+            blamed.message.strip().partition("\n")[0] if blamed.traceback else blamed.message
+        )  # the traceback has all of it
         parts += [f"Rank {blamed.rank} of {len(reports)} failed first: {message}", *details]
     others = [report for report in reports if report is not blamed]
     if others:
         parts.append("\n".join(f"  {report.line}" for report in others))
     stacks = [report for report in others if report.stacks.strip()]
-    parts += [f"Stacks of rank {report.rank} (pid {report.pid}):\n{report.stacks.rstrip()}" for report in stacks]
+    parts += [
+        f"Stacks of rank {report.rank} (pid {report.pid}):\n{report.stacks.rstrip()}"
+        for report in stacks
+    ]
     return "\n\n".join(parts)

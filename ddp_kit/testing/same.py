@@ -61,12 +61,19 @@ def _explain(group: "Group", entry: _Entry, *, index: int) -> str:
 
     text = entry.text
     size = len(entry.content)
-    if first_difference(group, [_number(entry.path), _number(entry.kind), size]) is None and "x" in entry.kind and size <= SMALL:
+    if (
+        first_difference(group, [_number(entry.path), _number(entry.kind), size]) is None
+        and "x" in entry.kind
+        and size <= SMALL
+    ):
         text = _element(entry, every=gather_bytes(group, entry.content))
     ranks_of: dict[str, list[int]] = {}
     for rank, data in enumerate(gather_bytes(group, f"{entry.path} = {text}".encode())):
         ranks_of.setdefault(data.decode(errors="replace"), []).append(rank)
-    lines = [f"  rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {what}" for what, ranks in ranks_of.items()]
+    lines = [
+        f"  rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {what}"
+        for what, ranks in ranks_of.items()
+    ]
     return f"not the same on all ranks; the first difference is entry {index}:\n" + "\n".join(lines)
 
 
@@ -81,7 +88,10 @@ def _element(entry: _Entry, *, every: Sequence[bytes]) -> str:
     dtype, _, shape = entry.kind.partition(" ")
     dimensions = tuple(int(size) for size in shape.split("x") if size)
     width = len(entry.content) // int(np.prod(dimensions)) if dimensions else len(entry.content)
-    first = next(at for at in range(len(entry.content)) if len({content[at] for content in every}) > 1) // width
+    first = (
+        next(at for at in range(len(entry.content)) if len({content[at] for content in every}) > 1)
+        // width
+    )
     own = entry.content[first * width : (first + 1) * width]
     where = ", ".join(str(int(at)) for at in np.unravel_index(first, dimensions))
     return f"{entry.text}, at [{where}] {_value(dtype, own)}"
@@ -91,7 +101,9 @@ def _value(dtype: str, content: bytes) -> str:
     import torch
 
     kind: Any = getattr(torch, dtype)
-    return repr(torch.frombuffer(bytearray(content), dtype=kind).item()) + f" (bytes {content.hex()})"
+    return (
+        repr(torch.frombuffer(bytearray(content), dtype=kind).item()) + f" (bytes {content.hex()})"
+    )
 
 
 def _entries(value: object, path: str) -> Iterator[_Entry]:
@@ -104,14 +116,18 @@ def _entries(value: object, path: str) -> Iterator[_Entry]:
         yield _tensor(value, path)
     elif isinstance(value, float):  # by its bits: -0.0 is not 0.0, and a nan is itself
         yield _Entry(path, "float", struct.pack("<d", value), repr(value))
-    elif value is None or isinstance(value, (bool, int, complex, str, bytes, torch.dtype, torch.device, torch.Size)):
+    elif value is None or isinstance(
+        value, (bool, int, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+    ):
         yield _Entry(path, type(value).__name__, repr(value).encode(), repr(value)[:200])
     elif isinstance(value, Mapping):
         yield _Entry(f"{path}.keys()", "keys", repr(list(value)).encode(), repr(list(value))[:200])
         for key, item in value.items():
             yield from _entries(item, f"{path}[{key!r}]")
     elif isinstance(value, Sequence):
-        yield _Entry(f"len({path})", type(value).__name__, repr(len(value)).encode(), str(len(value)))
+        yield _Entry(
+            f"len({path})", type(value).__name__, repr(len(value)).encode(), str(len(value))
+        )
         for index, item in enumerate(value):
             yield from _entries(item, f"{path}[{index}]")
     elif isinstance(value, Set):
@@ -134,4 +150,9 @@ def _tensor(value: Any, path: str) -> _Entry:
     content = flat.reshape(-1).view(torch.uint8).numpy().tobytes()
     dtype, shape = str(value.dtype).removeprefix("torch."), "x".join(map(str, value.shape))
     digest = hashlib.sha256(content).hexdigest()[:12]
-    return _Entry(path, f"{dtype} {shape or '1x'}", content, f"{dtype} tensor {tuple(value.shape)}, sha256 {digest}")
+    return _Entry(
+        path,
+        f"{dtype} {shape or '1x'}",
+        content,
+        f"{dtype} tensor {tuple(value.shape)}, sha256 {digest}",
+    )

@@ -65,7 +65,9 @@ class _Server:
 
     def run(self) -> None:
         buffer = b""
-        while os.getppid() == self.parent:  # the connection alone may be kept open by a process that pytest has forked
+        while (
+            os.getppid() == self.parent
+        ):  # the connection alone may be kept open by a process that pytest has forked
             sources: list[Any] = [self.connection, self.wake]
             ready, _, _ = select.select(sources, [], [], POLL_S)
             if self.wake in ready:
@@ -81,9 +83,14 @@ class _Server:
 
     def answer(self, request: dict[str, str | int]) -> None:
         if "job" in request:
-            pids = [self.fork(Path(str(request["job"])), rank=number) for number in range(int(request["world_size"]))]
+            pids = [
+                self.fork(Path(str(request["job"])), rank=number)
+                for number in range(int(request["world_size"]))
+            ]
             self.send({"pids": pids})
-        elif request["pid"] in self.living:  # a pid that has ended may belong to someone else by now
+        elif (
+            request["pid"] in self.living
+        ):  # a pid that has ended may belong to someone else by now
             _signal(int(request["pid"]), int(request["signal"]))
 
     def fork(self, job: Path, *, rank: int) -> int:
@@ -106,7 +113,13 @@ class _Server:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 self.living.remove(pid)
-                self.send({"ended": pid, "code": os.waitstatus_to_exitcode(status), "time": time.monotonic()})
+                self.send(
+                    {
+                        "ended": pid,
+                        "code": os.waitstatus_to_exitcode(status),
+                        "time": time.monotonic(),
+                    }
+                )
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGKILL)  # what the rank has left behind
 

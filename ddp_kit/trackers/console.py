@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
 REFRESH_S = 0.25
 BAR_WIDTH = 30
-BOOKKEEPING = {"kind", "step", "epoch", "samples", "samples_per_s", "data_wait", "peak_memory_mib", "time"}  # not metrics, or said in words
+BOOKKEEPING = {
+    "kind",
+    "step",
+    "epoch",
+    "samples",
+    "samples_per_s",
+    "data_wait",
+    "peak_memory_mib",
+    "time",
+}  # not metrics, or said in words
 
 
 class Console:
@@ -35,7 +44,9 @@ class Console:
         self._live: Live | None = None
         self._total = 0
         self._step = 0
-        self._first: tuple[int, float] | None = None  # step and time of the first finished step, for the time left
+        self._first: tuple[int, float] | None = (
+            None  # step and time of the first finished step, for the time left
+        )
         self._train: Mapping[str, object] = {}
         self._due = math.inf  # nothing is ever due while nothing is live
 
@@ -63,7 +74,9 @@ class Console:
         if record.get("kind") != "train":
             self._print(evaluation_line(record))
         elif self._live is None:
-            self._print(train_line(record, total=self._total, left_s=self._left_s(step, time.monotonic())))
+            self._print(
+                train_line(record, total=self._total, left_s=self._left_s(step, time.monotonic()))
+            )
         else:
             self._train = record
             self.progress(step)
@@ -93,7 +106,9 @@ class Console:
     def _print(self, text: str) -> None:
         line = printable(without_secrets(text))
         if self._live is not None:
-            self._live.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._live.console.print(
+                line, markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
         else:
             assert self._stream is not None, "start first"
             self._stream.write(line + "\n")
@@ -103,8 +118,13 @@ class Console:
         assert self._live is not None
         self._first = self._first or (step, now)
         width = self._live.console.width
-        text = train_line({**self._train, "step": step}, total=self._total, left_s=self._left_s(step, now))
-        self._live.update(live_line(text, share=step / self._total if self._total else 0.0, width=width), refresh=True)
+        text = train_line(
+            {**self._train, "step": step}, total=self._total, left_s=self._left_s(step, now)
+        )
+        self._live.update(
+            live_line(text, share=step / self._total if self._total else 0.0, width=width),
+            refresh=True,
+        )
         self._due = time.monotonic() + REFRESH_S
 
     def _left_s(self, step: int, now: float) -> float:
@@ -141,8 +161,12 @@ def final_line(status: Mapping[str, object]) -> str:
     reason = f" ({status['reason']})" if status.get("reason") else ""
     metrics = status.get("metrics")
     found = _metrics(metrics) if isinstance(metrics, Mapping) else []
-    weights = [f"weights {str(status['weights_sha256'])[:12]}"] if status.get("weights_sha256") else []
-    return "  ".join([f"{status.get('status')}{reason} at step {status.get('step')}", *found, *weights])
+    weights = (
+        [f"weights {str(status['weights_sha256'])[:12]}"] if status.get("weights_sha256") else []
+    )
+    return "  ".join(
+        [f"{status.get('status')}{reason} at step {status.get('step')}", *found, *weights]
+    )
 
 
 def duration(seconds: float) -> str:
@@ -193,5 +217,12 @@ def live_line(text: str, *, share: float, width: int) -> "Text":
     room = min(BAR_WIDTH, width - len(text) - 3)
     if share and room >= 8:
         done = min(room, int(share * room))
-        line = Text.assemble(("━" * done, "green"), ("━" * (room - done), "bright_black"), "  ", line, no_wrap=True, end="")
+        line = Text.assemble(
+            ("━" * done, "green"),
+            ("━" * (room - done), "bright_black"),
+            "  ",
+            line,
+            no_wrap=True,
+            end="",
+        )
     return line

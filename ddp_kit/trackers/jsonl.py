@@ -26,7 +26,10 @@ class JsonlTracker:
 
     def start(self, info: RunInfo) -> None:
         """Opens both files for appending."""
-        self._metrics, self._events = JsonLines(info.run_dir / "metrics.jsonl"), JsonLines(info.run_dir / "events.jsonl")
+        self._metrics, self._events = (
+            JsonLines(info.run_dir / "metrics.jsonl"),
+            JsonLines(info.run_dir / "events.jsonl"),
+        )
 
     def log(self, record: Mapping[str, object]) -> None:
         """Adds one line to metrics.jsonl."""

@@ -24,8 +24,17 @@ class TensorBoardTracker:
     def start(self, info: RunInfo) -> None:
         """Opens a new event file and writes the settings as a text. Raises: MissingPackageError without tensorboard."""
         require("tensorboard", extra="tensorboard")
-        self._writer = require("torch.utils.tensorboard", extra="tensorboard").SummaryWriter(str(info.run_dir / "tensorboard"))
-        self._text("settings", "\n".join(f"    {name} = {json.dumps(value, default=str)}" for name, value in info.settings.items()), step=0)
+        self._writer = require("torch.utils.tensorboard", extra="tensorboard").SummaryWriter(
+            str(info.run_dir / "tensorboard")
+        )
+        self._text(
+            "settings",
+            "\n".join(
+                f"    {name} = {json.dumps(value, default=str)}"
+                for name, value in info.settings.items()
+            ),
+            step=0,
+        )
 
     def log(self, record: Mapping[str, object]) -> None:
         """Writes every number of the record at its step."""

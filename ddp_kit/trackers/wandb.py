@@ -42,21 +42,34 @@ class WandbTracker:
         Raises: MissingPackageError without wandb; ConfigError if the key is refused, or online was asked for and cannot be had.
         """
         self._wandb = require("wandb", extra="wandb")
-        mode = self._settings.mode or environment().get("WANDB_MODE") or ("online" if has_key() else "offline")
+        mode = (
+            self._settings.mode
+            or environment().get("WANDB_MODE")
+            or ("online" if has_key() else "offline")
+        )
         try:
             self._run = self._init(info, mode=mode)
         except self._wandb.errors.AuthenticationError as error:
-            raise ConfigError(f"W&B refuses the key: {error}. Type wandb login, or --wandb.mode offline.") from error
+            raise ConfigError(
+                f"W&B refuses the key: {error}. Type wandb login, or --wandb.mode offline."
+            ) from error
         except self._wandb.errors.CommError as error:
             if self._settings.mode == "online":
-                raise ConfigError(f"W&B cannot be reached: {error}. Drop --wandb.mode online to log offline.") from error
+                raise ConfigError(
+                    f"W&B cannot be reached: {error}. Drop --wandb.mode online to log offline."
+                ) from error
             logger.warning("wandb: cannot be reached (%s); this life is logged offline", error)
             self._wandb.teardown()  # its service still holds the id of the run that did not start
             mode = "offline"
             self._run = self._init(info, mode=mode)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        logger.info("wandb: %s", self._run.url if mode == "online" else f"{mode}; to upload: wandb sync {Path(self._run.dir).parent}")
+        logger.info(
+            "wandb: %s",
+            self._run.url
+            if mode == "online"
+            else f"{mode}; to upload: wandb sync {Path(self._run.dir).parent}",
+        )
 
     def log(self, record: Mapping[str, object]) -> None:
         """Sends every number of the record, as train/loss, on the axis `step`."""
@@ -97,7 +110,9 @@ class WandbTracker:
             name=info.run_dir.name,
             job_type=info.name,
             id=run_id(info.run_dir),
-            resume="allow" if mode == "online" else None,  # offline there is nothing to ask; `wandb sync` joins lives by the id
+            resume="allow"
+            if mode == "online"
+            else None,  # offline there is nothing to ask; `wandb sync` joins lives by the id
             mode=mode,
             dir=str(info.run_dir),
             config=dict(info.settings),
@@ -139,7 +154,9 @@ def has_key() -> bool:
         return True
     host = urlsplit(environ.get("WANDB_BASE_URL", SERVER)).hostname or ""
     given = environ.get("NETRC")
-    paths = [Path(given).expanduser()] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    paths = (
+        [Path(given).expanduser()] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    )
     for path in paths:
         try:
             if path.is_file() and netrc.netrc(path).authenticators(host):
@@ -152,7 +169,9 @@ def has_key() -> bool:
 def _channels_last(value: object) -> object:
     """(C, H, W) as (H, W, C), which W&B expects of arrays; uint8 and floats in 0..1 become uint8."""
     numpy = require("numpy", extra="wandb")
-    array = numpy.asarray(value.detach().cpu()) if hasattr(value, "detach") else numpy.asarray(value)
+    array = (
+        numpy.asarray(value.detach().cpu()) if hasattr(value, "detach") else numpy.asarray(value)
+    )
     if array.dtype != numpy.uint8:
         array = (numpy.clip(array, 0.0, 1.0) * 255).round().astype(numpy.uint8)
     return array if array.ndim == 2 else array.transpose(1, 2, 0)

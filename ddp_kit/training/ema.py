@@ -18,7 +18,9 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, *, decay: float):
         self._decay = decay
-        named = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if is_weight(buffer)}
+        named = dict(model.named_parameters()) | {
+            name: buffer for name, buffer in model.named_buffers() if is_weight(buffer)
+        }
         self.names = list(named)
         self.like = list(named.values())
         self._live = [local(tensor) for tensor in self.like]

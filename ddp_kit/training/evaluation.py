@@ -25,7 +25,9 @@ from ddp_kit.settings import Precision
 from ddp_kit.strategies.precision import autocast
 from ddp_kit.training.nonfinite import samples_named
 
-EVALUATION = -1  # stands for the step in the keys of evaluation's draws: each evaluation has the same ones
+EVALUATION = (
+    -1
+)  # stands for the step in the keys of evaluation's draws: each evaluation has the same ones
 Measure = Callable[[nn.Module, Any], Pairs]
 Rows = dict[str, torch.Tensor]
 
@@ -83,13 +85,17 @@ def evaluate(
     `enter(function, *arguments)` calls a function that uses the model as the strategy has it.
     """
     with evaluating(model), autocast(precision, group.device):
-        totals, names, rows, indices = _pass(model, micro_batches, group=group, measure=partial(enter, measure), seed=seed, heed=heed)
+        totals, names, rows, indices = _pass(
+            model, micro_batches, group=group, measure=partial(enter, measure), seed=seed, heed=heed
+        )
     blocks = [int(own[0]) for own in indices]
     metrics = means(sum_by_name(group, totals.tensor(names), names=names, order=blocks))
     if rows or summarize is not None:
         collected = _in_sample_order(group, rows, indices)
         if summarize is not None:
-            metrics |= {name: float(value) for name, value in summarize(dict(metrics), collected).items()}
+            metrics |= {
+                name: float(value) for name, value in summarize(dict(metrics), collected).items()
+            }
     return metrics
 
 
@@ -128,10 +134,18 @@ def _pass(
     return totals, sorted(names), rows, indices
 
 
-def _in_sample_order(group: Group, rows: dict[str, list[torch.Tensor]], indices: list[np.ndarray[Any, Any]]) -> Rows:
+def _in_sample_order(
+    group: Group, rows: dict[str, list[torch.Tensor]], indices: list[np.ndarray[Any, Any]]
+) -> Rows:
     """Returns the rows of all ranks, sorted by sample index."""
     if first_difference(group, [zlib.crc32("\n".join(sorted(rows)).encode())]) is not None:
-        raise DdpKitError(f"the ranks' `evaluate` returned rows under different names; rank {group.rank} has {', '.join(sorted(rows))}.")
-    own = torch.from_numpy(np.concatenate(indices)) if indices else torch.empty(0, dtype=torch.int64)
+        raise DdpKitError(
+            f"the ranks' `evaluate` returned rows under different names; rank {group.rank} has {', '.join(sorted(rows))}."
+        )
+    own = (
+        torch.from_numpy(np.concatenate(indices)) if indices else torch.empty(0, dtype=torch.int64)
+    )
     order = torch.argsort(torch.cat(gather_rows(group, own)))
-    return {name: torch.cat(gather_rows(group, torch.cat(rows[name])))[order] for name in sorted(rows)}
+    return {
+        name: torch.cat(gather_rows(group, torch.cat(rows[name])))[order] for name in sorted(rows)
+    }

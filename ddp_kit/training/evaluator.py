@@ -37,7 +37,9 @@ class Evaluator:
     micro_batch: int
     placement: Placement
     enter: Callable[..., Any] = bare  # the strategy's way to call a function that uses the model
-    names: dict[str, float] = field(default_factory=dict)  # what an evaluation will report, known from one micro-batch
+    names: dict[str, float] = field(
+        default_factory=dict
+    )  # what an evaluation will report, known from one micro-batch
 
     def __call__(
         self,
@@ -86,16 +88,26 @@ class Evaluator:
 
     def _batches(self, data: Data) -> Any:
         workers = self.settings.num_workers
-        return evaluation_batches(data, group=self.group, micro_batch=self.micro_batch, placement=self.placement, num_workers=workers)
+        return evaluation_batches(
+            data,
+            group=self.group,
+            micro_batch=self.micro_batch,
+            placement=self.placement,
+            num_workers=workers,
+        )
 
     def _compare_streams(self) -> None:
         """Raises: DataError on every rank if a stream gives ranks other samples: each would then measure its share of a share."""
         for prefix, data in self.sets.items():
             if not data.is_iterable or self.group.world_size == 1:
                 continue
-            first = first_of_evaluation(data, micro_batch=self.micro_batch, num_workers=self.settings.num_workers)
+            first = first_of_evaluation(
+                data, micro_batch=self.micro_batch, num_workers=self.settings.num_workers
+            )
             what = f"evaluation data {prefix[:-1]}" if prefix else "evaluation data"
-            require_same_samples(self.group, first.batch if first is not None else None, what=what, is_iterable=True)
+            require_same_samples(
+                self.group, first.batch if first is not None else None, what=what, is_iterable=True
+            )
 
     def rehearse(self, model: nn.Module) -> None:
         """Runs one micro-batch: a wrong metric name or too little memory shows now, not hours later.
@@ -105,16 +117,24 @@ class Evaluator:
         self._compare_streams()
         self.names = self(model, limit=1)
         metric = self.settings.early_stop.metric
-        is_wanted = not self.names or (metric and metric not in self.names)  # rows alone have no metrics without it
+        is_wanted = not self.names or (
+            metric and metric not in self.names
+        )  # rows alone have no metrics without it
         if is_wanted and self.recipe.summarize is not None and self.sets:
             self.names = self(model, limit=1, summarizes=True)
         if self.sets and not self.names:
-            raise DataError("evaluation counted nothing: the evaluation data is empty, or `evaluate` returned nothing.")
+            raise DataError(
+                "evaluation counted nothing: the evaluation data is empty, or `evaluate` returned nothing."
+            )
         if not metric or metric in self.names:
             return
         near = nearest(metric, self.names)
-        has = f"it produces {', '.join(self.names)}" if self.names else "the recipe has no eval_data"
-        raise ConfigError(f"--early-stop.metric {metric}: evaluation does not produce it; {has}.{f' Did you mean {near}?' if near else ''}")
+        has = (
+            f"it produces {', '.join(self.names)}" if self.names else "the recipe has no eval_data"
+        )
+        raise ConfigError(
+            f"--early-stop.metric {metric}: evaluation does not produce it; {has}.{f' Did you mean {near}?' if near else ''}"
+        )
 
 
 def data_sets(given: Any, *, what: str) -> dict[str, Data]:

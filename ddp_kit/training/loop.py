@@ -71,7 +71,9 @@ def fit(
     stop.deferring = True
     first, checkpoints, control = training.step, training.checkpoints, training.control
 
-    def measured(epoch: int) -> tuple[dict[str, float], Ending | None]:  # and how the run ends, if it ends here
+    def measured(
+        epoch: int,
+    ) -> tuple[dict[str, float], Ending | None]:  # and how the run ends, if it ends here
         try:
             metrics = evaluate(epoch)
         except Abandoned as abandoned:
@@ -84,7 +86,9 @@ def fit(
 
     ending = stopped(control.exchange(stop=stop.stop))
     if owes_evaluation and ending is None:
-        metrics, ending = measured((first - 1) // pace.steps_per_epoch if pace.steps_per_epoch else 0)
+        metrics, ending = measured(
+            (first - 1) // pace.steps_per_epoch if pace.steps_per_epoch else 0
+        )
         if checkpoints is not None and metrics:
             checkpoints.save(metrics, again=True)
     if ending is not None:
@@ -92,8 +96,12 @@ def fit(
     for batch in batches:
         sums = train_step(training, batch)
         step = training.step
-        decision = control.boundary(stop=stop.stop, saves=checkpoints is not None and checkpoints.is_due())
-        report.step(training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=step == pace.end)
+        decision = control.boundary(
+            stop=stop.stop, saves=checkpoints is not None and checkpoints.is_due()
+        )
+        report.step(
+            training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=step == pace.end
+        )
         if step == first + 1:
             training.settle()
         for callback in callbacks:
@@ -107,18 +115,32 @@ def fit(
         report.flush()
         metrics, ending = measured(batch.epoch) if evaluates else ({}, stopped(decision))
         if checkpoints is not None:
-            checkpoints.after(metrics, is_due=decision.saves or ending is not None or pace.saves(step))
+            checkpoints.after(
+                metrics, is_due=decision.saves or ending is not None or pace.saves(step)
+            )
         if ending is not None:
             return ending
     return _finished(early_stopping)
 
 
 def _finished(early_stopping: EarlyStopping) -> Ending:
-    return Ending(status="finished", reason=f"stopped early: {early_stopping.reason}" if early_stopping.is_over else "")
+    return Ending(
+        status="finished",
+        reason=f"stopped early: {early_stopping.reason}" if early_stopping.is_over else "",
+    )
 
 
 def stopped(decision: Decision) -> Ending | None:
     """Returns the ending that all ranks agreed on, None if they did not."""
     stop = Stop(decision.stop)
     status: Literal["stopped", "preempted"] = "preempted" if stop.is_preemption else "stopped"
-    return Ending(status=status, reason=stop.words(decision.stop_rank), exit_code=stop.exit_code, stop=stop) if stop else None
+    return (
+        Ending(
+            status=status,
+            reason=stop.words(decision.stop_rank),
+            exit_code=stop.exit_code,
+            stop=stop,
+        )
+        if stop
+        else None
+    )

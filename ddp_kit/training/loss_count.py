@@ -100,7 +100,9 @@ class KnownCount:
             self._work = None
         whole = float(self._slots.sum())
         if not whole:
-            raise DdpKitError(f"step {self._step}: {EMPTY}: Data(count=...) counts nothing in any rank's batch.")
+            raise DdpKitError(
+                f"step {self._step}: {EMPTY}: Data(count=...) counts nothing in any rank's batch."
+            )
         return whole
 
     def launch(self) -> None:
@@ -132,7 +134,9 @@ class FoundCount:
 
     def take(self, count: int | torch.Tensor, *, size: int) -> None:
         """Notes a micro-batch's count."""
-        self._own.append(torch.as_tensor(count, dtype=torch.float64, device=self._group.device).detach())
+        self._own.append(
+            torch.as_tensor(count, dtype=torch.float64, device=self._group.device).detach()
+        )
 
     def divisor(self) -> float:
         """The expected count."""

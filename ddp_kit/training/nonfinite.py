@@ -20,7 +20,9 @@ from ddp_kit.training.loss_count import EMPTY
 from ddp_kit.training.state import ObjectiveState, StepSums, Training
 
 
-def find_non_finite(gradients: list[torch.Tensor], found: torch.Tensor, *, one: torch.Tensor, is_mixed: bool) -> None:
+def find_non_finite(
+    gradients: list[torch.Tensor], found: torch.Tensor, *, one: torch.Tensor, is_mixed: bool
+) -> None:
     """Sets `found` to 1 if a gradient is not finite: GradScaler's kernel, multiplying by `one`; `is_mixed`: they have several dtypes, or
     complex ones, which the kernel does not take.
     """
@@ -57,12 +59,17 @@ def judge(training: Training, objective: ObjectiveState, batch: RankBatch, sums:
         training.control.name_culprit(step)
     decision = training.control.exchange()
     if decision.culprit_rank >= 0:
-        samples = np.frombuffer(from_rank(training.group, own or b"", source=decision.culprit_rank), dtype=np.int64)
+        samples = np.frombuffer(
+            from_rank(training.group, own or b"", source=decision.culprit_rank), dtype=np.int64
+        )
         raise NonFiniteError(
             f"the loss of step {decision.culprit_step} is not finite on rank {decision.culprit_rank}, samples {listed(samples)}. "
             f"{verdict} Look at these samples, or lower the learning rate, or type --grad-clip 1."
         )
-    count = torch.tensor(float(sum(part["loss"][1] for name, part in sums.parts if name == objective.name)), dtype=torch.float64)
+    count = torch.tensor(
+        float(sum(part["loss"][1] for name, part in sums.parts if name == objective.name)),
+        dtype=torch.float64,
+    )
     if not sum_over_ranks(training.group, count):
         raise DdpKitError(f"step {step}: {EMPTY}.")
     if objective.scale.is_on:
@@ -78,14 +85,23 @@ def _bad_gradients(training: Training, objective: ObjectiveState) -> list[str]:
     """Returns the names of the parameters whose gradient is not finite, on any rank where ranks hold parts."""
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     parts = {names[id(p)]: training.strategy.gradients([p]) for p in objective.parameters}
-    own = [name for name, found in parts.items() if not all(bool(torch.isfinite(part).all()) for part in found)]
+    own = [
+        name
+        for name, found in parts.items()
+        if not all(bool(torch.isfinite(part).all()) for part in found)
+    ]
     rows = gather_bytes(training.group, "\n".join(own).encode())
-    return [name for name in names.values() if any(name in row.decode().split("\n") for row in rows)]
+    return [
+        name for name in names.values() if any(name in row.decode().split("\n") for row in rows)
+    ]
 
 
 def _not_applied(training: Training, objective: ObjectiveState) -> str:
     """Objectives run in order, and one may need what those before it have changed: their steps cannot be taken back."""
-    before = [other.name.rstrip("/") for other in takewhile(lambda other: other is not objective, training.objectives)]
+    before = [
+        other.name.rstrip("/")
+        for other in takewhile(lambda other: other is not objective, training.objectives)
+    ]
     if not before:
         return "The step was not applied."
     return f"The step of {objective.name.rstrip('/')} was not applied; that of {', '.join(before)}, which came before it, was."
@@ -96,7 +112,11 @@ def _first_bad(batch: RankBatch, sums: StepSums) -> bytes | None:
     for i, (_, part) in enumerate(sums.parts):
         total = part["loss"][0]
         if isinstance(total, torch.Tensor) and not bool(torch.isfinite(total)):
-            return batch.micro_batches[i % len(batch.micro_batches)].request.indices.astype(np.int64).tobytes()
+            return (
+                batch.micro_batches[i % len(batch.micro_batches)]
+                .request.indices.astype(np.int64)
+                .tobytes()
+            )
     return None
 
 
@@ -106,7 +126,9 @@ def samples_named(micro_batch: MicroBatch, where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.add_note(f"in the forward pass {where}, samples {listed(micro_batch.request.indices)}")
+        error.add_note(
+            f"in the forward pass {where}, samples {listed(micro_batch.request.indices)}"
+        )
         raise
 
 

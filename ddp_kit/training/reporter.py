@@ -52,9 +52,16 @@ class Reporter:
     ):
         """Args: `peak_rate` in samples/s, of which `mfu` is the share (0: not known); `progress` are called with the step after each
         step, and must be cheap; `on_burst` after records have gone out."""
-        self._given, self._log_every, self._progress, self._on_burst = trackers, log_every, progress, on_burst
+        self._given, self._log_every, self._progress, self._on_burst = (
+            trackers,
+            log_every,
+            progress,
+            on_burst,
+        )
         self._peak_rate = peak_rate
-        self._trackers: list[Tracker] = []  # those that have started: only they may be told of a failure
+        self._trackers: list[
+            Tracker
+        ] = []  # those that have started: only they may be told of a failure
         self._pending: _Pending | None = None
         self._arrived: list[_Pending] = []
         self._burst = 0.0  # when the last one was
@@ -74,7 +81,9 @@ class Reporter:
         """Begins a new interval for rates, so that an evaluation's time is not counted as training."""
         self._since, self._wait_s = (step, time.perf_counter()), 0.0
 
-    def step(self, training: Training, sums: StepSums, *, epoch: int, wait_s: float, is_last: bool) -> None:
+    def step(
+        self, training: Training, sums: StepSums, *, epoch: int, wait_s: float, is_last: bool
+    ) -> None:
         """Takes a finished step: emits the record that is due from an earlier one, and begins one every `log_every` steps."""
         self._wait_s += wait_s
         for progress in self._progress:
@@ -91,7 +100,9 @@ class Reporter:
         step, plan, device = training.step, training.plan, training.group.device
         head = {"kind": "train", "step": step, "epoch": epoch, "samples": step * plan.global_batch}
         totals = sums.totals(device)
-        names = self._agreed(sorted({prefix + name for prefix, part in sums.parts for name in part}), training)
+        names = self._agreed(
+            sorted({prefix + name for prefix, part in sums.parts for name in part}), training
+        )
         works: list[dist.Work | None] = []
         values: torch.Tensor | list[list[list[float]]]
         # Not beside DDP's own: after a collective that failed unread, gloo lets a later one of the same group wait until its timeout.
@@ -99,12 +110,19 @@ class Reporter:
         if group is None and device.type == "cpu":
             values = totals.rows(names)
         else:
-            values = torch.zeros(plan.micro_batches, len(names), 2, dtype=torch.float64, device=device)
-            values[sums.first : sums.first + sums.size] = totals.tensor(names)  # x + 0 is exact, and the slots are summed in order
+            values = torch.zeros(
+                plan.micro_batches, len(names), 2, dtype=torch.float64, device=device
+            )
+            values[sums.first : sums.first + sums.size] = totals.tensor(
+                names
+            )  # x + 0 is exact, and the slots are summed in order
             if group is not None:  # beside the packet that went before it in the same group
                 works = [training.control.in_flight if group is training.group.control else None]
                 works.append(dist.all_reduce(values, group=group, async_op=True))
-        rates = {"samples_per_s": (step - self._since[0]) * plan.global_batch / seconds, "data_wait": self._wait_s / seconds}
+        rates = {
+            "samples_per_s": (step - self._since[0]) * plan.global_batch / seconds,
+            "data_wait": self._wait_s / seconds,
+        }
         rates |= {"mfu": rates["samples_per_s"] / self._peak_rate} if self._peak_rate else {}
         tail = learning_rates(sums) | rates | {"peak_memory_mib": self._peak(now, device)}
         if training.objectives[0].scale.is_on:
@@ -131,7 +149,9 @@ class Reporter:
                 )
             self._names = names
         if names != self._names:
-            raise DdpKitError(f"the loss reports {', '.join(names)}, where it reported {', '.join(self._names)} before. {ALWAYS}")
+            raise DdpKitError(
+                f"the loss reports {', '.join(names)}, where it reported {', '.join(self._names)} before. {ALWAYS}"
+            )
         return names
 
     def flush(self) -> None:
@@ -154,8 +174,15 @@ class Reporter:
     def _emit(self) -> None:
         arrived, self._arrived = self._arrived, []
         for pending in arrived:
-            rows = pending.sums.tolist() if isinstance(pending.sums, torch.Tensor) else pending.sums  # host-device sync., steps late
-            found = means({name: [sum(row[i][k] for row in rows) for k in (0, 1)] for i, name in enumerate(pending.names)})
+            rows = (
+                pending.sums.tolist() if isinstance(pending.sums, torch.Tensor) else pending.sums
+            )  # host-device sync., steps late
+            found = means(
+                {
+                    name: [sum(row[i][k] for row in rows) for k in (0, 1)]
+                    for i, name in enumerate(pending.names)
+                }
+            )
             norms = {f"{name}grad_norm": float(norm) for name, norm in pending.norms.items()}
             self.log({**pending.head, **found, **norms, **pending.tail})
         for lets_go in self._on_burst:
@@ -167,10 +194,23 @@ class Reporter:
         for tracker in self._trackers:
             tracker.log(record)
 
-    def event(self, event: str, *, step: int, rank: int = 0, message: str = "", about: Mapping[str, object] | None = None) -> None:
+    def event(
+        self,
+        event: str,
+        *,
+        step: int,
+        rank: int = 0,
+        message: str = "",
+        about: Mapping[str, object] | None = None,
+    ) -> None:
         """Hands a record of events.jsonl to every tracker; `about` are further fields of it."""
         self._emit()  # in the order in which things happened
-        record: dict[str, object] = {"event": event, "step": step, "rank": rank, "time": round(time.time(), 3)}
+        record: dict[str, object] = {
+            "event": event,
+            "step": step,
+            "rank": rank,
+            "time": round(time.time(), 3),
+        }
         record |= ({"message": message} if message else {}) | dict(about or {})
         for tracker in self._trackers:
             tracker.event(record)

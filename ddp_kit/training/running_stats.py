@@ -66,12 +66,24 @@ class RunningStatistics:
     `begin`, then per micro-batch `rewind` and `capture`, `launch` after the last forward pass, `finish` after the last backward.
     """
 
-    def __init__(self, model: nn.Module, group: Group, *, micro_batches: int, always: bool = False, exact: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        group: Group,
+        *,
+        micro_batches: int,
+        always: bool = False,
+        exact: bool = False,
+    ):
         """Args: `micro_batches` of all ranks in a step; `always` averages one micro-batch too (checkpointed activations run twice);
         `exact` sums them along the fixed tree."""
         self._group = group
         self._total = micro_batches
-        layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.running_mean is not None]
+        layers = [
+            m
+            for m in model.modules()
+            if isinstance(m, _NormBase) and m.track_running_stats and m.running_mean is not None
+        ]
         self._flat = _as_views(layers, ("running_mean", "running_var"))
         self._counters = _as_views(layers, ("num_batches_tracked",))
         self._averages = bool(layers) and (micro_batches > 1 or always)
@@ -80,7 +92,9 @@ class RunningStatistics:
         self._base, self._base_counters = self._flat.clone(), self._counters.clone()
         self._base_others: list[torch.Tensor] = []
         self._deltas = self._flat.new_zeros(self._flat.numel() + self._counters.numel())
-        self._changes, self._counts = self._deltas.split([self._flat.numel(), self._counters.numel()])
+        self._changes, self._counts = self._deltas.split(
+            [self._flat.numel(), self._counters.numel()]
+        )
         self._tree = Fold() if exact else None
         self._nodes: list[torch.Tensor] = []  # of all ranks
 
@@ -120,8 +134,16 @@ class RunningStatistics:
         group = self._group.sums
         if self._tree is not None:
             own = self._tree.total()[0]
-            self._nodes = [torch.empty_like(own) for _ in range(self._group.world_size)] if group is not None else [own]
-            self._work = dist.all_gather(self._nodes, own, group=group, async_op=True) if group is not None else None
+            self._nodes = (
+                [torch.empty_like(own) for _ in range(self._group.world_size)]
+                if group is not None
+                else [own]
+            )
+            self._work = (
+                dist.all_gather(self._nodes, own, group=group, async_op=True)
+                if group is not None
+                else None
+            )
         elif group is not None:
             self._work = dist.all_reduce(self._deltas, group=group, async_op=True)
 

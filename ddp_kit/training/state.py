@@ -59,7 +59,14 @@ class Checkpointer(Protocol):
 class LossCall(nn.Module):
     """The call of the loss as a module, so that a strategy can wrap the call and the loss still gets the bare model."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], LossSum], *, precision: Precision, device: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], LossSum],
+        *,
+        precision: Precision,
+        device: torch.device,
+    ):
         super().__init__()
         self.model, self._loss = model, loss
         self._autocasts = precision in ("bf16", "fp16")
@@ -69,12 +76,24 @@ class LossCall(nn.Module):
         """Returns (total, count, metrics) of a micro-batch: plain containers, in which DDP finds the tensors."""
         with autocast(self._precision, self._device) if self._autocasts else nullcontext():
             result = self._loss(self.model, batch)
-        if not isinstance(result, LossSum) or not isinstance(result.total, torch.Tensor) or result.total.dim():
-            raise DdpKitError(f"the loss must return LossSum(total, count) with a scalar tensor as total; it returned {_shape(result)}.")
+        if (
+            not isinstance(result, LossSum)
+            or not isinstance(result.total, torch.Tensor)
+            or result.total.dim()
+        ):
+            raise DdpKitError(
+                f"the loss must return LossSum(total, count) with a scalar tensor as total; it returned {_shape(result)}."
+            )
         if result.total.is_complex():
-            raise DdpKitError(f"the loss's total is {result.total.dtype}; what is minimised is a real number: its abs() or its real part.")
-        if result.total.dtype not in FULL:  # its gradient would be rounded to that type, 1 / count with it
-            raise DdpKitError(f"the loss's total is {result.total.dtype}; a sum loses digits in it: LossSum(losses.float().sum(), count).")
+            raise DdpKitError(
+                f"the loss's total is {result.total.dtype}; what is minimised is a real number: its abs() or its real part."
+            )
+        if (
+            result.total.dtype not in FULL
+        ):  # its gradient would be rounded to that type, 1 / count with it
+            raise DdpKitError(
+                f"the loss's total is {result.total.dtype}; a sum loses digits in it: LossSum(losses.float().sum(), count)."
+            )
         return result.total, result.count, result.metrics
 
 
@@ -96,13 +115,19 @@ class ObjectiveState:
     scheduler: Any = None
     scale: LossScale = field(default_factory=lambda: LossScale(is_on=False))
     is_mixed: bool = False  # parameters of several dtypes, or complex ones
-    is_deferred: bool = False  # the optimizer reads `found_inf` on the device, and the host one step later
+    is_deferred: bool = (
+        False  # the optimizer reads `found_inf` on the device, and the host one step later
+    )
     found_inf: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     step: Callable[[], None] | None = None  # the strategy's way to step the optimizer
-    owns: Callable[[nn.Parameter], bool] | None = None  # whose optimizer state this rank alone keeps; None: all ranks do
+    owns: Callable[[nn.Parameter], bool] | None = (
+        None  # whose optimizer state this rank alone keeps; None: all ranks do
+    )
     moments: Moments | None = None  # the optimizer's state by parameter, where it steps partitions
     refresh: Callable[[], None] | None = None  # takes restored weights into those partitions
-    weight: tuple[float, torch.Tensor] = field(default_factory=lambda: (0.0, torch.zeros(())))  # of the last backward pass, kept ready
+    weight: tuple[float, torch.Tensor] = field(
+        default_factory=lambda: (0.0, torch.zeros(()))
+    )  # of the last backward pass, kept ready
     one: torch.Tensor = field(default_factory=lambda: torch.ones(()))
 
 
@@ -124,11 +149,17 @@ class Training:
     skipped: int = 0
     rounds: int = 0  # micro-batches of the rank that has most, where ranks run in lockstep
     tuned: list[str] = field(default_factory=list)  # defaults for speed that took effect
-    notes: list[str] = field(default_factory=list)  # what wrapping found that the user should read at start
-    copied: "torch.cuda.Event | None" = None  # of a snapshot: the optimizer may change the weights only after it
+    notes: list[str] = field(
+        default_factory=list
+    )  # what wrapping found that the user should read at start
+    copied: "torch.cuda.Event | None" = (
+        None  # of a snapshot: the optimizer may change the weights only after it
+    )
     base_sha256: str = ""  # of the frozen weights, if checkpoints leave them out
     checkpoints: Checkpointer | None = None
-    suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None  # a deferred step that the host has not seen yet
+    suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = (
+        None  # a deferred step that the host has not seen yet
+    )
 
     def settle(self) -> None:
         """After the first step of a life: shorter timeouts, and room for the first save. Every rank calls it."""
@@ -145,11 +176,19 @@ class StepSums:
     size: int = 1  # this rank's micro-batches
     parts: list[tuple[str, Sums]] = field(default_factory=list)  # objective by objective
     grad_norms: dict[str, torch.Tensor] = field(default_factory=dict)
-    rates: dict[str, list[Any]] = field(default_factory=dict)  # of each objective's parameter groups, as the step used them
+    rates: dict[str, list[Any]] = field(
+        default_factory=dict
+    )  # of each objective's parameter groups, as the step used them
 
     def totals(self, device: torch.device) -> Totals:
         """Returns this rank's sums by name, in float64, a row each micro-batch."""
         totals = Totals(device)
         for i in range(self.size):
-            totals.add({prefix + name: pair for prefix, sums in self.parts[i :: self.size] for name, pair in sums.items()})
+            totals.add(
+                {
+                    prefix + name: pair
+                    for prefix, sums in self.parts[i :: self.size]
+                    for name, pair in sums.items()
+                }
+            )
         return totals

@@ -41,10 +41,18 @@ preempted and requeued), short (the same, one hour at most) and high (preempts).
 def parser() -> argparse.ArgumentParser:
     """Returns the reader of the command line."""
     made = argparse.ArgumentParser(
-        "dev_cluster", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        "dev_cluster",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
-    start = verbs.add_parser("up", help="start a cluster", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    start = verbs.add_parser(
+        "up",
+        help="start a cluster",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     start.add_argument("folder", metavar="DIR", type=_folder)
     for name, text in (
         ("nodes", "how many"),
@@ -52,19 +60,43 @@ def parser() -> argparse.ArgumentParser:
         ("gpus", "fake GPUs of each node: device numbers to hand out"),
         ("memory-mib", "memory that each node claims"),
         ("grace-s", "seconds between SIGTERM and SIGKILL of a preempted job"),
-        ("kill-wait-s", "seconds between SIGTERM and SIGKILL of a job that is cancelled or out of time"),
-        ("slurmd-timeout-s", "seconds of silence after which a node counts as down; small values trip on a loaded machine"),
+        (
+            "kill-wait-s",
+            "seconds between SIGTERM and SIGKILL of a job that is cancelled or out of time",
+        ),
+        (
+            "slurmd-timeout-s",
+            "seconds of silence after which a node counts as down; small values trip on a loaded machine",
+        ),
         ("requeue-delay-s", "seconds that a requeued job waits before it may start again"),
     ):
-        start.add_argument(f"--{name}", type=int, default=getattr(Plan, name.replace("-", "_")), metavar="N", help=text)
+        start.add_argument(
+            f"--{name}",
+            type=int,
+            default=getattr(Plan, name.replace("-", "_")),
+            metavar="N",
+            help=text,
+        )
     start.add_argument("--prefix", default=Plan.prefix, help="of the nodes' names")
-    start.add_argument("--conf", dest="extra", action="append", default=[], metavar="LINE", help="one more line for slurm.conf")
     start.add_argument(
-        "--netns", action=argparse.BooleanOptionalAction, default=None, help="namespaces with host names and addresses; default: if allowed"
+        "--conf",
+        dest="extra",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="one more line for slurm.conf",
+    )
+    start.add_argument(
+        "--netns",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="namespaces with host names and addresses; default: if allowed",
     )
     for verb in ("env", "ps", "down"):
         verbs.add_parser(verb).add_argument("folder", metavar="DIR", type=_folder)
-    verbs.choices["down"].add_argument("--after", type=int, metavar="PID", help="wait until this process has ended")
+    verbs.choices["down"].add_argument(
+        "--after", type=int, metavar="PID", help="wait until this process has ended"
+    )
     for verb in ("kill-node", "start-node", "freeze", "thaw", "cut", "join", "exec"):
         made_verb = verbs.add_parser(verb)
         made_verb.add_argument("folder", metavar="DIR", type=_folder)
@@ -98,12 +130,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _up(asked: argparse.Namespace) -> None:
-    names = ("nodes", "cpus", "gpus", "memory_mib", "prefix", "grace_s", "kill_wait_s", "slurmd_timeout_s", "requeue_delay_s")
-    plan = Plan(folder=asked.folder, extra=tuple(asked.extra), **{name: getattr(asked, name) for name in names})
+    names = (
+        "nodes",
+        "cpus",
+        "gpus",
+        "memory_mib",
+        "prefix",
+        "grace_s",
+        "kill_wait_s",
+        "slurmd_timeout_s",
+        "requeue_delay_s",
+    )
+    plan = Plan(
+        folder=asked.folder,
+        extra=tuple(asked.extra),
+        **{name: getattr(asked, name) for name in names},
+    )
     check_installed()
     obstacle = "" if asked.netns is False else network.why_not()
     if obstacle and asked.netns:
-        raise ClusterError(f"--netns: this user may not make network namespaces here ({obstacle}). Be root, or leave it out.")
+        raise ClusterError(
+            f"--netns: this user may not make network namespaces here ({obstacle}). Be root, or leave it out."
+        )
     begin = time.monotonic()
     lifecycle.claim(plan.folder)
     with locked(plan.folder):
@@ -111,7 +159,9 @@ def _up(asked: argparse.Namespace) -> None:
     if obstacle:
         same = f"all nodes share this machine's name and address; {plan.names[0]} does not resolve"
         say(f"no network namespaces here ({obstacle}): {same}.")
-    say(f'{" ".join(plan.names)} up in {time.monotonic() - begin:.1f} s. Next: eval "$(slurm/dev_cluster env {plan.folder})"')
+    say(
+        f'{" ".join(plan.names)} up in {time.monotonic() - begin:.1f} s. Next: eval "$(slurm/dev_cluster env {plan.folder})"'
+    )
 
 
 def _env(asked: argparse.Namespace) -> None:
@@ -158,7 +208,9 @@ def _on_node(asked: argparse.Namespace) -> None:
     if asked.verb == "exec":
         words = asked.words[1:] if asked.words[:1] == ["--"] else asked.words
         if not words:
-            raise ClusterError(f"exec: the command is missing: slurm/dev_cluster exec {asked.folder} {asked.node} -- COMMAND")
+            raise ClusterError(
+                f"exec: the command is missing: slurm/dev_cluster exec {asked.folder} {asked.node} -- COMMAND"
+            )
         command = [*network.entry(state, asked.node), *words]
         os.execvpe(command[0], command, state.environ | {"SLURMD_NODENAME": asked.node})
     with locked(asked.folder):
@@ -166,7 +218,9 @@ def _on_node(asked: argparse.Namespace) -> None:
         if asked.verb in ("cut", "join"):
             if asked.peer is not None:
                 _require_node(state, asked.peer)
-            (network.cut if asked.verb == "cut" else network.join)(state, asked.node, peer=asked.peer)
+            (network.cut if asked.verb == "cut" else network.join)(
+                state, asked.node, peer=asked.peer
+            )
         else:
             FAULTS[asked.verb](state, asked.node)
 
@@ -188,7 +242,13 @@ def _require_node(state: State, node: str) -> None:
         raise ClusterError(f"no node {node} here; there are {', '.join(state.addresses)}.")
 
 
-VERBS: dict[str, Callable[[argparse.Namespace], None]] = {"up": _up, "env": _env, "ps": _ps, "down": _down, "check": _check}
+VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "up": _up,
+    "env": _env,
+    "ps": _ps,
+    "down": _down,
+    "check": _check,
+}
 FAULTS: dict[str, Callable[[State, str], None]] = {
     "kill-node": nodes.kill,
     "start-node": _start_node,

@@ -15,7 +15,9 @@ from cluster.tools import ClusterError
 SOCKET_PATH = 107  # bytes in the path of a unix socket
 LONGEST = "/spool/{name}/{name}_99999999.4294967290.0"  # a step daemon's socket
 MOST_NODES = 250  # addresses of a /24 network, one of them the controller's
-NETWORK = (198 << 24) + (18 << 16)  # 198.18.0.0/15 is set aside for test networks (RFC 2544): nobody's own
+NETWORK = (198 << 24) + (
+    18 << 16
+)  # 198.18.0.0/15 is set aside for test networks (RFC 2544): nobody's own
 NETWORKS = 512
 LEAST = {
     "cpus": 1,
@@ -64,14 +66,26 @@ class Plan:
             faults.append(f"--nodes {self.nodes}: expected 1 to {MOST_NODES}")
         for name, least in LEAST.items():
             if getattr(self, name) < least:
-                faults.append(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {least} or more")
+                faults.append(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: expected {least} or more"
+                )
         if not re.fullmatch(r"[a-z][a-z-]{0,19}", self.prefix):
-            faults.append(f"--prefix {self.prefix!r}: expected a few lower-case letters, the start of a host name")
+            faults.append(
+                f"--prefix {self.prefix!r}: expected a few lower-case letters, the start of a host name"
+            )
         if re.search(r"[\s#%,=\"'\\\[\]]", str(self.folder)):
-            faults.append(f"DIR {str(self.folder)!r}: SLURM's configuration cannot say a path with spaces or any of #%,=\"'\\[]")
-        excess = len(os.fsencode(self.folder)) + len(LONGEST.format(name=self.names[-1])) - SOCKET_PATH if self.names else 0
+            faults.append(
+                f"DIR {str(self.folder)!r}: SLURM's configuration cannot say a path with spaces or any of #%,=\"'\\[]"
+            )
+        excess = (
+            len(os.fsencode(self.folder)) + len(LONGEST.format(name=self.names[-1])) - SOCKET_PATH
+            if self.names
+            else 0
+        )
         if excess > 0:
-            faults.append(f"DIR {self.folder} is {excess} characters too long for the path of a unix socket: take a shorter one, as /tmp/c")
+            faults.append(
+                f"DIR {self.folder} is {excess} characters too long for the path of a unix socket: take a shorter one, as /tmp/c"
+            )
         if faults:
             raise ClusterError("; ".join(faults) + ".")
 
@@ -96,7 +110,11 @@ def host_name() -> str:
 
 def address(network: int | None, *, place: int) -> str:
     """Returns an address in a cluster's own network, or the loopback address if it has none."""
-    return "127.0.0.1" if network is None else socket.inet_ntoa((NETWORK + 256 * network + place).to_bytes(4, "big"))
+    return (
+        "127.0.0.1"
+        if network is None
+        else socket.inet_ntoa((NETWORK + 256 * network + place).to_bytes(4, "big"))
+    )
 
 
 def controller_address(network: int | None) -> str:
@@ -113,10 +131,14 @@ def slurm_conf(plan: Plan, *, network: int | None, ports: list[int]) -> str:
     """Returns slurm.conf: the controller's port first, then one for each node."""
     lines = [*_paths(plan, network=network, port=ports[0]), *_behaviour(plan)]
     gres = f" Gres=gpu:{plan.gpus}" if plan.gpus else ""
-    for (name, at), port in zip(node_addresses(plan, network=network).items(), ports[1:], strict=True):
+    for (name, at), port in zip(
+        node_addresses(plan, network=network).items(), ports[1:], strict=True
+    ):
         host = host_name() if network is None else name
         claims = f"CPUs={plan.cpus} RealMemory={plan.memory_mib}{gres}"
-        lines.append(f"NodeName={name} NodeHostname={host} NodeAddr={at} Port={port} {claims} State=UNKNOWN")
+        lines.append(
+            f"NodeName={name} NodeHostname={host} NodeAddr={at} Port={port} {claims} State=UNKNOWN"
+        )
     requeue = f"PreemptMode=REQUEUE GraceTime={plan.grace_s}"
     lines += [
         f"PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 {requeue}",
@@ -177,14 +199,25 @@ def _behaviour(plan: Plan) -> list[str]:
 
 def gres_conf(plan: Plan) -> str:
     """Returns gres.conf: the fake GPUs' device files."""
-    lines = [f"NodeName={name} Name=gpu File={plan.folder}/dev/{name}-gpu[0-{plan.gpus - 1}]" for name in plan.names if plan.gpus]
+    lines = [
+        f"NodeName={name} Name=gpu File={plan.folder}/dev/{name}-gpu[0-{plan.gpus - 1}]"
+        for name in plan.names
+        if plan.gpus
+    ]
     return "\n".join(["AutoDetect=off", *lines, ""])
 
 
 def hosts(plan: Plan, *, network: int | None) -> str:
     """Returns /etc/hosts as the nodes see it."""
-    known = {"localhost": "127.0.0.1", **node_addresses(plan, network=network), host_name(): controller_address(network)}
+    known = {
+        "localhost": "127.0.0.1",
+        **node_addresses(plan, network=network),
+        host_name(): controller_address(network),
+    }
     lines = ["::1 localhost"]
     for name, at in known.items():
-        lines += [f"{at} {name}", f"::ffff:{at} {name}"]  # torch's store asks for the name of the mapped form
+        lines += [
+            f"{at} {name}",
+            f"::ffff:{at} {name}",
+        ]  # torch's store asks for the name of the mapped form
     return "\n".join([*lines, ""])

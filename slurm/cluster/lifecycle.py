@@ -38,7 +38,9 @@ def up(plan: Plan, *, has_network: bool) -> State:
         tails = _tails(folder)
         down(state)
         if isinstance(error, ClusterError):
-            raise ClusterError(f"{error} The cluster is down again; its logs are in {folder / 'log'}.\n{tails}".rstrip()) from None
+            raise ClusterError(
+                f"{error} The cluster is down again; its logs are in {folder / 'log'}.\n{tails}".rstrip()
+            ) from None
         raise
     return state
 
@@ -49,7 +51,9 @@ def down(state: State) -> None:
     Raises: ClusterError for what would not end. The folder still knows of it, so that another `down` tries again.
     """
     if state.is_alive("slurmctld"):
-        with contextlib.suppress(subprocess.TimeoutExpired):  # whoever waits for a job outside (srun) learns that it is over
+        with contextlib.suppress(
+            subprocess.TimeoutExpired
+        ):  # whoever waits for a job outside (srun) learns that it is over
             words = [tool("scancel"), "--full", f"--user={config.user_name()}"]
             subprocess.run(words, env=state.environ, capture_output=True, timeout=5 * STOP_S)
     faults = []
@@ -59,7 +63,9 @@ def down(state: State) -> None:
         except ClusterError as error:
             faults.append(f"{node}: {error}")
     daemons = ["slurmctld", "munged", *(network.holder_of(node) for node in state.addresses)]
-    for pid, started in nodes.clients_of(state):  # they would wait for steps that cannot answer any more
+    for pid, started in nodes.clients_of(
+        state
+    ):  # they would wait for steps that cannot answer any more
         end(pid, started=started, within_s=0)
     for pid, started in [state.pids[name] for name in daemons if name in state.pids]:
         end(pid, started=started, within_s=STOP_S)
@@ -74,7 +80,9 @@ def claim(folder: Path) -> None:
     """Makes the folder ready for a new cluster. Raises: ClusterError if one is up there, or it is somebody else's folder."""
     old = read_state(folder)
     if old is not None and any(old.is_alive(name) for name in old.pids):
-        raise ClusterError(f"{folder}: a cluster is up here. Use it, or end it first: slurm/dev_cluster down {folder}")
+        raise ClusterError(
+            f"{folder}: a cluster is up here. Use it, or end it first: slurm/dev_cluster down {folder}"
+        )
     if old is not None:  # the machine went down under it
         down(old)
     prepare(folder)
@@ -82,14 +90,20 @@ def claim(folder: Path) -> None:
 
 def _write(plan: Plan, *, state: State, ports: list[int]) -> None:
     etc = plan.folder / "etc"
-    state.config.write_text(config.slurm_conf(plan, network=state.network, ports=[state.port, *ports]))
-    if not Path("/sys/fs/cgroup").is_mount():  # in some containers; looking there for the version would end slurmd
+    state.config.write_text(
+        config.slurm_conf(plan, network=state.network, ports=[state.port, *ports])
+    )
+    if not Path(
+        "/sys/fs/cgroup"
+    ).is_mount():  # in some containers; looking there for the version would end slurmd
         (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (etc / "gres.conf").write_text(config.gres_conf(plan))
     (etc / "hosts").write_text(config.hosts(plan, network=state.network))
     (etc / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
     for name in plan.names:
-        for number in range(plan.gpus):  # SLURM takes nothing but a device for a GPU, but any device
+        for number in range(
+            plan.gpus
+        ):  # SLURM takes nothing but a device for a GPU, but any device
             (plan.folder / "dev" / f"{name}-gpu{number}").symlink_to("/dev/null")
     sacct = plan.folder / "bin" / "sacct"
     sacct.write_text(config.SACCT)
@@ -103,7 +117,17 @@ def _start(state: State) -> None:
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
     files = [f"--{name}-file={folder / name}" for name in ("key", "pid", "seed", "log")]
-    state.start("munged", [tool("munged"), "--foreground", "--force", "--num-threads=2", f"--socket={folder / 'socket'}", *files])
+    state.start(
+        "munged",
+        [
+            tool("munged"),
+            "--foreground",
+            "--force",
+            "--num-threads=2",
+            f"--socket={folder / 'socket'}",
+            *files,
+        ],
+    )
     _wait(state, "munged", is_up=(folder / "socket").exists)
     if state.network is not None:
         network.connect_bridge(state.network)

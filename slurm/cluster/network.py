@@ -44,41 +44,74 @@ def make_bridge(taken_before: int | None = None) -> int:
     """Makes the bridge of a network that no other cluster has. Returns the network's number. Raises: ClusterError if all are taken."""
     begin = random.randrange(NETWORKS) if taken_before is None else taken_before
     for number in ((begin + offset) % NETWORKS for offset in range(NETWORKS)):
-        if controller_address(number).rpartition(".")[0] in output_of([tool("ip"), "-4", "addr", "show"]):
+        if controller_address(number).rpartition(".")[0] in output_of(
+            [tool("ip"), "-4", "addr", "show"]
+        ):
             continue
         try:
-            output_of([tool("ip"), "link", "add", bridge_of(number), "type", "bridge"])  # its name is the lock: a second one is refused
+            output_of(
+                [tool("ip"), "link", "add", bridge_of(number), "type", "bridge"]
+            )  # its name is the lock: a second one is refused
         except ClusterError as error:
             if "File exists" not in str(error):
                 raise
             continue
         return number
-    raise ClusterError(f"all {NETWORKS} networks for clusters are taken: `ip link show type bridge` lists them.")
+    raise ClusterError(
+        f"all {NETWORKS} networks for clusters are taken: `ip link show type bridge` lists them."
+    )
 
 
 def connect_bridge(number: int) -> None:
     """Gives the bridge the controller's address."""
-    output_of([tool("ip"), "addr", "add", f"{controller_address(number)}/24", "dev", bridge_of(number)])
+    output_of(
+        [tool("ip"), "addr", "add", f"{controller_address(number)}/24", "dev", bridge_of(number)]
+    )
     output_of([tool("ip"), "link", "set", bridge_of(number), "up"])
 
 
 def remove_bridge(number: int) -> None:
     """Removes a network's bridge, if it is still there."""
-    if bridge_of(number) in output_of([tool("ip"), "-o", "link", "show", "type", "bridge"]).replace(":", " ").split():
+    if (
+        bridge_of(number)
+        in output_of([tool("ip"), "-o", "link", "show", "type", "bridge"]).replace(":", " ").split()
+    ):
         output_of([tool("ip"), "link", "delete", bridge_of(number)])
 
 
 def hold(state: State, node: str) -> None:
     """Starts the node's holder and plugs the node in."""
     assert state.network is not None
-    state.start(holder_of(node), [tool("unshare"), "--net", "--uts", "--mount", "sh", "-c", HOLD, "sh", node, str(state.folder)])
+    state.start(
+        holder_of(node),
+        [
+            tool("unshare"),
+            "--net",
+            "--uts",
+            "--mount",
+            "sh",
+            "-c",
+            HOLD,
+            "sh",
+            node,
+            str(state.folder),
+        ],
+    )
     held = state.folder / "run" / f"{node}.held"
-    wait_until(lambda: held.exists() or not state.is_alive(holder_of(node)), within_s=10, what=f"the namespaces of {node}")
+    wait_until(
+        lambda: held.exists() or not state.is_alive(holder_of(node)),
+        within_s=10,
+        what=f"the namespaces of {node}",
+    )
     if not held.exists():
-        raise ClusterError(f"{node} has no namespaces: {(state.folder / 'log' / f'{holder_of(node)}.out').read_text().strip()}")
+        raise ClusterError(
+            f"{node} has no namespaces: {(state.folder / 'log' / f'{holder_of(node)}.out').read_text().strip()}"
+        )
     cable = _cable(state, node)
     pid = str(state.pids[holder_of(node)][0])
-    output_of([tool("ip"), "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", pid])
+    output_of(
+        [tool("ip"), "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", pid]
+    )
     output_of([tool("ip"), "link", "set", cable, "master", bridge_of(state.network), "up"])
     _inside(state, node, "addr", "add", f"{state.addresses[node]}/24", "dev", "eth0")
     _inside(state, node, "link", "set", "eth0", "up")
@@ -95,7 +128,15 @@ def entry(state: State, node: str) -> list[str]:
         return []
     pid, _ = state.pids[holder_of(node)]
     # --root: entering a mount namespace leaves a chroot. --wd: it leaves the working directory, too
-    return [tool("nsenter"), f"--target={pid}", "--net", "--uts", "--mount", "--root", f"--wd={Path.cwd()}"]
+    return [
+        tool("nsenter"),
+        f"--target={pid}",
+        "--net",
+        "--uts",
+        "--mount",
+        "--root",
+        f"--wd={Path.cwd()}",
+    ]
 
 
 def cut(state: State, node: str, *, peer: str | None) -> None:
@@ -104,8 +145,23 @@ def cut(state: State, node: str, *, peer: str | None) -> None:
     if peer is None:
         output_of([tool("ip"), "link", "set", _cable(state, node), "down"])
         return
-    for one, other in ((node, peer), (peer, node)):  # a route to nowhere would be reported as an error; a wrong neighbour is not
-        _inside(state, one, "neigh", "replace", state.addresses[other], "lladdr", LOST, "dev", "eth0", "nud", "permanent")
+    for one, other in (
+        (node, peer),
+        (peer, node),
+    ):  # a route to nowhere would be reported as an error; a wrong neighbour is not
+        _inside(
+            state,
+            one,
+            "neigh",
+            "replace",
+            state.addresses[other],
+            "lladdr",
+            LOST,
+            "dev",
+            "eth0",
+            "nud",
+            "permanent",
+        )
 
 
 def join(state: State, node: str, *, peer: str | None) -> None:
@@ -115,13 +171,17 @@ def join(state: State, node: str, *, peer: str | None) -> None:
         output_of([tool("ip"), "link", "set", _cable(state, node), "up"])
         return
     for one, other in ((node, peer), (peer, node)):
-        if LOST in output_of([*entry(state, one), tool("ip"), "neigh", "show", state.addresses[other]]):
+        if LOST in output_of(
+            [*entry(state, one), tool("ip"), "neigh", "show", state.addresses[other]]
+        ):
             _inside(state, one, "neigh", "delete", state.addresses[other], "dev", "eth0")
 
 
 def _require(state: State) -> None:
     if state.network is None:
-        raise ClusterError("cut and join need nodes with a network of their own: start the cluster without --no-netns, as root.")
+        raise ClusterError(
+            "cut and join need nodes with a network of their own: start the cluster without --no-netns, as root."
+        )
 
 
 def _cable(state: State, node: str) -> str:

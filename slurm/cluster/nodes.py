@@ -35,13 +35,20 @@ def start(state: State, node: str) -> None:
     if state.is_alive(daemon_of(node)):
         return
     (state.folder / "spool" / node).mkdir(exist_ok=True)
-    state.start(daemon_of(node), [*entry(state, node), tool("slurmd"), "-D", "-N", node, "-f", str(state.config)])
+    state.start(
+        daemon_of(node),
+        [*entry(state, node), tool("slurmd"), "-D", "-N", node, "-f", str(state.config)],
+    )
 
 
 def kill(state: State, node: str) -> None:
     """Ends all that runs on a node with SIGKILL, its daemons first, so that nobody can report it."""
-    settle(lambda: daemons_on(state, node), signal.SIGKILL, is_done=lambda pid: start_time(pid) is None)
-    settle(lambda: running_on(state, node), signal.SIGKILL, is_done=lambda pid: start_time(pid) is None)
+    settle(
+        lambda: daemons_on(state, node), signal.SIGKILL, is_done=lambda pid: start_time(pid) is None
+    )
+    settle(
+        lambda: running_on(state, node), signal.SIGKILL, is_done=lambda pid: start_time(pid) is None
+    )
 
 
 def freeze(state: State, node: str) -> None:
@@ -51,36 +58,60 @@ def freeze(state: State, node: str) -> None:
 
 def thaw(state: State, node: str) -> None:
     """Undoes `freeze`."""
-    settle(lambda: running_on(state, node), signal.SIGCONT, is_done=lambda pid: not is_stopped(pid) or start_time(pid) is None)
+    settle(
+        lambda: running_on(state, node),
+        signal.SIGCONT,
+        is_done=lambda pid: not is_stopped(pid) or start_time(pid) is None,
+    )
 
 
 def daemons_on(state: State, node: str) -> set[int]:
     """Returns the ids of a node's slurmd and step daemons."""
     own = {state.pids[daemon_of(node)][0]} if state.is_alive(daemon_of(node)) else set()
-    return own | {pid for pid in running_on(state, node) if command_of(pid).startswith("slurmstepd:")}
+    return own | {
+        pid for pid in running_on(state, node) if command_of(pid).startswith("slurmstepd:")
+    }
 
 
 def jobs_on(state: State, node: str) -> set[int]:
     """Returns the ids of all that runs on a node beside its slurmd: jobs, and what they have left behind."""
-    return running_on(state, node) - ({state.pids[daemon_of(node)][0]} if state.is_alive(daemon_of(node)) else set())
+    return running_on(state, node) - (
+        {state.pids[daemon_of(node)][0]} if state.is_alive(daemon_of(node)) else set()
+    )
 
 
 def clients_of(state: State) -> list[tuple[int, int]]:
     """Returns (id, start time) of the commands that wait for this cluster's jobs outside its nodes."""
-    found = [pid for pid in everyone() if program_of(pid) in CLIENTS and has_variables(pid, [f"SLURM_CONF={state.config}"])]
+    found = [
+        pid
+        for pid in everyone()
+        if program_of(pid) in CLIENTS and has_variables(pid, [f"SLURM_CONF={state.config}"])
+    ]
     return [(pid, started) for pid in found if (started := start_time(pid)) is not None]
 
 
 def running_on(state: State, node: str) -> set[int]:
     """Returns the ids of all processes on a node but its holder."""
-    apart = {os.getpid()} | ({state.pids[holder_of(node)][0]} if state.is_alive(holder_of(node)) else set())
+    apart = {os.getpid()} | (
+        {state.pids[holder_of(node)][0]} if state.is_alive(holder_of(node)) else set()
+    )
     if state.network is not None:
-        network = network_of(state.pids[holder_of(node)][0]) if state.is_alive(holder_of(node)) else None
-        return set() if network is None else {pid for pid in everyone() if network_of(pid) == network} - apart
+        network = (
+            network_of(state.pids[holder_of(node)][0]) if state.is_alive(holder_of(node)) else None
+        )
+        return (
+            set()
+            if network is None
+            else {pid for pid in everyone() if network_of(pid) == network} - apart
+        )
     roots = {state.pids[daemon_of(node)][0]} if state.is_alive(daemon_of(node)) else set()
     log = state.folder / "log" / f"{node}.log"
     mark = (f"SLURM_CONF={state.config}", f"SLURMD_NODENAME={node}")
     for pid in everyone():
-        if has_open(pid, log) if command_of(pid).startswith("slurmstepd:") else has_variables(pid, mark):
+        if (
+            has_open(pid, log)
+            if command_of(pid).startswith("slurmstepd:")
+            else has_variables(pid, mark)
+        ):
             roots.add(pid)
     return with_descendants(roots) - apart

@@ -25,7 +25,13 @@ def start_time(pid: int) -> int | None:
 def command_of(pid: int) -> str:
     """Returns a process's command line, "" for one that is not there."""
     try:
-        return " ".join((PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split())  # one line
+        return " ".join(
+            (PROC / str(pid) / "cmdline")
+            .read_bytes()
+            .replace(b"\0", b" ")
+            .decode(errors="replace")
+            .split()
+        )  # one line
     except OSError:
         return ""
 
@@ -94,7 +100,13 @@ def send(pids: Collection[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def settle(found: Callable[[], set[int]], number: signal.Signals, *, is_done: Callable[[int], bool], within_s: float = 10) -> None:
+def settle(
+    found: Callable[[], set[int]],
+    number: signal.Signals,
+    *,
+    is_done: Callable[[int], bool],
+    within_s: float = 10,
+) -> None:
     """Sends a signal to what `found` returns until it is done with all, so that what they fork meanwhile gets it too.
 
     Raises: ClusterError after `within_s` seconds, with what is left.
@@ -102,7 +114,9 @@ def settle(found: Callable[[], set[int]], number: signal.Signals, *, is_done: Ca
     end = time.monotonic() + within_s
     while left := {pid for pid in found() if not is_done(pid)}:
         if time.monotonic() > end:
-            raise ClusterError(f"{number.name} had no effect on {', '.join(f'{pid} ({command_of(pid)})' for pid in sorted(left))}.")
+            raise ClusterError(
+                f"{number.name} had no effect on {', '.join(f'{pid} ({command_of(pid)})' for pid in sorted(left))}."
+            )
         send(left, number)
         time.sleep(POLL_S)
 
@@ -120,7 +134,9 @@ def end(pid: int, *, started: int, within_s: float) -> None:
         send([pid], signal.SIGTERM)
         send([pid], signal.SIGCONT)  # a stopped one wakes for its SIGTERM
     while start_time(pid) == started:
-        with contextlib.suppress(ChildProcessError):  # `up` is still the parent of daemons that it ends after a failure
+        with contextlib.suppress(
+            ChildProcessError
+        ):  # `up` is still the parent of daemons that it ends after a failure
             os.waitpid(pid, os.WNOHANG)
         if time.monotonic() > limit:
             send([pid], signal.SIGKILL)

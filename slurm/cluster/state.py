@@ -41,8 +41,16 @@ class State:
     @property
     def environ(self) -> dict[str, str]:
         """The environment with which commands reach this cluster: none of another cluster's, or of a job's."""
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH_", "SRUN_"))}
-        return {**inherited, "SLURM_CONF": str(self.config), "PATH": f"{self.folder / 'bin'}:{os.environ.get('PATH', os.defpath)}"}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SBATCH_", "SRUN_"))
+        }
+        return {
+            **inherited,
+            "SLURM_CONF": str(self.config),
+            "PATH": f"{self.folder / 'bin'}:{os.environ.get('PATH', os.defpath)}",
+        }
 
     def save(self) -> None:
         """Writes cluster.json, whole or not at all."""
@@ -64,7 +72,13 @@ class State:
         """Starts a daemon that outlives this process, in a session of its own, its output in log/NAME.out."""
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environ, cwd=self.folder, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environ,
+                cwd=self.folder,
+                start_new_session=True,
             )
         started = start_time(process.pid)
         process.returncode = 0  # nobody waits for it: it is not this object's business any more
@@ -99,7 +113,9 @@ def prepare(folder: Path) -> None:
             _empty(folder / name)
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ClusterError(f"{folder} cannot be the cluster's folder: {error.strerror}. Take one that you may write to.") from None
+        raise ClusterError(
+            f"{folder} cannot be the cluster's folder: {error.strerror}. Take one that you may write to."
+        ) from None
 
 
 def _empty(folder: Path) -> None:
@@ -120,7 +136,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         file = (folder / MARK).open("a")
     except OSError:
-        raise ClusterError(f"{folder}: no cluster here. Start one: slurm/dev_cluster up {folder}") from None
+        raise ClusterError(
+            f"{folder}: no cluster here. Start one: slurm/dev_cluster up {folder}"
+        ) from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

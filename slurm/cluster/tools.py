@@ -35,7 +35,9 @@ def tool(name: str) -> str:
     """Returns a program's path. Raises: ClusterError if it is not there."""
     path = find(name)
     if path is None:
-        raise ClusterError(f"{name} is missing. On Debian or Ubuntu: apt-get install -y {PACKAGES.get(name, name)}")
+        raise ClusterError(
+            f"{name} is missing. On Debian or Ubuntu: apt-get install -y {PACKAGES.get(name, name)}"
+        )
     return path
 
 
@@ -50,14 +52,25 @@ def check_installed() -> None:
         )
 
 
-def output_of(command: Sequence[str], *, environ: dict[str, str] | None = None, limit_s: float = 20) -> str:
+def output_of(
+    command: Sequence[str], *, environ: dict[str, str] | None = None, limit_s: float = 20
+) -> str:
     """Returns what a program printed. Raises: ClusterError with its last words if it fails or takes longer."""
     try:
-        done = subprocess.run(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit_s)
+        done = subprocess.run(
+            command,
+            env=environ,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=limit_s,
+        )
     except subprocess.TimeoutExpired:
         raise ClusterError(f"`{' '.join(command)}` did not end within {limit_s:g} s.") from None
     if done.returncode:
-        raise ClusterError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stdout.strip()[-500:]}")
+        raise ClusterError(
+            f"`{' '.join(command)}` ended with {done.returncode}: {done.stdout.strip()[-500:]}"
+        )
     return done.stdout
 
 

@@ -38,21 +38,41 @@ def warm_cosine(optimizer: Optimizer, total_steps: int, lr: float) -> LRSchedule
 
 
 SCHEDULES: dict[str, Schedule] = {
-    "linear": lambda optimizer, total_steps, lr: LinearLR(optimizer, 1.0, 0.0, total_iters=total_steps),
+    "linear": lambda optimizer, total_steps, lr: LinearLR(
+        optimizer, 1.0, 0.0, total_iters=total_steps
+    ),
     "polynomial": lambda optimizer, total_steps, lr: PolynomialLR(optimizer, total_steps, power=2),
-    "cosine": lambda optimizer, total_steps, lr: CosineAnnealingLR(optimizer, total_steps, eta_min=lr / 10),
-    "one cycle": lambda optimizer, total_steps, lr: OneCycleLR(optimizer, [lr, lr / 2], total_steps=total_steps),
+    "cosine": lambda optimizer, total_steps, lr: CosineAnnealingLR(
+        optimizer, total_steps, eta_min=lr / 10
+    ),
+    "one cycle": lambda optimizer, total_steps, lr: OneCycleLR(
+        optimizer, [lr, lr / 2], total_steps=total_steps
+    ),
     "warm-up and cosine": warm_cosine,
-    "cyclic": lambda optimizer, total_steps, lr: CyclicLR(optimizer, lr / 10, lr, step_size_up=total_steps // 5),
-    "warmup_cosine": lambda optimizer, total_steps, lr: warmup_cosine(optimizer, total_steps, warmup=0.2),
-    "lambda": lambda optimizer, total_steps, lr: LambdaLR(optimizer, lambda step: 1 - step / total_steps),
+    "cyclic": lambda optimizer, total_steps, lr: CyclicLR(
+        optimizer, lr / 10, lr, step_size_up=total_steps // 5
+    ),
+    "warmup_cosine": lambda optimizer, total_steps, lr: warmup_cosine(
+        optimizer, total_steps, warmup=0.2
+    ),
+    "lambda": lambda optimizer, total_steps, lr: LambdaLR(
+        optimizer, lambda step: 1 - step / total_steps
+    ),
 }
 LONGER = (Settings(epochs=2, max_steps=AT), Settings(epochs=3, max_steps=0, change=("epochs",)), 30)
 CHANGES = {
     "epochs": LONGER,
     "max_steps": (Settings(max_steps=AT), Settings(max_steps=20, change=("max_steps",)), 20),
-    "lr": (Settings(epochs=2, max_steps=AT), Settings(epochs=2, max_steps=0, lr=0.02, change=("lr",)), 20),
-    "something else": (Settings(epochs=2, max_steps=AT), Settings(epochs=2, max_steps=0, grad_clip=1e9, change=("grad_clip",)), 20),
+    "lr": (
+        Settings(epochs=2, max_steps=AT),
+        Settings(epochs=2, max_steps=0, lr=0.02, change=("lr",)),
+        20,
+    ),
+    "something else": (
+        Settings(epochs=2, max_steps=AT),
+        Settings(epochs=2, max_steps=0, grad_clip=1e9, change=("grad_clip",)),
+        20,
+    ),
     "nothing": (Settings(epochs=2, max_steps=AT), Settings(epochs=2, max_steps=0), 20),
 }
 
@@ -80,7 +100,12 @@ def scheduled(settings: Settings, schedule: Schedule, seen: Rates) -> Recipe:
             seen.append(numbers(made[0]))
         return classify(model, batch)
 
-    return recipe(settings, loss=loss, optimizer=optimizer, scheduler=lambda built, total_steps: schedule(built, total_steps, settings.lr))
+    return recipe(
+        settings,
+        loss=loss,
+        optimizer=optimizer,
+        scheduler=lambda built, total_steps: schedule(built, total_steps, settings.lr),
+    )
 
 
 def of_bare_torch(settings: Settings, schedule: Schedule, *, total_steps: int) -> Rates:
@@ -98,13 +123,18 @@ def of_bare_torch(settings: Settings, schedule: Schedule, *, total_steps: int) -
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_goes_on_as_if_the_run_had_always_had_the_new_settings(name: str, change: str, tmp_path: Path) -> None:
+def test_a_schedule_goes_on_as_if_the_run_had_always_had_the_new_settings(
+    name: str, change: str, tmp_path: Path
+) -> None:
     first, second, total_steps = CHANGES[change]
     schedule = SCHEDULES[name]
     seen: Rates = []
     for settings in (first, second):
         seen.clear()
-        ended = live(lambda own: scheduled(own, schedule, seen), replace(settings, run_dir=str(tmp_path / "run")))
+        ended = live(
+            lambda own: scheduled(own, schedule, seen),
+            replace(settings, run_dir=str(tmp_path / "run")),
+        )
     assert ended.step == total_steps
     assert seen[AT - total_steps :] == of_bare_torch(second, schedule, total_steps=total_steps)[AT:]
 
@@ -113,7 +143,10 @@ def test_a_schedule_that_ends_before_the_step_reached_is_refused_by_name(tmp_pat
     first = Settings(max_steps=9, run_dir=str(tmp_path / "run"))
     live(lambda own: scheduled(own, SCHEDULES["one cycle"], []), first)
     second = replace(first, max_steps=5, change=("max_steps",))
-    with pytest.raises(ddp_kit.errors.ConfigError, match=r"at step 9, and the schedule of the changed settings \(OneCycleLR\)"):
+    with pytest.raises(
+        ddp_kit.errors.ConfigError,
+        match=r"at step 9, and the schedule of the changed settings \(OneCycleLR\)",
+    ):
         live(lambda own: scheduled(own, SCHEDULES["one cycle"], []), second)
 
 
@@ -132,7 +165,9 @@ class Counting(SGD):
             group["count"] += 1
 
 
-def test_what_an_optimizer_counts_in_its_groups_goes_on_and_its_arguments_are_the_new_ones(tmp_path: Path) -> None:
+def test_what_an_optimizer_counts_in_its_groups_goes_on_and_its_arguments_are_the_new_ones(
+    tmp_path: Path,
+) -> None:
     made: list[Optimizer] = []
 
     def counted(settings: Settings) -> Recipe:
@@ -151,7 +186,9 @@ def test_what_an_optimizer_counts_in_its_groups_goes_on_and_its_arguments_are_th
 
 # The loss scale
 
-needs_fp16 = pytest.mark.skipif(not has_fp16(torch.device("cpu")), reason="torch has no float16 kernels for this CPU")
+needs_fp16 = pytest.mark.skipif(
+    not has_fp16(torch.device("cpu")), reason="torch has no float16 kernels for this CPU"
+)
 
 
 @needs_fp16
@@ -164,14 +201,23 @@ needs_fp16 = pytest.mark.skipif(not has_fp16(torch.device("cpu")), reason="torch
         ("fp16", "fp16", LossScale(is_on=True, scale=4.0, good_steps=3)),
     ],
 )
-def test_a_loss_scale_is_taken_over_from_fp16_to_fp16_only(before: Any, after: Any, scale: LossScale, tmp_path: Path) -> None:
+def test_a_loss_scale_is_taken_over_from_fp16_to_fp16_only(
+    before: Any, after: Any, scale: LossScale, tmp_path: Path
+) -> None:
     """The scale decides what is done with gradients that are not finite: skipped in fp16, an error otherwise."""
     with process_group(device="cpu") as group:
         for precision in (before, after):
             settings = Settings(precision=precision)
             model = recipe(settings).model()
             feed = ddp_kit.build_loader(recipe(settings).train_data(), group=group, global_batch=24)
-            training = ddp_kit.wrap(model, SGD(model.parameters(), lr=0.1), classify, group=group, feed=feed, precision=precision)
+            training = ddp_kit.wrap(
+                model,
+                SGD(model.parameters(), lr=0.1),
+                classify,
+                group=group,
+                feed=feed,
+                precision=precision,
+            )
             own = training.objectives[0].scale
             if ddp_kit.restore(training, tmp_path):
                 break

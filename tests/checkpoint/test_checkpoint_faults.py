@@ -16,12 +16,22 @@ from ddp_kit.checkpoint.format.reader import open_checkpoint
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import steps
 
-needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed: pip install 'ddp_kit[deepspeed]'")
+needs_deepspeed = pytest.mark.skipif(
+    not find_spec("deepspeed"),
+    reason="deepspeed is not installed: pip install 'ddp_kit[deepspeed]'",
+)
 
 
 def run(folder: Path, *args: str, disk: str = "", deaths: str = "", limit_s: float = 30) -> Ended:
     folder.mkdir(exist_ok=True)
-    return train(*SMALL, *args, folder=folder, recipe=MORTAL, env={"DISK": disk, "DEATHS": deaths}, limit_s=limit_s)
+    return train(
+        *SMALL,
+        *args,
+        folder=folder,
+        recipe=MORTAL,
+        env={"DISK": disk, "DEATHS": deaths},
+        limit_s=limit_s,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +48,11 @@ def names(ended: Ended) -> list[str]:
 
 
 def events(ended: Ended, kind: str) -> list[dict[str, Any]]:
-    return [event for event in map(json.loads, (ended.run_dir / "events.jsonl").read_text().splitlines()) if event["event"] == kind]
+    return [
+        event
+        for event in map(json.loads, (ended.run_dir / "events.jsonl").read_text().splitlines())
+        if event["event"] == kind
+    ]
 
 
 def all_good(ended: Ended) -> None:
@@ -53,14 +67,21 @@ def all_good(ended: Ended) -> None:
 LAST = {0: 23, 1: 3}
 EVERY_PUSH = {(0, 6), (0, 12), (0, 20), (1, 2)}
 POSITIONS = [
-    pytest.param(rank, at, marks=[] if (rank, at) in EVERY_PUSH else pytest.mark.slow, id=f"rank {rank} at {at}")
+    pytest.param(
+        rank,
+        at,
+        marks=[] if (rank, at) in EVERY_PUSH else pytest.mark.slow,
+        id=f"rank {rank} at {at}",
+    )
     for rank in LAST
     for at in range(1, LAST[rank] + 1)
 ]
 
 
 @pytest.mark.parametrize(("rank", "at"), POSITIONS)
-def test_a_rank_killed_at_any_file_operation_of_a_save_costs_no_more_than_steps(tmp_path: Path, whole: Ended, rank: int, at: int) -> None:
+def test_a_rank_killed_at_any_file_operation_of_a_save_costs_no_more_than_steps(
+    tmp_path: Path, whole: Ended, rank: int, at: int
+) -> None:
     cut = run(tmp_path, "--keep", "1", disk=f"kill {rank} 8 {at}")
     assert cut.codes[rank] == -signal.SIGKILL, cut.errors
     assert "killed before" in cut.outputs[rank]
@@ -72,13 +93,21 @@ def test_a_rank_killed_at_any_file_operation_of_a_save_costs_no_more_than_steps(
     assert ended.status["weights_sha256"] == whole.status["weights_sha256"]
     assert names(ended) == ["step-00000010"]
     records = map(json.loads, (ended.run_dir / "metrics.jsonl").read_text().splitlines())
-    assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 11)), "each once, none lost"
+    assert [record["step"] for record in records if record["kind"] == "train"] == list(
+        range(1, 11)
+    ), "each once, none lost"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero1", "fsdp", pytest.param("deepspeed", marks=needs_deepspeed)])
+@pytest.mark.parametrize(
+    "strategy", ["zero1", "fsdp", pytest.param("deepspeed", marks=needs_deepspeed)]
+)
 def test_so_it_is_with_every_strategy(tmp_path: Path, strategy: str) -> None:
-    flags = ["--strategy", strategy, *(["--deepspeed.stage", "3", "--precision", "fp32"] if strategy == "deepspeed" else [])]
+    flags = [
+        "--strategy",
+        strategy,
+        *(["--deepspeed.stage", "3", "--precision", "fp32"] if strategy == "deepspeed" else []),
+    ]
     whole = run(tmp_path / "whole", *flags, limit_s=60)
     assert whole.codes == [0, 0], whole.errors
     for rank, at in EVERY_PUSH:
@@ -113,7 +142,9 @@ def test_five_killed_saves_in_a_row_leave_no_growing_rubbish(tmp_path: Path, who
     assert ended.status["weights_sha256"] == whole.status["weights_sha256"]
 
 
-def test_a_rank_that_dies_while_its_peers_save_is_in_flight_ends_all_within_10_s(tmp_path: Path, whole: Ended) -> None:
+def test_a_rank_that_dies_while_its_peers_save_is_in_flight_ends_all_within_10_s(
+    tmp_path: Path, whole: Ended
+) -> None:
     cut = run(tmp_path, disk="stall 1 4 60", deaths="7:0", limit_s=10)
     assert cut.codes[0] == -signal.SIGKILL
     assert cut.codes[1] == 1
@@ -152,7 +183,9 @@ def test_thirty_kills_at_random_steps_change_nothing(tmp_path: Path) -> None:
         pytest.param("EDQUOT", 0, "rename", marks=pytest.mark.slow),
     ],
 )
-def test_one_failed_save_is_said_and_training_goes_on(tmp_path: Path, whole: Ended, error: str, rank: int, operation: str) -> None:
+def test_one_failed_save_is_said_and_training_goes_on(
+    tmp_path: Path, whole: Ended, error: str, rank: int, operation: str
+) -> None:
     ended = run(tmp_path, disk=f"{error} {rank} 8 {operation}")
     assert ended.codes == [0, 0], ended.errors
     assert ended.status["weights_sha256"] == whole.status["weights_sha256"]
@@ -167,9 +200,18 @@ def test_one_failed_save_is_said_and_training_goes_on(tmp_path: Path, whole: End
 
 
 def test_three_failed_saves_in_a_row_end_the_run_on_all_ranks(tmp_path: Path) -> None:
-    ended = run(tmp_path, "--save-every", "2", disk="ENOSPC 1 4 write, ENOSPC 1 6 write, ENOSPC 1 8 write", limit_s=15)
+    ended = run(
+        tmp_path,
+        "--save-every",
+        "2",
+        disk="ENOSPC 1 4 write, ENOSPC 1 6 write, ENOSPC 1 8 write",
+        limit_s=15,
+    )
     assert ended.codes == [1, 1], ended.errors
-    assert "3 checkpoints in a row could not be written. The last error: rank 1: No space left on device (need" in ended.errors
+    assert (
+        "3 checkpoints in a row could not be written. The last error: rank 1: No space left on device (need"
+        in ended.errors
+    )
     assert ended.status["status"] == "failed"
     assert [event["step"] for event in events(ended, "save_failed")] == [4, 6, 8]
     assert names(ended) == ["step-00000002"]
@@ -189,7 +231,9 @@ def test_a_run_whose_last_save_fails_has_not_finished(tmp_path: Path, whole: End
 def test_a_stall_of_one_ranks_disk_does_not_stop_training(tmp_path: Path, whole: Ended) -> None:
     ended = run(tmp_path / "stalled", disk="stall 1 4 5", limit_s=30)
     said = ended.outputs[1]
-    assert said.index("the stall begins") < said.index("step 7 is done") < said.index("the stall ends")
+    assert (
+        said.index("the stall begins") < said.index("step 7 is done") < said.index("the stall ends")
+    )
     assert ended.codes == [0, 0]
     assert ended.status["weights_sha256"] == whole.status["weights_sha256"]
     assert names(ended) == names(whole)

@@ -15,7 +15,14 @@ from safetensors import safe_open
 from stored import is_equal, newest, state, write
 
 from ddp_kit.checkpoint.format import reader
-from ddp_kit.checkpoint.format.layout import MANIFEST, STATE, DamagedError, FormatError, fingerprint, parse_manifest
+from ddp_kit.checkpoint.format.layout import (
+    MANIFEST,
+    STATE,
+    DamagedError,
+    FormatError,
+    fingerprint,
+    parse_manifest,
+)
 from ddp_kit.checkpoint.format.reader import open_checkpoint
 from ddp_kit.checkpoint.format.storage import LocalDisk, Memory
 from ddp_kit.distributed.process_group import Group
@@ -23,18 +30,24 @@ from ddp_kit.distributed.process_group import Group
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("place", ["memory", "disk"])
-def test_what_any_number_of_ranks_wrote_comes_back_bit_for_bit(world_size: int, place: str, tmp_path: Path) -> None:
+def test_what_any_number_of_ranks_wrote_comes_back_bit_for_bit(
+    world_size: int, place: str, tmp_path: Path
+) -> None:
     storage = Memory() if place == "memory" else LocalDisk(tmp_path)
     write(storage, 4, world_size=world_size)
     opened = open_checkpoint(storage, 4, group=alone())
     assert is_equal(opened, state(4))
     assert not is_equal(opened, state(5))
-    assert storage.list(NEW) == sorted([MANIFEST, STATE, *(f"rank-{rank}.safetensors" for rank in range(world_size))])
+    assert storage.list(NEW) == sorted(
+        [MANIFEST, STATE, *(f"rank-{rank}.safetensors" for rank in range(world_size))]
+    )
     assert storage.list("") == [NEW]  # nothing temporary
 
 
 @pytest.mark.ranks(3)
-def test_three_ranks_read_what_one_two_or_four_wrote_and_all_hear_of_damage_that_one_saw(group: Group, tmp_path: Path) -> None:
+def test_three_ranks_read_what_one_two_or_four_wrote_and_all_hear_of_damage_that_one_saw(
+    group: Group, tmp_path: Path
+) -> None:
     """Each rank hashes a part of the files only."""
     from ddp_kit.distributed.collectives import from_rank
 
@@ -61,10 +74,14 @@ def test_a_shard_loads_with_safetensors_alone(tmp_path: Path) -> None:
     for rank in range(2):
         with safe_open(tmp_path / NEW / f"rank-{rank}.safetensors", framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118  it is no dict
-                rows.setdefault(name, []).append((int(shard.metadata()[name]), shard.get_tensor(name)))
+                rows.setdefault(name, []).append(
+                    (int(shard.metadata()[name]), shard.get_tensor(name))
+                )
     for name, tensor in state(4).items():
         parts = [part for _, part in sorted(rows.get(name, []), key=lambda pair: pair[0])]
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty(tensor.shape)
+        whole = (
+            torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty(tensor.shape)
+        )
         assert torch.equal(whole, tensor), name
 
 
@@ -125,16 +142,23 @@ def broken(two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def listing(root: Path) -> dict[str, bytes | str]:
     """Returns all names under a folder with their content."""
-    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else "" for path in sorted(root.rglob("*"))}
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else ""
+        for path in sorted(root.rglob("*"))
+    }
 
 
 @pytest.mark.parametrize("fault", BREAK)
 @pytest.mark.parametrize("name", FILES)
-def test_a_broken_file_sets_its_checkpoint_aside_and_the_older_one_is_used(broken: Path, name: str, fault: str) -> None:
+def test_a_broken_file_sets_its_checkpoint_aside_and_the_older_one_is_used(
+    broken: Path, name: str, fault: str
+) -> None:
     BREAK[fault](broken / "run" / NEW / name)
     before = listing(broken) if fault not in ("pipe", "endless") else {}
     opened, notes = newest(LocalDisk(broken / "run"))
-    if name == MANIFEST and fault == "of another run":  # a whole manifest; the files are not those that it lists
+    if (
+        name == MANIFEST and fault == "of another run"
+    ):  # a whole manifest; the files are not those that it lists
         assert "CRC-32" in notes[0]
     assert opened is not None
     assert opened.folder == OLD
@@ -144,7 +168,10 @@ def test_a_broken_file_sets_its_checkpoint_aside_and_the_older_one_is_used(broke
     assert reason.strip() in notes[0]
     assert name in reason or name == MANIFEST, reason
     if before:  # set aside means renamed: nothing is changed, nothing is lost, nothing ran
-        after = {path.replace(f"{NEW}.corrupt", NEW): content for path, content in listing(broken).items()}
+        after = {
+            path.replace(f"{NEW}.corrupt", NEW): content
+            for path, content in listing(broken).items()
+        }
         assert after == before | {f"run/{NEW}/REASON": reason.encode()}
 
 
@@ -175,7 +202,9 @@ def test_no_bit_of_a_manifest_can_change_unnoticed() -> None:
                 parse_manifest(bytes(changed), step=4)
 
 
-def test_a_link_to_the_right_bytes_is_accepted_and_nothing_is_written_through_a_link(broken: Path) -> None:
+def test_a_link_to_the_right_bytes_is_accepted_and_nothing_is_written_through_a_link(
+    broken: Path,
+) -> None:
     """People move checkpoints to other disks and leave links: the hash decides. A linked folder that is damaged gets no REASON."""
     folder = broken / "run" / NEW
     target = elsewhere(folder / "rank-1.safetensors")
@@ -220,7 +249,10 @@ def test_a_later_format_is_refused_with_both_versions_and_left_alone(broken: Pat
     file = broken / "run" / NEW / MANIFEST
     file.write_bytes(resealed(file.read_bytes(), format=7, new_field=1))
     before = listing(broken)
-    with pytest.raises(FormatError, match=r"step-00000004: it has format version 7, this ddp_kit reads up to 1\. Install a later"):
+    with pytest.raises(
+        FormatError,
+        match=r"step-00000004: it has format version 7, this ddp_kit reads up to 1\. Install a later",
+    ):
         newest(LocalDisk(broken / "run"))
     assert listing(broken) == before
 
@@ -238,7 +270,9 @@ def test_a_later_format_is_refused_with_both_versions_and_left_alone(broken: Pat
         "\ud800",
     ],
 )
-def test_names_that_leave_the_folder_are_refused_even_with_the_right_hash(broken: Path, name: str) -> None:
+def test_names_that_leave_the_folder_are_refused_even_with_the_right_hash(
+    broken: Path, name: str
+) -> None:
     folder = broken / "run" / NEW
     secret = (broken / "other" / NEW / "rank-0.safetensors").read_bytes()
     files = json.loads((folder / MANIFEST).read_bytes())["files"]
@@ -249,4 +283,6 @@ def test_names_that_leave_the_folder_are_refused_even_with_the_right_hash(broken
     assert opened is not None
     assert opened.folder == OLD
     assert "which is no file of a checkpoint" in notes[0]
-    assert "is no file of a checkpoint" in (broken / "run" / f"{NEW}.corrupt" / "REASON").read_text()
+    assert (
+        "is no file of a checkpoint" in (broken / "run" / f"{NEW}.corrupt" / "REASON").read_text()
+    )

@@ -17,7 +17,9 @@ from ddp_kit.stopping.early_stopping import EarlyStopping
 
 
 def test_every_format_has_a_golden_checkpoint() -> None:
-    assert {path.name for path in GOLDEN.iterdir()} == {f"format-{number}" for number in range(1, FORMAT + 1)}
+    assert {path.name for path in GOLDEN.iterdir()} == {
+        f"format-{number}" for number in range(1, FORMAT + 1)
+    }
 
 
 @pytest.mark.parametrize("folder", sorted(GOLDEN.iterdir()), ids=lambda path: path.name)

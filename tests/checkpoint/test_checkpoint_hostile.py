@@ -43,8 +43,15 @@ WITHIN = 64 << 20  # bytes that reading a hostile file of a few KB may take at m
 def sealed(files: dict[str, bytes], folder: str = NEW) -> None:
     """Gives every file of a checkpoint in memory its right size and hash in the manifest: what was changed, was changed on purpose."""
     path = f"{folder}/{MANIFEST}"
-    listed = {name: content for name, content in ((name.partition("/")[2], content) for name, content in files.items()) if name != MANIFEST}
-    files[path] = resealed(files[path], files={name: fingerprint(memoryview(content)) for name, content in listed.items()})
+    listed = {
+        name: content
+        for name, content in ((name.partition("/")[2], content) for name, content in files.items())
+        if name != MANIFEST
+    }
+    files[path] = resealed(
+        files[path],
+        files={name: fingerprint(memoryview(content)) for name, content in listed.items()},
+    )
 
 
 def made(**facts: Any) -> Memory:
@@ -66,7 +73,9 @@ def opened_or_refused(storage: Memory) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mutated_manifests_are_refused_or_read_but_nothing_else(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutated_manifests_are_refused_or_read_but_nothing_else(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """4,000, with a right seal, as somebody would write them on purpose."""
     monkeypatch.setattr(reader, "PAUSE_S", 0.0)
     storage, draw, accepted = made(), random.Random(seed), 0
@@ -99,13 +108,25 @@ def test_mutated_headers_and_states_are_refused_or_read_but_nothing_else(seed: i
         name = f"{NEW}/{draw.choice(['rank-0.safetensors', 'rank-1.safetensors', 'rank-2.safetensors', STATE])}"
         content = storage.files[name]
         if name.endswith(STATE):
-            text = mutated_bytes(content, draw) if i % 2 else json.dumps(mutated_json(json.loads(content), draw)).encode()
+            text = (
+                mutated_bytes(content, draw)
+                if i % 2
+                else json.dumps(mutated_json(json.loads(content), draw)).encode()
+            )
         else:
             length = int.from_bytes(content[:8], "little")
             head = content[8 : 8 + length].rstrip()
-            head = mutated_bytes(head, draw) if i % 2 else json.dumps(mutated_json(json.loads(head), draw)).encode()
+            head = (
+                mutated_bytes(head, draw)
+                if i % 2
+                else json.dumps(mutated_json(json.loads(head), draw)).encode()
+            )
             size = draw.choice([length, len(head), len(head), draw.getrandbits(64)])
-            text = size.to_bytes(8, "little") + head.ljust(length if size == length else 0) + content[8 + length :]
+            text = (
+                size.to_bytes(8, "little")
+                + head.ljust(length if size == length else 0)
+                + content[8 + length :]
+            )
         storage.files[name] = text
         sealed(storage.files)
         opened_or_refused(storage)
@@ -148,17 +169,24 @@ def test_a_large_file_without_content_takes_no_memory(tmp_path: Path) -> None:
         open_checkpoint(storage, 4, group=alone())
 
 
-@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 100_000, b"\xff\xfe", b"\x00", b"null", b"[1]"])
+@pytest.mark.parametrize(
+    "text",
+    [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 100_000, b"\xff\xfe", b"\x00", b"null", b"[1]"],
+)
 def test_json_that_exhausts_a_parser_is_damage(text: bytes) -> None:
     for name in (STATE, "rank-1.safetensors"):
         storage = made()
-        storage.files[f"{NEW}/{name}"] = text if name == STATE else len(text).to_bytes(8, "little") + text
+        storage.files[f"{NEW}/{name}"] = (
+            text if name == STATE else len(text).to_bytes(8, "little") + text
+        )
         sealed(storage.files)
         with pytest.raises(DamagedError):
             open_checkpoint(storage, 4, group=alone())
 
 
-@pytest.mark.parametrize("shape", [[-1, 0], [0, -1], [True], [2.0], ["1"], [math.inf], [10**400], None, [2**62, 2**62]])
+@pytest.mark.parametrize(
+    "shape", [[-1, 0], [0, -1], [True], [2.0], ["1"], [math.inf], [10**400], None, [2**62, 2**62]]
+)
 def test_a_shape_that_no_tensor_has_is_damage(shape: Any) -> None:
     storage = made()
     content = json.loads(storage.files[f"{NEW}/{STATE}"])
@@ -203,7 +231,11 @@ CHANGES = (
 def _heard(event: str, args: tuple[Any, ...]) -> None:
     if happened is not None and (event in CODE or event in CHANGES or event == "open"):
         happened.append((event, repr(args)))
-        if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        if (
+            event == "open"
+            and isinstance(args[2], int)
+            and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        ):
             happened.append(("write", str(args[0])))
 
 
@@ -230,7 +262,9 @@ def test_the_audit_hears_a_pickle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [None, *FILES])
-def test_reading_runs_no_code_and_writes_nothing_outside_the_run(name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_runs_no_code_and_writes_nothing_outside_the_run(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`name` holds a pickle, with the right hash where the manifest can give it one."""
     monkeypatch.setattr(reader, "PAUSE_S", 0.0)
     run = tmp_path / "run"
@@ -274,8 +308,22 @@ def test_nothing_that_reads_checkpoints_can_unpickle() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
-                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-            assert not {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "torch.load"} & set(names), (module, names)
-            assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "np.load", "numpy.load")), module
+                names = [
+                    node.module or "",
+                    *(f"{node.module}.{alias.name}" for alias in node.names),
+                ]
+            assert not {
+                "pickle",
+                "marshal",
+                "shelve",
+                "dill",
+                "cloudpickle",
+                "joblib",
+                "torch.load",
+            } & set(names), (module, names)
+            assert not (
+                isinstance(node, ast.Attribute)
+                and ast.unparse(node) in ("torch.load", "np.load", "numpy.load")
+            ), module
             todo += [name for name in names if name.startswith("ddp_kit")]
     assert len(seen) > 20

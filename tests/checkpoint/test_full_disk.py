@@ -31,7 +31,9 @@ def grown(folder: Path) -> None:
     tracker.start(RunInfo(run_dir=folder, name="x"))
     tracker.log({"kind": "eval", "step": 1})
     before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "metrics.jsonl").stat().st_size + 10, most))  # the next line is torn
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, ((folder / "metrics.jsonl").stat().st_size + 10, most)
+    )  # the next line is torn
     for step in (2, 3):
         tracker.log({"kind": "eval", "step": step})
     tracker.event({"event": "save", "step": 3})
@@ -44,7 +46,9 @@ def grown(folder: Path) -> None:
 
 def test_lines_that_a_full_disk_refused_are_written_once_there_is_room(tmp_path: Path) -> None:
     run_ranks(grown, 1, tmp_path, group=False)
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2, 3, 4]
     assert [event["step"] for event in read_lines(tmp_path / "events.jsonl")] == [3]
 
 
@@ -54,7 +58,10 @@ def test_a_run_whose_events_find_no_room_trains_to_its_end_and_says_so_once(tmp_
     ended = train(*SMALL, folder=tmp_path, recipe=MORTAL)
     assert ended.codes == [0, 0], ended.errors
     assert ended.status["status"] == "finished"
-    assert ended.outputs[0].count("events.jsonl: No space left on device; its lines wait in memory") == 1
+    assert (
+        ended.outputs[0].count("events.jsonl: No space left on device; its lines wait in memory")
+        == 1
+    )
     assert "events.jsonl: the last 6 lines could not be written" in ended.outputs[0]
 
 
@@ -74,14 +81,20 @@ def test_a_failure_is_told_even_if_status_json_cannot_be_written(
         ddp_kit.run(recipe(settings, callbacks=[Failing()]), settings)
     log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     assert "status.json could not be written: [Errno 28] No space left on device" in log
-    assert [event["event"] for event in read_lines(tmp_path / "run" / "events.jsonl")][-1] == "failure"
+    assert [event["event"] for event in read_lines(tmp_path / "run" / "events.jsonl")][
+        -1
+    ] == "failure"
 
 
 @pytest.mark.ranks(2)
-def test_a_best_checkpoint_that_is_damaged_gives_way_to_the_next_best(group: Group, tmp_path: Path) -> None:
+def test_a_best_checkpoint_that_is_damaged_gives_way_to_the_next_best(
+    group: Group, tmp_path: Path
+) -> None:
     model, disk = plain(), LocalDisk(tmp_path)
     feed = ddp_kit.build_loader(vectors(), group=group, global_batch=8)
-    training = ddp_kit.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), classify, group=group, feed=feed)
+    training = ddp_kit.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), classify, group=group, feed=feed
+    )
     if group.rank == 0:
         for step, loss in ((2, 0.5), (4, 0.1), (6, 0.3)):
             tensors = {name: tensor + step for name, tensor in model_tensors(model).items()}

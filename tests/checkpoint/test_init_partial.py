@@ -30,22 +30,35 @@ def file(tmp_path: Path) -> Path:
 def test_a_head_of_another_shape_is_refused_whole_with_what_to_type(file: Path) -> None:
     model = net(3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ConfigError, match=r"2.weight: here \(3, 8\), there \(7, 8\)(.|\n)*--init-partial"):
+    with pytest.raises(
+        ConfigError, match=r"2.weight: here \(3, 8\), there \(7, 8\)(.|\n)*--init-partial"
+    ):
         load_weights(model, file, group=alone())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_partial_load_takes_what_fits_and_shows_the_rest(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_partial_load_takes_what_fits_and_shows_the_rest(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, given = net(3), load_file(file)
     head = model[2].weight.detach().clone()
     with caplog.at_level(logging.INFO, "ddp_kit"):
         load_weights(model, file, group=alone(), partial=True)
-    assert all(torch.equal(tensor, given[name]) for name, tensor in model.state_dict().items() if not name.startswith("2."))
+    assert all(
+        torch.equal(tensor, given[name])
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("2.")
+    )
     assert torch.equal(model[2].weight, head)
-    assert "took 7 of the model's 9 tensors; not these:\n  shape       2.bias: here (3,), there (7,)\n  shape       2.weight" in caplog.text
+    assert (
+        "took 7 of the model's 9 tensors; not these:\n  shape       2.bias: here (3,), there (7,)\n  shape       2.weight"
+        in caplog.text
+    )
 
 
-def test_a_partial_load_of_what_fits_whole_says_nothing(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_partial_load_of_what_fits_whole_says_nothing(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "ddp_kit"):
         load_weights(net(7), file, group=alone(), partial=True)
     assert not caplog.text

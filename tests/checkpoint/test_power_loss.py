@@ -59,11 +59,15 @@ class Recorder:
 class Disk:
     """What a disk may hold after a power loss. Names live in folders: `step-...` in "", files in their folder's own identity."""
 
-    names: dict[str, int] = field(default_factory=dict)  # folder -> its identity, which a rename does not change
+    names: dict[str, int] = field(
+        default_factory=dict
+    )  # folder -> its identity, which a rename does not change
     files: dict[tuple[int, str], bytes] = field(default_factory=dict)
     fresh: int = 0
 
-    def play(self, log: Sequence[tuple[str, Any]], *, draw: random.Random | None, keeps_all: bool = False) -> Memory:
+    def play(
+        self, log: Sequence[tuple[str, Any]], *, draw: random.Random | None, keeps_all: bool = False
+    ) -> Memory:
         """Plays a record. What is not durable at its end survives by chance with `draw`, else not, or wholly with `keeps_all`.
 
         A name in a folder is durable after the folder's sync, a file's content after its fsync, a renamed or new folder after that of
@@ -110,10 +114,24 @@ class Disk:
         return memory
 
     @staticmethod
-    def _until(folder: int, changes: Sequence[tuple[int, Any]], synced: int, draw: random.Random | None, keeps_all: bool) -> int:
-        return len(changes) if keeps_all else synced if draw is None else draw.randint(synced, len(changes))
+    def _until(
+        folder: int,
+        changes: Sequence[tuple[int, Any]],
+        synced: int,
+        draw: random.Random | None,
+        keeps_all: bool,
+    ) -> int:
+        return (
+            len(changes)
+            if keeps_all
+            else synced
+            if draw is None
+            else draw.randint(synced, len(changes))
+        )
 
-    def _apply(self, folder: int, change: Any, contents: Any, draw: random.Random | None, keeps_all: bool) -> None:
+    def _apply(
+        self, folder: int, change: Any, contents: Any, draw: random.Random | None, keeps_all: bool
+    ) -> None:
         if change[0] == "add":
             self.names[change[1]] = change[2]
         elif change[0] == "rename":
@@ -127,7 +145,9 @@ class Disk:
             self.files[folder, change[1]] = content
 
 
-def recorded(without: str = "", *, again: bool = False) -> tuple[list[tuple[str, Any]], list[tuple[int, int]]]:
+def recorded(
+    without: str = "", *, again: bool = False
+) -> tuple[list[tuple[str, Any]], list[tuple[int, int]]]:
     """Returns the record of some saves with retention, and (length of the record, step) at the end of each save's commit."""
     storage, committed = Recorder(without), []
     for step in SAVES:
@@ -146,7 +166,9 @@ def disks(log: Sequence[tuple[str, Any]], *, tries: int) -> Iterator[Memory]:
         yield Disk().play(log, draw=random.Random(seed))
 
 
-def faults(log: Sequence[tuple[str, Any]], committed: Sequence[tuple[int, int]], *, tries: int) -> list[str]:
+def faults(
+    log: Sequence[tuple[str, Any]], committed: Sequence[tuple[int, int]], *, tries: int
+) -> list[str]:
     """Returns what is wrong after a power loss at any moment: a checkpoint of a wrong content, or older than one committed before."""
     wrong = []
     for length in range(len(log) + 1):
@@ -157,11 +179,17 @@ def faults(log: Sequence[tuple[str, Any]], committed: Sequence[tuple[int, int]],
             opened, _ = newest(disk)
             step = opened.manifest.step if opened is not None else 0
             if step < promised:
-                wrong.append(f"after {length} operations, disk {i}: step {promised} was committed, {step} is found")
+                wrong.append(
+                    f"after {length} operations, disk {i}: step {promised} was committed, {step} is found"
+                )
             elif opened is not None and not is_equal(opened, state(step)):
-                wrong.append(f"after {length} operations, disk {i}: step {step} holds something else")
+                wrong.append(
+                    f"after {length} operations, disk {i}: step {step} holds something else"
+                )
             elif step and step != by_name[0]:
-                wrong.append(f"after {length} operations, disk {i}: step {by_name[0]} is there by name, but damaged")
+                wrong.append(
+                    f"after {length} operations, disk {i}: step {by_name[0]} is there by name, but damaged"
+                )
     return wrong
 
 
@@ -175,7 +203,11 @@ def test_a_disk_syncs_what_the_rules_say(tmp_path: Path, monkeypatch: pytest.Mon
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
     disk = LocalDisk(tmp_path)
-    contents = [memoryview(bytes(10)), memoryview(bytes(CHUNK + 10)), memoryview(mmap.mmap(-1, CHUNK + 10))]  # the last one on a page
+    contents = [
+        memoryview(bytes(10)),
+        memoryview(bytes(CHUNK + 10)),
+        memoryview(mmap.mmap(-1, CHUNK + 10)),
+    ]  # the last one on a page
     for i, content in enumerate(contents):
         disk.write(f"folder/{i}", content)
         assert synced.pop() == (tmp_path / "folder" / str(i)).stat().st_ino

@@ -14,7 +14,14 @@ MORTAL = str(KIT / "mortal.py")
 
 def run(folder: Path, *args: str, deaths: str = "", world_size: int = 3) -> Any:
     folder.mkdir(exist_ok=True)
-    return train(*args, folder=folder, recipe=MORTAL, world_size=world_size, env={"DEATHS": deaths}, limit_s=60)
+    return train(
+        *args,
+        folder=folder,
+        recipe=MORTAL,
+        world_size=world_size,
+        env={"DEATHS": deaths},
+        limit_s=60,
+    )
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -29,10 +36,14 @@ def records(folder: Path) -> list[dict[str, Any]]:
         (["--save-every", "3"], ["8:1", "17:0", "21:2"]),
         (["--save-every", "5", "--optimizer", "sgd", "--num-workers", "2"], ["13:2"]),
         (["--save-every", "7", "--precision", "bf16"], ["9:0"]),
-        pytest.param(["--save-every", "1", "--precision", "fp16"], ["6:1", "11:2"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--save-every", "1", "--precision", "fp16"], ["6:1", "11:2"], marks=pytest.mark.slow
+        ),
     ],
 )
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, args: list[str], deaths: list[str]) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(
+    tmp_path: Path, args: list[str], deaths: list[str]
+) -> None:
     """3 ranks: with two, DDP's rebuilt buckets could not show."""
     whole = run(tmp_path / "whole", *args)
     assert whole.codes == [0, 0, 0], whole.errors
@@ -48,8 +59,22 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, args: list[str], death
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
-def test_exact_runs_have_the_same_bits_across_kills_and_numbers_of_ranks(tmp_path: Path, optimizer: str) -> None:
-    args = ["--exact", "--global-batch", "24", "--micro-batch", "6", "--save-every", "3", "--optimizer", optimizer, "--width", "64"]
+def test_exact_runs_have_the_same_bits_across_kills_and_numbers_of_ranks(
+    tmp_path: Path, optimizer: str
+) -> None:
+    args = [
+        "--exact",
+        "--global-batch",
+        "24",
+        "--micro-batch",
+        "6",
+        "--save-every",
+        "3",
+        "--optimizer",
+        optimizer,
+        "--width",
+        "64",
+    ]
     whole = run(tmp_path / "whole", *args, world_size=1)
     assert whole.codes == [0], whole.errors
     for world_size, death in ((4, "7:2"), (2, "16:0"), (1, "22:0")):
@@ -73,7 +98,9 @@ def test_data_with_a_state_of_their_own_go_on_from_it_on_as_many_ranks(tmp_path:
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
 
 
-def test_frozen_weights_stay_out_of_checkpoints_on_request_and_the_run_goes_on_over_the_same_ones(tmp_path: Path) -> None:
+def test_frozen_weights_stay_out_of_checkpoints_on_request_and_the_run_goes_on_over_the_same_ones(
+    tmp_path: Path,
+) -> None:
     args = ["--frozen", "--save-trainable-only", "--save-every", "4", "--width", "64"]
     whole = run(tmp_path / "whole", *args, world_size=1)
     assert whole.codes == [0], whole.errors

@@ -21,9 +21,18 @@ from ddp_kit.training.state import Training
 def two_rates(group: Group, *, rates: tuple[float, float]) -> Training:
     model = plain()
     layers = [module for module in model if isinstance(module, nn.Linear)]
-    groups = [{"params": layer.parameters(), "lr": torch.tensor(rate)} for layer, rate in zip(layers, rates, strict=True)]
+    groups = [
+        {"params": layer.parameters(), "lr": torch.tensor(rate)}
+        for layer, rate in zip(layers, rates, strict=True)
+    ]
     feed = ddp_kit.build_loader(vectors(), group=group, global_batch=8)
-    return ddp_kit.wrap(model, torch.optim.AdamW(groups, foreach=True, capturable=False), classify, group=group, feed=feed)
+    return ddp_kit.wrap(
+        model,
+        torch.optim.AdamW(groups, foreach=True, capturable=False),
+        classify,
+        group=group,
+        feed=feed,
+    )
 
 
 def test_rates_that_are_tensors_come_back_to_the_group_they_belong_to(tmp_path: Path) -> None:
@@ -32,7 +41,10 @@ def test_rates_that_are_tensors_come_back_to_the_group_they_belong_to(tmp_path: 
     with ddp_kit.process_group(device="cpu") as group:
         training = two_rates(group, rates=(1.0, 2.0))
         ddp_kit.restore(training, tmp_path)
-        assert [float(own["lr"]) for own in training.objectives[0].optimizer.param_groups] == [0.25, 0.5]
+        assert [float(own["lr"]) for own in training.objectives[0].optimizer.param_groups] == [
+            0.25,
+            0.5,
+        ]
 
 
 def test_one_training_has_one_folder(tmp_path: Path) -> None:
@@ -61,15 +73,23 @@ def test_a_setting_that_does_not_exist_cannot_be_changed() -> None:
 
 
 @pytest.mark.ranks(2)
-def test_a_restore_into_a_life_that_has_trained_fills_the_optimizers_own_memory(tmp_path: Path, group: Group) -> None:
+def test_a_restore_into_a_life_that_has_trained_fills_the_optimizers_own_memory(
+    tmp_path: Path, group: Group
+) -> None:
     """New memory takes longer to come by than its content."""
 
     def memory(training: Training) -> dict[int, int]:
-        moments = [state for own in training.objectives[0].optimizer.state.values() for state in own.values()]
+        moments = [
+            state
+            for own in training.objectives[0].optimizer.state.values()
+            for state in own.values()
+        ]
         return {moment.data_ptr(): i for i, moment in enumerate(moments)}
 
     model, feed = plain(), ddp_kit.build_loader(vectors(), group=group, global_batch=8)
-    training = ddp_kit.wrap(model, torch.optim.AdamW(model.parameters()), classify, group=group, feed=feed)
+    training = ddp_kit.wrap(
+        model, torch.optim.AdamW(model.parameters()), classify, group=group, feed=feed
+    )
     batches = feed.batches(start=0, end=2)
     ddp_kit.train_step(training, next(batches))
     ddp_kit.save(training, tmp_path)

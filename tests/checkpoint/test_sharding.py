@@ -16,16 +16,31 @@ def transformer(layers: int = 12, width: int = 768, words: int = 50304) -> dict[
             f"{i}.down": (width, 4 * width),
         }
         shapes |= {f"{i}.{name}": (width,) for name in ("norm1", "norm2", "bias1", "bias2")}
-    every = {f"{kind}/{name}": Shape(shape, 4) for kind in ("model", "exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+    every = {
+        f"{kind}/{name}": Shape(shape, 4)
+        for kind in ("model", "exp_avg", "exp_avg_sq")
+        for name, shape in shapes.items()
+    }
     return every | {f"step/{name}": Shape((), 4) for name in shapes}
 
 
 AWKWARD = {
     "scalars": {f"s{i}": Shape((), 8) for i in range(5)},
-    "empty": {"a": Shape((0,), 4), "b": Shape((3, 0), 4), "c": Shape((2,), 4), "d": Shape((0, 7), 4)},
+    "empty": {
+        "a": Shape((0,), 4),
+        "b": Shape((3, 0), 4),
+        "c": Shape((2,), 4),
+        "d": Shape((0, 7), 4),
+    },
     "one row": {"a": Shape((1, 1000), 4), "b": Shape((1, 1), 1), "c": Shape((1, 70), 2)},
     "nothing": {},
-    "mixed": {"a": Shape((), 4), "b": Shape((300, 5), 8), "c": Shape((0, 5), 8), "d": Shape((1, 4000), 1), "e": Shape((7,), 1)},
+    "mixed": {
+        "a": Shape((), 4),
+        "b": Shape((300, 5), 8),
+        "c": Shape((0, 5), 8),
+        "d": Shape((1, 4000), 1),
+        "e": Shape((7,), 1),
+    },
 }
 
 

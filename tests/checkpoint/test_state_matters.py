@@ -22,8 +22,29 @@ from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.train import main
 
 MORTAL = str(KIT / "mortal.py")
-ARGS = ["--epochs", "1", "--width", "8", "--precision", "fp16", "--save-every", "100", "--eval-every", "3", "--keep", "9", "--no-tuning"]
-ARGS += ["--early-stop.metric", "loss", "--early-stop.patience", "9", "--early-stop.min-delta", "5"]  # never better than the first
+ARGS = [
+    "--epochs",
+    "1",
+    "--width",
+    "8",
+    "--precision",
+    "fp16",
+    "--save-every",
+    "100",
+    "--eval-every",
+    "3",
+    "--keep",
+    "9",
+    "--no-tuning",
+]
+ARGS += [
+    "--early-stop.metric",
+    "loss",
+    "--early-stop.patience",
+    "9",
+    "--early-stop.min-delta",
+    "5",
+]  # never better than the first
 END, AT = 10, 6
 FIXED = r"settings/|run_id$|base_sha256$|tied/|tensors/|course|.*/name$"  # what the run is, not how far it is
 FIXED += r"|objectives/0/groups/0/(?!lr$|initial_lr$)|objectives/0/scale/(is_on|growth_interval)|objectives/0/state/"  # state/: names
@@ -52,7 +73,9 @@ ITEMS = {
     "steps of the optimizer": Item(r"optimizer/.*/step$", zero),
     "momentum": Item(r"optimizer/.*/momentum_buffer$", zero),
     "rate": Item(r"objectives/0/groups/0/lr$", lambda value: 0.001),
-    "rate that the schedule begins with": Item(r"objectives/0/groups/0/initial_lr$", lambda value: 0.001),
+    "rate that the schedule begins with": Item(
+        r"objectives/0/groups/0/initial_lr$", lambda value: 0.001
+    ),
     "schedule": Item(r"objectives/0/scheduler/last_epoch$", lambda value: 0),
     "loss scale": Item(r"objectives/0/scale/scale$", lambda value: 1.0),
     "good steps": Item(r"objectives/0/scale/good_steps$", lambda value: 0),
@@ -63,13 +86,28 @@ ITEMS = {
     "skipped steps": Item(r"skipped$", lambda value: value + 1),
     "best": Item(r"best$", lambda value: "-1.0"),
 }
-ONLY_IN = {"momentum": "sgd", "first moments": "adamw", "second moments": "adamw", "steps of the optimizer": "adamw"}
-CASES = [(name, ONLY_IN.get(name, "adamw")) for name in ITEMS if name != "rate that the schedule begins with"]
+ONLY_IN = {
+    "momentum": "sgd",
+    "first moments": "adamw",
+    "second moments": "adamw",
+    "steps of the optimizer": "adamw",
+}
+CASES = [
+    (name, ONLY_IN.get(name, "adamw"))
+    for name in ITEMS
+    if name != "rate that the schedule begins with"
+]
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yields every single value of nested JSON data with its path."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else None
+    )
     if items is None:
         yield path, value
     for key, item in items or ():
@@ -79,9 +117,14 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def changed(value: Any, item: Item, path: str = "") -> Any:
     """Returns JSON data with the values of an item left out."""
     if isinstance(value, dict):
-        return {key: changed(inner, item, f"{path}/{key}" if path else str(key)) for key, inner in value.items()}
+        return {
+            key: changed(inner, item, f"{path}/{key}" if path else str(key))
+            for key, inner in value.items()
+        }
     if isinstance(value, list):
-        return [changed(inner, item, f"{path}/{i}" if path else str(i)) for i, inner in enumerate(value)]
+        return [
+            changed(inner, item, f"{path}/{i}" if path else str(i)) for i, inner in enumerate(value)
+        ]
     return item.left_out(value) if re.match(item.path, path) else value
 
 
@@ -97,7 +140,11 @@ class Saved:
 def saved(run_dir: Path, step: int) -> Saved:
     opened = open_checkpoint(LocalDisk(run_dir / "checkpoints"), step, group=alone())
     values = json.loads((run_dir / "checkpoints" / opened.folder / "state.json").read_text())
-    facts = {"run_id": opened.manifest.run_id, "best_by": opened.manifest.best_by, "metrics": opened.manifest.metrics}
+    facts = {
+        "run_id": opened.manifest.run_id,
+        "best_by": opened.manifest.best_by,
+        "metrics": opened.manifest.metrics,
+    }
     return Saved({name: opened.tensor(name) for name in opened.kinds}, values, facts)
 
 
@@ -123,34 +170,64 @@ def end_of(half: Saved, run_dir: Path, folder: Path, *, optimizer: str) -> tuple
     other.mkdir(parents=True)
     for name in ("settings.json", "status.json"):
         (other / name).write_bytes((run_dir / name).read_bytes())
-    write(LocalDisk(other / "checkpoints"), AT, world_size=1, tensors=half.tensors, values=half.values, **half.facts)
+    write(
+        LocalDisk(other / "checkpoints"),
+        AT,
+        world_size=1,
+        tensors=half.tensors,
+        values=half.values,
+        **half.facts,
+    )
     assert main([MORTAL, *ARGS, "--optimizer", optimizer, "--run-dir", str(other)]) == 0
     lines = map(json.loads, (other / "metrics.jsonl").read_text().splitlines())
-    return saved(other, END), [(line["kind"], line["step"], line.get("loss"), line.get("lr")) for line in lines]
+    return saved(other, END), [
+        (line["kind"], line["step"], line.get("loss"), line.get("lr")) for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
-def ends(halves: dict[str, tuple[Saved, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Saved, list[Any]]]:
-    return {name: end_of(half, run_dir, tmp_path_factory.mktemp("end"), optimizer=name) for name, (half, run_dir) in halves.items()}
+def ends(
+    halves: dict[str, tuple[Saved, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Saved, list[Any]]]:
+    return {
+        name: end_of(half, run_dir, tmp_path_factory.mktemp("end"), optimizer=name)
+        for name, (half, run_dir) in halves.items()
+    }
 
 
 def is_same(one: tuple[Saved, list[Any]], other: tuple[Saved, list[Any]]) -> bool:
-    are_tensors = all(torch.equal(tensor, other[0].tensors[name]) for name, tensor in one[0].tensors.items())
+    are_tensors = all(
+        torch.equal(tensor, other[0].tensors[name]) for name, tensor in one[0].tensors.items()
+    )
     return are_tensors and one[0].values == other[0].values and one[1] == other[1]
 
 
-def test_a_life_that_gets_everything_back_ends_where_the_other_one_does(halves: Any, ends: Any, tmp_path: Path) -> None:
+def test_a_life_that_gets_everything_back_ends_where_the_other_one_does(
+    halves: Any, ends: Any, tmp_path: Path
+) -> None:
     for optimizer, (half, run_dir) in halves.items():
-        assert is_same(end_of(half, run_dir, tmp_path / optimizer, optimizer=optimizer), ends[optimizer])
+        assert is_same(
+            end_of(half, run_dir, tmp_path / optimizer, optimizer=optimizer), ends[optimizer]
+        )
 
 
 @pytest.mark.parametrize(("name", "optimizer"), CASES, ids=[name for name, _ in CASES])
-def test_a_life_that_does_not_get_one_item_back_ends_elsewhere(halves: Any, ends: Any, tmp_path: Path, name: str, optimizer: str) -> None:
+def test_a_life_that_does_not_get_one_item_back_ends_elsewhere(
+    halves: Any, ends: Any, tmp_path: Path, name: str, optimizer: str
+) -> None:
     (half, run_dir), item = halves[optimizer], ITEMS[name]
-    tensors = {path: item.left_out(tensor) if re.match(item.path, path) else tensor for path, tensor in half.tensors.items()}
+    tensors = {
+        path: item.left_out(tensor) if re.match(item.path, path) else tensor
+        for path, tensor in half.tensors.items()
+    }
     values = changed(half.values, item)
-    assert values != half.values or any(not torch.equal(tensors[path], half.tensors[path]) for path in tensors), "nothing was left out"
-    assert not is_same(end_of(Saved(tensors, values, half.facts), run_dir, tmp_path, optimizer=optimizer), ends[optimizer])
+    assert values != half.values or any(
+        not torch.equal(tensors[path], half.tensors[path]) for path in tensors
+    ), "nothing was left out"
+    assert not is_same(
+        end_of(Saved(tensors, values, half.facts), run_dir, tmp_path, optimizer=optimizer),
+        ends[optimizer],
+    )
 
 
 def test_no_item_is_forgotten_here(halves: Any) -> None:

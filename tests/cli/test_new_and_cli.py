@@ -25,7 +25,16 @@ def test_help_lists_every_verb_with_one_line(capsys):
     assert main.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     launchers = ["run", "slurm", "jobs", "logs", "cancel", "resubmit", "sweep"]
-    assert [line.split()[0] for line in lines[2:-2]] == [*launchers, "new", "check", "plan", "evaluate", "show", "ckpt", "env"]
+    assert [line.split()[0] for line in lines[2:-2]] == [
+        *launchers,
+        "new",
+        "check",
+        "plan",
+        "evaluate",
+        "show",
+        "ckpt",
+        "env",
+    ]
     assert all(len(line) <= 120 for line in lines)
     assert main.main([]) == 2
 
@@ -43,7 +52,9 @@ def test_an_unknown_verb_is_answered_with_the_nearest(capsys):
     assert "Did you mean" not in refused(["zzz"], capsys)
 
 
-def test_an_error_of_ours_is_a_message_with_its_exit_code_and_a_bug_keeps_its_traceback(capsys, monkeypatch):
+def test_an_error_of_ours_is_a_message_with_its_exit_code_and_a_bug_keeps_its_traceback(
+    capsys, monkeypatch
+):
     def fails(error):
         def main(argv):
             raise error
@@ -77,7 +88,10 @@ def test_new_copies_a_shipped_recipe_and_says_what_to_type_next(tmp_path, capsys
 
 
 def test_new_finds_recipes_of_an_installed_wheel_before_those_of_a_checkout(tmp_path, monkeypatch):
-    for folder, names in {"wheel": ["digits", "_private"], "checkout": ["digits", "own_loop"]}.items():
+    for folder, names in {
+        "wheel": ["digits", "_private"],
+        "checkout": ["digits", "own_loop"],
+    }.items():
         (tmp_path / folder).mkdir()
         for name in names:
             (tmp_path / folder / f"{name}.py").write_text("")
@@ -100,7 +114,9 @@ def test_a_script_with_a_loop_of_its_own_is_started_as_such(tmp_path, monkeypatc
 def test_new_never_overwrites(tmp_path, capsys):
     mine = tmp_path / "my.py"
     mine.write_text("precious")
-    assert "exists already and is not overwritten" in refused(["new", str(mine), "--from", "digits"], capsys)
+    assert "exists already and is not overwritten" in refused(
+        ["new", str(mine), "--from", "digits"], capsys
+    )
     assert mine.read_text() == "precious"
 
 
@@ -163,4 +179,9 @@ def test_git_tells_the_revision_and_whether_it_is_what_ran(tmp_path, monkeypatch
 
 def test_help_loads_no_drawing_and_no_flags_library():
     code = "import sys; from ddp_kit.cli.main import main; main(['--help']); assert not {'rich', 'tyro', 'wandb', 'tensorboard'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )

@@ -21,11 +21,24 @@ def run(tmp_path):
     run = RunDir(tmp_path / "runs" / "digits-1")
     run.claim()
     defaults = Settings(global_batch=128, epochs=4)
-    chosen = Settings(global_batch=256, epochs=4, early_stop=EarlyStop(metric="accuracy", mode="max"))
-    document = {"recipe": "recipes/digits.py", "settings": {**to_json(chosen), "lr": 0.2}, "defaults": {**to_json(defaults), "lr": 0.1}}
+    chosen = Settings(
+        global_batch=256, epochs=4, early_stop=EarlyStop(metric="accuracy", mode="max")
+    )
+    document = {
+        "recipe": "recipes/digits.py",
+        "settings": {**to_json(chosen), "lr": 0.2},
+        "defaults": {**to_json(defaults), "lr": 0.1},
+    }
     run.write_json("settings.json", document)
     write_records(run)
-    run.status("finished", step=STEPS, epoch=4, metrics={"accuracy": 0.9}, weights_sha256="ab" * 32, exit_code=0)
+    run.status(
+        "finished",
+        step=STEPS,
+        epoch=4,
+        metrics={"accuracy": 0.9},
+        weights_sha256="ab" * 32,
+        exit_code=0,
+    )
     run.release()
     return run
 
@@ -36,10 +49,27 @@ def write_records(run):
     tracker.event({"event": "start", "step": 0, "rank": 0})
     for step in range(10, STEPS + 1, 10):
         loss = 2.0 * math.exp(-step / 30) + 0.1
-        tracker.log({"kind": "train", "step": step, "epoch": step // 50, "loss": loss, "lr": 0.2, "samples_per_s": 5000.0})
+        tracker.log(
+            {
+                "kind": "train",
+                "step": step,
+                "epoch": step // 50,
+                "loss": loss,
+                "lr": 0.2,
+                "samples_per_s": 5000.0,
+            }
+        )
         if step % 50 == 0:
             accuracy = 0.95 if step == 100 else 0.9
-            tracker.log({"kind": "eval", "step": step, "epoch": step // 50, "loss": loss + 0.05, "accuracy": accuracy})
+            tracker.log(
+                {
+                    "kind": "eval",
+                    "step": step,
+                    "epoch": step // 50,
+                    "loss": loss + 0.05,
+                    "accuracy": accuracy,
+                }
+            )
     tracker.finish({})
 
 
@@ -57,9 +87,7 @@ def test_one_screen_tells_settings_status_metrics_and_best(run, capsys):
     lines = show(run.path, capsys)
     assert len(lines) <= 30
     assert row(lines, "run").endswith("recipes/digits.py")
-    changed = (
-        "global_batch 256 (default 128), early_stop.metric accuracy (default none), early_stop.mode max (default min), lr 0.2 (default 0.1)"
-    )
+    changed = "global_batch 256 (default 128), early_stop.metric accuracy (default none), early_stop.mode max (default min), lr 0.2 (default 0.1)"
     assert row(lines, "settings") == changed
     assert row(lines, "status") == "finished at step 200, epoch 4"
     assert row(lines, "weights") == "sha256 " + "ab" * 32
@@ -74,7 +102,9 @@ def test_the_curve_falls_as_the_loss_does(run, capsys):
     first, last = lines[0].partition("┤")[2], lines[-1].partition("┤")[2]
     assert first.strip()
     assert last.strip()
-    assert len(first.rstrip()) < len(last) - len(last.lstrip()), "top row on the left, bottom row on the right"
+    assert len(first.rstrip()) < len(last) - len(last.lstrip()), (
+        "top row on the left, bottom row on the right"
+    )
 
 
 def test_into_a_pipe_there_are_no_control_characters_and_nothing_is_changed(run, capsys):
@@ -86,7 +116,9 @@ def test_into_a_pipe_there_are_no_control_characters_and_nothing_is_changed(run,
 
 def test_a_torn_last_line_and_a_loss_that_is_no_number_are_borne(run, capsys):
     with (run.path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "step": 210, "epoch": 4, "loss": "nan", "lr": 0.2}\n{"kind": "train", "step": 22')
+        file.write(
+            '{"kind": "train", "step": 210, "epoch": 4, "loss": "nan", "lr": 0.2}\n{"kind": "train", "step": 22'
+        )
     lines = show(run.path, capsys)
     assert row(lines, "last") == "step 210  epoch 4  loss nan  lr 0.2"
     assert any("┤" in line for line in lines)
@@ -95,7 +127,14 @@ def test_a_torn_last_line_and_a_loss_that_is_no_number_are_borne(run, capsys):
 def test_a_failed_run_names_rank_and_message(run, capsys):
     tracker = JsonlTracker()
     tracker.start(RunInfo(run_dir=run.path, name="digits"))
-    tracker.event({"event": "failure", "step": 42, "rank": 3, "message": "Traceback ...\nValueError: label 10 is out of range"})
+    tracker.event(
+        {
+            "event": "failure",
+            "step": 42,
+            "rank": 3,
+            "message": "Traceback ...\nValueError: label 10 is out of range",
+        }
+    )
     tracker.finish({})
     run.status("failed", reason="an exception on rank 3", step=42, exit_code=1)
     lines = show(run.path, capsys)
@@ -118,11 +157,16 @@ def test_several_evaluation_sets_stand_side_by_side(tmp_path, capsys):
     tracker.start(RunInfo(run_dir=tmp_path, name="x"))
     for step in (10, 20):
         losses = {f"{name}/loss": 1.0 / step for name in ("seen", "unseen")}
-        tracker.log({"kind": "eval", "step": step, "epoch": 0, **losses, "unseen/perplexity": 30.0 - step})
+        tracker.log(
+            {"kind": "eval", "step": step, "epoch": 0, **losses, "unseen/perplexity": 30.0 - step}
+        )
     tracker.log({"kind": "test", "step": 20, "loss": 0.5})
     tracker.finish({})
     lines = show(tmp_path, capsys)
-    assert row(lines, "best") == "eval  seen/loss 0.05 (step 20)  unseen/loss 0.05 (step 20)  unseen/perplexity 10 (step 20)"
+    assert (
+        row(lines, "best")
+        == "eval  seen/loss 0.05 (step 20)  unseen/loss 0.05 (step 20)  unseen/perplexity 10 (step 20)"
+    )
     assert "          test  step 20  loss 0.5" in lines
     assert "          ● eval seen/loss   ▲ eval unseen/loss   ■ test loss" in lines
 
@@ -130,12 +174,20 @@ def test_several_evaluation_sets_stand_side_by_side(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("runs/digits-2", "does not exist. Did you mean {runs}/digits-1? Runs nearby: {runs}/digits-1"),
+        (
+            "runs/digits-2",
+            "does not exist. Did you mean {runs}/digits-1? Runs nearby: {runs}/digits-1",
+        ),
         ("runs", "holds runs but is none itself. Type one of them: {runs}/digits-1"),
-        ("empty", "is no run directory (it has no status.json, metrics.jsonl or settings.json). Type the folder that --run-dir named."),
+        (
+            "empty",
+            "is no run directory (it has no status.json, metrics.jsonl or settings.json). Type the folder that --run-dir named.",
+        ),
     ],
 )
-def test_what_is_no_run_is_refused_with_the_runs_nearby(run, tmp_path, capsys, monkeypatch, typed, said):
+def test_what_is_no_run_is_refused_with_the_runs_nearby(
+    run, tmp_path, capsys, monkeypatch, typed, said
+):
     monkeypatch.chdir(Path("/"))
     (tmp_path / "empty").mkdir()
     assert main.main(["show", str(tmp_path / typed)]) == 2
@@ -159,4 +211,6 @@ def test_a_hundredfold_fall_is_drawn_on_a_logarithmic_axis():
     assert "logarithmic" in rows[-1]
     assert rows[5].strip().startswith("10 ┤"), "the geometric middle"
     middle = rows[5].partition("┤")[2]
-    assert abs((len(middle.rstrip()) + len(middle) - len(middle.lstrip())) / 2 - 25) < 3, "a straight line through the centre"
+    assert abs((len(middle.rstrip()) + len(middle) - len(middle.lstrip())) / 2 - 25) < 3, (
+        "a straight line through the centre"
+    )

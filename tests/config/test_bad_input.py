@@ -22,7 +22,11 @@ def in_one_voice(ended: Ended, *, code: int) -> str:
     assert ended.codes == [code, code]
     assert ended.is_clean()
     if ended.run_dir.exists():
-        assert (ended.status["status"], ended.status["exit_code"], ended.status["step"]) == ("failed", code, 0)
+        assert (ended.status["status"], ended.status["exit_code"], ended.status["step"]) == (
+            "failed",
+            code,
+            0,
+        )
     return ended.errors
 
 
@@ -46,7 +50,9 @@ def in_one_voice(ended: Ended, *, code: int) -> str:
         (["--activation-checkpointing", "Linar"], 2, "--activation-checkpointing Linar: the model has no module of that class. Did you mean Linear?"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_on_all_ranks_is_said_by_one(args: list[str], code: int, message: str, tmp_path: Path) -> None:
+def test_what_is_wrong_on_all_ranks_is_said_by_one(
+    args: list[str], code: int, message: str, tmp_path: Path
+) -> None:
     ended = train(*args, "--max-steps", "30" if "summary" in args else "6", folder=tmp_path)
     if "summary" in args:  # known only after the first evaluation
         assert (ended.codes, ended.status["status"]) == ([code, code], "failed")
@@ -71,7 +77,9 @@ def test_find_unused_parameters_lets_parameters_idle(tmp_path: Path) -> None:
 
 def test_ranks_with_different_settings_name_flag_values_and_ranks(tmp_path: Path) -> None:
     run_dir = str(tmp_path / "run")
-    ended = train("--lr", "0.1", folder=tmp_path, others={1: [FAULTY, "--lr", "0.2", "--run-dir", run_dir]})
+    ended = train(
+        "--lr", "0.1", folder=tmp_path, others={1: [FAULTY, "--lr", "0.2", "--run-dir", run_dir]}
+    )
     said = in_one_voice(ended, code=2)
     assert said == (
         "the ranks were started with different settings: --lr is 0.1 on rank 0, 0.2 on rank 1. Start all of them with one command.\n"
@@ -85,7 +93,9 @@ def test_ranks_with_different_texts_of_the_recipe_are_refused(tmp_path: Path) ->
     for copy, addition in zip(copies, ("", "# edited on one node\n"), strict=True):
         copy.parent.mkdir()
         copy.write_text(text + addition)
-    commands = {rank: [str(copy), "--run-dir", str(tmp_path / "run")] for rank, copy in enumerate(copies)}
+    commands = {
+        rank: [str(copy), "--run-dir", str(tmp_path / "run")] for rank, copy in enumerate(copies)
+    }
     ended = train(folder=tmp_path, others=commands, env={"PYTHONPATH": str(Path(FAULTY).parent)})
     assert in_one_voice(ended, code=2).startswith("the ranks read different texts of the recipe")
     assert not ended.run_dir.exists()
@@ -95,13 +105,17 @@ def test_ranks_with_different_texts_of_the_recipe_are_refused(tmp_path: Path) ->
 def test_a_run_directory_that_cannot_be_written_ends_all_ranks(place: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    path = {"a file": file, "under a file": file / "run", "under /dev": Path("/dev/null/run")}[place]
+    path = {"a file": file, "under a file": file / "run", "under /dev": Path("/dev/null/run")}[
+        place
+    ]
     ended = train("--run-dir", str(path), folder=tmp_path)
     assert ended.codes == [2, 1]
     first, second = ended.errors.splitlines()
     assert first.startswith(f"--run-dir {path}: cannot be written (")
     assert first.endswith("Type another --run-dir.")
-    assert second.startswith(f"rank 1 on {socket.gethostname()}: ended because rank 0 failed: ConfigError: --run-dir")
+    assert second.startswith(
+        f"rank 1 on {socket.gethostname()}: ended because rank 0 failed: ConfigError: --run-dir"
+    )
     assert file.read_text() == "mine"
 
 
@@ -112,7 +126,9 @@ def test_a_run_directory_in_use_by_a_live_run_is_left_alone(tmp_path: Path) -> N
     before = {path.name: path.read_bytes() for path in directory.path.iterdir()}
     ended = train(folder=tmp_path)
     assert ended.codes == [2, 1]
-    assert ended.errors.startswith(f"--run-dir {directory.path}: in use by a live run: host {socket.gethostname()}, pid {os.getpid()}")
+    assert ended.errors.startswith(
+        f"--run-dir {directory.path}: in use by a live run: host {socket.gethostname()}, pid {os.getpid()}"
+    )
     assert {path.name: path.read_bytes() for path in directory.path.iterdir()} == before
     directory.release()
 
@@ -126,7 +142,9 @@ def test_without_a_cuda_device_cuda_is_refused_before_ranks_meet(tmp_path: Path)
     assert not ended.run_dir.exists()
 
 
-def test_half_set_rank_variables_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_set_rank_variables_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([FAULTY, "--run-dir", str(tmp_path / "run")]) == 2
@@ -143,10 +161,15 @@ def without_fp16(args: list[list[str]], errors: str) -> None:
 
 def test_fp16_on_a_cpu_without_it_is_refused(tmp_path: Path) -> None:
     command = [FAULTY, "--precision", "fp16", "--run-dir", str(tmp_path / "run")]
-    with start_ranks(without_fp16, 2, [command, command], str(tmp_path / "errors"), group=False, deadline_s=10) as ranks:
+    with start_ranks(
+        without_fp16, 2, [command, command], str(tmp_path / "errors"), group=False, deadline_s=10
+    ) as ranks:
         assert [report.exit_code for report in ranks.wait()] == [2, 2]
     said = (tmp_path / "errors").read_text()
-    assert said == "--precision fp16: torch has no float16 kernels for this CPU. Type --precision bf16, or fp32.\n"
+    assert (
+        said
+        == "--precision fp16: torch has no float16 kernels for this CPU. Type --precision bf16, or fp32.\n"
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -38,23 +38,47 @@ def read(*args: str) -> Settings:
 
 
 def test_every_field_is_a_flag_in_either_spelling() -> None:
-    given = read("--global-batch", "64", "--lr=0.5", "--early_stop.patience", "3", "--early-stop.metric", "loss", "--precision", "bf16")
-    assert given == Settings(global_batch=64, lr=0.5, early_stop=EarlyStop(patience=3, metric="loss"), precision="bf16")
-    assert read("--sizes", "5", "6", "7", "--tracker", "wandb", "--wandb.tags", "a", "b").sizes == (5, 6, 7)
+    given = read(
+        "--global-batch",
+        "64",
+        "--lr=0.5",
+        "--early_stop.patience",
+        "3",
+        "--early-stop.metric",
+        "loss",
+        "--precision",
+        "bf16",
+    )
+    assert given == Settings(
+        global_batch=64, lr=0.5, early_stop=EarlyStop(patience=3, metric="loss"), precision="bf16"
+    )
+    assert read("--sizes", "5", "6", "7", "--tracker", "wandb", "--wandb.tags", "a", "b").sizes == (
+        5,
+        6,
+        7,
+    )
     assert read("--micro-batch", "auto").micro_batch == "auto"
     assert read("--micro-batch", "16").micro_batch == 16
 
 
 def test_booleans_are_a_pair_of_flags() -> None:
-    assert read("--compile", "--no-augment", "--no-tuning") == Settings(compile=True, augment=False, tuning=False)
+    assert read("--compile", "--no-augment", "--no-tuning") == Settings(
+        compile=True, augment=False, tuning=False
+    )
     assert read("--no-compile", "--augment") == Settings()
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--global-bach", "3"], "--global-bach is not a flag of this recipe. Did you mean --global-batch?"),
-        (["--early-stop.patince", "3"], "--early-stop.patince is not a flag of this recipe. Did you mean --early-stop.patience?"),
+        (
+            ["--global-bach", "3"],
+            "--global-bach is not a flag of this recipe. Did you mean --global-batch?",
+        ),
+        (
+            ["--early-stop.patince", "3"],
+            "--early-stop.patince is not a flag of this recipe. Did you mean --early-stop.patience?",
+        ),
         (["--learning_rat=3"], "--learning-rat is not a flag of this recipe."),
         (["--zzz"], "--zzz is not a flag of this recipe. --help lists all of them."),
         (["stray"], "Unrecognized options: stray"),
@@ -78,18 +102,35 @@ def test_an_unknown_flag_or_value_is_refused_in_plain_words(args: list[str], mes
 @pytest.mark.parametrize(
     ("args", "messages"),
     [
-        (["--global-batch", "0"], ["--global-batch 0: expected at least 1 sample per optimizer step"]),
+        (
+            ["--global-batch", "0"],
+            ["--global-batch 0: expected at least 1 sample per optimizer step"],
+        ),
         (["--global-batch", "-8"], ["--global-batch -8: expected 0 or more"]),
-        (["--micro-batch", "-1"], ["--micro-batch -1: expected at least 1 sample, or 0 for a rank's whole share"]),
+        (
+            ["--micro-batch", "-1"],
+            ["--micro-batch -1: expected at least 1 sample, or 0 for a rank's whole share"],
+        ),
         (["--epochs", "-1"], ["--epochs -1: expected 0 or more"]),
-        (["--epochs", "0"], ["neither epochs nor max_steps is set, so the run has no end: type --epochs N or --max-steps N"]),
+        (
+            ["--epochs", "0"],
+            [
+                "neither epochs nor max_steps is set, so the run has no end: type --epochs N or --max-steps N"
+            ],
+        ),
         (["--log-every", "0"], ["--log-every 0: expected at least 1 step"]),
-        (["--num-workers", "-1", "--threads", "-2"], ["--num-workers -1: expected 0", "--threads -2: expected 0"]),
+        (
+            ["--num-workers", "-1", "--threads", "-2"],
+            ["--num-workers -1: expected 0", "--threads -2: expected 0"],
+        ),
         (["--ema", "1"], ["--ema 1.0: expected a decay from 0 (off) to below 1"]),
         (["--grad-clip", "nan"], ["--grad-clip nan: expected"]),
         (["--seed", "-1"], ["--seed -1: expected 0 to 2^63 - 1"]),
         (["--early-stop.patience", "9"], ["--early-stop.* is set without --early-stop.metric"]),
-        (["--early-stop.metric", "loss", "--early-stop.patience", "0"], ["--early-stop.patience 0"]),
+        (
+            ["--early-stop.metric", "loss", "--early-stop.patience", "0"],
+            ["--early-stop.patience 0"],
+        ),
         (["--wandb.project", "p"], ["--wandb.* is set without --tracker wandb"]),
         (["--eval-every", "-5", "--ema", "2"], ["--eval-every -5", "--ema 2.0"]),
     ],
@@ -102,10 +143,18 @@ def test_impossible_values_are_refused_all_at_once(args: list[str], messages: li
 
 @pytest.mark.parametrize("peer", sorted(PEERS))
 def test_the_peers_names_are_answered_with_ours(peer: str) -> None:
-    for spelling in ([peer, "8"], [f"{peer}=8"], [peer.replace("-", "_").replace("__", "--", 1), "8"]):
+    for spelling in (
+        [peer, "8"],
+        [f"{peer}=8"],
+        [peer.replace("-", "_").replace("__", "--", 1), "8"],
+    ):
         with pytest.raises(ConfigError, match=rf"{peer} is not a flag here. Type ") as found:
             read(*spelling)
-        named = {word.rstrip(":.") for word in str(found.value).split() if word.startswith("--") and "nproc" not in word} - {peer}
+        named = {
+            word.rstrip(":.")
+            for word in str(found.value).split()
+            if word.startswith("--") and "nproc" not in word
+        } - {peer}
         assert named <= command_line._flags(Settings)
 
 
@@ -125,7 +174,13 @@ def test_a_recipe_may_use_a_peers_name_for_itself() -> None:
 
 
 TOML = 'lr = 1\nsizes = [1, 2]\ncompile = true\nmicro-batch = "auto"\n[early_stop]\nmetric = "loss"\npatience = 2\n'
-FROM_TOML = Settings(lr=1.0, sizes=(1, 2), compile=True, micro_batch="auto", early_stop=EarlyStop(metric="loss", patience=2))
+FROM_TOML = Settings(
+    lr=1.0,
+    sizes=(1, 2),
+    compile=True,
+    micro_batch="auto",
+    early_stop=EarlyStop(metric="loss", patience=2),
+)
 
 
 def test_a_settings_file_sets_fields_and_flags_win(tmp_path: Path) -> None:
@@ -133,18 +188,26 @@ def test_a_settings_file_sets_fields_and_flags_win(tmp_path: Path) -> None:
     file.write_text(TOML)
     assert read("--settings", str(file)) == FROM_TOML
     assert isinstance(read("--settings", str(file)).lr, float)
-    assert read("--lr", "3", f"--settings={file}", "--early-stop.patience", "7", "--no-compile") == dataclasses.replace(
+    assert read(
+        "--lr", "3", f"--settings={file}", "--early-stop.patience", "7", "--no-compile"
+    ) == dataclasses.replace(
         FROM_TOML, lr=3.0, early_stop=EarlyStop(metric="loss", patience=7), compile=False
     )
     other = tmp_path / "b.json"
     other.write_text('{"lr": 5, "epochs": 9}')
-    assert read("--settings", str(file), "--settings", str(other)) == dataclasses.replace(FROM_TOML, lr=5.0, epochs=9)
+    assert read("--settings", str(file), "--settings", str(other)) == dataclasses.replace(
+        FROM_TOML, lr=5.0, epochs=9
+    )
 
 
 def test_a_runs_own_settings_json_reproduces_its_settings(tmp_path: Path) -> None:
-    settings = dataclasses.replace(FROM_TOML, tracker=("wandb",), wandb=Wandb(tags=("a", "b"), mode="offline"))
+    settings = dataclasses.replace(
+        FROM_TOML, tracker=("wandb",), wandb=Wandb(tags=("a", "b"), mode="offline")
+    )
     file = tmp_path / "settings.json"
-    file.write_text(json.dumps({"recipe": "my.py", "recipe_sha256": "0", "settings": to_json(settings)}))
+    file.write_text(
+        json.dumps({"recipe": "my.py", "recipe_sha256": "0", "settings": to_json(settings)})
+    )
     assert read("--settings", str(file)) == settings
 
 
@@ -157,7 +220,11 @@ def test_a_runs_own_settings_json_reproduces_its_settings(tmp_path: Path) -> Non
         ("list.json", "[1, 2]", "expected a table of fields"),
         ("a.toml", "learnin_rate = 3", r"a.toml: unknown field learnin_rate\.$"),
         ("a.toml", "global-bach = 3", "unknown field global-bach. Did you mean global_batch?"),
-        ("a.toml", "[early_stop]\npatince = 3", "unknown field early_stop.patince. Did you mean early_stop.patience?"),
+        (
+            "a.toml",
+            "[early_stop]\npatince = 3",
+            "unknown field early_stop.patince. Did you mean early_stop.patience?",
+        ),
         ("a.toml", "early_stop = 3", "early_stop = 3: expected a table"),
         ("a.toml", "epochs = 1.5", "epochs = 1.5: expected int"),
         ("a.toml", "epochs = true", "epochs = True: expected int"),
@@ -169,7 +236,9 @@ def test_a_runs_own_settings_json_reproduces_its_settings(tmp_path: Path) -> Non
         ("a.toml", "global_batch = 0", "--global-batch 0: expected at least 1 sample"),
     ],
 )
-def test_a_wrong_settings_file_is_refused(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+def test_a_wrong_settings_file_is_refused(
+    name: str, text: str | None, message: str, tmp_path: Path
+) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
@@ -182,12 +251,24 @@ def test_settings_without_a_file_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("rank", "prints"), [(0, True), (1, False)])
-def test_help_lists_flag_type_default_and_words_on_rank_0_only(rank: int, prints: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_flag_type_default_and_words_on_rank_0_only(
+    rank: int, prints: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
         parse(Settings, ["--help"], prog="test", rank=rank)
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code in (0, None)
-    assert all(part in text for part in ("--lr FLOAT", "peak learning rate (default: 0.1)", "--early-stop.patience INT")) == prints
+    assert (
+        all(
+            part in text
+            for part in (
+                "--lr FLOAT",
+                "peak learning rate (default: 0.1)",
+                "--early-stop.patience INT",
+            )
+        )
+        == prints
+    )
     assert bool(text) == prints
 
 
@@ -198,7 +279,13 @@ def test_other_ranks_than_the_first_are_refused_some_seconds_later(
     waits: list[float] = []
     monkeypatch.setattr(session.time, "sleep", waits.append)
     for rank in ("0", "1"):
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        for name, value in {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "1",
+        }.items():
             monkeypatch.setenv(name, value)
         assert main([FAULTY, "--lr", "fast"]) == 2
         assert "--lr" in capsys.readouterr().err
@@ -206,9 +293,27 @@ def test_other_ranks_than_the_first_are_refused_some_seconds_later(
 
 
 @pytest.mark.parametrize(("args", "code", "count"), [(["--help"], 0, 1), (["--lr", "fast"], 1, 1)])
-def test_under_torchrun_it_is_said_once(args: list[str], code: int, count: int, tmp_path: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ddp_kit.train", FAULTY, *args]
-    run = subprocess.run([sys.executable, *command], cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=60)
+def test_under_torchrun_it_is_said_once(
+    args: list[str], code: int, count: int, tmp_path: Path
+) -> None:
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "ddp_kit.train",
+        FAULTY,
+        *args,
+    ]
+    run = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert run.returncode == code  # torchrun flattens a rank's 2 to 1
     said = run.stdout if code == 0 else run.stderr
     assert said.count("--early-stop.patience INT" if code == 0 else "Error parsing --lr") == count

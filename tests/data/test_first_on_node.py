@@ -41,7 +41,9 @@ def names(folder: Path) -> list[str]:
 
 def start(path: Path, log: Path, *, seconds: float) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(path), str(log), str(seconds)], env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(path), str(log), str(seconds)], env=environment
+    )
 
 
 def wait_for(condition, *, deadline_s: float = 10.0) -> None:
@@ -85,7 +87,9 @@ def test_a_maker_that_raises_leaves_nothing_and_the_next_call_makes(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         first_on_node(path, fails)
     assert names(tmp_path) == []
-    assert first_on_node(path, lambda temporary: temporary.write_text("whole")).read_text() == "whole"
+    assert (
+        first_on_node(path, lambda temporary: temporary.write_text("whole")).read_text() == "whole"
+    )
     assert names(tmp_path) == ["file"]
 
 
@@ -130,7 +134,9 @@ def test_a_long_wait_says_what_it_waits_for_once(tmp_path, caplog, monkeypatch):
         leave.set()
         first.join(10)
         second.join(10)
-    assert [record.getMessage() for record in caplog.records] == [f"waiting for another process to make {path} (lock: {path}.lock)"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"waiting for another process to make {path} (lock: {path}.lock)"
+    ]
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path):
@@ -151,12 +157,16 @@ def test_a_cache_lies_beside_the_data_or_where_the_environment_says(tmp_path, mo
     assert chosen != cache_path(tmp_path / "train", "train.npy")
 
 
-def test_a_cache_of_read_only_data_lies_in_the_home_folder_unless_it_is_beside_already(tmp_path, monkeypatch):
+def test_a_cache_of_read_only_data_lies_in_the_home_folder_unless_it_is_beside_already(
+    tmp_path, monkeypatch
+):
     data = tmp_path / "data" / "train"
     data.mkdir(parents=True)
     monkeypatch.delenv("DDP_KIT_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere: permissions would prove nothing
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: False
+    )  # root may write anywhere: permissions would prove nothing
     assert cache_path(data, "train.npy").is_relative_to(tmp_path / ".cache" / "ddp_kit")
     (tmp_path / "data" / "train.npy").touch()
     assert cache_path(data, "train.npy") == tmp_path / "data" / "train.npy"

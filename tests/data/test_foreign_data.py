@@ -72,7 +72,13 @@ def test_a_file_opened_at_the_first_sample_is_each_workers_own(tmp_path: Path) -
 
     settings = OpenedSettings(run_dir=str(tmp_path / "run"), micro_batch=6)
     dataset = Opened(tmp_path / "numbers")
-    made = recipe(settings, loss=loss, train_data=lambda: dataset, eval_data=lambda: dataset, evaluate=evaluate)
+    made = recipe(
+        settings,
+        loss=loss,
+        train_data=lambda: dataset,
+        eval_data=lambda: dataset,
+        evaluate=evaluate,
+    )
     assert ddp_kit.run(made, settings).status == "finished"
     assert dataset.file is None
     trained = seen[6:]  # the passes before the first step read one micro-batch
@@ -107,12 +113,16 @@ def numbers_of(feed: Feed, *, steps: int) -> list[int]:
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_a_stream_that_shares_itself_out_among_workers_is_read_whole(num_workers: int) -> None:
     plan = plan_batches(24, micro_batch=6, world_size=1)
-    feed = feed_of(Data(OpenedStream()), plan=plan, rank=0, seed=0, placement=CPU, num_workers=num_workers)
+    feed = feed_of(
+        Data(OpenedStream()), plan=plan, rank=0, seed=0, placement=CPU, num_workers=num_workers
+    )
     assert numbers_of(feed, steps=4) == list(range(96))
 
 
 @pytest.mark.ranks(1, 2)
-def test_an_evaluation_stream_that_shares_itself_out_among_workers_is_read_whole(group: Group) -> None:
+def test_an_evaluation_stream_that_shares_itself_out_among_workers_is_read_whole(
+    group: Group,
+) -> None:
     batches = evaluation_batches(OpenedStream(100), group=group, micro_batch=7, num_workers=2)
     own = [batch.batch[1].tolist() for batch in batches if not batch.request.is_padding]
     every = [list(range(first, min(first + 7, 100))) for first in range(0, 100, 7)]
@@ -127,7 +137,11 @@ class SplitByRank(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for index in range(self.rank, 200, self.world_size):
-            yield (f"text {index}", 0) if self.of == "texts" else (torch.full((FEATURES,), float(index)), index % 4)
+            yield (
+                (f"text {index}", 0)
+                if self.of == "texts"
+                else (torch.full((FEATURES,), float(index)), index % 4)
+            )
 
 
 class ByRank(Dataset[Any]):
@@ -151,7 +165,9 @@ def test_data_that_differs_by_rank_is_refused_in_words(group: Group, num_workers
     cases = {
         "split_by_node": {"train_data": lambda: stream},
         "the same samples on every rank": {"train_data": lambda: ByRank(group.rank)},
-        "evaluation data gives rank 1": {"eval_data": lambda: SplitByRank(group.rank, group.world_size)},
+        "evaluation data gives rank 1": {
+            "eval_data": lambda: SplitByRank(group.rank, group.world_size)
+        },
     }
     for words, parts in cases.items():
         with pytest.raises(DataError, match=words):
@@ -161,7 +177,10 @@ def test_data_that_differs_by_rank_is_refused_in_words(group: Group, num_workers
 @pytest.mark.ranks(2)
 def test_texts_that_differ_by_rank_are_refused_too(group: Group) -> None:
     settings = Settings(run_dir="")
-    data = Data(SplitByRank(group.rank, 2, of="texts"), collate=lambda samples: [text for text, _ in samples])
+    data = Data(
+        SplitByRank(group.rank, 2, of="texts"),
+        collate=lambda samples: [text for text, _ in samples],
+    )
     with pytest.raises(DataError, match="split_by_node"):
         compose(recipe(settings, train_data=lambda: data), settings, group)
 
@@ -189,7 +208,15 @@ class Drawing(Dataset[Any]):
         return index, draws[self.kind]()
 
 
-def samples_of(data: Data, *, world_size: int, steps: int, start: int = 0, num_workers: int = 0, global_batch: int = 12) -> list[list[Any]]:
+def samples_of(
+    data: Data,
+    *,
+    world_size: int,
+    steps: int,
+    start: int = 0,
+    num_workers: int = 0,
+    global_batch: int = 12,
+) -> list[list[Any]]:
     """Returns each step's samples, put together from all ranks."""
     found: list[list[Any]] = [[] for _ in range(steps - start)]
     plan = plan_batches(global_batch, micro_batch=3, world_size=world_size)
@@ -197,13 +224,17 @@ def samples_of(data: Data, *, world_size: int, steps: int, start: int = 0, num_w
         feed = feed_of(data, plan=plan, rank=rank, seed=3, placement=CPU, num_workers=num_workers)
         for batch in feed.batches(start=start, end=steps):
             for micro_batch in batch.micro_batches:
-                found[batch.step - start] += list(zip(*(column.tolist() for column in micro_batch.batch), strict=True))
+                found[batch.step - start] += list(
+                    zip(*(column.tolist() for column in micro_batch.batch), strict=True)
+                )
     return found
 
 
 @pytest.mark.parametrize("begins_at", [0, 25, 49])
 @pytest.mark.parametrize("kind", ["python", "numpy", "torch"])
-def test_draws_are_keyed_by_sample_though_a_generator_is_seeded_only_once_it_moves(kind: str, begins_at: int) -> None:
+def test_draws_are_keyed_by_sample_though_a_generator_is_seeded_only_once_it_moves(
+    kind: str, begins_at: int
+) -> None:
     data = Data(Drawing(kind, begins_at=begins_at))
     reference = samples_of(data, world_size=1, steps=8)
     assert samples_of(data, world_size=2, steps=8) == reference
@@ -236,7 +267,12 @@ def test_draws_in_augment_and_collate_are_keyed_too(kind: str, place: str) -> No
 
 def test_reading_puts_all_three_generators_back_a_second_normal_number_too() -> None:
     def next_numbers() -> list[float]:
-        return [random.random(), float(np.random.normal()), float(np.random.normal()), torch.rand(()).item()]
+        return [
+            random.random(),
+            float(np.random.normal()),
+            float(np.random.normal()),
+            torch.rand(()).item(),
+        ]
 
     def seeded() -> None:
         random.seed(1)
@@ -266,7 +302,9 @@ class Flipped(Dataset[Any]):
 
 
 class FlippedBatches(Flipped):
-    def __getitems__(self, indices: Any, draws: Draws | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitems__(
+        self, indices: Any, draws: Draws | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert draws is not None
         return torch.as_tensor(indices), torch.from_numpy(draws.uniform())
 
@@ -281,19 +319,27 @@ def augmented(batch: Any, draws: Draws) -> Any:
     ids=["items", "batches", "augment"],
 )
 def test_a_sample_drawn_again_in_an_epoch_is_changed_otherwise(data: Data) -> None:
-    weighted = Data(data.dataset, augment=data.augment, order=orders.weighted([20.0] + [1.0] * 7, samples=48))
+    weighted = Data(
+        data.dataset, augment=data.augment, order=orders.weighted([20.0] + [1.0] * 7, samples=48)
+    )
     steps = samples_of(weighted, world_size=1, steps=4)
     rare = [value for step in steps for index, value in step if index == 0]
     assert len(rare) > 20
     assert len(set(rare)) == len(rare)
     assert samples_of(weighted, world_size=2, steps=4) == steps
     assert samples_of(weighted, world_size=1, steps=4, start=2) == steps[2:]
-    once = {index: value for step in samples_of(data, world_size=1, steps=2, global_batch=3) for index, value in step}
+    once = {
+        index: value
+        for step in samples_of(data, world_size=1, steps=2, global_batch=3)
+        for index, value in step
+    }
     first: dict[int, float] = {}
     for step in steps:
         for index, value in step:
             first.setdefault(index, value)
-    assert {index: first[index] for index in once if index in first} == {index: once[index] for index in once if index in first}
+    assert {index: first[index] for index in once if index in first} == {
+        index: once[index] for index in once if index in first
+    }
 
 
 def test_keys_of_a_batch_are_those_of_its_samples_and_occurrences_are_counted() -> None:
@@ -330,12 +376,16 @@ def weights_after(folder: Path, *, exact: bool, noise: int) -> str:
     """Trains in a process that has drawn something of its own before."""
     random.seed(noise)
     np.random.seed(noise)
-    settings = Settings(run_dir=str(folder), max_steps=5, micro_batch=6, exact=exact, find_unused_parameters=True)
+    settings = Settings(
+        run_dir=str(folder), max_steps=5, micro_batch=6, exact=exact, find_unused_parameters=True
+    )
     return ddp_kit.run(recipe(settings, model=Mixed), settings).weights_sha256
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_draws_by_python_and_numpy_in_the_model_follow_from_the_seed(tmp_path: Path, exact: bool) -> None:
+def test_draws_by_python_and_numpy_in_the_model_follow_from_the_seed(
+    tmp_path: Path, exact: bool
+) -> None:
     found = {weights_after(tmp_path / str(noise), exact=exact, noise=noise) for noise in range(3)}
     assert len(found) == 1
 

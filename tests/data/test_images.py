@@ -36,7 +36,9 @@ def test_crops_and_flips_are_torchvisions_at_the_same_offsets():
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     images, padding = some_images(), 3
     indices = list(range(40))
-    batch, _ = array(images, crop_padding=padding, flip=True).__getitems__(indices, Draws(5, 2, indices))
+    batch, _ = array(images, crop_padding=padding, flip=True).__getitems__(
+        indices, Draws(5, 2, indices)
+    )
     numbers = Draws(5, 2, indices).uniform(3)
     for row, image in enumerate(torch.from_numpy(images).permute(0, 3, 1, 2)):
         top, left = (int(number * (2 * padding + 1)) for number in numbers[row, :2])
@@ -61,7 +63,9 @@ def test_crop_and_mirror_are_slices_of_the_padded_image(channels):
     top, left = np.array([0, 4, 2, 1, 3, 0, 4, 2, 2]), np.array([4, 0, 2, 3, 1, 0, 4, 1, 2])
     cropped = padded_crop(images, padding=2, top=top, left=left)
     for row in range(9):
-        assert (cropped[row] == padded[row, top[row] : top[row] + 12, left[row] : left[row] + 10]).all()
+        assert (
+            cropped[row] == padded[row, top[row] : top[row] + 12, left[row] : left[row] + 10]
+        ).all()
     mirrored = cropped.copy()
     mirror(mirrored, rows=np.array([1, 8]))
     assert (mirrored[[1, 8]] == cropped[[1, 8], :, ::-1]).all()
@@ -95,16 +99,24 @@ def test_a_subset_of_a_subset_reads_the_same_images_and_copies_none():
     assert part.__getitems__([0, 1, 2])[1].tolist() == [0, 9, 5]
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the kernel's account of shared pages is Linux's")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="the kernel's account of shared pages is Linux's"
+)
 def test_a_mapped_set_that_was_read_as_a_whole_holds_no_page_of_its_own(tmp_path):
     file = tmp_path / "images.npy"
     np.save(file, np.zeros((512, 32, 32, 3), np.uint8))
     mapped = np.load(file, mmap_mode="r")
-    data = ImageArray(mapped, np.zeros(512, np.int64), mean=MEAN, std=STD, crop_padding=4, flip=True)
+    data = ImageArray(
+        mapped, np.zeros(512, np.int64), mean=MEAN, std=STD, crop_padding=4, flip=True
+    )
     indices = np.arange(512)
     data.subset(indices).__getitems__(indices, Draws(0, 0, indices))
     before, _, after = Path("/proc/self/smaps").read_text().partition(str(file))
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in after.splitlines()[1:20] if line.endswith(" kB")}
+    kilobytes = {
+        line.split(":")[0]: int(line.split()[1])
+        for line in after.splitlines()[1:20]
+        if line.endswith(" kB")
+    }
     assert before.splitlines()[-1].split()[1] == "r--s"  # read-only and shared
     assert kilobytes["Rss"] >= 512 * 3
     assert kilobytes["Anonymous"] == 0
@@ -124,7 +136,12 @@ def test_a_mapped_set_that_was_read_as_a_whole_holds_no_page_of_its_own(tmp_path
     ],
 )
 def test_what_does_not_fit_is_refused(change, said):
-    given = {"images": some_images(), "labels": np.arange(40) % 10, "mean": MEAN, "std": STD} | change
+    given = {
+        "images": some_images(),
+        "labels": np.arange(40) % 10,
+        "mean": MEAN,
+        "std": STD,
+    } | change
     with pytest.raises(DataError, match=said):
         ImageArray(given.pop("images"), given.pop("labels"), **given)
 

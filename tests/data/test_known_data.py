@@ -25,23 +25,33 @@ def write_mnist(raw: Path, *, train: int, test: int) -> None:
     raw.mkdir(parents=True)
     for prefix, count in (("train", train), ("t10k", test)):
         images = random.integers(0, 256, (count, 6, 5), dtype=np.uint8)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, *images.shape) + images.tobytes())
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4I", 0x803, *images.shape) + images.tobytes()
+        )
         labels = random.integers(0, 10, count, dtype=np.uint8)
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, count) + labels.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2I", 0x801, count) + labels.tobytes()
+        )
 
 
-def write_images(folder: Path, *, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3, size: int = 8) -> None:
+def write_images(
+    folder: Path, *, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3, size: int = 8
+) -> None:
     random = np.random.default_rng(5)
     for name in classes:
         (folder / name).mkdir(parents=True)
         for number in range(each):
-            Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / name / f"{number:04}.jpg", quality=95)
+            Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(
+                folder / name / f"{number:04}.jpg", quality=95
+            )
 
 
 def raw_images(data: ImageArray) -> np.ndarray:
     """The data set's uint8 images, normalisation taken back."""
     batch, _ = data.__getitems__(range(len(data)))
-    return np.rint((batch.permute(0, 2, 3, 1).numpy() * data.std + data.mean) * 255).astype(np.uint8)
+    return np.rint((batch.permute(0, 2, 3, 1).numpy() * data.std + data.mean) * 255).astype(
+        np.uint8
+    )
 
 
 def test_digits_are_scikit_learns_and_the_parts_are_disjoint_and_whole():
@@ -69,7 +79,9 @@ def test_mnist_reads_what_torchvision_reads_and_maps_it(tmp_path):
 
 def test_validation_images_are_held_out_of_training_and_are_always_the_same_ones(tmp_path):
     write_mnist(tmp_path / "MNIST" / "raw", train=5200, test=1)
-    train, validation, again = (mnist(tmp_path, split) for split in ("train", "validation", "validation"))
+    train, validation, again = (
+        mnist(tmp_path, split) for split in ("train", "validation", "validation")
+    )
     assert (len(train), len(validation)) == (200, 5000)
     found = sorted(bytes(image) for part in (train, validation) for image in raw_images(part))
     assert found == sorted(bytes(image) for image in train.images)
@@ -79,13 +91,21 @@ def test_validation_images_are_held_out_of_training_and_are_always_the_same_ones
 def test_image_folders_are_decoded_as_torchvisions_image_folder_and_once(tmp_path, monkeypatch):
     datasets = pytest.importorskip("torchvision.datasets")
     write_images(tmp_path / "train", classes=("dog", "cat", "ape"))
-    found, reference = decoded_folder(tmp_path / "train"), datasets.ImageFolder(str(tmp_path / "train"))
+    found, reference = (
+        decoded_folder(tmp_path / "train"),
+        datasets.ImageFolder(str(tmp_path / "train")),
+    )
     assert found.classes == tuple(reference.classes)
     assert found.labels.tolist() == reference.targets
-    assert all((image == np.asarray(expected)).all() for image, (expected, _) in zip(found.images, reference, strict=True))
+    assert all(
+        (image == np.asarray(expected)).all()
+        for image, (expected, _) in zip(found.images, reference, strict=True)
+    )
     assert isinstance(found.images, np.memmap)
     assert not found.images.flags.writeable
-    monkeypatch.setattr("ddp_kit.data.cache._decode", lambda name, size: pytest.fail("decoded again"))
+    monkeypatch.setattr(
+        "ddp_kit.data.cache._decode", lambda name, size: pytest.fail("decoded again")
+    )
     assert (decoded_folder(tmp_path / "train").images == found.images).all()
 
 
@@ -95,7 +115,14 @@ def test_a_changed_folder_is_decoded_anew(tmp_path):
     before = decoded_folder(folder).images.copy()
     Image.new("RGB", (8, 8), "red").save(folder / "cat" / "0001.jpg")
     changed = decoded_folder(folder).images
-    assert [bool((old == new).all()) for old, new in zip(before, changed, strict=True)] == [True, False, True, True, True, True]
+    assert [bool((old == new).all()) for old, new in zip(before, changed, strict=True)] == [
+        True,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
     (folder / "cat" / "0002.jpg").unlink()
     assert len(decoded_folder(folder).images) == 5
 
@@ -124,7 +151,9 @@ def test_cifar10_reads_image_folders_and_holds_out_validation(tmp_path, monkeypa
     parts = [cifar10(tmp_path, split) for split in ("train", "validation", "test")]
     assert [len(part) for part in parts] == [16, 4, 20]
     assert parts[0].classes == CIFAR10_CLASSES
-    assert parts[2].__getitems__(range(20))[1].tolist() == [label for label in range(10) for _ in range(2)]
+    assert parts[2].__getitems__(range(20))[1].tolist() == [
+        label for label in range(10) for _ in range(2)
+    ]
 
 
 def test_cifar10_reads_torchvisions_own_layout(tmp_path, monkeypatch):
@@ -147,13 +176,20 @@ def write_cifar10_batches(folder: Path, reader: type) -> None:
     folder.mkdir(parents=True)
     random = np.random.default_rng(11)
     for name, _ in reader.train_list + reader.test_list:
-        batch = {"data": random.integers(0, 256, (3, 3072), dtype=np.uint8), "labels": [int(label) for label in random.integers(0, 10, 3)]}
+        batch = {
+            "data": random.integers(0, 256, (3, 3072), dtype=np.uint8),
+            "labels": [int(label) for label in random.integers(0, 10, 3)],
+        }
         (folder / name).write_bytes(pickle.dumps(batch))
-    (folder / reader.meta["filename"]).write_bytes(pickle.dumps({reader.meta["key"]: list(CIFAR10_CLASSES)}))
+    (folder / reader.meta["filename"]).write_bytes(
+        pickle.dumps({reader.meta["key"]: list(CIFAR10_CLASSES)})
+    )
 
 
 def trust_any_checksum(monkeypatch: pytest.MonkeyPatch, reader: type) -> None:
-    monkeypatch.setattr(reader, "_check_integrity", lambda self: (Path(self.root) / self.base_folder).is_dir())
+    monkeypatch.setattr(
+        reader, "_check_integrity", lambda self: (Path(self.root) / self.base_folder).is_dir()
+    )
     monkeypatch.setitem(reader.meta, "md5", None)
 
 
@@ -199,7 +235,9 @@ def test_a_failed_download_says_so_and_leaves_nothing(tmp_path, monkeypatch):
     assert names(tmp_path / "data") == []
 
 
-@pytest.mark.parametrize(("read", "name"), [(mnist, "t10k-images-idx3-ubyte"), (cifar10, "cifar-10-batches-py")])
+@pytest.mark.parametrize(
+    ("read", "name"), [(mnist, "t10k-images-idx3-ubyte"), (cifar10, "cifar-10-batches-py")]
+)
 def test_missing_data_is_an_error_that_says_where_it_looked_and_what_to_type(tmp_path, read, name):
     with pytest.raises(DataError) as caught:
         read(tmp_path / "nowhere", "test")
@@ -210,7 +248,14 @@ def test_missing_data_is_an_error_that_says_where_it_looked_and_what_to_type(tmp
     assert "--download" in message
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"\0\0\x08\x01" + content[4:], lambda content: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1],
+        lambda content: b"\0\0\x08\x01" + content[4:],
+        lambda content: b"",
+    ],
+)
 def test_a_damaged_idx_file_is_named(tmp_path, damage):
     raw = tmp_path / "MNIST" / "raw"
     write_mnist(raw, train=3, test=3)
@@ -220,7 +265,14 @@ def test_a_damaged_idx_file_is_named(tmp_path, damage):
         mnist(tmp_path, "test")
 
 
-@pytest.mark.parametrize("read", [lambda root: digits("test"), lambda root: mnist(root, "dev"), lambda root: cifar10(root, "dev")])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda root: digits("test"),
+        lambda root: mnist(root, "dev"),
+        lambda root: cifar10(root, "dev"),
+    ],
+)
 def test_an_unknown_split_is_refused(tmp_path, read):
     with pytest.raises(ConfigError, match='expected "train"'):
         read(tmp_path)

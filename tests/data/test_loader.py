@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 
 from ddp_kit import Data, build_loader
 from ddp_kit.data.batch_plan import describe, plan_batches
@@ -37,7 +44,9 @@ class Keyed(Dataset[Any]):
     def __len__(self) -> int:
         return SIZE
 
-    def __getitems__(self, indices: Any, draws: Draws | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitems__(
+        self, indices: Any, draws: Draws | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert draws is not None
         return torch.as_tensor(indices), torch.from_numpy(draws.uniform())
 
@@ -58,16 +67,23 @@ class Stream(IterableDataset[Any]):
 
 def feeds(data: Data, *, world_size: int, micro_batch: int = 0, num_workers: int = 0) -> list[Feed]:
     plan = plan_batches(BATCH, micro_batch=micro_batch, world_size=world_size)
-    return [feed_of(data, plan=plan, rank=rank, seed=3, placement=CPU, num_workers=num_workers) for rank in range(world_size)]
+    return [
+        feed_of(data, plan=plan, rank=rank, seed=3, placement=CPU, num_workers=num_workers)
+        for rank in range(world_size)
+    ]
 
 
-def read(data: Data, *, start: int = 0, end: int = 9, **split: int) -> list[list[tuple[float, ...]]]:
+def read(
+    data: Data, *, start: int = 0, end: int = 9, **split: int
+) -> list[list[tuple[float, ...]]]:
     """Returns the samples of each global batch, put together from all ranks in order."""
     steps: list[list[tuple[float, ...]]] = [[] for _ in range(start, end)]
     for feed in feeds(data, **split):
         for batch in feed.batches(start=start, end=end):
             for micro_batch in batch.micro_batches:
-                steps[batch.step - start] += list(zip(*(column.tolist() for column in micro_batch.batch), strict=True))
+                steps[batch.step - start] += list(
+                    zip(*(column.tolist() for column in micro_batch.batch), strict=True)
+                )
     return steps
 
 
@@ -76,10 +92,16 @@ DATASETS = {"items": Noisy, "batches": Keyed, "stream": Stream}
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_split_and_every_worker_reads_the_same(name: str) -> None:
-    data = Data(DATASETS[name](), augment=lambda batch, draws: [*batch, torch.from_numpy(draws.uniform())])
+    data = Data(
+        DATASETS[name](), augment=lambda batch, draws: [*batch, torch.from_numpy(draws.uniform())]
+    )
     reference = read(data, world_size=1)
     assert [len(batch) for batch in reference] == [BATCH] * 9
-    for split in ({"world_size": 3}, {"world_size": 2, "micro_batch": 3}, {"world_size": 5, "micro_batch": 2}):
+    for split in (
+        {"world_size": 3},
+        {"world_size": 2, "micro_batch": 3},
+        {"world_size": 5, "micro_batch": 2},
+    ):
         assert read(data, **split) == reference
     assert read(data, world_size=2, micro_batch=3, num_workers=2) == reference
     assert read(data, start=4, world_size=2) == reference[4:]
@@ -87,7 +109,10 @@ def test_every_split_and_every_worker_reads_the_same(name: str) -> None:
 
 def test_each_epoch_has_another_order_and_drops_another_tail() -> None:
     steps = read(Data(Noisy()), world_size=1, end=8)
-    epochs = [[int(sample[0]) for batch in steps[first : first + 4] for sample in batch] for first in (0, 4)]
+    epochs = [
+        [int(sample[0]) for batch in steps[first : first + 4] for sample in batch]
+        for first in (0, 4)
+    ]
     for number, epoch in enumerate(epochs):
         assert epoch == permutation(3, number, SIZE)[:48].tolist()
         assert len(set(epoch)) == 48  # at most once
@@ -96,7 +121,10 @@ def test_each_epoch_has_another_order_and_drops_another_tail() -> None:
 
 def test_a_sample_is_changed_otherwise_in_another_epoch() -> None:
     steps = read(Data(Noisy()), world_size=1, end=8)
-    drawn = [{sample[0]: sample[1:] for batch in steps[first : first + 4] for sample in batch} for first in (0, 4)]
+    drawn = [
+        {sample[0]: sample[1:] for batch in steps[first : first + 4] for sample in batch}
+        for first in (0, 4)
+    ]
     both = drawn[0].keys() & drawn[1].keys()
     assert both
     assert not any(drawn[0][index] == drawn[1][index] for index in both)
@@ -113,7 +141,9 @@ def test_reading_does_not_disturb_the_default_generators() -> None:
 def test_subsets_and_tensor_sets_are_read_as_what_they_hold() -> None:
     tensors = TensorDataset(torch.arange(SIZE), torch.arange(SIZE) * 2)
     even = Subset(Subset(tensors, range(1, SIZE)), range(1, SIZE - 1, 2))
-    assert {sample[0] % 2 for batch in read(Data(even), world_size=2, end=2) for sample in batch} == {0}
+    assert {
+        sample[0] % 2 for batch in read(Data(even), world_size=2, end=2) for sample in batch
+    } == {0}
     noisy = Subset(Noisy(), range(20, 45))
     assert read(Data(noisy), world_size=1, end=2) == read(Data(noisy), world_size=3, end=2)
     assert read(Data(ConcatDataset([Noisy(), Noisy()])), world_size=1, end=2) == read(
@@ -127,7 +157,15 @@ def test_a_stream_without_length_goes_on_to_the_next_epoch_by_itself() -> None:
     assert [int(batch[0][0]) for batch in steps] == [0, 12, 24, 36, 1000, 1012]
     assert feeds(data, world_size=1)[0].steps_per_epoch == 0
     with pytest.raises(DataError, match="less than one global batch"):
-        list(feed_of(data, plan=plan_batches(64, micro_batch=0, world_size=1), rank=0, seed=0, placement=CPU).batches(start=0, end=1))
+        list(
+            feed_of(
+                data,
+                plan=plan_batches(64, micro_batch=0, world_size=1),
+                rank=0,
+                seed=0,
+                placement=CPU,
+            ).batches(start=0, end=1)
+        )
 
 
 def test_the_sampler_serves_torchs_own_loader_and_moves_on_by_itself() -> None:
@@ -137,7 +175,9 @@ def test_the_sampler_serves_torchs_own_loader_and_moves_on_by_itself() -> None:
     epochs = [[index for batch in loader for index in batch[0].tolist()] for _ in range(2)]
     for epoch, indices in enumerate(epochs):
         order = permutation(3, epoch, SIZE)
-        assert indices == [index for k in range(4) for index in order[12 * k + 6 : 12 * k + 12].tolist()]
+        assert indices == [
+            index for k in range(4) for index in order[12 * k + 6 : 12 * k + 12].tolist()
+        ]
     assert len(sampler) == 8
 
 
@@ -170,7 +210,10 @@ def test_the_split_is_printed_and_balanced() -> None:
         (10, 0, 9): "10 global = 1 x 2 + 8 x 1, in micro-batches of 2 or 1",
     }
     for (global_batch, micro_batch, world_size), line in lines.items():
-        assert describe(plan_batches(global_batch, micro_batch=micro_batch, world_size=world_size)) == line
+        assert (
+            describe(plan_batches(global_batch, micro_batch=micro_batch, world_size=world_size))
+            == line
+        )
     with pytest.raises(ConfigError, match="fewer samples than there are ranks"):
         plan_batches(3, micro_batch=0, world_size=4)
 
@@ -182,11 +225,17 @@ def test_any_world_size_gets_all_of_a_global_batch_once(micro_batch: int) -> Non
             plan = plan_batches(global_batch, micro_batch=micro_batch, world_size=world_size)
             pieces = [piece for rank in range(world_size) for piece in plan.of_rank(rank)]
             assert [i for i, _, _ in pieces] == list(range(plan.micro_batches))
-            assert [first for _, first, _ in pieces] + [global_batch] == [0, *(stop for _, _, stop in pieces)]
+            assert [first for _, first, _ in pieces] + [global_batch] == [
+                0,
+                *(stop for _, _, stop in pieces),
+            ]
             assert all(plan.of_rank(rank) for rank in range(world_size))
             assert max(stop - first for _, first, stop in pieces) <= (micro_batch or global_batch)
             if not plan.is_invariant:
-                shares = [plan.of_rank(rank)[-1][2] - plan.of_rank(rank)[0][1] for rank in range(world_size)]
+                shares = [
+                    plan.of_rank(rank)[-1][2] - plan.of_rank(rank)[0][1]
+                    for rank in range(world_size)
+                ]
                 assert max(shares) - min(shares) <= 1
 
 
@@ -202,7 +251,9 @@ def test_batches_that_a_data_set_makes_on_the_device_are_used_where_they_are() -
             return self.values[torch.as_tensor(indices, device="cuda")]
 
     plan = plan_batches(4, micro_batch=2, world_size=1)
-    feed = feed_of(Data(OnDevice()), plan=plan, rank=0, seed=0, placement=Placement(torch.device("cuda:0")))
+    feed = feed_of(
+        Data(OnDevice()), plan=plan, rank=0, seed=0, placement=Placement(torch.device("cuda:0"))
+    )
     seen = [part.batch for batch in feed.batches(start=0, end=2) for part in batch.micro_batches]
     assert all(batch.is_cuda for batch in seen)
     assert sorted(torch.cat(seen).tolist()) == list(range(8))

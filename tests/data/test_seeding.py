@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from ddp_kit.data import orders
-from ddp_kit.data.seeding import Draws, forward_key, generators_put_back, key, permutation, seed_forward, seed_generators
+from ddp_kit.data.seeding import (
+    Draws,
+    forward_key,
+    generators_put_back,
+    key,
+    permutation,
+    seed_forward,
+    seed_generators,
+)
 from ddp_kit.errors import DataError
 
 GOLDEN_KEYS = [16109376577732193491, 11110072706454795156, 21077252156847029, 16545586078752390967]
@@ -25,7 +33,9 @@ def test_the_hash_and_the_permutation_stay_as_they_are() -> None:
 def test_a_permutation_has_every_index_once_and_depends_on_seed_and_epoch() -> None:
     for size in (0, 1, 2, 1000):
         assert sorted(permutation(3, 4, size).tolist()) == list(range(size))
-    assert permutation(0, 1, 50).tolist() != permutation(1, 0, 50).tolist()  # torch's own sampler adds seed and epoch
+    assert (
+        permutation(0, 1, 50).tolist() != permutation(1, 0, 50).tolist()
+    )  # torch's own sampler adds seed and epoch
 
 
 def test_the_first_places_of_permutations_are_uniform() -> None:
@@ -101,7 +111,9 @@ def test_mixtures_take_from_parts_in_proportion_without_repeats_before_all_were_
 
 
 def test_draws_of_every_epoch_are_the_same_in_each_and_others_than_those_of_any() -> None:
-    first, later = (Draws(1, epoch, [3, 4]).of_every_epoch().integers(1000, 5).tolist() for epoch in (0, 7))
+    first, later = (
+        Draws(1, epoch, [3, 4]).of_every_epoch().integers(1000, 5).tolist() for epoch in (0, 7)
+    )
     assert first == later
     assert first not in [Draws(1, epoch, [3, 4]).integers(1000, 5).tolist() for epoch in range(8)]
     assert Draws(1, 7, [3]).epoch == 7

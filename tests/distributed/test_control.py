@@ -71,12 +71,23 @@ def at_the_same(group: Group, number: int) -> bool:
 @pytest.mark.ranks(1, 2, 4)
 def test_a_signal_on_any_rank_stops_all_at_the_same_step(group: Group) -> None:
     for culprit in range(group.world_size):
-        for number, status, code in ((signal.SIGTERM, "preempted", 143), (signal.SIGINT, "stopped", 130)):
+        for number, status, code in (
+            (signal.SIGTERM, "preempted", 143),
+            (signal.SIGINT, "stopped", 130),
+        ):
             with signals_noted() as stop:
-                acts = Acts(lambda number=number: os.kill(os.getpid(), number), at=3 + culprit if group.rank == culprit else -1)
+                acts = Acts(
+                    lambda number=number: os.kill(os.getpid(), number),
+                    at=3 + culprit if group.rank == culprit else -1,
+                )
                 begin = time.monotonic()
                 ending = trained(group, stop=stop, callbacks=[acts])
-            expected = Ending(status=status, reason=f"{number.name} on rank {culprit}", exit_code=code, stop=Stop[number.name])
+            expected = Ending(
+                status=status,
+                reason=f"{number.name} on rank {culprit}",
+                exit_code=code,
+                stop=Stop[number.name],
+            )
             assert ending == expected
             assert at_the_same(group, acts.steps[-1])
             assert acts.steps[-1] >= 3 + culprit
@@ -112,7 +123,9 @@ def test_every_boundary_gives_every_rank_the_same_decision(group: Group) -> None
 
 
 @pytest.mark.ranks(2)
-def test_packets_of_short_steps_are_sent_at_an_interval_that_the_packet_itself_gives(group: Group) -> None:
+def test_packets_of_short_steps_are_sent_at_an_interval_that_the_packet_itself_gives(
+    group: Group,
+) -> None:
     """Rank 1's steps take longer, and its pace is the one that counts; steps of any length are heard within about the interval."""
     for pause_s, steps in ((0.01 * (1 + group.rank), 60), (0.15, 6)):
         control, due = Control(group), []
@@ -140,7 +153,9 @@ def test_a_boundary_does_not_wait_for_a_slow_peer(group: Group) -> None:
     took = time.perf_counter() - begin
     control.close()
     assert took < 0.5
-    assert time.perf_counter() - begin > 0.5 or group.rank == 1  # the packet itself did wait for the peer, at its reading
+    assert (
+        time.perf_counter() - begin > 0.5 or group.rank == 1
+    )  # the packet itself did wait for the peer, at its reading
 
 
 def test_a_signal_before_the_first_step_ends_the_run_and_later_ones_wait_for_a_boundary() -> None:

@@ -46,9 +46,14 @@ OWN_FAULTS = {
 
 def follows(ended: Ended, *, culprit: int, message: str) -> bool:
     """Whether each rank but the culprit said one line, after the culprit's own words."""
-    lines = [line for line in ended.errors.splitlines() if not line.startswith("to go on from step ")]
+    lines = [
+        line for line in ended.errors.splitlines() if not line.startswith("to go on from step ")
+    ]
     followers = [rank for rank in range(len(ended.codes)) if rank != culprit]
-    expected = {f"rank {rank} on {HOST}: ended because rank {culprit} failed: {message}" for rank in followers}
+    expected = {
+        f"rank {rank} on {HOST}: ended because rank {culprit} failed: {message}"
+        for rank in followers
+    }
     return set(lines[-len(followers) :]) == expected
 
 
@@ -59,8 +64,12 @@ def test_an_exception_on_one_rank_ends_all(fault: str, culprit: int, tmp_path: P
     step = "--at-step=4" if fault == "evaluation" else "--at-step=3"
     ended = train("--fault", fault, "--at-rank", str(culprit), step, *flags, folder=tmp_path)
     assert ended.codes == [1, 1]
-    assert ended.errors.startswith(f"rank {culprit} on {HOST} failed:\nTraceback (most recent call last):\n")
-    assert ended.errors.count(OWN_FAULTS[fault]) == 2  # at the end of the traceback, and in the follower's line
+    assert ended.errors.startswith(
+        f"rank {culprit} on {HOST} failed:\nTraceback (most recent call last):\n"
+    )
+    assert (
+        ended.errors.count(OWN_FAULTS[fault]) == 2
+    )  # at the end of the traceback, and in the follower's line
     where = " (in a loader worker)" if fault == "worker" else ""
     assert follows(ended, culprit=culprit, message=OWN_FAULTS[fault] + where)
     assert ended.is_clean()
@@ -68,7 +77,9 @@ def test_an_exception_on_one_rank_ends_all(fault: str, culprit: int, tmp_path: P
         assert ended.status["status"] == "failed"
         assert ended.status["reason"] == f"rank {culprit}: {OWN_FAULTS[fault]}{where}"
         assert ended.status["exit_code"] == 1
-        assert ended.status["step"] == {"loss": 3, "callback": 3, "evaluation": 4}.get(fault, ended.status["step"])
+        assert ended.status["step"] == {"loss": 3, "callback": 3, "evaluation": 4}.get(
+            fault, ended.status["step"]
+        )
 
 
 def test_a_loss_that_fails_names_step_and_samples(tmp_path: Path) -> None:
@@ -78,15 +89,29 @@ def test_a_loss_that_fails_names_step_and_samples(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("culprit", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_four_ranks_end_as_two_do(culprit: int, tmp_path: Path) -> None:
-    ended = train("--fault", "callback", "--at-rank", str(culprit), folder=tmp_path, world_size=4, limit_s=20)
+    ended = train(
+        "--fault", "callback", "--at-rank", str(culprit), folder=tmp_path, world_size=4, limit_s=20
+    )
     assert ended.codes == [1] * 4
     assert follows(ended, culprit=culprit, message=OWN_FAULTS["callback"])
     assert ended.is_clean()
 
 
-@pytest.mark.parametrize(("killed", "world_size"), [(0, 2), (1, 2), pytest.param(0, 4, marks=pytest.mark.slow), (2, 4)])
-def test_a_killed_rank_ends_the_others_who_say_that_a_peer_is_gone(killed: int, world_size: int, tmp_path: Path) -> None:
-    ended = train("--fault", "SIGKILL", "--at-rank", str(killed), folder=tmp_path, world_size=world_size, limit_s=20)
+@pytest.mark.parametrize(
+    ("killed", "world_size"), [(0, 2), (1, 2), pytest.param(0, 4, marks=pytest.mark.slow), (2, 4)]
+)
+def test_a_killed_rank_ends_the_others_who_say_that_a_peer_is_gone(
+    killed: int, world_size: int, tmp_path: Path
+) -> None:
+    ended = train(
+        "--fault",
+        "SIGKILL",
+        "--at-rank",
+        str(killed),
+        folder=tmp_path,
+        world_size=world_size,
+        limit_s=20,
+    )
     assert ended.codes == [-signal.SIGKILL if rank == killed else 1 for rank in range(world_size)]
     gone = "a peer is gone that left no word (killed, or out of memory)"
     lines = ended.errors.splitlines()
@@ -102,17 +127,42 @@ def test_a_killed_rank_ends_the_others_who_say_that_a_peer_is_gone(killed: int, 
 
 @pytest.mark.parametrize(
     ("name", "culprit", "code", "status"),
-    [("SIGTERM", 0, 143, "preempted"), ("SIGTERM", 1, 143, "preempted"), ("SIGINT", 1, 130, "stopped"), ("SIGUSR1", 1, 143, "preempted")],
+    [
+        ("SIGTERM", 0, 143, "preempted"),
+        ("SIGTERM", 1, 143, "preempted"),
+        ("SIGINT", 1, 130, "stopped"),
+        ("SIGUSR1", 1, 143, "preempted"),
+    ],
 )
-def test_a_signal_on_one_rank_stops_all_at_the_same_step(name: str, culprit: int, code: int, status: str, tmp_path: Path) -> None:
-    ended = train("--fault", name, "--at-rank", str(culprit), "--max-steps", "1000", "--log-every", "500", folder=tmp_path)
+def test_a_signal_on_one_rank_stops_all_at_the_same_step(
+    name: str, culprit: int, code: int, status: str, tmp_path: Path
+) -> None:
+    ended = train(
+        "--fault",
+        name,
+        "--at-rank",
+        str(culprit),
+        "--max-steps",
+        "1000",
+        "--log-every",
+        "500",
+        folder=tmp_path,
+    )
     assert ended.codes == [code, code]
     assert ended.errors == ""
     step = ended.status["step"]
     assert 3 < step < 1000
-    assert all(f"ended after step {step}: {name} on rank {culprit}\n" in output for output in ended.outputs)
-    assert (ended.status["status"], ended.status["exit_code"], ended.status["reason"]) == (status, code, f"{name} on rank {culprit}")
-    assert bool(ended.status["weights_sha256"]) == (status == "stopped")  # a grace period is for saving
+    assert all(
+        f"ended after step {step}: {name} on rank {culprit}\n" in output for output in ended.outputs
+    )
+    assert (ended.status["status"], ended.status["exit_code"], ended.status["reason"]) == (
+        status,
+        code,
+        f"{name} on rank {culprit}",
+    )
+    assert bool(ended.status["weights_sha256"]) == (
+        status == "stopped"
+    )  # a grace period is for saving
     assert ended.is_clean()
 
 
@@ -124,18 +174,28 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     assert ended.is_clean()
 
 
-@pytest.mark.parametrize(("name", "code", "status"), [("SIGTERM", 143, "preempted"), ("SIGINT", 130, "stopped")])
-def test_before_the_first_step_a_signal_ends_the_run_at_once(name: str, code: int, status: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "code", "status"), [("SIGTERM", 143, "preempted"), ("SIGINT", 130, "stopped")]
+)
+def test_before_the_first_step_a_signal_ends_the_run_at_once(
+    name: str, code: int, status: str, tmp_path: Path
+) -> None:
     ended = train("--fault", name, "--at-rank", "0", "--at-step", "0", folder=tmp_path)
     assert ended.codes == [code, 1]
     assert ended.errors.startswith(f"rank 0 on {HOST}: Stopped: {name} before the first step\n")
     assert follows(ended, culprit=0, message=f"Stopped: {name} before the first step")
-    assert (ended.status["status"], ended.status["exit_code"], ended.status["step"]) == (status, code, 0)
+    assert (ended.status["status"], ended.status["exit_code"], ended.status["step"]) == (
+        status,
+        code,
+        0,
+    )
     assert ended.is_clean()
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_a_loss_that_is_not_finite_on_one_rank_ends_all_at_the_same_step(culprit: int, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_at_the_same_step(
+    culprit: int, tmp_path: Path
+) -> None:
     ended = train("--fault", "nan", "--at-rank", str(culprit), folder=tmp_path)
     assert ended.codes == [1, 1]
     assert ended.errors.startswith(f"the loss of step 4 is not finite on rank {culprit}, samples ")
@@ -146,14 +206,18 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_at_the_same_step(culprit
 
 
 @pytest.mark.parametrize("culprit", [0, 1, -1])
-def test_a_parameter_that_only_a_later_step_leaves_out_ends_all_at_that_step(culprit: int, tmp_path: Path) -> None:
+def test_a_parameter_that_only_a_later_step_leaves_out_ends_all_at_that_step(
+    culprit: int, tmp_path: Path
+) -> None:
     """DDP itself would end the run one step late, the bad step applied, or never on the ranks that used it."""
     ended = train("--fault", "unused later", "--at-rank", str(culprit), folder=tmp_path)
     assert ended.codes == [1, 1]
     message = "idle.weight, idle.bias got no gradient, "
     assert ended.errors.startswith(message)
     assert "--find-unused-parameters" in ended.errors.splitlines()[0]
-    assert ended.errors.count(message) == (2 if culprit >= 0 else 1)  # once more by the one that follows; both fail alike with -1
+    assert ended.errors.count(message) == (
+        2 if culprit >= 0 else 1
+    )  # once more by the one that follows; both fail alike with -1
     assert (ended.status["status"], ended.status["step"]) == ("failed", 3)
     assert ended.is_clean()
 
@@ -175,12 +239,19 @@ class Poison:
 
     def loss(self, model: nn.Module, batch: Any) -> LossSum:
         result = classify(model, batch)
-        return LossSum(result.total * (float("inf") if self.is_here and self.step == self.after else 1), result.count)
+        return LossSum(
+            result.total * (float("inf") if self.is_here and self.step == self.after else 1),
+            result.count,
+        )
 
 
 def weights_after(run_dir: str, steps: int, bad_after: int) -> tuple[str, str]:
     """Trains a net with BatchNorm. Returns the hash of the weights that are in memory at the end, and the error's message."""
-    poison, settings, models = Poison(after=bad_after), Settings(max_steps=steps, run_dir=run_dir), []
+    poison, settings, models = (
+        Poison(after=bad_after),
+        Settings(max_steps=steps, run_dir=run_dir),
+        [],
+    )
 
     def model() -> nn.Module:
         models.append(normed())
@@ -194,11 +265,15 @@ def weights_after(run_dir: str, steps: int, bad_after: int) -> tuple[str, str]:
     return weights_sha256(models[0]), message
 
 
-def test_after_a_loss_that_is_not_finite_the_weights_are_those_before_the_step(tmp_path: Path) -> None:
+def test_after_a_loss_that_is_not_finite_the_weights_are_those_before_the_step(
+    tmp_path: Path,
+) -> None:
     bad = run_ranks(weights_after, 2, str(tmp_path / "bad"), 8, 4, group=False)
     good = run_ranks(weights_after, 2, str(tmp_path / "good"), 4, -1, group=False)
     assert len({digest for digest, _ in [*bad, *good]}) == 1
-    assert {message.split(",")[0] for _, message in bad} == {"the loss of step 5 is not finite on rank 1"}
+    assert {message.split(",")[0] for _, message in bad} == {
+        "the loss of step 5 is not finite on rank 1"
+    }
 
 
 def train_and_exit() -> None:
@@ -248,12 +323,19 @@ class Numbers(Dataset[Any]):
 def batches_of_a_worker(*, is_readable: bool = True) -> Generator[RankBatch, None, None]:
     plan = plan_batches(4, micro_batch=0, world_size=1)
     feed = feed_of(
-        Data(Numbers(is_readable=is_readable)), plan=plan, rank=0, seed=0, placement=Placement(torch.device("cpu")), num_workers=1
+        Data(Numbers(is_readable=is_readable)),
+        plan=plan,
+        rank=0,
+        seed=0,
+        placement=Placement(torch.device("cpu")),
+        num_workers=1,
     )
     return feed.batches(start=0, end=16)
 
 
-def test_a_loader_worker_ends_at_its_parents_word_and_at_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loader_worker_ends_at_its_parents_word_and_at_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A signal to the whole job comes from elsewhere, and must not take it before the step is done; nor may it by a thread that the worker
     had before we were asked, as a library may start one."""
     first = signal_handling._set_worker_signal_handlers

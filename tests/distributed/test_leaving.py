@@ -48,7 +48,9 @@ def test_after_an_error_all_nccl_groups_are_aborted_before_threads_are_joined_an
     before = sys.getrefcount(control)
     process_groups._leave(group, failed=True)
     assert calls == ["abort training", "abort exchange", "threads are joined"]
-    assert sys.getrefcount(control) == before  # one fewer of the group's, and one that is never given back
+    assert (
+        sys.getrefcount(control) == before
+    )  # one fewer of the group's, and one that is never given back
     assert group.all == []
 
 

@@ -64,7 +64,9 @@ def test_agents_that_count_restarts_differently_do_not_part_the_ranks() -> None:
 
 
 @pytest.mark.parametrize("taken", [silent, of_another_job])
-def test_a_derived_port_that_is_taken_is_not_where_the_ranks_meet(taken: Callable[[int], Iterator[None]]) -> None:
+def test_a_derived_port_that_is_taken_is_not_where_the_ranks_meet(
+    taken: Callable[[int], Iterator[None]],
+) -> None:
     with taken(task(0).port):
         assert run_ranks(sum_of_ranks, 2, JOB, group=False) == [3.0, 3.0]
 
@@ -87,7 +89,15 @@ def on_two_nodes(folder: str, port: int, what: str, launcher: str = "slurm") -> 
     if (what, rank) == ("stuck", 1):
         dist.init_process_group = stuck
     node_check.LATER_S = 1.0
-    place = Topology(rank=rank, world_size=2, node_rank=rank, nodes=2, launcher=launcher, master="127.0.0.1", port=port)
+    place = Topology(
+        rank=rank,
+        world_size=2,
+        node_rank=rank,
+        nodes=2,
+        launcher=launcher,
+        master="127.0.0.1",
+        port=port,
+    )
     device = "cuda" if (what, rank) == ("no device", 1) else "cpu"
     try:
         with process_group(topology=place, device=device, run_dir=Path(folder)) as group:
@@ -107,12 +117,17 @@ def on_two_nodes(folder: str, port: int, what: str, launcher: str = "slurm") -> 
         ("stuck", "n1", "n1: its ranks hang or are gone"),
     ],
 )
-def test_the_preflight_check_names_the_node_that_failed_it(what: str, bad: str, words: str, tmp_path: Path) -> None:
+def test_the_preflight_check_names_the_node_that_failed_it(
+    what: str, bad: str, words: str, tmp_path: Path
+) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as found:
         port = found.getsockname()[1]
     env = {"DDP_KIT_PREFLIGHT_S": "2", "DDP_KIT_HOSTS": "n0,n1", "GLOO_SOCKET_IFNAME": "lo"}
     said = run_ranks(on_two_nodes, 2, str(tmp_path / "run"), port, what, group=False, env=env)
-    assert [words in text or text == "not there" or (what, rank) == ("stuck", 1) for rank, text in enumerate(said)] == [True, True], said
+    assert [
+        words in text or text == "not there" or (what, rank) == ("stuck", 1)
+        for rank, text in enumerate(said)
+    ] == [True, True], said
     file = tmp_path / "run" / "bad_nodes"
     assert (file.read_text() if file.exists() else "") == (f"{bad}\n" if bad else "")
 

@@ -35,14 +35,18 @@ class Steps:
 
     def run(self, *words: str) -> list[dict[str, Any]]:
         """Returns what the ranks of a job of one step found, by rank."""
-        return by_rank(self.cluster.run("srun", *words, sys.executable, str(self.probe), PYTHONPATH=ROOT))
+        return by_rank(
+            self.cluster.run("srun", *words, sys.executable, str(self.probe), PYTHONPATH=ROOT)
+        )
 
     def batch(self, script: str, *words: str, outputs: str) -> list[list[dict[str, Any]]]:
         """Returns the same for several steps of one job, or for the elements of an array, one for each name in `outputs`."""
         path = self.probe.with_suffix(".sh")
         path.write_text(f"#!/bin/sh\nset -e\n{script}\n")
         folder = self.probe.parent
-        job = self.cluster.submit(*words, f"--chdir={folder}", "--output=log", str(path), PYTHONPATH=ROOT)
+        job = self.cluster.submit(
+            *words, f"--chdir={folder}", "--output=log", str(path), PYTHONPATH=ROOT
+        )
         self.cluster.wait(job, state="COMPLETED")
         return [by_rank((folder / name).read_text()) for name in outputs.split()]
 
@@ -55,12 +59,21 @@ def by_rank(output: str) -> list[dict[str, Any]]:
 
 def places(found: list[dict[str, Any]]) -> list[tuple[int, ...]]:
     """Returns (local_rank, world_size, local_world_size, node_rank, nodes) of each rank."""
-    return [tuple(facts[name] for name in ("local_rank", "world_size", "local_world_size", "node_rank", "nodes")) for facts in found]
+    return [
+        tuple(
+            facts[name]
+            for name in ("local_rank", "world_size", "local_world_size", "node_rank", "nodes")
+        )
+        for facts in found
+    ]
 
 
 def devices(found: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Returns each rank's node and the device it takes."""
-    return [(facts["node"], facts["visible"][facts["local_rank"] % len(facts["visible"])]) for facts in found]
+    return [
+        (facts["node"], facts["visible"][facts["local_rank"] % len(facts["visible"])])
+        for facts in found
+    ]
 
 
 @pytest.fixture
@@ -79,7 +92,9 @@ def test_the_ranks_of_real_steps_know_their_places(steps: Steps) -> None:
         srun --nodes=1 --ntasks=1 --exact {steps.command} >left & srun --nodes=1 --ntasks=1 --exact {steps.command} >right & wait
     """
     names = "one even uneven smaller left right"
-    one, even, uneven, smaller, left, right = steps.batch(script, "--nodes=2", "--ntasks=6", "--exclusive", outputs=names)
+    one, even, uneven, smaller, left, right = steps.batch(
+        script, "--nodes=2", "--ntasks=6", "--exclusive", outputs=names
+    )
     assert places(one) == [(0, 1, 1, 0, 1)]
     assert places(even) == [(0, 4, 2, 0, 2), (1, 4, 2, 0, 2), (0, 4, 2, 1, 2), (1, 4, 2, 1, 2)]
     assert places(uneven) == [(0, 4, 3, 0, 2), (1, 4, 3, 0, 2), (2, 4, 3, 0, 2), (0, 4, 1, 1, 2)]
@@ -93,8 +108,14 @@ def test_the_ranks_of_real_steps_know_their_places(steps: Steps) -> None:
 
 def test_elements_of_an_array_are_worlds_of_their_own(steps: Steps) -> None:
     script = f"srun {steps.command} >$SLURM_ARRAY_TASK_ID"
-    first, second = steps.batch(script, "--array=3,4", "--nodes=2", "--ntasks-per-node=2", outputs="3 4")
-    assert places(first) == places(second) == [(0, 4, 2, 0, 2), (1, 4, 2, 0, 2), (0, 4, 2, 1, 2), (1, 4, 2, 1, 2)]
+    first, second = steps.batch(
+        script, "--array=3,4", "--nodes=2", "--ntasks-per-node=2", outputs="3 4"
+    )
+    assert (
+        places(first)
+        == places(second)
+        == [(0, 4, 2, 0, 2), (1, 4, 2, 0, 2), (0, 4, 2, 1, 2), (1, 4, 2, 1, 2)]
+    )
     assert first[0]["port"] != second[0]["port"]  # they may share a node
 
 
@@ -107,7 +128,9 @@ def test_elements_of_an_array_are_worlds_of_their_own(steps: Steps) -> None:
         (["--gres=gpu:2"], 2),
     ],
 )
-def test_however_gpus_are_asked_for_each_rank_has_its_own(steps: Steps, words: list[str], visible: int) -> None:
+def test_however_gpus_are_asked_for_each_rank_has_its_own(
+    steps: Steps, words: list[str], visible: int
+) -> None:
     found = steps.run("--nodes=2", "--ntasks-per-node=2", *words)
     assert {len(facts["visible"]) for facts in found} == {visible}
     assert devices(found) == [("n0", "0"), ("n0", "1"), ("n1", "0"), ("n1", "1")]
@@ -119,6 +142,13 @@ def test_without_gpus_none_are_visible(steps: Steps) -> None:
 
 def test_two_jobs_on_one_node_have_different_gpus_and_ports(steps: Steps) -> None:
     script = f"srun {steps.command} >$SLURM_ARRAY_TASK_ID; touch $SLURM_ARRAY_TASK_ID.done; while [ ! -e 1.done -o ! -e 2.done ]; do sleep 0.05; done"
-    first, second = steps.batch(script, "--array=1,2", "--nodelist=n1", "--ntasks=2", "--gpus-per-node=2", outputs="1 2")
-    assert sorted(devices(first) + devices(second)) == [("n1", "0"), ("n1", "1"), ("n1", "2"), ("n1", "3")]
+    first, second = steps.batch(
+        script, "--array=1,2", "--nodelist=n1", "--ntasks=2", "--gpus-per-node=2", outputs="1 2"
+    )
+    assert sorted(devices(first) + devices(second)) == [
+        ("n1", "0"),
+        ("n1", "1"),
+        ("n1", "2"),
+        ("n1", "3"),
+    ]
     assert first[0]["port"] != second[0]["port"]

@@ -31,7 +31,9 @@ def status(folder: Path) -> dict[str, Any]:
 def shell(line: str, folder: Path, *, recipe: str = PACED) -> int:
     """Runs a line of bash in which "$@" is the training command. Returns: its exit code."""
     words = ["bash", "-c", line, "bash", *command(folder, recipe=recipe)]
-    return subprocess.run(words, cwd=folder, timeout=LIMIT_S, check=False, capture_output=True).returncode
+    return subprocess.run(
+        words, cwd=folder, timeout=LIMIT_S, check=False, capture_output=True
+    ).returncode
 
 
 def stepping(folder: Path, ranks: "subprocess.Popen[Any]") -> None:
@@ -59,7 +61,9 @@ def test_a_run_finishes_though_its_output_goes_nowhere(line: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("line", ['"$@" >/dev/full 2>/dev/full', '"$@" >&- 2>&-'])
-def test_a_failure_keeps_its_exit_code_and_status_though_nobody_hears_of_it(line: str, tmp_path: Path) -> None:
+def test_a_failure_keeps_its_exit_code_and_status_though_nobody_hears_of_it(
+    line: str, tmp_path: Path
+) -> None:
     assert shell(f"ACT=raise {line}", tmp_path, recipe=PATIENT) == 1
     assert (status(tmp_path)["status"], status(tmp_path)["exit_code"]) == ("failed", 1)
 
@@ -68,7 +72,13 @@ def test_a_run_finishes_after_its_terminal_is_gone(tmp_path: Path) -> None:
     """It is not the terminal that controls it: no signal comes, but every line fails."""
     ours, its = pty.openpty()
     env = {**os.environ, "TERM": "xterm"}
-    with subprocess.Popen(command(tmp_path, "--pace-s", "0.1"), stdout=its, stderr=its, env=env, start_new_session=True) as run:
+    with subprocess.Popen(
+        command(tmp_path, "--pace-s", "0.1"),
+        stdout=its,
+        stderr=its,
+        env=env,
+        start_new_session=True,
+    ) as run:
         os.close(its)
         stepping(tmp_path, run)
         os.close(ours)
@@ -79,7 +89,13 @@ def test_a_run_finishes_after_its_terminal_is_gone(tmp_path: Path) -> None:
 def test_a_log_whose_disk_is_full_costs_no_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "logs").mkdir(parents=True)
     (tmp_path / "run" / "logs" / "rank-0.log").symlink_to("/dev/full")
-    done = subprocess.run(command(tmp_path, *SMALL, recipe=MORTAL), capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    done = subprocess.run(
+        command(tmp_path, *SMALL, recipe=MORTAL),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "Logging error" not in done.stderr
     assert status(tmp_path)["status"] == "finished"
@@ -96,11 +112,15 @@ def test_a_hangup_saves_and_ends_as_sigterm_does(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / f"step-{ended['step']:08d}").is_dir()
 
 
-@pytest.mark.parametrize("launcher", [[], [sys.executable, "-m", "ddp_kit.launch.local.run", "--nproc-per-node", "2"]])
+@pytest.mark.parametrize(
+    "launcher", [[], [sys.executable, "-m", "ddp_kit.launch.local.run", "--nproc-per-node", "2"]]
+)
 def test_under_nohup_a_run_goes_on_after_a_hangup(launcher: list[str], tmp_path: Path) -> None:
     own = command(tmp_path, "--pace-s", "0.1")
     words = [*launcher, *own[3:]] if launcher else own
-    with subprocess.Popen(["nohup", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    with subprocess.Popen(
+        ["nohup", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
         stepping(tmp_path, run)
         run.send_signal(signal.SIGHUP)
         assert run.wait(LIMIT_S) == 0
@@ -108,7 +128,14 @@ def test_under_nohup_a_run_goes_on_after_a_hangup(launcher: list[str], tmp_path:
 
 
 def test_a_hangup_of_the_launcher_stops_its_ranks_after_a_save(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "ddp_kit.launch.local.run", "--nproc-per-node", "2", *command(tmp_path, "--pace-s", "0.2")[3:]]
+    words = [
+        sys.executable,
+        "-m",
+        "ddp_kit.launch.local.run",
+        "--nproc-per-node",
+        "2",
+        *command(tmp_path, "--pace-s", "0.2")[3:],
+    ]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL) as run:
         stepping(tmp_path, run)
         run.send_signal(signal.SIGHUP)

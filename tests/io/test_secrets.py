@@ -31,28 +31,56 @@ def leaks(text: str) -> list[str]:
 
 
 def leaking_files(folder: Path) -> list[tuple[str, list[str]]]:
-    found = [(path.name, leaks(path.read_bytes().decode(errors="replace"))) for path in folder.rglob("*") if path.is_file()]
+    found = [
+        (path.name, leaks(path.read_bytes().decode(errors="replace")))
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
     assert found
     return [(name, secrets) for name, secrets in found if secrets]
 
 
 def test_nothing_that_a_failing_run_leaves_or_says_holds_a_secret(tmp_path: Path) -> None:
     (tmp_path / "given.json").write_text(json.dumps({"login": {"api_key": KEY}}))
-    words = [*FLAGS[:2], *FLAGS[3:], "--settings", str(tmp_path / "given.json"), "--fails-at", "5", "--warns"]
-    command = [sys.executable, "-m", "ddp_kit.train", TALKATIVE, *words, "--run-dir", str(tmp_path / "run")]
+    words = [
+        *FLAGS[:2],
+        *FLAGS[3:],
+        "--settings",
+        str(tmp_path / "given.json"),
+        "--fails-at",
+        "5",
+        "--warns",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "ddp_kit.train",
+        TALKATIVE,
+        *words,
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert ended.returncode == 1
     assert not leaking_files(tmp_path / "run")
     said = ended.stdout + ended.stderr
     assert not leaks(said)
     for kind in ("printed", "to stderr", "logged", "warned", "refused:"):
-        assert f"{kind} [redacted], https://host/x?t=[redacted], '[redacted]', from https://[redacted]@host/data" in said, kind
+        assert (
+            f"{kind} [redacted], https://host/x?t=[redacted], '[redacted]', from https://[redacted]@host/data"
+            in said
+        ), kind
     assert "accuracy" in said
     assert "--token '<token>'" in said
-    assert "ValueError: refused: [redacted]" in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
+    assert (
+        "ValueError: refused: [redacted]"
+        in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
+    )
 
 
-def test_a_run_is_resumed_with_the_same_secret_and_refused_with_another_which_nobody_sees(tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_the_same_secret_and_refused_with_another_which_nobody_sees(
+    tmp_path: Path,
+) -> None:
     def life(*flags: str) -> Any:
         return train(*flags, folder=tmp_path, recipe=TALKATIVE, limit_s=60)
 
@@ -79,14 +107,25 @@ def test_a_checkpoint_that_holds_a_secret_as_it_is_is_resumed_and_never_shown() 
     """As those of before do."""
     settings = Settings(token=TOKEN, login=Login(api_key=KEY), pin_password="1234")
     new = binding(settings, recipe="f" * 64)
-    clear = {name: text for name, text in flatten(settings).items() if name in new} | {RECIPE: "f" * 64}
-    assert [name for name in new if new[name].startswith(SEALED)] == ["token", "label_key", "pin_password", "login.api_key"]
+    clear = {name: text for name, text in flatten(settings).items() if name in new} | {
+        RECIPE: "f" * 64
+    }
+    assert [name for name in new if new[name].startswith(SEALED)] == [
+        "token",
+        "label_key",
+        "pin_password",
+        "login.api_key",
+    ]
     assert not leaks(json.dumps(new))
     assert require_unchanged(Old(clear), new, change=()) == []  # type: ignore[arg-type]  # see Old
     assert require_unchanged(Old(new), clear, change=()) == []  # type: ignore[arg-type]  # see Old
     for other in ("another", ""):
         with pytest.raises(ConfigError) as refused:
-            require_unchanged(Old(clear), binding(Settings(token=other, pin_password="1234"), recipe="f" * 64), change=())  # type: ignore[arg-type]  # see Old
+            require_unchanged(
+                Old(clear),
+                binding(Settings(token=other, pin_password="1234"), recipe="f" * 64),
+                change=(),
+            )  # type: ignore[arg-type]  # see Old
         assert "--token" in str(refused.value)
         assert not leaks(str(refused.value))
 
@@ -101,19 +140,41 @@ def test_a_short_value_changes_no_text(value: str) -> None:
 def test_a_value_inside_of_a_longer_word_is_another_one() -> None:
     with hiding({"answer", "a.b(c)"}):
         assert (
-            without_secrets("answers, answer_2, 'answer', xa.b(c), a.b(c)d") == "answers, [redacted]_2, '[redacted]', xa.b(c), [redacted]d"
+            without_secrets("answers, answer_2, 'answer', xa.b(c), a.b(c)d")
+            == "answers, [redacted]_2, '[redacted]', xa.b(c), [redacted]d"
         )
     assert without_secrets("answer") == "answer"
 
 
 def test_only_secrets_are_looked_for() -> None:
-    settings = Settings(token="tokens-value", source="https://me:pass-word@host/x", pin_password="1234567")
+    settings = Settings(
+        token="tokens-value", source="https://me:pass-word@host/x", pin_password="1234567"
+    )
     assert {"tokens-value", "pass-word", "1234567"} <= secrets_of(settings)
     assert not {"accuracy", "https://me:pass-word@host/x", "somebody", "ddp"} & secrets_of(settings)
     assert "recall" in secrets_of(Settings(label_key="recall"))
 
 
 def test_a_command_to_type_has_gaps_where_secrets_stood() -> None:
-    words = ["x.py", "--token", "abc", "--lr", "0.1", "--wandb.api-key=abc", "--login.hf-tokens", "a", "-1", "--use-auth", "--exact"]
+    words = [
+        "x.py",
+        "--token",
+        "abc",
+        "--lr",
+        "0.1",
+        "--wandb.api-key=abc",
+        "--login.hf-tokens",
+        "a",
+        "-1",
+        "--use-auth",
+        "--exact",
+    ]
     gaps = ["x.py", "--token", "<token>", "--lr", "0.1", "--wandb.api-key=<wandb.api-key>"]
-    assert completable(words) == [*gaps, "--login.hf-tokens", "<login.hf-tokens>", "<login.hf-tokens>", "--use-auth", "--exact"]
+    assert completable(words) == [
+        *gaps,
+        "--login.hf-tokens",
+        "<login.hf-tokens>",
+        "<login.hf-tokens>",
+        "--use-auth",
+        "--exact",
+    ]

@@ -24,7 +24,9 @@ def with_bad_sample(position: int) -> TensorDataset:
 def inf_at_9(model: nn.Module, batch: Any) -> LossSum:
     """The loss is inf where a bad sample is, and its gradient is finite."""
     inputs, labels = batch
-    losses = cross_entropy(model(inputs), labels % 9, reduction="none") + torch.where(labels == 9, torch.inf, 0.0)
+    losses = cross_entropy(model(inputs), labels % 9, reduction="none") + torch.where(
+        labels == 9, torch.inf, 0.0
+    )
     return LossSum(losses.sum(), len(labels))
 
 

@@ -63,18 +63,30 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in named if name.endswith("bias")]
     rest = [p for name, p in named if not name.endswith("bias")]
-    return torch.optim.AdamW([{"params": rest}, {"params": plain, "weight_decay": 0.0, "lr": 2 * lr}], lr=lr)
+    return torch.optim.AdamW(
+        [{"params": rest}, {"params": plain, "weight_decay": 0.0, "lr": 2 * lr}], lr=lr
+    )
 
 
 def split(settings: Split, **parts: Any) -> Recipe:
-    given = {"model": Net, "loss": classify, "optimizer": lambda model: adamw(model, settings.lr), "eval_data": lambda: vectors(50)}
+    given = {
+        "model": Net,
+        "loss": classify,
+        "optimizer": lambda model: adamw(model, settings.lr),
+        "eval_data": lambda: vectors(50),
+    }
     return recipe(settings, **(given | parts))
 
 
 def half_the_median_norm(group: Group, settings: Split) -> float:
     """What clips half of the steps and more: a norm that was taken over a rank's part only would show."""
-    made = compose(split(settings), replace(settings, grad_clip=1e9, strategy="ddp", comm="fp32"), group)
-    norms = [float(train_step(made.training, batch).grad_norms[""]) for batch in made.feed.batches(start=0, end=settings.max_steps)]
+    made = compose(
+        split(settings), replace(settings, grad_clip=1e9, strategy="ddp", comm="fp32"), group
+    )
+    norms = [
+        float(train_step(made.training, batch).grad_norms[""])
+        for batch in made.feed.batches(start=0, end=settings.max_steps)
+    ]
     made.training.control.close()
     return median(norms) / 2
 

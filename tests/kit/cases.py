@@ -34,14 +34,20 @@ def vectors(count: int = 240, *, features: int = 6, classes: int = 4) -> TensorD
     """Returns inputs and labels that a linear map relates."""
     generator = torch.Generator().manual_seed(7)
     inputs = torch.randn(count, features, generator=generator)
-    return TensorDataset(inputs, (inputs @ torch.randn(features, classes, generator=generator)).argmax(1))
+    return TensorDataset(
+        inputs, (inputs @ torch.randn(features, classes, generator=generator)).argmax(1)
+    )
 
 
 def classify(model: nn.Module, batch: Any) -> LossSum:
     inputs, labels = batch
     logits = model(inputs)
     right = (logits.argmax(1) == labels).sum()
-    return LossSum(cross_entropy(logits, labels, reduction="sum"), len(labels), metrics={"accuracy": (right, len(labels))})
+    return LossSum(
+        cross_entropy(logits, labels, reduction="sum"),
+        len(labels),
+        metrics={"accuracy": (right, len(labels))},
+    )
 
 
 def weighted(model: nn.Module, batch: Any) -> LossSum:
@@ -49,7 +55,9 @@ def weighted(model: nn.Module, batch: Any) -> LossSum:
     inputs, labels = batch
     weights = torch.tensor([0.0, 0.5, 1.0, 3.0], dtype=inputs.dtype)
     losses = cross_entropy(model(inputs), labels, reduction="none") * weights[labels]
-    return LossSum(losses.sum(), weights[labels].sum()).plus_mean(0.01 * sum(p.square().sum() for p in model.parameters()))
+    return LossSum(losses.sum(), weights[labels].sum()).plus_mean(
+        0.01 * sum(p.square().sum() for p in model.parameters())
+    )
 
 
 def plain() -> nn.Module:
@@ -58,15 +66,25 @@ def plain() -> nn.Module:
 
 def normed() -> nn.Module:
     """BatchNorm and dropout: layers that see a micro-batch at a time."""
-    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 4))
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 4)
+    )
 
 
-def recipe(settings: Settings, *, model: Callable[[], nn.Module] = plain, loss: Any = classify, **parts: Any) -> Recipe:
+def recipe(
+    settings: Settings,
+    *,
+    model: Callable[[], nn.Module] = plain,
+    loss: Any = classify,
+    **parts: Any,
+) -> Recipe:
     """Returns a recipe with SGD; `parts` replace or add others."""
     given: dict[str, Any] = {
         "model": model,
         "loss": loss,
-        "optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=settings.lr, momentum=settings.momentum),
+        "optimizer": lambda m: torch.optim.SGD(
+            m.parameters(), lr=settings.lr, momentum=settings.momentum
+        ),
         "train_data": lambda: Data(vectors()),
     }
     return Recipe(**(given | parts))
@@ -91,15 +109,30 @@ def trace(group: Group, recipe: Recipe, settings: Settings) -> Trace:
     for batch in made.feed.batches(start=0, end=made.pace.end):
         sums = train_step(made.training, batch)
         if not samples:
-            gradient = {name: whole(p.grad).clone() for name, p in made.training.model.named_parameters() if p.grad is not None}
+            gradient = {
+                name: whole(p.grad).clone()
+                for name, p in made.training.model.named_parameters()
+                if p.grad is not None
+            }
         numbers = range(sums.first, sums.first + sums.size)
-        total, count = sum_by_name(group, sums.totals(group.device).tensor(["loss"]), names=["loss"], order=numbers)["loss"]
+        total, count = sum_by_name(
+            group, sums.totals(group.device).tensor(["loss"]), names=["loss"], order=numbers
+        )["loss"]
         losses.append(total / count)
         samples.append(
-            torch.cat(gather_rows(group, torch.from_numpy(np.concatenate([part.request.indices for part in batch.micro_batches])))).tolist()
+            torch.cat(
+                gather_rows(
+                    group,
+                    torch.from_numpy(
+                        np.concatenate([part.request.indices for part in batch.micro_batches])
+                    ),
+                )
+            ).tolist()
         )
     made.training.control.close()
-    state = {name: whole(tensor).clone() for name, tensor in made.training.model.state_dict().items()}
+    state = {
+        name: whole(tensor).clone() for name, tensor in made.training.model.state_dict().items()
+    }
     return Trace(losses, gradient, state, samples)
 
 

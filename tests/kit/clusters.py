@@ -18,8 +18,20 @@ import pytest
 from paths import ROOT
 
 PROGRAM = str(ROOT / "slurm" / "dev_cluster")
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY")  # a job that is requeued is in none of these
-FOREIGN = ("SLURM", "SBATCH_", "SRUN_", "SALLOC_")  # of a cluster or a job that pytest itself may run in
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+)  # a job that is requeued is in none of these
+FOREIGN = (
+    "SLURM",
+    "SBATCH_",
+    "SRUN_",
+    "SALLOC_",
+)  # of a cluster or a job that pytest itself may run in
 POLL_S = 0.05
 LEFT_S = 15  # for what a test has cancelled to end: KillWait, and a tick of the scheduler
 
@@ -33,8 +45,13 @@ class Cluster:
     @property
     def environ(self) -> dict[str, str]:
         """An environment whose sbatch, srun, squeue, ... talk to this cluster."""
-        own = {"SLURM_CONF": str(self.folder / "etc" / "slurm.conf"), "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
-        return {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)} | own
+        own = {
+            "SLURM_CONF": str(self.folder / "etc" / "slurm.conf"),
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+        }
+        return {
+            name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)
+        } | own
 
     def enter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The test's own process talks to this cluster from here on."""
@@ -46,12 +63,23 @@ class Cluster:
     def run(self, *command: str, within_s: float = 30, **variables: str) -> str:
         """Returns a command's output. Fails the test if it fails or takes longer."""
         done = self.tried(*command, within_s=within_s, **variables)
-        assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, (
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        )
         return done.stdout
 
-    def tried(self, *command: str, within_s: float = 30, **variables: str) -> "subprocess.CompletedProcess[str]":
+    def tried(
+        self, *command: str, within_s: float = 30, **variables: str
+    ) -> "subprocess.CompletedProcess[str]":
         """Returns how a command ended, which may be badly."""
-        return subprocess.run(command, env=self.environ | variables, text=True, capture_output=True, timeout=within_s, cwd=self.folder)
+        return subprocess.run(
+            command,
+            env=self.environ | variables,
+            text=True,
+            capture_output=True,
+            timeout=within_s,
+            cwd=self.folder,
+        )
 
     def control(self, verb: str, *words: str) -> str:
         """Does something to the cluster: `cluster.control("kill-node", "n1")`. Returns what was printed."""
@@ -63,7 +91,9 @@ class Cluster:
 
     def state(self, job: str) -> str:
         """Returns a job's state: PENDING, RUNNING, COMPLETED, ...; for an array, all that its elements are in."""
-        found = self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").split()
+        found = self.run(
+            "squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"
+        ).split()
         return " ".join(sorted(set(found)))
 
     def facts(self, job: str) -> dict[str, str]:
@@ -75,15 +105,20 @@ class Cluster:
         """Waits for a state (of all elements of an array). Fails the test after `within_s` seconds, or at once when the job has ended otherwise."""
         end = time.monotonic() + within_s
         while (found := self.state(job)) != state:
-            assert not set(found.split()) & set(ENDED) - set(state.split()), f"job {job} ended as {found}, not {state}. {self.story(job)}"
-            assert time.monotonic() < end, f"job {job} is {found} after {within_s} s, not {state}. {self.story(job)}"
+            assert not set(found.split()) & set(ENDED) - set(state.split()), (
+                f"job {job} ended as {found}, not {state}. {self.story(job)}"
+            )
+            assert time.monotonic() < end, (
+                f"job {job} is {found} after {within_s} s, not {state}. {self.story(job)}"
+            )
             time.sleep(POLL_S)
 
     def story(self, job: str) -> str:
         """Returns what is known of a job for an error message: SLURM's reasons, and the end of its output."""
         facts = self.facts(job)
         known = ", ".join(
-            f"{name}={facts.get(name)}" for name in ("Reason", "ExitCode", "Restarts", "NodeList", "ReqNodeList", "StartTime")
+            f"{name}={facts.get(name)}"
+            for name in ("Reason", "ExitCode", "Restarts", "NodeList", "ReqNodeList", "StartTime")
         )
         with contextlib.suppress(OSError):
             known += "\n" + Path(facts["StdOut"]).read_text(errors="replace")[-2000:]
@@ -98,7 +133,9 @@ class Cluster:
 
     def node_states(self) -> dict[str, str]:
         """Returns each node's state, with sinfo's `*` for one that does not answer."""
-        lines = self.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %T").splitlines()
+        lines = self.run(
+            "sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %T"
+        ).splitlines()
         return dict(line.split() for line in lines)
 
     def left(self, *, within_s: float = LEFT_S) -> list[str]:
@@ -112,8 +149,14 @@ class Cluster:
 
     def _left_now(self) -> list[str]:
         jobs = self.run("squeue", "--noheader", "--format=job %i (%j) is %T").splitlines()
-        nodes = [f"node {node} is {state}" for node, state in self.node_states().items() if state != "idle"]
-        return [*jobs, *nodes] or [f"process left on {line}" for line in self.control("ps").splitlines()]
+        nodes = [
+            f"node {node} is {state}"
+            for node, state in self.node_states().items()
+            if state != "idle"
+        ]
+        return [*jobs, *nodes] or [
+            f"process left on {line}" for line in self.control("ps").splitlines()
+        ]
 
     def restart(self) -> None:
         """Whatever has happened to it: an empty cluster again."""
@@ -130,7 +173,10 @@ def cluster_up(folder: Path, *words: str) -> Iterator[Cluster]:
     folder.mkdir(parents=True, exist_ok=True)
     cluster.control("up", *words)
     (folder / "up.txt").write_text("\n".join(words))
-    with subprocess.Popen([sys.executable, PROGRAM, "down", str(folder), "--after", str(os.getpid())], start_new_session=True) as guard:
+    with subprocess.Popen(
+        [sys.executable, PROGRAM, "down", str(folder), "--after", str(os.getpid())],
+        start_new_session=True,
+    ) as guard:
         try:
             yield cluster
         finally:
@@ -140,7 +186,9 @@ def cluster_up(folder: Path, *words: str) -> Iterator[Cluster]:
 
 def dev_cluster(*words: str | Path) -> "subprocess.CompletedProcess[str]":
     """Runs the program, which may fail."""
-    return subprocess.run([sys.executable, PROGRAM, *map(str, words)], text=True, capture_output=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, PROGRAM, *map(str, words)], text=True, capture_output=True, timeout=60
+    )
 
 
 def traces(folder: Path) -> list[str]:
@@ -148,7 +196,11 @@ def traces(folder: Path) -> list[str]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            known = (process / "cmdline").read_bytes() + (process / "environ").read_bytes() + os.fsencode((process / "cwd").readlink())
+            known = (
+                (process / "cmdline").read_bytes()
+                + (process / "environ").read_bytes()
+                + os.fsencode((process / "cwd").readlink())
+            )
         except OSError:
             continue
         is_watching = b"--after" in known or int(process.name) == os.getpid()
@@ -170,7 +222,9 @@ def becomes(is_so: Callable[[], bool], *, within_s: float) -> bool:
 @functools.cache
 def lack() -> str:
     """Returns what to install before tests can have a SLURM, "" for nothing."""
-    return subprocess.run([sys.executable, PROGRAM, "check"], text=True, capture_output=True, timeout=10).stderr.strip()
+    return subprocess.run(
+        [sys.executable, PROGRAM, "check"], text=True, capture_output=True, timeout=10
+    ).stderr.strip()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -202,7 +256,9 @@ def cluster_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def session_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The session's cluster, without the check after each test."""
-    with cluster_up(tmp_path_factory.mktemp("slurm"), "--nodes=2", "--cpus=8", "--gpus=4") as cluster:
+    with cluster_up(
+        tmp_path_factory.mktemp("slurm"), "--nodes=2", "--cpus=8", "--gpus=4"
+    ) as cluster:
         yield cluster
 
 

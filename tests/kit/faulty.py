@@ -107,7 +107,12 @@ def recipe(settings: Settings) -> Recipe:
 
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         own = list(model.parameters())
-        held = {"no parameters": own[:1], "foreign": list(plain().parameters()), "extra": [*own, *plain().parameters()], "part": own[:-1]}
+        held = {
+            "no parameters": own[:1],
+            "foreign": list(plain().parameters()),
+            "extra": [*own, *plain().parameters()],
+            "part": own[:-1],
+        }
         made = torch.optim.SGD(held.get(fault, own), lr=settings.lr)
         if fault == "no parameters":
             made.param_groups.clear()

@@ -24,7 +24,9 @@ class Gan(nn.Module):
 def judged(model: Gan, batch: Any) -> LossSum:
     noise, real = batch[0].chunk(2, dim=1)
     fake, true = model.discriminator(model.generator(noise)), model.discriminator(real)
-    total = cross_entropy(fake, torch.zeros_like(fake), reduction="sum") + cross_entropy(true, torch.ones_like(true), reduction="sum")
+    total = cross_entropy(fake, torch.zeros_like(fake), reduction="sum") + cross_entropy(
+        true, torch.ones_like(true), reduction="sum"
+    )
     return LossSum(total, len(real), metrics={"fooled": ((fake > 0).sum(), len(real))})
 
 
@@ -35,7 +37,11 @@ def fooled(model: Gan, batch: Any) -> LossSum:
 
 def gan(*, order: str = "dg") -> Recipe:
     parts = {
-        "d": Objective(loss=judged, optimizer=lambda part: SGD(part.parameters(), lr=0.5, momentum=0.9), trains="discriminator"),
+        "d": Objective(
+            loss=judged,
+            optimizer=lambda part: SGD(part.parameters(), lr=0.5, momentum=0.9),
+            trains="discriminator",
+        ),
         "g": Objective(
             loss=fooled,
             optimizer=lambda part: Adam(part.parameters(), lr=0.05),
@@ -43,4 +49,6 @@ def gan(*, order: str = "dg") -> Recipe:
             trains="generator",
         ),
     }
-    return Recipe(model=Gan, objectives=[parts[name] for name in order], train_data=lambda: vectors())
+    return Recipe(
+        model=Gan, objectives=[parts[name] for name in order], train_data=lambda: vectors()
+    )

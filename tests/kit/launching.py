@@ -35,7 +35,11 @@ class Ended:
         """Whether the run directory is not there, or is whole: a final status, no lock, nothing temporary."""
         if not self.run_dir.exists():
             return True
-        left = [path.name for path in self.run_dir.rglob("*") if path.name == "run.lock" or path.name.endswith(".tmp")]
+        left = [
+            path.name
+            for path in self.run_dir.rglob("*")
+            if path.name == "run.lock" or path.name.endswith(".tmp")
+        ]
         return not left and self.status["status"] != "running"
 
 
@@ -63,10 +67,16 @@ def train(
     run_dir, errors = folder / "run", folder / "errors"
     own = [recipe, *args, *([] if "--run-dir" in args else ["--run-dir", str(run_dir)])]
     commands = [list((others or {}).get(rank, own)) for rank in range(world_size)]
-    with start_ranks(train_on_rank, world_size, commands, str(errors), group=False, env=env, deadline_s=limit_s) as ranks:
+    with start_ranks(
+        train_on_rank, world_size, commands, str(errors), group=False, env=env, deadline_s=limit_s
+    ) as ranks:
         begin = time.monotonic()
         reports = ranks.wait()
-        late = [f"rank {report.rank} did not end:\n{report.stacks}" for report in reports if report.outcome == "late"]
+        late = [
+            f"rank {report.rank} did not end:\n{report.stacks}"
+            for report in reports
+            if report.outcome == "late"
+        ]
         assert not late, "\n".join([*late, *errors.read_text().splitlines()[-20:]])
         assert time.monotonic() - begin < limit_s
     return Ended(

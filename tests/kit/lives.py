@@ -84,7 +84,9 @@ def _live(make: Callable[[Settings], Recipe], settings: Settings) -> Life:
     notes = Notes(life)
     outcome = run(replace(make(settings), trackers=[notes], callbacks=[notes]), settings)
     life.reason, life.step, life.metrics = outcome.reason, outcome.step, dict(outcome.metrics)
-    life.state = {name: tensor.detach().clone() for name, tensor in outcome.model.state_dict().items()}
+    life.state = {
+        name: tensor.detach().clone() for name, tensor in outcome.model.state_dict().items()
+    }
     life.files = left(outcome.run_dir)
     return life
 
@@ -106,4 +108,6 @@ def left(run_dir: Path) -> dict[str, torch.Tensor]:
 def lives(make: Callable[[Settings], Recipe], settings: Settings, *, world_size: int) -> list[Life]:
     """Returns the `Life` of each rank of a run on `world_size` ranks; `make` is at the top level of a module."""
     with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(live, world_size, make, replace(settings, run_dir=f"{folder}/run"), group=False)
+        return run_ranks(
+            live, world_size, make, replace(settings, run_dir=f"{folder}/run"), group=False
+        )

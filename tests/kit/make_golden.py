@@ -69,10 +69,24 @@ def main() -> None:
         made.training.control.close()
         stopping = EarlyStopping(settings().early_stop)
         stopping.best, stopping.best_step, stopping.stale = 0.25, 2, 1
-        state = state_of(made.training, early_stopping=stopping, more={"settings": {"lr": "0.1"}, "run_id": "golden", "best": "0.25"})
+        state = state_of(
+            made.training,
+            early_stopping=stopping,
+            more={"settings": {"lr": "0.1"}, "run_id": "golden", "best": "0.25"},
+        )
         metrics = {"loss": 0.25, "auc": "nan"}
-        write(LocalDisk(folder), STEPS, tensors=state.tensors, values=state.values, run_id="golden", metrics=metrics, best_by="min loss")
-        (folder / "expected.json").write_text(json.dumps(facts(made.training, stopping), indent=1) + "\n")
+        write(
+            LocalDisk(folder),
+            STEPS,
+            tensors=state.tensors,
+            values=state.values,
+            run_id="golden",
+            metrics=metrics,
+            best_by="min loss",
+        )
+        (folder / "expected.json").write_text(
+            json.dumps(facts(made.training, stopping), indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

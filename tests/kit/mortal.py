@@ -95,12 +95,16 @@ def recipe(settings: Settings) -> Recipe:
         control_packet.INTERVAL_S = 0.0
     kinds = {
         "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=settings.lr / 10),
-        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=settings.lr, momentum=0.9, nesterov=True),
+        "sgd": lambda parameters: torch.optim.SGD(
+            parameters, lr=settings.lr, momentum=0.9, nesterov=True
+        ),
     }
     return Recipe(
         model=lambda: built(settings),
         loss=classify,
-        optimizer=lambda model: kinds[settings.optimizer]([p for p in model.parameters() if p.requires_grad]),
+        optimizer=lambda model: kinds[settings.optimizer](
+            [p for p in model.parameters() if p.requires_grad]
+        ),
         scheduler=lambda optimizer, total_steps: schedules.warmup_cosine(optimizer, total_steps),
         train_data=lambda: Data(Counted() if settings.counted else vectors(), augment=jitter),
         eval_data=lambda: vectors(50),

@@ -35,7 +35,9 @@ def mutated_bytes(content: bytes, draw: random.Random) -> bytes:
     for _ in range(draw.randint(1, 4)):
         at, size = draw.randrange(len(changed)), draw.choice([1, 1, 2, 8, 50])
         part = changed[at : at + size]
-        changed[at : at + size] = draw.choice([draw.randbytes(size), b"", part + part, b'{"[]}0,:'[: draw.randint(1, 8)], b"9" * size])
+        changed[at : at + size] = draw.choice(
+            [draw.randbytes(size), b"", part + part, b'{"[]}0,:'[: draw.randint(1, 8)], b"9" * size]
+        )
     return bytes(changed)
 
 
@@ -49,7 +51,9 @@ def mutated_json(value: Any, draw: random.Random) -> Any:
         if kind < 0.15:
             del changed[key]
         elif kind < 0.3 and isinstance(changed, dict):
-            changed[draw.choice(["", "x", "step", "rank-9.safetensors", "\ud800", "a" * 5000])] = changed.pop(key)
+            changed[draw.choice(["", "x", "step", "rank-9.safetensors", "\ud800", "a" * 5000])] = (
+                changed.pop(key)
+            )
         else:
             changed[key] = mutated_json(changed[key], draw)
         return changed

@@ -35,7 +35,10 @@ class Pace:
     """Waits after each step; a callback."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.rank = settings, os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        self.settings, self.rank = (
+            settings,
+            os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")),
+        )
 
     def on_start(self, model: nn.Module) -> None:
         """Nothing is to be done."""

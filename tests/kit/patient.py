@@ -50,7 +50,11 @@ class Asks:
         return self.run_dir.with_name(f"pid-{rank}")
 
     def act(self) -> None:
-        if (self.rank, self.step, self.looks) != (given("AT_RANK", 0), given("AT_STEP", 3), given("AT_LOOK", 0)):
+        if (self.rank, self.step, self.looks) != (
+            given("AT_RANK", 0),
+            given("AT_STEP", 3),
+            given("AT_LOOK", 0),
+        ):
             return
         print(f"acts at step {self.step}, look {self.looks}")
         for what in os.environ.get("ACT", "").split():

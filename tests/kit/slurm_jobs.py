@@ -56,27 +56,48 @@ class Submitted:
         end = time.monotonic() + within_s
         while not what():
             state = self.cluster.state(self.id)
-            assert time.monotonic() < end, f"job {self.id} is {state}\n{self.log}\n{self.said()[-2000:]}\n{self.said(kind='err')[-3000:]}"
+            assert time.monotonic() < end, (
+                f"job {self.id} is {state}\n{self.log}\n{self.said()[-2000:]}\n{self.said(kind='err')[-3000:]}"
+            )
             time.sleep(POLL_S)
 
     def until_step(self, step: int, *, within_s: float = 60) -> None:
         """Waits until a step is recorded."""
-        self.until(lambda: any(record["step"] >= step for record in self.lines("metrics.jsonl")), within_s=within_s)
+        self.until(
+            lambda: any(record["step"] >= step for record in self.lines("metrics.jsonl")),
+            within_s=within_s,
+        )
 
     def ended(self, state: str = "COMPLETED", *, within_s: float = 90) -> None:
         """Waits for the job's end as `state`, which leaves no lock behind."""
         try:
             self.cluster.wait(self.id, state=state, within_s=within_s)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log}\n{self.said()[-2000:]}\n{self.said(kind='err')[-3000:]}") from error
+            raise AssertionError(
+                f"{error}\n{self.log}\n{self.said()[-2000:]}\n{self.said(kind='err')[-3000:]}"
+            ) from error
         assert not (self.folder / "run.lock").exists()
 
 
-def train(cluster: Cluster, folder: Path, *flags: str, slurm: Sequence[str] = (), recipe: str = PACED, **changes: Any) -> Submitted:
+def train(
+    cluster: Cluster,
+    folder: Path,
+    *flags: str,
+    slurm: Sequence[str] = (),
+    recipe: str = PACED,
+    **changes: Any,
+) -> Submitted:
     """Submits a recipe; `slurm` are the launcher's flags: 1 node and 2 ranks unless they say otherwise. Call `cluster.enter` first."""
     default = [] if "--nodes" in slurm else ["--nodes", "1"]
     default += [] if "--nproc-per-node" in slurm else ["--nproc-per-node", "2"]
     default += [] if "--no-snapshot" in slurm else ["--no-snapshot"]
-    common = ["--env", f"PYTHONPATH={ROOT}:{ROOT / 'tests'}", "--env", "OMP_NUM_THREADS=1", "--warn-s", "60"]
+    common = [
+        "--env",
+        f"PYTHONPATH={ROOT}:{ROOT / 'tests'}",
+        "--env",
+        "OMP_NUM_THREADS=1",
+        "--warn-s",
+        "60",
+    ]
     made = planned([*default, *common, *slurm, recipe, *flags, "--run-dir", str(folder)])[0]
     return Submitted(cluster=cluster, plan=made, job=submit(made), folder=folder)

@@ -16,7 +16,10 @@ def write_small_mnist(root: Path, *, train: int = 6000, test: int = 100) -> Path
         lengths = rng.integers(8, 20, size=count)  # of the bars: how much ink there is
         for image, label, length in zip(images, labels, lengths, strict=True):
             image[label * 2 : label * 2 + 6, 4 : 4 + length] += 150
-        for name, kind, array in (("images-idx3-ubyte", 3, images), ("labels-idx1-ubyte", 1, labels)):
+        for name, kind, array in (
+            ("images-idx3-ubyte", 3, images),
+            ("labels-idx1-ubyte", 1, labels),
+        ):
             head = b"".join(int(size).to_bytes(4, "big") for size in (0x0800 + kind, *array.shape))
             (raw / f"{part}-{name}").write_bytes(head + array.tobytes())
     return root

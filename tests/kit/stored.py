@@ -57,19 +57,45 @@ def state(step: int = 0) -> dict[str, torch.Tensor]:
 
 
 def values(tensors: Mapping[str, torch.Tensor], **more: Any) -> dict[str, Any]:
-    return {"tensors": {name: [list(tensor.shape), NAMES[tensor.dtype]] for name, tensor in tensors.items()}, "best": "nan", **more}
+    return {
+        "tensors": {
+            name: [list(tensor.shape), NAMES[tensor.dtype]] for name, tensor in tensors.items()
+        },
+        "best": "nan",
+        **more,
+    }
 
 
-def write(storage: Storage, step: int, *, world_size: int = 2, tensors: Mapping[str, torch.Tensor] | None = None, **facts: Any) -> None:
+def write(
+    storage: Storage,
+    step: int,
+    *,
+    world_size: int = 2,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    **facts: Any,
+) -> None:
     """Commits a checkpoint from `world_size` ranks. `facts` go into the manifest, `values` is the content of state.json."""
     tensors = state(step) if tensors is None else tensors
-    content = json.dumps(facts.pop("values", values(tensors, step=step, run_id=facts.get("run_id", "run")))).encode()
+    content = json.dumps(
+        facts.pop("values", values(tensors, step=step, run_id=facts.get("run_id", "run")))
+    ).encode()
     token = facts.pop("token", "life")
-    manifest = Manifest(**{"run_id": "run", "step": step, "world_size": world_size, "settings_sha256": "", "time": 1.5, **facts})
+    manifest = Manifest(
+        **{
+            "run_id": "run",
+            "step": step,
+            "world_size": world_size,
+            "settings_sha256": "",
+            "time": 1.5,
+            **facts,
+        }
+    )
     meeting, rows = threading.Barrier(world_size), [b""] * world_size
 
     def rank(number: int) -> int:
-        shard = Staging(rank=number, world_size=world_size, device=CPU).copy(tensors, first={}).content
+        shard = (
+            Staging(rank=number, world_size=world_size, device=CPU).copy(tensors, first={}).content
+        )
         ranks = Threads(number, world_size, meeting=meeting, rows=rows)
         return commit(storage, ranks, shard=shard, state=content, manifest=manifest, token=token)
 
@@ -91,4 +117,6 @@ def is_equal(opened: Opened, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether a checkpoint holds exactly these tensors, bit for bit."""
     targets = {name: torch.full_like(tensor, 1) for name, tensor in tensors.items()}
     opened.copy_into(targets)
-    return set(opened.kinds) == set(tensors) and all(torch.equal(targets[name], tensor) for name, tensor in tensors.items())
+    return set(opened.kinds) == set(tensors) and all(
+        torch.equal(targets[name], tensor) for name, tensor in tensors.items()
+    )

@@ -33,12 +33,18 @@ class Net(nn.Module):
 
     def __init__(self, trouble: Trouble) -> None:
         super().__init__()
-        self.first, self.blocks, self.last = nn.Linear(6, 8), nn.ModuleList(Block() for _ in range(4)), nn.Linear(8, 4)
+        self.first, self.blocks, self.last = (
+            nn.Linear(6, 8),
+            nn.ModuleList(Block() for _ in range(4)),
+            nn.Linear(8, 4),
+        )
         self.trouble = trouble
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         hidden, trouble = self.first(inputs), self.trouble
-        order = {"skip": (0, 2, 3), "swap": (0, 2, 1, 3), "end early": (0, 1, 2)}.get(trouble.settings.fault, (0, 1, 2, 3))
+        order = {"skip": (0, 2, 3), "swap": (0, 2, 1, 3), "end early": (0, 1, 2)}.get(
+            trouble.settings.fault, (0, 1, 2, 3)
+        )
         for i in order if trouble.is_due(trouble.settings.fault) else range(4):
             hidden = self.blocks[i](hidden, is_part=i == 1 and trouble.is_due("part"))
             if i == 1 and trouble.is_due("detach"):

@@ -40,9 +40,19 @@ class Started:
             "--run-dir",
             str(run_dir),
         ]
-        environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1", "EVERY_STEP": "1"}
+        environ = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "OMP_NUM_THREADS": "1",
+            "EVERY_STEP": "1",
+        }
         self.process = subprocess.Popen(
-            command, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            env=environ,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
     def until(self, text: str) -> None:
@@ -61,7 +71,12 @@ class Started:
     @property
     def ranks(self) -> list[int]:
         """Process ids of the ranks."""
-        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+        return [
+            int(pid)
+            for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            .read_text()
+            .split()
+        ]
 
     @property
     def status(self) -> dict[str, Any]:
@@ -95,14 +110,22 @@ def are_gone(pids: list[int], *, within_s: float) -> bool:
 
 def test_the_launchers_import_neither_torch_nor_ddp_kit() -> None:
     code = "import ddp_kit.launch.local.run, sys; print([name for name in ('torch', 'ddp_kit', 'numpy', 'tyro') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
 def test_a_plan_says_all_faults_at_once_and_what_to_type() -> None:
-    with pytest.raises(LaunchError, match=r"no_such\.py is not there \(looked in .*\); --nproc-per-node 0: expected 1 or more"):
+    with pytest.raises(
+        LaunchError,
+        match=r"no_such\.py is not there \(looked in .*\); --nproc-per-node 0: expected 1 or more",
+    ):
         Plan(words=("no_such.py",), processes=0)
-    with pytest.raises(LaunchError, match="--lr is no flag of the launcher, and the recipe comes before its own flags"):
+    with pytest.raises(
+        LaunchError,
+        match="--lr is no flag of the launcher, and the recipe comes before its own flags",
+    ):
         Plan(words=("--lr", "1"))
     folder, name = Path(DIGITS).parent, Path(DIGITS).stem
     for word, fault in {
@@ -131,27 +154,58 @@ def test_auto_is_one_rank_for_each_visible_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("agent", "code"),
     [
-        ("""echo '{"status": "failed", "exit_code": 124}' > new; mv new status.json; exit 1""", 124),
-        ("""echo '{"status": "running", "exit_code": null}' > new; mv new status.json; exit 1""", 1),
+        (
+            """echo '{"status": "failed", "exit_code": 124}' > new; mv new status.json; exit 1""",
+            124,
+        ),
+        (
+            """echo '{"status": "running", "exit_code": null}' > new; mv new status.json; exit 1""",
+            1,
+        ),
         ("exit 1", 1),  # the status is an earlier life's
         ("touch requeue; exit 1", 75),
         ("exit 3", 3),
         ("kill -9 $$", 137),
     ],
 )
-def test_an_agents_task_ends_with_the_code_of_its_ranks(agent: str, code: int, tmp_path: Path) -> None:
+def test_an_agents_task_ends_with_the_code_of_its_ranks(
+    agent: str, code: int, tmp_path: Path
+) -> None:
     (tmp_path / "status.json").write_text('{"status": "failed", "exit_code": 130}')
-    task = ["-c", "import sys; from ddp_kit.launch.slurm.task import agent; agent(*sys.argv[1:])", str(tmp_path), "sh", "-c", agent, "--"]
-    facts = {"SLURM_JOB_ID": "17", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "DDP_KIT_HOSTS": "n0", "SUBMITIT_EXECUTOR": "slurm"}
+    task = [
+        "-c",
+        "import sys; from ddp_kit.launch.slurm.task import agent; agent(*sys.argv[1:])",
+        str(tmp_path),
+        "sh",
+        "-c",
+        agent,
+        "--",
+    ]
+    facts = {
+        "SLURM_JOB_ID": "17",
+        "SLURM_NODEID": "0",
+        "SLURM_PROCID": "0",
+        "DDP_KIT_HOSTS": "n0",
+        "SUBMITIT_EXECUTOR": "slurm",
+    }
     environ = os.environ | facts | {"SUBMITIT_FOLDER": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *task], env=environ, cwd=tmp_path, text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *task],
+        env=environ,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == code, done.stderr
     first = tmp_path / "17.0.failed"
     assert (first.read_text() if first.exists() else "") == ("" if code == 75 else f"{code}\n")
 
 
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
-def test_ranks_inside_a_batch_job_know_their_job_but_not_its_ranks(launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_inside_a_batch_job_know_their_job_but_not_its_ranks(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What names the run directory, counts lives, asks for the requeue and sets the time limit is the job's; ranks are this launcher's."""
     job = {
         "SLURM_CLUSTER_NAME": "c",
@@ -161,7 +215,13 @@ def test_ranks_inside_a_batch_job_know_their_job_but_not_its_ranks(launcher: str
         "SLURM_RESTART_COUNT": "2",
     }
     job |= {"SLURM_JOB_END_TIME": "99", "DDP_KIT_REQUEUE": "1", "DDP_KIT_GRACE_S": "120"}
-    foreign = {"SLURM_PROCID": "5", "SLURM_LOCALID": "5", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "TORCHELASTIC_RUN_ID": "x"}
+    foreign = {
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "5",
+        "SLURM_NTASKS": "8",
+        "SLURM_STEP_ID": "0",
+        "TORCHELASTIC_RUN_ID": "x",
+    }
     for name, value in {**job, **foreign}.items():
         monkeypatch.setenv(name, value)
     program = tmp_path / "program"
@@ -171,10 +231,20 @@ def test_ranks_inside_a_batch_job_know_their_job_but_not_its_ranks(launcher: str
     if launcher == "local":
         assert processes.run(plan) == 0
     else:
-        monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest's own process goes on
-        monkeypatch.setattr(os, "execve", lambda path, words, environ: subprocess.run(words, env=environ, check=True))
+        monkeypatch.setattr(
+            signal, "signal", lambda number, handler: None
+        )  # pytest's own process goes on
+        monkeypatch.setattr(
+            os,
+            "execve",
+            lambda path, words, environ: subprocess.run(words, env=environ, check=True),
+        )
         torchrun.run(plan)
-    found = dict(line.split("=", 1) for line in (tmp_path / "env.txt").read_text().splitlines() if "=" in line)
+    found = dict(
+        line.split("=", 1)
+        for line in (tmp_path / "env.txt").read_text().splitlines()
+        if "=" in line
+    )
     assert {name: found.get(name) for name in job} == job
     assert not set(foreign) & set(found)
 
@@ -216,8 +286,13 @@ def test_usage_errors_are_said_once_and_end_with_2(started: Any) -> None:
     assert output.count("--lerning-rate is not a flag") == 1
 
 
-@pytest.mark.parametrize(("number", "code", "status"), [(signal.SIGTERM, 143, "preempted"), (signal.SIGINT, 130, "stopped")])
-def test_a_signal_to_the_launcher_stops_all_ranks_after_a_save(started: Any, number: int, code: int, status: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "status"),
+    [(signal.SIGTERM, 143, "preempted"), (signal.SIGINT, 130, "stopped")],
+)
+def test_a_signal_to_the_launcher_stops_all_ranks_after_a_save(
+    started: Any, number: int, code: int, status: str
+) -> None:
     run = started(DIGITS, "--max-steps", "100000", "--epochs", "0", "--log-every", "1")
     run.until("step 3/")
     ranks = run.ranks
@@ -229,7 +304,9 @@ def test_a_signal_to_the_launcher_stops_all_ranks_after_a_save(started: Any, num
     assert are_gone(ranks, within_s=0)
 
 
-def test_cancelling_at_once_waits_for_no_save(started: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cancelling_at_once_waits_for_no_save(
+    started: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = started(str(KIT / "paced.py"), "--max-steps", "100", "--pace-s", "4")
     run.until("step 1/")
     ranks = run.ranks
@@ -263,7 +340,9 @@ time.sleep(1000)
 """
 
 
-@pytest.mark.parametrize(("ending", "code"), [("sys.exit(3)", 3), ("raise ValueError('a fault of its own')", 2)])
+@pytest.mark.parametrize(
+    ("ending", "code"), [("sys.exit(3)", 3), ("raise ValueError('a fault of its own')", 2)]
+)
 def test_a_rank_that_fails_while_a_lower_one_lives_ends_the_run_with_its_own_code(
     started: Any, tmp_path: Path, ending: str, code: int
 ) -> None:

@@ -31,7 +31,9 @@ SMALL = ["--width", "16", "--save-every", "3"]
 def run(folder: Path, *args: str, deaths: str = "", world_size: int = 2) -> Any:
     folder.mkdir(exist_ok=True)
     env = {"DEATHS": deaths, "EVERY_STEP": "yes"}
-    return train(*SMALL, *args, folder=folder, recipe=MORTAL, world_size=world_size, env=env, limit_s=60)
+    return train(
+        *SMALL, *args, folder=folder, recipe=MORTAL, world_size=world_size, env=env, limit_s=60
+    )
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -62,13 +64,18 @@ def test_a_run_goes_on_at_any_number_of_ranks_with_the_same_batches(tmp_path: Pa
         (record["kind"], record["step"], record["epoch"]) for record in one
     ]
     resumed = [
-        event["step"] for event in map(json.loads, (last.run_dir / "events.jsonl").read_text().splitlines()) if event["event"] == "resume"
+        event["step"]
+        for event in map(json.loads, (last.run_dir / "events.jsonl").read_text().splitlines())
+        if event["event"] == "resume"
     ]
     assert len(resumed) == 4
     assert all(0 < step < death for step, death in zip(resumed, (7, 13, 20, 24), strict=True))
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, other, strict=True)) <= 1e-9
     manifest = open_checkpoint(storage_of(last.run_dir), 30, group=alone()).manifest
-    assert (manifest.world_size, dict(manifest.cursor)) == (4, {"step": 30, "epoch": 3, "samples": 720})
+    assert (manifest.world_size, dict(manifest.cursor)) == (
+        4,
+        {"step": 30, "epoch": 3, "samples": 720},
+    )
 
 
 # Signals
@@ -76,7 +83,18 @@ def test_a_run_goes_on_at_any_number_of_ranks_with_the_same_batches(tmp_path: Pa
 
 def test_sigterm_saves_and_leaves_a_due_evaluation_to_the_next_life(tmp_path: Path) -> None:
     """Evaluations at 4, 8, 10, ...: the life stops at step 8, which it has saved but not evaluated."""
-    args = ["--eval-every", "4", "--early-stop.metric", "loss", "--early-stop.patience", "3", "--keep", "99", "--save-every", "4"]
+    args = [
+        "--eval-every",
+        "4",
+        "--early-stop.metric",
+        "loss",
+        "--early-stop.patience",
+        "3",
+        "--keep",
+        "99",
+        "--save-every",
+        "4",
+    ]
     whole = run(tmp_path / "whole", *args)
     assert whole.codes == [0, 0], whole.errors
     cut = run(tmp_path / "cut", *args, deaths="6:1:SIGTERM")
@@ -89,7 +107,10 @@ def test_sigterm_saves_and_leaves_a_due_evaluation_to_the_next_life(tmp_path: Pa
     assert records(last.run_dir) == records(whole.run_dir)
     assert steps(storage_of(last.run_dir)) == steps(storage_of(whole.run_dir))
     for step in steps(storage_of(whole.run_dir)):
-        one, other = (open_checkpoint(storage_of(ended.run_dir), step, group=alone()) for ended in (whole, last))
+        one, other = (
+            open_checkpoint(storage_of(ended.run_dir), step, group=alone())
+            for ended in (whole, last)
+        )
         assert other.manifest.metrics == one.manifest.metrics, step
         assert other.values["best"] == one.values["best"], step
         assert other.values["early_stopping"] == one.values["early_stopping"], step
@@ -104,7 +125,9 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EVERY_STEP", "yes")
     monkeypatch.setattr("ddp_kit.distributed.control_packet.INTERVAL_S", 0.0)
     monkeypatch.setenv("DEATHS", "11:0:SIGTERM")
-    assert begin(tmp_path / "run", "--keep", "99", "--eval-every", "5") == 143  # no evaluation at 12, which would be abandoned
+    assert (
+        begin(tmp_path / "run", "--keep", "99", "--eval-every", "5") == 143
+    )  # no evaluation at 12, which would be abandoned
     monkeypatch.setenv("DEATHS", "")
     return tmp_path / "run"
 
@@ -121,17 +144,25 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_changed_setting_is_refused_with_a_table_unless_it_is_named(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_setting_is_refused_with_a_table_unless_it_is_named(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = content(stopped)
     assert begin(stopped, "--lr", "0.01", "--grad-clip", "2", "--keep", "5") == 2
     said = capsys.readouterr().err
     assert "was started with other settings" in said
     rows = [line.split() for line in said.splitlines() if line.startswith("  ")]
-    assert rows == [["setting", "checkpoint", "now"], ["--grad-clip", "0.5", "2.0"], ["--lr", "0.05", "0.01"]]
+    assert rows == [
+        ["setting", "checkpoint", "now"],
+        ["--grad-clip", "0.5", "2.0"],
+        ["--lr", "0.05", "0.01"],
+    ]
     assert "--change grad_clip lr" in said
     assert content(stopped) == before
     assert begin(stopped, "--lr", "0.01", "--grad-clip", "2", "--change", "lr") == 2
-    assert "--lr" not in [line.split()[0] for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+    assert "--lr" not in [
+        line.split()[0] for line in capsys.readouterr().err.splitlines() if line.startswith("  ")
+    ]
 
 
 def test_what_is_free_may_change(stopped: Path) -> None:
@@ -158,13 +189,23 @@ def test_a_rate_that_is_changed_by_name_goes_on_along_the_schedule(stopped: Path
     old = {record["step"]: record["lr"] for record in records(stopped) if record["kind"] == "train"}
     assert begin(stopped, "--lr", "0.01", "--change", "lr") == 0
     assert begin(stopped.with_name("whole")) == 0
-    rates = {record["step"]: record["lr"] for record in records(stopped) if record["kind"] == "train"}
-    usual = {record["step"]: record["lr"] for record in records(stopped.with_name("whole")) if record["kind"] == "train"}
+    rates = {
+        record["step"]: record["lr"] for record in records(stopped) if record["kind"] == "train"
+    }
+    usual = {
+        record["step"]: record["lr"]
+        for record in records(stopped.with_name("whole"))
+        if record["kind"] == "train"
+    }
     assert [rates[step] for step in range(1, 14)] == [old[step] for step in range(1, 14)]
-    assert [rates[step] for step in range(14, 31)] == pytest.approx([usual[step] / 5 for step in range(14, 31)])
+    assert [rates[step] for step in range(14, 31)] == pytest.approx(
+        [usual[step] / 5 for step in range(14, 31)]
+    )
 
 
-def test_a_checkpoint_of_another_run_is_refused_unless_it_is_named(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_run_is_refused_unless_it_is_named(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = stopped.with_name("other")
     assert begin(other, "--seed", "1") == 0
     shutil.rmtree(other / "checkpoints")
@@ -175,7 +216,9 @@ def test_a_checkpoint_of_another_run_is_refused_unless_it_is_named(stopped: Path
     assert begin(other, "--resume", str(other / "checkpoints" / "step-00000013")) == 0
 
 
-def test_resume_never_forbids_a_used_directory_and_nothing_else(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_never_forbids_a_used_directory_and_nothing_else(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = content(stopped)
     assert begin(stopped, "--resume", "never") == 2
     assert "already holds a run (status preempted, step 13)" in capsys.readouterr().err
@@ -185,7 +228,11 @@ def test_resume_never_forbids_a_used_directory_and_nothing_else(stopped: Path, c
 
 @pytest.mark.parametrize("what", ["run", "folder", "checkpoint"])
 def test_a_new_run_may_go_on_from_another_ones_checkpoint(stopped: Path, what: str) -> None:
-    path = {"run": stopped, "folder": stopped / "checkpoints", "checkpoint": stopped / "checkpoints" / "step-00000009"}[what]
+    path = {
+        "run": stopped,
+        "folder": stopped / "checkpoints",
+        "checkpoint": stopped / "checkpoints" / "step-00000009",
+    }[what]
     before = content(stopped)
     assert begin(stopped.with_name("copy"), "--resume", str(path)) == 0
     assert content(stopped) == before
@@ -198,29 +245,53 @@ def weights(run_dir: Path) -> str:
     return found
 
 
-def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are of a life that did not happen: the next one must not go on from them, nor fail to save where they are."""
     monkeypatch.setenv("DEATHS", "9:0:SIGTERM")
     assert (
-        begin(stopped, "--resume", str(stopped / "checkpoints" / "step-00000006"), "--lr", "0.01", "--change", "lr", "--keep", "99") == 143
+        begin(
+            stopped,
+            "--resume",
+            str(stopped / "checkpoints" / "step-00000006"),
+            "--lr",
+            "0.01",
+            "--change",
+            "lr",
+            "--keep",
+            "99",
+        )
+        == 143
     )
     assert steps(storage_of(stopped))[0] == 10
     aside = [name for name in storage_of(stopped).list("") if name.endswith(".superseded")]
     assert {"step-00000009.superseded", "step-00000013.superseded"} <= set(aside)
     monkeypatch.setenv("DEATHS", "")
     assert begin(stopped, "--lr", "0.01") == 0
-    failed = [event for event in map(json.loads, (stopped / "events.jsonl").read_text().splitlines()) if event["event"] == "save_failed"]
+    failed = [
+        event
+        for event in map(json.loads, (stopped / "events.jsonl").read_text().splitlines())
+        if event["event"] == "save_failed"
+    ]
     assert not failed
 
 
 @pytest.mark.parametrize("path", ["nowhere", "empty"])
-def test_a_path_without_a_checkpoint_is_refused(stopped: Path, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_without_a_checkpoint_is_refused(
+    stopped: Path, path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     stopped.with_name("empty").mkdir()
     assert begin(stopped.with_name("new"), "--resume", str(stopped.with_name(path))) == 2
-    assert f"--resume {stopped.with_name(path)}: expected a run, or one of its checkpoints" in capsys.readouterr().err
+    assert (
+        f"--resume {stopped.with_name(path)}: expected a run, or one of its checkpoints"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_finished_run_says_so_and_is_left_as_it_is(stopped: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_says_so_and_is_left_as_it_is(
+    stopped: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert begin(stopped) == 0
     before = content(stopped)
     capfd.readouterr()

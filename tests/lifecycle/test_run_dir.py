@@ -76,10 +76,14 @@ def others(tmp_path_factory):
     write_lock(root / "stale", start="another life of this pid")
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", OTHERS, str(root)]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
+    process = subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
+    )
     idle, writing = map(int, process.stdout.readline().split())
     try:
-        yield Others(root, idle, writing, [int(count) for count in process.stdout.readline().split()])
+        yield Others(
+            root, idle, writing, [int(count) for count in process.stdout.readline().split()]
+        )
     finally:
         for pid in (idle, writing):
             os.kill(pid, signal.SIGKILL)  # a zombie at most: only the process above could reap it
@@ -97,7 +101,9 @@ def kill(pid: int) -> None:
 def write_lock(path: Path, **changes: object) -> None:
     """Writes the lock this process would write, with changes."""
     path.mkdir(exist_ok=True)
-    (path / "run.lock").write_text(json.dumps({**dataclasses.asdict(module._this_process()), **changes}))
+    (path / "run.lock").write_text(
+        json.dumps({**dataclasses.asdict(module._this_process()), **changes})
+    )
 
 
 def owner_after_claim(path: Path) -> tuple[int, str]:
@@ -113,7 +119,11 @@ def test_claim_makes_the_directory_and_release_leaves_no_lock_and_no_thread(tmp_
     run = RunDir(tmp_path / "a" / "b")
     run.claim()
     lock = json.loads((run.path / "run.lock").read_text())
-    assert (lock["host"], lock["pid"], lock["start"]) == (socket.gethostname(), os.getpid(), process_start(os.getpid()))
+    assert (lock["host"], lock["pid"], lock["start"]) == (
+        socket.gethostname(),
+        os.getpid(),
+        process_start(os.getpid()),
+    )
     assert is_in_use(run.path)
     assert any(thread.name == "run-dir-heartbeat" for thread in threading.enumerate())
     run.release()
@@ -167,7 +177,9 @@ def test_who_waited_for_a_lock_file_that_was_then_removed_locks_the_new_one(tmp_
     with module._exclusive(lock):
         waiting = threading.Thread(target=waits)
         waiting.start()
-        time.sleep(0.1)  # long enough to be waiting in flock; if not, the test passes without having tested
+        time.sleep(
+            0.1
+        )  # long enough to be waiting in flock; if not, the test passes without having tested
         lock.unlink()
         lock.touch()
     waiting.join(timeout=10)
@@ -194,7 +206,9 @@ def test_an_owner_elsewhere_lives_as_long_as_it_beats(tmp_path, change):
     run.release()
 
 
-def test_a_job_that_slurm_has_started_again_need_not_wait_for_its_last_lifes_lock(tmp_path, monkeypatch):
+def test_a_job_that_slurm_has_started_again_need_not_wait_for_its_last_lifes_lock(
+    tmp_path, monkeypatch
+):
     write_lock(tmp_path, host="elsewhere", pid=1, job="123", restart=0)
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     with pytest.raises(ConfigError, match="in use by a live run"):
@@ -202,7 +216,9 @@ def test_a_job_that_slurm_has_started_again_need_not_wait_for_its_last_lifes_loc
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "one")
     write_lock(tmp_path, host="elsewhere", pid=1, job="123@two", restart=0)
-    with pytest.raises(ConfigError, match="in use by a live run: host elsewhere, pid 1, job 123@two"):
+    with pytest.raises(
+        ConfigError, match="in use by a live run: host elsewhere, pid 1, job 123@two"
+    ):
         RunDir(tmp_path).claim()
     write_lock(tmp_path, host="elsewhere", pid=1, job="123@one", restart=0)
     run = RunDir(tmp_path)
@@ -210,7 +226,9 @@ def test_a_job_that_slurm_has_started_again_need_not_wait_for_its_last_lifes_loc
     run.release()
 
 
-def test_ranks_that_torchrun_starts_anew_wait_for_the_lock_of_one_on_a_lost_node(tmp_path, monkeypatch):
+def test_ranks_that_torchrun_starts_anew_wait_for_the_lock_of_one_on_a_lost_node(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     monkeypatch.setattr(module, "STALE_S", 2.0)
     monkeypatch.setattr(module, "BEAT_S", 0.5)
@@ -250,13 +268,23 @@ def test_a_lock_torn_by_a_crash_does_not_lock_for_ever(tmp_path):
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
-        with pytest.raises(ConfigError, match=rf"--run-dir {path}: cannot be written \(.+\). Type another --run-dir"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"--run-dir {path}: cannot be written \(.+\). Type another --run-dir",
+        ):
             RunDir(path).claim()
 
 
 def test_status_is_one_of_five_and_numbers_stay_json(tmp_path):
     run = RunDir(tmp_path)
-    content = run.status("failed", reason="--hf-token=abcdefgh", step=3, epoch=1, metrics={"loss": float("nan")}, exit_code=1)
+    content = run.status(
+        "failed",
+        reason="--hf-token=abcdefgh",
+        step=3,
+        epoch=1,
+        metrics={"loss": float("nan")},
+        exit_code=1,
+    )
     assert json.loads((tmp_path / "status.json").read_text()) == {
         "status": "failed",
         "reason": "--hf-token=[redacted]",

@@ -38,7 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import subprocess
 
     made = tmp_path_factory.mktemp("hf")
-    subprocess.run([sys.executable, "-c", MADE, str(made)], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", MADE, str(made)], check=True, capture_output=True, timeout=120
+    )
     return made
 
 
@@ -46,10 +48,25 @@ def flags(folder: Path, *more: str) -> list[str]:
     return ["--model-dir", str(folder / "model"), "--data-dir", str(folder / "texts"), *more]
 
 
-LEARNING = ("--max-steps", "60", "--epochs", "0", "--lr", "0.01", "--precision", "fp64", "--global-batch", "16", "--micro-batch", "4")
+LEARNING = (
+    "--max-steps",
+    "60",
+    "--epochs",
+    "0",
+    "--lr",
+    "0.01",
+    "--precision",
+    "fp64",
+    "--global-batch",
+    "16",
+    "--micro-batch",
+    "4",
+)
 
 
-def test_what_is_missing_is_named_with_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_named_with_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shipped_recipe = load_recipe(str(shipped.RECIPES / "finetune_hf.py"))
     settings, build = shipped_recipe.settings, shipped_recipe.build
     with pytest.raises(ConfigError, match=r"--model-dir is not set.*Type --model-dir DIR"):
@@ -67,7 +84,9 @@ def test_what_is_missing_is_named_with_what_to_type(tmp_path: Path, monkeypatch:
 
 def test_norms_and_biases_are_not_decayed_and_a_tied_weight_comes_once() -> None:
     module = sys.modules[load_recipe(str(shipped.RECIPES / "finetune_hf.py")).build.__module__]
-    net = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 5))
+    net = torch.nn.Sequential(
+        torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 5)
+    )
     net[2].weight = net[0].weight
     decayed, others = module.optimizer(net, SimpleNamespace(weight_decay=0.1, lr=1.0)).param_groups
     assert [tuple(p.shape) for p in decayed["params"]] == [(5, 4)]
@@ -78,7 +97,9 @@ def test_each_token_weighs_the_same_whatever_it_is_padded_with() -> None:
     module = sys.modules[load_recipe(str(shipped.RECIPES / "finetune_hf.py")).build.__module__]
     table = torch.nn.Embedding(9, 9)
 
-    def model(*, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+    def model(
+        *, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool
+    ) -> SimpleNamespace:
         assert attention_mask.sum() == sum(lengths)
         return SimpleNamespace(logits=table(input_ids))
 
@@ -86,16 +107,30 @@ def test_each_token_weighs_the_same_whatever_it_is_padded_with() -> None:
     samples = [torch.arange(1, size + 1) for size in lengths]
     together = module.loss(model, module.collate(samples))
     assert together.count == 6 + 1 + 3
-    lengths, alone = [7], torch.nn.functional.cross_entropy(table(samples[0][:-1]), samples[0][1:], reduction="sum")
-    assert module.loss(model, module.collate(samples[:1])).total.item() == pytest.approx(alone.item())
-    rest = [torch.nn.functional.cross_entropy(table(one[:-1]), one[1:], reduction="sum") for one in samples[1:]]
+    lengths, alone = (
+        [7],
+        torch.nn.functional.cross_entropy(table(samples[0][:-1]), samples[0][1:], reduction="sum"),
+    )
+    assert module.loss(model, module.collate(samples[:1])).total.item() == pytest.approx(
+        alone.item()
+    )
+    rest = [
+        torch.nn.functional.cross_entropy(table(one[:-1]), one[1:], reduction="sum")
+        for one in samples[1:]
+    ]
     assert together.total.item() == pytest.approx((alone + sum(rest)).item())
 
 
 @pytest.mark.slow
-def test_it_learns_the_same_on_two_ranks_and_from_pretrained_loads_the_export(folder: Path, tmp_path: Path) -> None:
-    losses = shipped.assert_same_numbers("finetune_hf", *flags(folder, *LEARNING), tmp_path=tmp_path)
-    assert losses[-1] < 1.2 < 2.9 < losses[0]  # dropout stays, and the first word of a text cannot be foreseen
+def test_it_learns_the_same_on_two_ranks_and_from_pretrained_loads_the_export(
+    folder: Path, tmp_path: Path
+) -> None:
+    losses = shipped.assert_same_numbers(
+        "finetune_hf", *flags(folder, *LEARNING), tmp_path=tmp_path
+    )
+    assert (
+        losses[-1] < 1.2 < 2.9 < losses[0]
+    )  # dropout stays, and the first word of a text cannot be foreseen
     tuned = tmp_path / "tuned"
     shutil.copytree(folder / "model", tuned, ignore=shutil.ignore_patterns("*.safetensors"))
     ckpt.export(tmp_path / "ranks-2/run", out=tuned / "model.safetensors")
@@ -121,8 +156,12 @@ def test_adapters_learn_are_saved_alone_and_load_into_peft(folder: Path, tmp_pat
     import peft
     from transformers import AutoModelForCausalLM
 
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=True)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64), config).eval()
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=True
+    )
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64), config
+    ).eval()
     tokens = torch.arange(1, 9)[None]
     with torch.no_grad():
         before = torch.nn.functional.cross_entropy(model(tokens).logits[0, :-1], tokens[0, 1:])
@@ -151,7 +190,9 @@ def assert_same_logits(tuned: Path) -> None:
 @pytest.mark.slow
 @PEFTS_OWN
 @pytest.mark.parametrize("adapters", [(), ("--lora-rank", "4", "--save-trainable-only")])
-def test_a_killed_run_goes_on_bit_for_bit(adapters: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(
+    adapters: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
     args = flags(folder, "--max-steps", "8", "--save-every", "3", *adapters)
     shipped.assert_goes_on_bit_for_bit("finetune_hf", *args, tmp_path=tmp_path, deaths="5:1")
 

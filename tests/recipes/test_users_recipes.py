@@ -42,7 +42,9 @@ def images() -> TensorDataset:
 
 def test_a_model_that_reshapes_with_view_trains_and_evaluates(tmp_path: Path) -> None:
     settings = Settings(precision="fp32", run_dir=str(tmp_path / "run"), max_steps=2)
-    ended = ddp_kit.run(recipe(settings, model=Tutorial, train_data=images, eval_data=images), settings)
+    ended = ddp_kit.run(
+        recipe(settings, model=Tutorial, train_data=images, eval_data=images), settings
+    )
     assert ended.status == "finished"
     assert "channels_last is off" in (tmp_path / "run/logs/rank-0.log").read_text()
 
@@ -83,10 +85,17 @@ def test_the_file_of_weights_holds_what_was_evaluated(tmp_path: Path) -> None:
     settings = Settings(precision="fp32", ema=0.9, max_steps=20, run_dir=str(tmp_path / "run"))
     ended = ddp_kit.run(recipe(settings, eval_data=lambda: vectors(50)), settings)
     model = plain()
-    assert ckpt.main(["export", str(tmp_path / "run"), "--ema", "--out", str(tmp_path / "model.safetensors")]) == 0
+    assert (
+        ckpt.main(
+            ["export", str(tmp_path / "run"), "--ema", "--out", str(tmp_path / "model.safetensors")]
+        )
+        == 0
+    )
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     inputs, labels = vectors(50).tensors
-    assert cross_entropy(model(inputs), labels).item() == pytest.approx(ended.metrics["loss"], rel=1e-5)
+    assert cross_entropy(model(inputs), labels).item() == pytest.approx(
+        ended.metrics["loss"], rel=1e-5
+    )
 
 
 def halved(model: nn.Module, batch: Any) -> LossSum:
@@ -111,11 +120,27 @@ REFUSED: dict[str, tuple[dict[str, Any], type[DdpKitError], str]] = {
     "nothing to train": ({"model": frozen}, ConfigError, "nothing to train"),
     "lazy": ({"model": lambda: nn.LazyLinear(4)}, ConfigError, "has no shape yet"),
     "half precision": ({"loss": halved}, DdpKitError, "a sum loses digits in it"),
-    "plateau": ({"scheduler": lambda optimizer, steps: ReduceLROnPlateau(optimizer)}, ConfigError, "counts evaluations"),
-    "another optimizer's scheduler": ({"scheduler": other}, ConfigError, "belongs to another optimizer"),
-    "count": ({"train_data": lambda: Data(vectors(), count=lambda batch: 10 * len(batch[0]))}, ConfigError, "must agree"),
+    "plateau": (
+        {"scheduler": lambda optimizer, steps: ReduceLROnPlateau(optimizer)},
+        ConfigError,
+        "counts evaluations",
+    ),
+    "another optimizer's scheduler": (
+        {"scheduler": other},
+        ConfigError,
+        "belongs to another optimizer",
+    ),
+    "count": (
+        {"train_data": lambda: Data(vectors(), count=lambda batch: 10 * len(batch[0]))},
+        ConfigError,
+        "must agree",
+    ),
     "empty stream": ({"eval_data": Empty}, DataError, "counted nothing"),
-    "order of a stream": ({"train_data": lambda: Data(Empty(), order=lambda *_: [])}, ConfigError, "no effect on an iterable"),
+    "order of a stream": (
+        {"train_data": lambda: Data(Empty(), order=lambda *_: [])},
+        ConfigError,
+        "no effect on an iterable",
+    ),
 }
 
 
@@ -125,7 +150,9 @@ def test_it_is_refused_at_start(case: str, tmp_path: Path) -> None:
     settings = Settings(run_dir=str(tmp_path / "run"))
     with pytest.raises(error, match=words):
         ddp_kit.run(recipe(settings, **parts), settings)
-    mended = ddp_kit.run(recipe(settings), settings)  # in the same directory: the first one never began
+    mended = ddp_kit.run(
+        recipe(settings), settings
+    )  # in the same directory: the first one never began
     assert mended.status == "finished"
 
 
@@ -148,11 +175,17 @@ def test_two_objectives_for_one_part_are_refused() -> None:
         return lambda model: torch.optim.SGD(model.parameters(), lr=0.1)
 
     with pytest.raises(ConfigError, match="train the same part"):
-        Recipe(model=plain, train_data=vectors, objectives=[Objective(loss=classify, optimizer=build(), trains="a")] * 2)
+        Recipe(
+            model=plain,
+            train_data=vectors,
+            objectives=[Objective(loss=classify, optimizer=build(), trains="a")] * 2,
+        )
 
 
 @pytest.mark.ranks(2)
-def test_metrics_that_come_and_go_end_all_ranks_instead_of_hanging(group: Group, tmp_path: Path) -> None:
+def test_metrics_that_come_and_go_end_all_ranks_instead_of_hanging(
+    group: Group, tmp_path: Path
+) -> None:
     def loss(model: nn.Module, batch: Any) -> LossSum:
         result = classify(model, batch)
         extra = {"threes": (torch.tensor(1.0), 1)} if int(batch[1][0]) == 3 else {}
@@ -168,4 +201,6 @@ def test_metrics_that_come_and_go_end_all_ranks_instead_of_hanging(group: Group,
     words = "Every micro-batch must report every metric|Connection closed by peer|Connection reset"  # where it shows, and on the others
     with pytest.raises((DdpKitError, RuntimeError), match=words):
         for batch in made.feed.batches(start=0, end=20):
-            report.step(made.training, train_step(made.training, batch), epoch=0, wait_s=0, is_last=False)
+            report.step(
+                made.training, train_step(made.training, batch), epoch=0, wait_s=0, is_last=False
+            )

@@ -52,9 +52,13 @@ def own_loop(folder: str, death: int, number: int) -> tuple[int, str, int]:
     return kept[0].step, weights_sha256(kept[0].model), len(done)
 
 
-def test_a_loop_of_ones_own_reaches_the_same_weights_through_sigkill_and_sigterm(tmp_path: Path) -> None:
+def test_a_loop_of_ones_own_reaches_the_same_weights_through_sigkill_and_sigterm(
+    tmp_path: Path,
+) -> None:
     def life(folder: str, death: int = -1, number: int = 0) -> list[Any]:
-        with start_ranks(own_loop, 2, str(tmp_path / folder), death, number, group=False, deadline_s=60) as ranks:
+        with start_ranks(
+            own_loop, 2, str(tmp_path / folder), death, number, group=False, deadline_s=60
+        ) as ranks:
             if number != signal.SIGKILL:
                 return ranks.values()
             assert -signal.SIGKILL in [report.exit_code for report in ranks.wait()]
@@ -74,7 +78,9 @@ def test_a_loop_of_ones_own_reaches_the_same_weights_through_sigkill_and_sigterm
     assert [ended[2] for ended in last] == [79, 79]
 
 
-def test_a_loop_of_ones_own_hears_of_its_last_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loop_of_ones_own_hears_of_its_last_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").touch()
     with caplog.at_level("WARNING"), process_group(device="cpu") as group:
         training = compose(recipe(Settings()), Settings(), group).training
@@ -86,7 +92,10 @@ def test_a_loop_of_ones_own_hears_of_its_last_save(tmp_path: Path, caplog: pytes
 def ends_badly(group: Group, folder: Path, *, way: str) -> None:
     """Takes three steps, the last of which is not finite and whose verdict waits, and goes on in one of the ways there are."""
     settings = Settings()
-    parts: dict[str, Any] = {"optimizer": fused("SGD"), "train_data": lambda: with_bad_sample(2 * 24 + 23)}
+    parts: dict[str, Any] = {
+        "optimizer": fused("SGD"),
+        "train_data": lambda: with_bad_sample(2 * 24 + 23),
+    }
     made = compose(recipe(settings, loss=inf_at_9, **parts), settings, group)
     made.training.objectives[0].is_deferred = True
     for batch in made.feed.batches(start=0, end=3):
@@ -112,17 +121,23 @@ def in_a_loop_of_ones_own(folder: str, way: str) -> str:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("way", ["save", "should_stop", "end"])
-def test_a_last_step_that_was_not_finite_ends_a_loop_of_ones_own_before_it_is_saved(way: str, ranks: int, tmp_path: Path) -> None:
+def test_a_last_step_that_was_not_finite_ends_a_loop_of_ones_own_before_it_is_saved(
+    way: str, ranks: int, tmp_path: Path
+) -> None:
     """Its verdict is read one step later on CUDA, and there is no such step."""
     if ranks == 1:
         found = [in_a_loop_of_ones_own(str(tmp_path), way)]
     else:
-        with start_ranks(in_a_loop_of_ones_own, ranks, str(tmp_path), way, group=False, deadline_s=60) as started:
+        with start_ranks(
+            in_a_loop_of_ones_own, ranks, str(tmp_path), way, group=False, deadline_s=60
+        ) as started:
             found = started.values()
     assert all("the loss of step 3 is not finite" in message for message in found)
 
 
-def test_another_error_than_a_last_step_that_was_not_finite_is_not_hidden_by_it(tmp_path: Path) -> None:
+def test_another_error_than_a_last_step_that_was_not_finite_is_not_hidden_by_it(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(KeyError, match="the user's own"), process_group(device="cpu") as group:
         ends_badly(group, tmp_path, way="error")
         raise KeyError("the user's own")

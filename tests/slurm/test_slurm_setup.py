@@ -25,17 +25,37 @@ case ${lives[$life]} in
   sleeps) for second in {1..100}; do sleep 1; done ;;
 esac
 """
-OWN_NAMES = [f"{name}=/data" for name in ("job", "life", "run", "folder", "told", "rc", "first", "failed", "max_requeues", "step")]
+OWN_NAMES = [
+    f"{name}=/data"
+    for name in (
+        "job",
+        "life",
+        "run",
+        "folder",
+        "told",
+        "rc",
+        "first",
+        "failed",
+        "max_requeues",
+        "step",
+    )
+]
 HOSTILE = {
     "trap": ["trap 'echo mine' TERM EXIT", "trap '' TERM USR1"],
     "exit trap": ["trap 'exit 0' EXIT"],
     "errexit": ["set -e", "set -o pipefail"],
     "nounset": ["set -u"],
     "noclobber": ["set -Cf"],
-    "shopt": ["shopt -s extglob failglob expand_aliases", "alias say=false kill=false", "true !(x*)"],
+    "shopt": [
+        "shopt -s extglob failglob expand_aliases",
+        "alias say=false kill=false",
+        "true !(x*)",
+    ],
     "names": OWN_NAMES,
     "readonly": [f"readonly {' '.join(OWN_NAMES)}"],
-    "functions": ["say() { exit 3; }; wait() { exit 3; }; kill() { exit 3; }; scontrol() { exit 3; }"],
+    "functions": [
+        "say() { exit 3; }; wait() { exit 3; }; kill() { exit 3; }; scontrol() { exit 3; }"
+    ],
     "folder": ["cd /", "IFS=/", "set -- a b c"],
     "sourced": ["source {folder}/mine.sh"],
     "no option of sbatch": ["#SBATCH --comment=mine", "#SBATCH --no-requeue"],
@@ -66,7 +86,17 @@ def stood_in(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def start(name: str, setup: list[str], *, lives: str) -> Submitted:
         folder = tmp_path / "runs" / name.replace(" ", "-")
         lines = [f"--setup={line.replace('{folder}', str(tmp_path))}" for line in setup]
-        words = ["--no-snapshot", "--python", str(python), "--env", f"LIVES={lives}", *lines, PACED, "--run-dir", str(folder)]
+        words = [
+            "--no-snapshot",
+            "--python",
+            str(python),
+            "--env",
+            f"LIVES={lives}",
+            *lines,
+            PACED,
+            "--run-dir",
+            str(folder),
+        ]
         made = planned(words)[0]
         return Submitted(cluster=cluster, plan=made, job=submit(made), folder=folder)
 
@@ -90,13 +120,17 @@ def test_a_failure_keeps_its_exit_code_whatever_setup_has_done(stood_in: Jobs) -
 
 
 def test_a_cancelled_job_stays_cancelled_whatever_setup_has_done(stood_in: Jobs) -> None:
-    runs = [stood_in(name, HOSTILE[name], lives="sleeps ends") for name in ("trap", "names", "sourced")]
+    runs = [
+        stood_in(name, HOSTILE[name], lives="sleeps ends") for name in ("trap", "names", "sourced")
+    ]
     for run in runs:
         run.until((run.folder / "life-0").exists)
         run.cluster.run("scancel", run.id)
     for run in runs:
         run.ended("CANCELLED")
-        assert becomes(lambda run=run: "SLURM itself ends or requeues the job" in run.log, within_s=5), run.log
+        assert becomes(
+            lambda run=run: "SLURM itself ends or requeues the job" in run.log, within_s=5
+        ), run.log
         assert run.cluster.facts(run.id)["Restarts"] == "0"
 
 
@@ -123,5 +157,7 @@ def test_an_exit_code_0_without_an_end_is_a_failure(stood_in: Jobs) -> None:
     for run in (never_started, vanished):
         run.ended("FAILED")
         assert run.cluster.facts(run.id)["ExitCode"] == "1:0", run.log
-    assert "no rank 0 has come to its end: were the tasks started? Every node must see" in vanished.log
+    assert (
+        "no rank 0 has come to its end: were the tasks started? Every node must see" in vanished.log
+    )
     assert not (never_started.folder / "life-0").exists()

@@ -46,7 +46,12 @@ def saved(run_dir: Path) -> list[int]:
 
 def ended_at(ended: Ended) -> list[str]:
     """Where each rank's callback saw the end."""
-    return [line for output in ended.outputs for line in output.splitlines() if line.startswith("ended after ")]
+    return [
+        line
+        for output in ended.outputs
+        for line in output.splitlines()
+        if line.startswith("ended after ")
+    ]
 
 
 def kinds(run_dir: Path, kind: str) -> list[int]:
@@ -63,14 +68,22 @@ def test_a_file_stop_is_never_requeued_and_the_next_life_has_lost_nothing(tmp_pa
     ended = run(tmp_path, *LONG, ACT="STOP", **REQUEUE)
     assert ended.codes == [0, 0], ended.errors
     status, step = ended.status, ended.status["step"]
-    assert (status["status"], status["exit_code"], status["reason"]) == ("stopped", 0, "the file STOP")
+    assert (status["status"], status["exit_code"], status["reason"]) == (
+        "stopped",
+        0,
+        "the file STOP",
+    )
     assert 3 < step < 1000
     assert saved(ended.run_dir)[0] == step
     assert len(set(ended_at(ended))) == 1
-    assert [event["message"] for event in events(ended.run_dir, "acknowledged")] == ["the file STOP"]
+    assert [event["message"] for event in events(ended.run_dir, "acknowledged")] == [
+        "the file STOP"
+    ]
     assert not (ended.run_dir / "STOP").exists()
     assert not (ended.run_dir / "requeue").exists()
-    assert re.search(r"the file STOP: the stop took \d+\.\d s until everything was saved", ended.outputs[0])
+    assert re.search(
+        r"the file STOP: the stop took \d+\.\d s until everything was saved", ended.outputs[0]
+    )
     again = run(tmp_path, "--max-steps", str(step + 2), "--change", "max_steps")
     assert again.status["status"] == "finished", again.errors
     assert f"resumed at step {step}: 0 steps lost" in again.outputs[0]
@@ -83,12 +96,16 @@ def test_a_file_save_goes_when_its_checkpoint_is_whole(tmp_path: Path) -> None:
     last, asked = saved(ended.run_dir)[:2]
     assert last == 110
     assert 3 < asked < 110
-    told = [(event["event"], event["step"]) for event in events(ended.run_dir, "save", "acknowledged")]
+    told = [
+        (event["event"], event["step"]) for event in events(ended.run_dir, "save", "acknowledged")
+    ]
     assert told[:2] == [("save", asked), ("acknowledged", asked)]
     assert not (ended.run_dir / "SAVE").exists()
 
 
-def test_a_file_stop_that_is_there_before_the_first_step_leaves_nothing_half_done(tmp_path: Path) -> None:
+def test_a_file_stop_that_is_there_before_the_first_step_leaves_nothing_half_done(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "STOP").touch()
     ended = run(tmp_path)
@@ -109,7 +126,9 @@ def test_a_file_stop_that_is_there_before_the_first_step_leaves_nothing_half_don
     ],
     ids=["hours", "hours, requeued", "job", "job, requeued", "another job"],
 )
-def test_the_clock_stops_a_run_in_time(flags: list[str], asked: dict[str, str], code: int, status: str, tmp_path: Path) -> None:
+def test_the_clock_stops_a_run_in_time(
+    flags: list[str], asked: dict[str, str], code: int, status: str, tmp_path: Path
+) -> None:
     if end := asked.get("SLURM_JOB_END_TIME"):
         asked = asked | {"SLURM_JOB_END_TIME": str(int(time.time()) + int(end))}
     ended = run(tmp_path, "--max-steps", "1000" if status != "finished" else "60", *flags, **asked)
@@ -129,7 +148,9 @@ def test_a_signal_is_requeued_where_the_launcher_asked(act: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("act", "code"), [("SIGUSR1", 75), ("SIGTERM", 143)])
-def test_before_the_first_step_a_warning_is_requeued_too(act: str, code: int, tmp_path: Path) -> None:
+def test_before_the_first_step_a_warning_is_requeued_too(
+    act: str, code: int, tmp_path: Path
+) -> None:
     """SIGTERM is not: it may come from a launcher that has lost a rank, and SLURM itself brings back what it preempts."""
     ended = run(tmp_path, ACT=act, AT_STEP="0", **REQUEUE)
     assert ended.codes == [code, 1], ended.errors
@@ -179,8 +200,19 @@ def test_of_several_reasons_a_persons_counts() -> None:
 
 def test_no_rank_leaves_with_a_failure_before_rank_0_is_done(tmp_path: Path) -> None:
     """As `srun --kill-on-bad-exit=1` does: the first exit code that is not 0 gets the others killed."""
-    args, env = [PATIENT, *LONG, "--run-dir", str(tmp_path / "run")], {"ACT": "SIGTERM", "AT_RANK": "1", "END_S": "1.5"} | REQUEUE
-    with start_ranks(train_on_rank, 2, [args, args], str(tmp_path / "errors"), group=False, env=env, deadline_s=30) as ranks:
+    args, env = (
+        [PATIENT, *LONG, "--run-dir", str(tmp_path / "run")],
+        {"ACT": "SIGTERM", "AT_RANK": "1", "END_S": "1.5"} | REQUEUE,
+    )
+    with start_ranks(
+        train_on_rank,
+        2,
+        [args, args],
+        str(tmp_path / "errors"),
+        group=False,
+        env=env,
+        deadline_s=30,
+    ) as ranks:
         while len(ranks.living) == 2:
             ranks.pool.receive(0.1)
         for rank in ranks.living:
@@ -196,7 +228,9 @@ def test_no_rank_leaves_with_a_failure_before_rank_0_is_done(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "act", ["peer:SIGTERM SIGKILL", "peer:SIGTERM raise", "SIGTERM peer:SIGTERM SIGKILL"], ids=["killed", "raised", "both told"]
+    "act",
+    ["peer:SIGTERM SIGKILL", "peer:SIGTERM raise", "SIGTERM peer:SIGTERM SIGKILL"],
+    ids=["killed", "raised", "both told"],
 )
 def test_a_sigterm_that_comes_with_a_peers_death_is_a_failure(act: str, tmp_path: Path) -> None:
     """torchrun sends SIGTERM to the survivors of a rank; SLURM may, when a node is lost."""
@@ -210,14 +244,23 @@ def test_a_sigterm_that_comes_with_a_peers_death_is_a_failure(act: str, tmp_path
 # During an evaluation
 
 
-def test_a_stop_abandons_an_evaluation_at_the_same_batch_and_the_next_life_repeats_it(tmp_path: Path) -> None:
+def test_a_stop_abandons_an_evaluation_at_the_same_batch_and_the_next_life_repeats_it(
+    tmp_path: Path,
+) -> None:
     whole = run(tmp_path / "whole", "--eval-every", "4")
     asked = {"ACT": "SIGTERM", "AT_STEP": "4", "AT_RANK": "1", "AT_LOOK": "1", "LOOK_S": "0.1"}
     cut = run(tmp_path / "cut", "--eval-every", "4", **asked)
     assert cut.codes == [143, 143], cut.errors
     assert set(ended_at(cut)) == {"ended after step 4, look 2: SIGTERM on rank 1"}  # of 5
     assert kinds(cut.run_dir, "eval") == []
-    assert dict(open_checkpoint(LocalDisk(cut.run_dir / "checkpoints"), 4, group=alone()).manifest.metrics) == {}
+    assert (
+        dict(
+            open_checkpoint(
+                LocalDisk(cut.run_dir / "checkpoints"), 4, group=alone()
+            ).manifest.metrics
+        )
+        == {}
+    )
     last = run(tmp_path / "cut", "--eval-every", "4")
     assert last.status == whole.status
     assert kinds(last.run_dir, "eval") == [4, 8]
@@ -225,11 +268,23 @@ def test_a_stop_abandons_an_evaluation_at_the_same_batch_and_the_next_life_repea
 
 @pytest.mark.slow
 def test_a_stop_during_the_test_evaluation_leaves_it_to_the_next_life(tmp_path: Path) -> None:
-    rule = ["--early-stop.metric", "loss", "--early-stop.min-delta", "9", "--early-stop.patience", "1"]
+    rule = [
+        "--early-stop.metric",
+        "loss",
+        "--early-stop.min-delta",
+        "9",
+        "--early-stop.patience",
+        "1",
+    ]
     args = ["--tests", "--eval-every", "4", "--max-steps", "40", *rule]
     whole = run(tmp_path / "whole", *args)
     assert whole.status["reason"].startswith("stopped early")
-    asked = {"ACT": "SIGTERM", "AT_STEP": "8", "AT_LOOK": "6", "LOOK_S": "0.1"}  # 5 looks were those of the evaluation
+    asked = {
+        "ACT": "SIGTERM",
+        "AT_STEP": "8",
+        "AT_LOOK": "6",
+        "LOOK_S": "0.1",
+    }  # 5 looks were those of the evaluation
     cut = run(tmp_path / "cut", *args, **asked)
     assert cut.codes == [143, 143], cut.errors
     last = run(tmp_path / "cut", *args)
@@ -242,11 +297,20 @@ def test_a_stop_during_the_test_evaluation_leaves_it_to_the_next_life(tmp_path: 
 
 def test_a_stop_takes_no_longer_than_was_said(tmp_path: Path) -> None:
     """The signal comes as a slow save is in flight."""
-    asked = {"STEP_S": "0.4", "ACT": "SIGTERM", "AT_STEP": "8", "DISK": "stall 0 0 1.0,stall 1 0 1.0", "DDP_KIT_GRACE_S": "1"}
+    asked = {
+        "STEP_S": "0.4",
+        "ACT": "SIGTERM",
+        "AT_STEP": "8",
+        "DISK": "stall 0 0 1.0,stall 1 0 1.0",
+        "DDP_KIT_GRACE_S": "1",
+    }
     ended = run(tmp_path, *LONG, "--save-every", "4", **asked)
     assert ended.codes == [143, 143], ended.errors
     (said,) = (event["message"] for event in events(ended.run_dir, "grace"))
-    assert re.fullmatch(r"a stop needs up to [\d.]+ s: step [\d.]+ s, agreement [\d.]+ s, save in flight [\d.]+ s, save [\d.]+ s", said)
+    assert re.fullmatch(
+        r"a stop needs up to [\d.]+ s: step [\d.]+ s, agreement [\d.]+ s, save in flight [\d.]+ s, save [\d.]+ s",
+        said,
+    )
     needs, step, agreement, _, save = (float(number) for number in re.findall(r"([\d.]+) s", said))
     assert (step, agreement) == (pytest.approx(0.4, abs=0.3), pytest.approx(0.8, abs=0.6))
     assert save >= 1.0
@@ -254,7 +318,9 @@ def test_a_stop_takes_no_longer_than_was_said(tmp_path: Path) -> None:
     (took,) = re.findall(r"the stop took ([\d.]+) s", ended.outputs[0])
     assert 1.5 < float(took) < needs + 1
     assert said in ended.outputs[0]
-    assert "DDP_KIT_GRACE_S gives 1.0 s: the run may be killed before it has saved" in ended.outputs[0]
+    assert (
+        "DDP_KIT_GRACE_S gives 1.0 s: the run may be killed before it has saved" in ended.outputs[0]
+    )
     assert saved(ended.run_dir)[:2] == [ended.status["step"], 8]
 
 
@@ -273,18 +339,33 @@ def test_a_life_says_what_was_lost(tmp_path: Path) -> None:
 def test_a_job_that_goes_round_in_circles_ends_and_a_start_by_hand_does_not(tmp_path: Path) -> None:
     job = {"SLURM_JOB_ID": "77", **REQUEUE}
     for life in range(3):
-        cut = run(tmp_path, ACT="SIGKILL", AT_RANK="1", **job, **({"SLURM_RESTART_COUNT": str(life)} if life else {}))
+        cut = run(
+            tmp_path,
+            ACT="SIGKILL",
+            AT_RANK="1",
+            **job,
+            **({"SLURM_RESTART_COUNT": str(life)} if life else {}),
+        )
         assert -signal.SIGKILL in cut.codes, cut.errors
     refused = run(tmp_path, SLURM_RESTART_COUNT="3", **job)
     assert refused.codes == [1, 1]
-    assert refused.errors.count("3 lives of this job have begun at step 0 and none has left a later checkpoint") == 1
+    assert (
+        refused.errors.count(
+            "3 lives of this job have begun at step 0 and none has left a later checkpoint"
+        )
+        == 1
+    )
     assert (refused.status["status"], refused.status["exit_code"]) == ("failed", 1)
     assert not (refused.run_dir / "requeue").exists()
-    assert [(event.get("job"), event.get("restart")) for event in events(refused.run_dir, "start")] == [("77", 0), ("77", 1), ("77", 2)]
+    assert [
+        (event.get("job"), event.get("restart")) for event in events(refused.run_dir, "start")
+    ] == [("77", 0), ("77", 1), ("77", 2)]
     assert run(tmp_path, **(job | {"SLURM_JOB_ID": "78"})).status["status"] == "finished"
 
 
-def test_lives_of_another_job_of_the_same_number_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lives_of_another_job_of_the_same_number_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = {"SLURM_JOB_ID": "77", "SLURM_CLUSTER_NAME": "here", "SLURM_RESTART_COUNT": "2"}
     for name, value in own.items():
         monkeypatch.setenv(name, value)
@@ -298,7 +379,10 @@ def test_lives_of_another_job_of_the_same_number_do_not_count(tmp_path: Path, mo
         return starts_of_job(tmp_path)
 
     assert left((0, "here"), (0, "elsewhere"), (1, "here"), (1, "elsewhere")) == [0, 2]
-    assert left((0, "here"), (1, "here"), (2, "here"), (0, "here"), (1, "here")) == [3, 4]  # the count of jobs began anew
+    assert left((0, "here"), (1, "here"), (2, "here"), (0, "here"), (1, "here")) == [
+        3,
+        4,
+    ]  # the count of jobs began anew
     assert left((0, "here"), (1, "here"), (2, "here"), (3, "here")) == []
 
 
@@ -330,7 +414,14 @@ def torchrun(folder: Path, *, restarts: str = "0", **env: str) -> Iterator["subp
     path = os.pathsep.join(map(str, (Path(PATIENT).parents[1], Path(PATIENT).parent)))
     given = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env
     words = [*command, *LONG, "--save-every", "2", "--run-dir", str(folder / "run")]
-    with subprocess.Popen(words, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as agent:
+    with subprocess.Popen(
+        words,
+        env=given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as agent:
         yield agent
         agent.kill()
 

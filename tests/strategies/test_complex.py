@@ -41,7 +41,9 @@ class Turned(nn.Module):
 
     def __init__(self, *, has_weights: bool = True, phase: float = 0.0):
         super().__init__()
-        self.register_buffer("turn", torch.polar(torch.ones(6), torch.arange(6.0) + phase), persistent=False)
+        self.register_buffer(
+            "turn", torch.polar(torch.ones(6), torch.arange(6.0) + phase), persistent=False
+        )
         self.mix = nn.Parameter(torch.randn(6, 6, dtype=torch.complex64)) if has_weights else None
         self.scale = nn.Parameter(torch.tensor(1.0 + 0.5j)) if has_weights else None
         self.head = nn.Linear(12, 4)
@@ -94,8 +96,12 @@ def test_a_complex_model_trains_as_in_bare_torch(group: Group) -> None:
             ours = trace(group, turned(own, optimizer=build), own)
             losses, state = of_bare_torch(build, ours.samples, grad_clip=0.5)
             assert max(abs(a - b) for a, b in zip(ours.losses, losses, strict=True)) <= 1e-9
-            assert {name: tensor.dtype for name, tensor in ours.state.items()} == {name: tensor.dtype for name, tensor in state.items()}
-            assert max(float((ours.state[name] - state[name]).abs().max()) for name in state) <= 1e-9
+            assert {name: tensor.dtype for name, tensor in ours.state.items()} == {
+                name: tensor.dtype for name, tensor in state.items()
+            }
+            assert (
+                max(float((ours.state[name] - state[name]).abs().max()) for name in state) <= 1e-9
+            )
             assert float(ours.gradient["mix"].imag.abs().max()) > 0
 
 
@@ -148,20 +154,35 @@ def kept(settings: Settings) -> Recipe:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_complex_run_goes_on_from_its_checkpoint_bit_for_bit(precision: Any, world_size: int, tmp_path: Path) -> None:
-    settings = Settings(epochs=1, max_steps=0, micro_batch=6, precision=precision, ema=0.5, run_dir=str(tmp_path / "whole"))
+def test_a_complex_run_goes_on_from_its_checkpoint_bit_for_bit(
+    precision: Any, world_size: int, tmp_path: Path
+) -> None:
+    settings = Settings(
+        epochs=1,
+        max_steps=0,
+        micro_batch=6,
+        precision=precision,
+        ema=0.5,
+        run_dir=str(tmp_path / "whole"),
+    )
     whole: list[Life] = run_ranks(live, world_size, kept, settings, group=False)
     cut = replace(settings, run_dir=str(tmp_path / "cut"))
     run_ranks(live, world_size, kept, replace(cut, max_steps=4), group=False)
     last: list[Life] = run_ranks(live, world_size, kept, cut, group=False)
     assert last[0].step == 10
     assert all(torch.equal(tensor, last[0].state[name]) for name, tensor in whole[0].state.items())
-    one, other = (open_checkpoint(LocalDisk(tmp_path / name / "checkpoints"), 10, group=alone()) for name in ("whole", "cut"))
+    one, other = (
+        open_checkpoint(LocalDisk(tmp_path / name / "checkpoints"), 10, group=alone())
+        for name in ("whole", "cut")
+    )
     assert {"ema/mix", "ema/turn", "model/turn", "optimizer/mix/exp_avg"} <= one.kinds.keys()
     assert all(torch.equal(one.tensor(name), other.tensor(name)) for name in one.kinds)
     for name in ("ema/mix", "ema/turn", "optimizer/mix/exp_avg"):
         assert float(one.tensor(name).imag.abs().max()) > 0
-    hashes = {json.loads((tmp_path / name / "status.json").read_text())["weights_sha256"] for name in ("whole", "cut")}
+    hashes = {
+        json.loads((tmp_path / name / "status.json").read_text())["weights_sha256"]
+        for name in ("whole", "cut")
+    }
     assert len(hashes) == 1
 
 
@@ -182,19 +203,27 @@ def test_shards_of_complex_weights_are_safetensors_files(tmp_path: Path) -> None
 
 
 @pytest.mark.ranks(1)
-def test_complex_weights_come_from_files_and_runs_of_either_width(group: Group, tmp_path: Path) -> None:
+def test_complex_weights_come_from_files_and_runs_of_either_width(
+    group: Group, tmp_path: Path
+) -> None:
     mix = torch.randn(6, 6, dtype=torch.complex64)
     model = Turned()
     save_file(model.state_dict() | {"mix": mix}, tmp_path / "weights.safetensors")
     for precision in ("fp32", "fp64"):
         settings = Settings(precision=precision, init_from=str(tmp_path / "weights.safetensors"))
-        assert torch.equal(build_model(turned(settings), settings, group).mix.to(torch.complex64), mix)
+        assert torch.equal(
+            build_model(turned(settings), settings, group).mix.to(torch.complex64), mix
+        )
     save_file(model.state_dict() | {"mix": mix.real.contiguous()}, tmp_path / "real.safetensors")
     with pytest.raises(ConfigError, match=r"dtype\s+mix"):
-        build_model(turned(settings), replace(settings, init_from=str(tmp_path / "real.safetensors")), group)
+        build_model(
+            turned(settings), replace(settings, init_from=str(tmp_path / "real.safetensors")), group
+        )
 
 
-def test_ckpt_exports_complex64_refuses_complex128_and_sees_imaginary_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ckpt_exports_complex64_refuses_complex128_and_sees_imaginary_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lives = {}
     for name, phase, precision in (("a", 0.0, "fp32"), ("b", 0.1, "fp32"), ("c", 0.0, "fp64")):
         settings = Settings(max_steps=1, precision=precision, run_dir=str(tmp_path / name))  # type: ignore[arg-type]  # a text, of a loop
@@ -202,7 +231,10 @@ def test_ckpt_exports_complex64_refuses_complex128_and_sees_imaginary_parts(tmp_
     export(tmp_path / "a", out=tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as content:
         assert torch.equal(content.get_tensor("mix"), lives["a"].state["mix"])
-    with pytest.raises(ConfigError, match=r"mix.* is complex128, for which a safetensors file has no dtype. --init-from takes"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mix.* is complex128, for which a safetensors file has no dtype. --init-from takes",
+    ):
         export(tmp_path / "c", out=tmp_path / "c.safetensors")
     capsys.readouterr()
     assert diff(tmp_path / "a", tmp_path / "b") == 1
@@ -223,7 +255,9 @@ def test_a_gradient_that_is_not_finite_in_an_imaginary_part_is_not_applied(group
     def loss(model: Any, batch: Any) -> LossSum:
         found = classify(model, batch)
         if model.training and made:
-            model.mix.register_hook(lambda gradient: torch.complex(gradient.real, gradient.imag * float("nan")))
+            model.mix.register_hook(
+                lambda gradient: torch.complex(gradient.real, gradient.imag * float("nan"))
+            )
         return found
 
     made: list[bool] = []
@@ -231,7 +265,9 @@ def test_a_gradient_that_is_not_finite_in_an_imaginary_part_is_not_applied(group
     training = (composition := compose(turned(settings, loss=loss), settings, group)).training
     before = weights_sha256(training.model)
     made.append(True)
-    with pytest.raises(NonFiniteError, match=r"the gradient of step 1 is not finite though the loss is, in mix"):
+    with pytest.raises(
+        NonFiniteError, match=r"the gradient of step 1 is not finite though the loss is, in mix"
+    ):
         train_step(training, next(composition.feed.batches(start=0, end=1)))
     assert weights_sha256(training.model) == before
 
@@ -250,7 +286,9 @@ def exact_hash() -> str:
             super().__init__()
             self.spare = nn.Parameter(torch.randn(3, dtype=torch.complex64))
 
-    settings = Settings(precision="fp32", max_steps=8, micro_batch=3, exact=True, find_unused_parameters=True)
+    settings = Settings(
+        precision="fp32", max_steps=8, micro_batch=3, exact=True, find_unused_parameters=True
+    )
     with process_group(device="cpu", threads=1) as group:
         made = compose(turned(settings, model=Spare, loss=loss), settings, group)
         for batch in made.feed.batches(start=0, end=8):
@@ -268,20 +306,36 @@ def test_complex_weights_are_exact_at_any_number_of_ranks() -> None:
 
 @pytest.mark.ranks(2)
 def test_what_cannot_take_complex_weights_is_refused_by_name(group: Group) -> None:
-    for fields in ({"strategy": "zero1"}, {"strategy": "fsdp"}, {"strategy": "deepspeed", "deepspeed": DeepSpeed(stage=0)}):
+    for fields in (
+        {"strategy": "zero1"},
+        {"strategy": "fsdp"},
+        {"strategy": "deepspeed", "deepspeed": DeepSpeed(stage=0)},
+    ):
         settings = replace(Settings(precision="fp32"), **fields)  # type: ignore[arg-type]  # of several types
-        with pytest.raises(ConfigError, match=rf"--strategy {fields['strategy']} .*complex parameters: mix, scale. Type --strategy ddp"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"--strategy {fields['strategy']} .*complex parameters: mix, scale. Type --strategy ddp",
+        ):
             compose(turned(settings), settings, group)
     settings = Settings(precision="fp32", comm="bf16")
-    with pytest.raises(ConfigError, match=r"--comm bf16 would send the real parts alone of mix, scale"):
+    with pytest.raises(
+        ConfigError, match=r"--comm bf16 would send the real parts alone of mix, scale"
+    ):
         compose(turned(settings), settings, group)
 
 
 @pytest.mark.ranks(2)
 def test_a_loss_that_is_complex_is_refused_before_the_first_step(group: Group) -> None:
     settings = Settings()
-    with pytest.raises(ddp_kit.errors.DdpKitError, match=r"the loss's total is torch.complex128; what is minimised is a real number"):
-        compose(turned(settings, loss=lambda model, batch: LossSum(model.mix.sum(), len(batch[0]))), settings, group)
+    with pytest.raises(
+        ddp_kit.errors.DdpKitError,
+        match=r"the loss's total is torch.complex128; what is minimised is a real number",
+    ):
+        compose(
+            turned(settings, loss=lambda model, batch: LossSum(model.mix.sum(), len(batch[0]))),
+            settings,
+            group,
+        )
 
 
 @pytest.mark.ranks(2)
@@ -303,7 +357,10 @@ def test_complex_batches_follow_the_precision() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install 'ddp_kit[deepspeed]'")
+@pytest.mark.skipif(
+    find_spec("deepspeed") is None,
+    reason="deepspeed is not installed: pip install 'ddp_kit[deepspeed]'",
+)
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_leaves_complex_buffers_as_they_are(group: Group, stage: Any) -> None:

@@ -30,13 +30,26 @@ from ddp_kit.setup.build import compose
 from ddp_kit.strategies.precision import deterministic
 from ddp_kit.testing import run_ranks
 
-LEAVES = [1e8, 1.0, -1e8, 1.0]  # in fp32, on any machine, their sum is 1 one after the other, and 0 in pairs: 1e8 + 1 is 1e8
+LEAVES = [
+    1e8,
+    1.0,
+    -1e8,
+    1.0,
+]  # in fp32, on any machine, their sum is 1 one after the other, and 0 in pairs: 1e8 + 1 is 1e8
 EIGHT = pytest.param(8, marks=pytest.mark.slow)
 
 
 def exact(**fields: Any) -> Settings:
     """Returns settings of 8 micro-batches whose every step is recorded."""
-    given = {"global_batch": 32, "micro_batch": 4, "max_steps": 6, "precision": "fp32", "exact": True, "log_every": 1, "eval_every": 2}
+    given = {
+        "global_batch": 32,
+        "micro_batch": 4,
+        "max_steps": 6,
+        "precision": "fp32",
+        "exact": True,
+        "log_every": 1,
+        "eval_every": 2,
+    }
     return Settings(**(given | fields))
 
 
@@ -45,7 +58,10 @@ def exact(**fields: Any) -> Settings:
 
 @pytest.mark.parametrize("leaves", [*range(1, 25), 48, 96])
 def test_folding_the_parts_of_any_number_of_ranks_gives_the_bits_of_one(leaves: int) -> None:
-    values = torch.randn(leaves, 1000, generator=torch.Generator().manual_seed(leaves)) * 10 ** torch.linspace(-3, 3, leaves)[:, None]
+    values = (
+        torch.randn(leaves, 1000, generator=torch.Generator().manual_seed(leaves))
+        * 10 ** torch.linspace(-3, 3, leaves)[:, None]
+    )
     whole = fold(list(values.clone()))
     assert torch.allclose(whole.double(), values.double().sum(0), rtol=1e-3, atol=1e-2)
     for ranks in fitting_world_sizes(leaves):
@@ -67,7 +83,10 @@ def test_the_tree_is_another_order_than_one_after_the_other() -> None:
 
 def images(count: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(3)
-    return TensorDataset(torch.randn(count, 3, 8, 8, generator=generator), torch.randint(10, (count,), generator=generator))
+    return TensorDataset(
+        torch.randn(count, 3, 8, 8, generator=generator),
+        torch.randint(10, (count,), generator=generator),
+    )
 
 
 def jittered(batch: Any, draws: Any) -> Any:
@@ -91,7 +110,11 @@ def conv() -> nn.Module:
 def loss(model: nn.Module, batch: Any) -> LossSum:
     logits = model(batch[0])
     right = (logits.argmax(1) == batch[1]).sum()
-    return LossSum(cross_entropy(logits, batch[1], reduction="sum"), len(batch[1]), metrics={"accuracy": (right, len(batch[1]))})
+    return LossSum(
+        cross_entropy(logits, batch[1], reduction="sum"),
+        len(batch[1]),
+        metrics={"accuracy": (right, len(batch[1]))},
+    )
 
 
 def with_everything(settings: Settings) -> Recipe:
@@ -114,14 +137,19 @@ def with_everything(settings: Settings) -> Recipe:
 def bits(life: Life) -> dict[str, Any]:
     """Returns all that must be equal, with the numbers of records as metrics.jsonl has them."""
     apart = ("samples_per_s", "data_wait", "peak_memory_mib")
-    records = [json.dumps({name: value for name, value in record.items() if name not in apart}) for record in life.records]
+    records = [
+        json.dumps({name: value for name, value in record.items() if name not in apart})
+        for record in life.records
+    ]
     tensors = {**life.state, **{f"file of {name}": tensor for name, tensor in life.files.items()}}
     return {f"record {i}": record for i, record in enumerate(records)} | {
         name: tensor.numpy().tobytes() for name, tensor in tensors.items()
     }
 
 
-def differing(make: Callable[[Settings], Recipe], settings: Settings, *, world_sizes: tuple[int, ...]) -> list[str]:
+def differing(
+    make: Callable[[Settings], Recipe], settings: Settings, *, world_sizes: tuple[int, ...]
+) -> list[str]:
     """Returns the names of what is not the same bits at all world sizes."""
     found = [bits(lives(make, settings, world_size=ranks)[0]) for ranks in world_sizes]
     assert "record 5" in found[0]
@@ -129,7 +157,9 @@ def differing(make: Callable[[Settings], Recipe], settings: Settings, *, world_s
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_weights_statistics_and_losses_are_the_same_bits_at_1_2_and_4_ranks(momentum: float) -> None:
+def test_weights_statistics_and_losses_are_the_same_bits_at_1_2_and_4_ranks(
+    momentum: float,
+) -> None:
     """With convolutions, BatchNorm, dropout, augmentation, several buckets, a schedule, an average, and clipping at half the usual norm."""
     settings = exact(momentum=momentum, grad_clip=1.9, ema=0.5)
     assert not differing(with_everything, settings, world_sizes=(1, 2, 4))
@@ -137,7 +167,14 @@ def test_weights_statistics_and_losses_are_the_same_bits_at_1_2_and_4_ranks(mome
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fields", [{}, {"compile": True}, {"activation_checkpointing": "Linear"}, {"precision": "bf16"}, {"num_workers": 2}]
+    "fields",
+    [
+        {},
+        {"compile": True},
+        {"activation_checkpointing": "Linear"},
+        {"precision": "bf16"},
+        {"num_workers": 2},
+    ],
 )
 def test_it_holds_at_8_ranks_and_with_other_settings(fields: dict[str, Any]) -> None:
     assert not differing(with_everything, exact(**fields), world_sizes=(1, 4, 2, 8))
@@ -156,16 +193,26 @@ def slope(settings: Settings) -> Recipe:
         model=flat,
         loss=lambda model, batch: LossSum(model(batch[0]).sum(), len(batch[0])),
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
-        train_data=lambda: Data(TensorDataset(torch.tensor(LEAVES)[:, None]), order=lambda seed, epoch, size: range(size)),
+        train_data=lambda: Data(
+            TensorDataset(torch.tensor(LEAVES)[:, None]),
+            order=lambda seed, epoch, size: range(size),
+        ),
         eval_data=None,
     )
 
 
 @pytest.mark.parametrize(("is_exact", "weights"), [(True, [0.0, 0.0, 0.0]), (False, [-0.25, 0.0])])
-def test_exact_sums_in_pairs_at_any_number_of_ranks_and_plain_sums_do_not(is_exact: bool, weights: list[float]) -> None:
+def test_exact_sums_in_pairs_at_any_number_of_ranks_and_plain_sums_do_not(
+    is_exact: bool, weights: list[float]
+) -> None:
     """Where the order of a sum decides, so that the tests here would see another one."""
-    settings = exact(exact=is_exact, threads=1, global_batch=4, micro_batch=1, max_steps=1, eval_every=0)
-    found = [lives(slope, settings, world_size=ranks)[0].state["weight"].item() for ranks in (1, 2, 4)[: len(weights)]]
+    settings = exact(
+        exact=is_exact, threads=1, global_batch=4, micro_batch=1, max_steps=1, eval_every=0
+    )
+    found = [
+        lives(slope, settings, world_size=ranks)[0].state["weight"].item()
+        for ranks in (1, 2, 4)[: len(weights)]
+    ]
     assert found == weights
 
 
@@ -183,7 +230,13 @@ def class_weights(settings: Settings) -> Recipe:
         return replace(found, count=found.count + share, metrics={"share": (share, 1.0)})
 
     data = Data(vectors())
-    return recipe(settings, model=plain, loss=uneven, train_data=lambda: data, eval_data=lambda: {"kept": vectors(50), "read": Stream()})
+    return recipe(
+        settings,
+        model=plain,
+        loss=uneven,
+        train_data=lambda: data,
+        eval_data=lambda: {"kept": vectors(50), "read": Stream()},
+    )
 
 
 def known_weights(settings: Settings) -> Recipe:
@@ -193,15 +246,23 @@ def known_weights(settings: Settings) -> Recipe:
         return float(batch[0].abs().sqrt().sum())
 
     def shared(model: nn.Module, batch: Any) -> LossSum:
-        return LossSum(cross_entropy(model(batch[0]), batch[1], reduction="sum"), batch[0].abs().sqrt().sum())
+        return LossSum(
+            cross_entropy(model(batch[0]), batch[1], reduction="sum"), batch[0].abs().sqrt().sum()
+        )
 
-    return recipe(settings, model=plain, loss=shared, train_data=lambda: Data(vectors(), count=count))
+    return recipe(
+        settings, model=plain, loss=shared, train_data=lambda: Data(vectors(), count=count)
+    )
 
 
 @pytest.mark.parametrize("make", [class_weights, known_weights])
-def test_12_micro_batches_and_a_count_that_is_rounded_are_the_same_bits_at_1_3_and_6_ranks(make: Any) -> None:
+def test_12_micro_batches_and_a_count_that_is_rounded_are_the_same_bits_at_1_3_and_6_ranks(
+    make: Any,
+) -> None:
     """In float64, where the sums of records and evaluations are rounded as well."""
-    assert not differing(make, exact(global_batch=24, micro_batch=2, precision="fp64"), world_sizes=(1, 3, 6))
+    assert not differing(
+        make, exact(global_batch=24, micro_batch=2, precision="fp64"), world_sizes=(1, 3, 6)
+    )
 
 
 def two_objectives(settings: Settings) -> Recipe:
@@ -209,7 +270,9 @@ def two_objectives(settings: Settings) -> Recipe:
 
 
 def test_a_gan_is_the_same_bits_at_1_and_4_ranks() -> None:
-    assert not differing(two_objectives, exact(global_batch=24, micro_batch=3, grad_clip=0.2), world_sizes=(1, 4))
+    assert not differing(
+        two_objectives, exact(global_batch=24, micro_batch=3, grad_clip=0.2), world_sizes=(1, 4)
+    )
 
 
 class Routed(nn.Module):
@@ -224,10 +287,16 @@ class Routed(nn.Module):
 
 
 def routed(settings: Settings) -> Recipe:
-    return recipe(settings, model=Routed, optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=0.1))
+    return recipe(
+        settings,
+        model=Routed,
+        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=0.1),
+    )
 
 
-def test_parameters_that_some_micro_batches_leave_out_are_the_same_bits_at_1_2_and_4_ranks() -> None:
+def test_parameters_that_some_micro_batches_leave_out_are_the_same_bits_at_1_2_and_4_ranks() -> (
+    None
+):
     """AdamW decays what has a gradient, be it zero, and leaves alone what has none."""
     settings = exact(max_steps=12, find_unused_parameters=True)
     alone, *others = (lives(routed, settings, world_size=ranks)[0] for ranks in (1, 2, 4))
@@ -243,27 +312,50 @@ def threads_in_a_session(settings: Settings) -> int:
         return torch.get_num_threads()
 
 
-def test_a_rank_has_one_thread_unless_another_number_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_has_one_thread_unless_another_number_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     asked = [exact(), exact(threads=3), exact(exact=False)]
-    assert [run_ranks(threads_in_a_session, 1, settings, group=False)[0] for settings in asked] == [1, 3, 2]
+    assert [run_ranks(threads_in_a_session, 1, settings, group=False)[0] for settings in asked] == [
+        1,
+        3,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(("world_size", "culprit"), [(2, 0), (2, 1), (4, 2)])
-def test_a_failing_or_killed_rank_ends_all_though_another_thread_waits_for_it(world_size: int, culprit: int, tmp_path: Path) -> None:
-    flags = ["--exact", "--global-batch", "8", "--micro-batch", str(8 // world_size), "--at-rank", str(culprit)]
+def test_a_failing_or_killed_rank_ends_all_though_another_thread_waits_for_it(
+    world_size: int, culprit: int, tmp_path: Path
+) -> None:
+    flags = [
+        "--exact",
+        "--global-batch",
+        "8",
+        "--micro-batch",
+        str(8 // world_size),
+        "--at-rank",
+        str(culprit),
+    ]
     (tmp_path / "killed").mkdir()
     failed = train("--fault", "loss", *flags, folder=tmp_path, world_size=world_size)
     assert failed.codes == [1] * world_size
     assert failed.status["reason"] == f"rank {culprit}: ValueError: the loss's own fault"
     killed = train("--fault", "SIGKILL", *flags, folder=tmp_path / "killed", world_size=world_size)
     assert killed.codes == [-signal.SIGKILL if rank == culprit else 1 for rank in range(world_size)]
-    assert killed.status["reason"] == f"a peer is gone that left no word (killed, or out of memory); not heard of: rank {culprit}"
+    assert (
+        killed.status["reason"]
+        == f"a peer is gone that left no word (killed, or out of memory); not heard of: rank {culprit}"
+    )
 
 
 def test_cuda_is_deterministic_meanwhile_and_the_switches_are_put_back() -> None:
     def switches() -> tuple[Any, ...]:
-        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark,
+            os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        )
 
     before = switches()
     with deterministic(True, torch.device("cuda")):
@@ -277,14 +369,22 @@ def test_cuda_is_deterministic_meanwhile_and_the_switches_are_put_back() -> None
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"micro_batch": 0}, r"--exact with --micro-batch 0: expected a stated size.*Type --micro-batch 4 for up to 8 ranks"),
+        (
+            {"micro_batch": 0},
+            r"--exact with --micro-batch 0: expected a stated size.*Type --micro-batch 4 for up to 8 ranks",
+        ),
         ({"micro_batch": "auto"}, r"--exact with --micro-batch auto: .*Type --micro-batch 4 "),
-        ({"micro_batch": 5}, r"--exact with --micro-batch 5: .* divides --global-batch 32.*Type --micro-batch 4 "),
+        (
+            {"micro_batch": 5},
+            r"--exact with --micro-batch 5: .* divides --global-batch 32.*Type --micro-batch 4 ",
+        ),
         ({"micro_batch": 0, "global_batch": 12}, r"Type --micro-batch 3 for up to 4 ranks"),
         ({"sync_batchnorm": True}, r"--exact with --sync-batchnorm"),
     ],
 )
-def test_settings_that_cannot_be_exact_are_refused_with_what_to_type(fields: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_be_exact_are_refused_with_what_to_type(
+    fields: dict[str, Any], message: str
+) -> None:
     check(exact())
     with pytest.raises(ConfigError, match=message):
         check(exact(**fields))
@@ -292,23 +392,38 @@ def test_settings_that_cannot_be_exact_are_refused_with_what_to_type(fields: dic
 
 @pytest.mark.ranks(3)
 def test_world_sizes_that_do_not_fit_are_refused_with_those_that_do(group: Group) -> None:
-    expected = r"--exact: 32 / 4 = 8 micro-batches do not fit 3 ranks\. World sizes that fit: 1, 2, 4, 8\."
+    expected = (
+        r"--exact: 32 / 4 = 8 micro-batches do not fit 3 ranks\. World sizes that fit: 1, 2, 4, 8\."
+    )
     with pytest.raises(ConfigError, match=expected):
         compose(recipe(exact()), exact(), group)
-    settings = exact(global_batch=8)  # fewer micro-batches than ranks: these would be cut in another way
-    with pytest.raises(ConfigError, match=r"8 / 4 = 2 micro-batches do not fit 3 ranks\. World sizes that fit: 1, 2\."):
+    settings = exact(
+        global_batch=8
+    )  # fewer micro-batches than ranks: these would be cut in another way
+    with pytest.raises(
+        ConfigError,
+        match=r"8 / 4 = 2 micro-batches do not fit 3 ranks\. World sizes that fit: 1, 2\.",
+    ):
         compose(recipe(settings), settings, group)
 
 
 def test_the_world_sizes_that_fit_hold_a_power_of_two_of_micro_batches_each() -> None:
-    assert [fitting_world_sizes(number) for number in (1, 7, 8, 12)] == [[1], [1, 7], [1, 2, 4, 8], [1, 3, 6, 12]]
+    assert [fitting_world_sizes(number) for number in (1, 7, 8, 12)] == [
+        [1],
+        [1, 7],
+        [1, 2, 4, 8],
+        [1, 3, 6, 12],
+    ]
 
 
 @pytest.mark.ranks(1)
 def test_a_stream_and_a_buffer_outside_normalisation_layers_are_refused(group: Group) -> None:
     for parts, message in (
         ({"train_data": Stream}, "--exact: the training data is iterable"),
-        ({"model": Counting}, "--exact: training changes the buffer seen, which only normalisation layers may"),
+        (
+            {"model": Counting},
+            "--exact: training changes the buffer seen, which only normalisation layers may",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             compose(recipe(exact(), **parts), exact(), group)

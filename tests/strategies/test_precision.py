@@ -47,8 +47,12 @@ def dtypes_seen(model: nn.Module) -> Iterator[set[torch.dtype]]:
 
 
 @pytest.mark.ranks(1, 2)
-def test_the_forward_pass_is_computed_in_the_stated_dtype_and_weights_stay_as_they_are(group: Group) -> None:
-    kinds = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16} | ({"fp16": torch.float16} if has_fp16(CPU) else {})
+def test_the_forward_pass_is_computed_in_the_stated_dtype_and_weights_stay_as_they_are(
+    group: Group,
+) -> None:
+    kinds = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16} | (
+        {"fp16": torch.float16} if has_fp16(CPU) else {}
+    )
     for precision, dtype in kinds.items():
         settings = Settings(precision=precision, micro_batch=6, max_steps=2)
         made = compose(recipe(settings, eval_data=lambda: vectors(10)), settings, group)
@@ -59,7 +63,11 @@ def test_the_forward_pass_is_computed_in_the_stated_dtype_and_weights_stay_as_th
         kept = torch.float64 if precision == "fp64" else torch.float32
         optimizer = made.training.objectives[0].optimizer
         state = [tensor for values in optimizer.state.values() for tensor in values.values()]
-        for tensor in (*made.training.model.state_dict().values(), *state, *(p.grad for p in made.training.model.parameters())):
+        for tensor in (
+            *made.training.model.state_dict().values(),
+            *state,
+            *(p.grad for p in made.training.model.parameters()),
+        ):
             assert tensor.dtype == kept
 
 
@@ -68,7 +76,10 @@ def test_lower_precision_is_close_to_fp32_and_not_the_same(group: Group) -> None
     """Bounds: eight bits of mantissa in bf16, eleven in fp16, over five steps at a small rate."""
     full = Settings(precision="fp32", micro_batch=6, max_steps=5, lr=0.02)
     reference = trace(group, recipe(full, model=normed), full)
-    for precision, gradient, losses in (("bf16", 3e-2, 1e-2), *([("fp16", 4e-3, 1e-3)] if has_fp16(CPU) else [])):
+    for precision, gradient, losses in (
+        ("bf16", 3e-2, 1e-2),
+        *([("fp16", 4e-3, 1e-3)] if has_fp16(CPU) else []),
+    ):
         settings = replace(full, precision=precision)
         ours = trace(group, recipe(settings, model=normed), settings)
         assert 0 < distance(ours.gradient, reference.gradient) <= gradient
@@ -92,15 +103,26 @@ def test_clipping_is_by_the_global_norm_of_the_whole_batch_after_unscaling(group
         made = compose(recipe(settings), settings, group)
         before = [p.detach().clone() for p in made.training.model.parameters()]
         sums = steps(made, end=1)[0]
-        assert float(sums.grad_norms[""]) == pytest.approx(whole_batch_norm(settings, group, dtype=torch.float64), rel=bound)
-        moved = torch.cat([(p.detach() - q).flatten() for p, q in zip(made.training.model.parameters(), before, strict=True)])
-        assert float(moved.norm()) == pytest.approx(settings.lr * settings.grad_clip, rel=1e-4)  # torch adds 1e-6 to the norm
+        assert float(sums.grad_norms[""]) == pytest.approx(
+            whole_batch_norm(settings, group, dtype=torch.float64), rel=bound
+        )
+        moved = torch.cat(
+            [
+                (p.detach() - q).flatten()
+                for p, q in zip(made.training.model.parameters(), before, strict=True)
+            ]
+        )
+        assert float(moved.norm()) == pytest.approx(
+            settings.lr * settings.grad_clip, rel=1e-4
+        )  # torch adds 1e-6 to the norm
 
 
 def gained(model: nn.Module, batch: Any) -> LossSum:
     """A loss with a factor for each sample."""
     inputs, labels, gains = batch
-    return LossSum((cross_entropy(model(inputs), labels, reduction="none") * gains).sum(), len(labels))
+    return LossSum(
+        (cross_entropy(model(inputs), labels, reduction="none") * gains).sum(), len(labels)
+    )
 
 
 def with_gain(gain: float, *, position: int = -1) -> TensorDataset:
@@ -118,7 +140,10 @@ def test_an_fp16_overflow_on_one_rank_is_skipped_on_all_and_counted(group: Group
     """Warnings are errors here, torch's own about a scheduler stepped before its optimizer among them."""
     needs_fp16()
     settings = Settings(precision="fp16", micro_batch=4, max_steps=9, ema=0.5)
-    parts: dict[str, Any] = {"loss": gained, "train_data": lambda: with_gain(1e4, position=23)}  # of the last rank, in the first step
+    parts: dict[str, Any] = {
+        "loss": gained,
+        "train_data": lambda: with_gain(1e4, position=23),
+    }  # of the last rank, in the first step
     parts["scheduler"] = lambda optimizer, total: LambdaLR(optimizer, lambda step: 1 / (step + 1))
     made = compose(recipe(settings, model=normed, **parts), settings, group)
     training, objective = made.training, made.training.objectives[0]
@@ -138,7 +163,9 @@ def test_an_fp16_overflow_on_one_rank_is_skipped_on_all_and_counted(group: Group
     assert scales == [2.0**15] * 2 + [2.0**16] * 3 + [2.0**17] * 3
     assert (training.step, training.skipped, objective.scheduler.last_epoch) == (9, 1, 9)
     assert objective.optimizer.param_groups[0]["lr"] == pytest.approx(settings.lr / 10)
-    assert_same_on_all_ranks({"weights": training.model.state_dict(), "scale": objective.scale.scale}, group)
+    assert_same_on_all_ranks(
+        {"weights": training.model.state_dict(), "scale": objective.scale.scale}, group
+    )
 
 
 @pytest.mark.ranks(2)
@@ -159,26 +186,42 @@ def test_a_loss_that_is_not_finite_in_fp16_is_no_overflow(group: Group) -> None:
 
     needs_fp16()
     settings = Settings(precision="fp16")
-    made = compose(recipe(settings, loss=gained, train_data=lambda: with_gain(torch.inf, position=23)), settings, group)
+    made = compose(
+        recipe(settings, loss=gained, train_data=lambda: with_gain(torch.inf, position=23)),
+        settings,
+        group,
+    )
     with pytest.raises(NonFiniteError, match="loss of step 1 is not finite on rank 1"):
         steps(made, end=1)
 
 
 @pytest.mark.ranks(1)
-def test_a_precision_that_the_device_cannot_run_is_refused_with_one_that_it_can(monkeypatch: pytest.MonkeyPatch, group: Group) -> None:
+def test_a_precision_that_the_device_cannot_run_is_refused_with_one_that_it_can(
+    monkeypatch: pytest.MonkeyPatch, group: Group
+) -> None:
     monkeypatch.setattr("ddp_kit.strategies.precision.has_fp16", lambda device: False)
-    for precision, message in (("tf32", "needs a CUDA device.*--precision fp32"), ("fp16", "no float16 kernels.*--precision bf16")):
+    for precision, message in (
+        ("tf32", "needs a CUDA device.*--precision fp32"),
+        ("fp16", "no float16 kernels.*--precision bf16"),
+    ):
         with pytest.raises(ConfigError, match=message), arithmetic(precision, CPU):
             pass
     with pytest.raises(ConfigError, match=r"--sync-batchnorm.*CUDA only"):
-        compose(recipe(Settings(sync_batchnorm=True), model=normed), Settings(sync_batchnorm=True), group)
+        compose(
+            recipe(Settings(sync_batchnorm=True), model=normed),
+            Settings(sync_batchnorm=True),
+            group,
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.ranks(2, deadline_s=300)
 def test_a_compiled_model_gives_the_numbers_and_names_of_the_plain_one(group: Group) -> None:
     plainly, compiled = (Settings(micro_batch=6, compile=is_on) for is_on in (False, True))
-    one, two = (trace(group, recipe(settings, eval_data=lambda: vectors(10)), settings) for settings in (plainly, compiled))
+    one, two = (
+        trace(group, recipe(settings, eval_data=lambda: vectors(10)), settings)
+        for settings in (plainly, compiled)
+    )
     assert one.state.keys() == two.state.keys()
     assert distance(two.state, one.state) <= 1e-10
     assert two.losses == pytest.approx(one.losses, abs=1e-10)

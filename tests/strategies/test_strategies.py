@@ -30,7 +30,11 @@ from ddp_kit.training.step import train_step
 
 MORTAL = str(KIT / "mortal.py")
 WRAPPED = Fsdp(wrap=("Block",))
-OTHERS: list[dict[str, Any]] = [{"strategy": "zero1"}, {"strategy": "fsdp"}, {"strategy": "fsdp", "fsdp": WRAPPED}]
+OTHERS: list[dict[str, Any]] = [
+    {"strategy": "zero1"},
+    {"strategy": "fsdp"},
+    {"strategy": "fsdp", "fsdp": WRAPPED},
+]
 
 
 def apart(a: Trace, b: Trace) -> float:
@@ -39,7 +43,9 @@ def apart(a: Trace, b: Trace) -> float:
 
 
 @pytest.mark.ranks(2, 4)
-def test_zero1_and_fsdp_follow_ddp_for_50_steps_clipped_at_half_the_median_norm(group: Group) -> None:
+def test_zero1_and_fsdp_follow_ddp_for_50_steps_clipped_at_half_the_median_norm(
+    group: Group,
+) -> None:
     settings = replace(Split(), grad_clip=half_the_median_norm(group, Split()))
     reference = trace(group, split(settings), settings)
     for choice in OTHERS:
@@ -56,7 +62,9 @@ def test_micro_batches_that_do_not_come_out_even_change_nothing(group: Group) ->
     for loss in (classify, weighted):
         settings = Split(micro_batch=3, max_steps=10)
         reference = trace(group, split(settings, loss=loss), settings)
-        for choice in OTHERS if loss is classify else OTHERS[:2]:  # the other loss uses blocks' weights outside the blocks
+        for choice in (
+            OTHERS if loss is classify else OTHERS[:2]
+        ):  # the other loss uses blocks' weights outside the blocks
             ours = trace(group, split(settings, loss=loss), replace(settings, **choice))
             assert distance(ours.gradient, reference.gradient) <= 1e-12
             assert apart(ours, reference) <= 1e-9
@@ -67,7 +75,9 @@ def test_layers_that_share_a_weight_are_wrapped_and_share_it_still(group: Group)
     """FSDP2 would split the one tensor twice."""
     settings = Split(max_steps=10)
     reference = trace(group, split(settings), settings)
-    ours = trace(group, split(settings), replace(settings, strategy="fsdp", fsdp=Fsdp(wrap=("Linear",))))
+    ours = trace(
+        group, split(settings), replace(settings, strategy="fsdp", fsdp=Fsdp(wrap=("Linear",)))
+    )
     assert apart(ours, reference) <= 1e-9
     assert ours.state.keys() == reference.state.keys()
 
@@ -84,8 +94,13 @@ def test_after_one_step_every_parameter_has_moved_and_so_has_the_average(group: 
         still = [name for name in before if bool((before[name] == after[name]).any())]
         assert sorted(still) == ["frozen.bias", "frozen.weight"]
         average = averages(made.training)
-        assert all(torch.allclose(average[name], 0.9 * before[name] + 0.1 * after[name], atol=1e-12) for name in before)
-        assert {name: whole(p).tolist() for name, p in made.training.model.named_parameters()} == {n: t.tolist() for n, t in after.items()}
+        assert all(
+            torch.allclose(average[name], 0.9 * before[name] + 0.1 * after[name], atol=1e-12)
+            for name in before
+        )
+        assert {name: whole(p).tolist() for name, p in made.training.model.named_parameters()} == {
+            n: t.tolist() for n, t in after.items()
+        }
         made.training.control.close()
 
 
@@ -100,11 +115,15 @@ def test_a_rank_keeps_its_part_only(group: Group) -> None:
         full = sum(p.numel() * 8 for p in parameters if p.requires_grad)
         state = made.training.objectives[0].optimizer.state
         moments = sum(local(value).nbytes for own in state.values() for value in own.values())
-        assert moments <= 2 * full / group.world_size * 1.35 + 8 * len(parameters)  # whole parameters do not come out even
+        assert moments <= 2 * full / group.world_size * 1.35 + 8 * len(
+            parameters
+        )  # whole parameters do not come out even
         held = sum(local(p).nbytes for p in parameters)
         assert all(is_split(p) for p in parameters) == (choice["strategy"] == "fsdp")
         if choice["strategy"] == "fsdp":
-            assert held <= sum(p.numel() * 8 for p in parameters) / group.world_size * 1.05 + 8 * len(parameters)
+            assert held <= sum(
+                p.numel() * 8 for p in parameters
+            ) / group.world_size * 1.05 + 8 * len(parameters)
         made.training.control.close()
 
 
@@ -189,7 +208,9 @@ def test_a_gradient_that_is_not_finite_on_one_ranks_rows_is_named_on_all(group: 
 
     def loss(model: Any, batch: Any) -> ddp_kit.LossSum:
         found = classify(model, batch)
-        return ddp_kit.LossSum(found.total + (model.blocks[1].layer.weight[0, 0] * 0).sqrt(), found.count)
+        return ddp_kit.LossSum(
+            found.total + (model.blocks[1].layer.weight[0, 0] * 0).sqrt(), found.count
+        )
 
     settings = Split(strategy="fsdp")
     made = compose(recipe(settings, model=Net, loss=loss), settings, group)
@@ -202,18 +223,30 @@ def test_a_gradient_that_is_not_finite_on_one_ranks_rows_is_named_on_all(group: 
 
 def test_what_is_wrapped_is_found_by_class_and_by_size() -> None:
     model = Net(8)
-    assert [type(m).__name__ for m in modules_to_wrap(model, Fsdp(wrap=("Block", "Linear")))].count("Block") == 3
+    assert [type(m).__name__ for m in modules_to_wrap(model, Fsdp(wrap=("Block", "Linear")))].count(
+        "Block"
+    ) == 3
     assert modules_to_wrap(model, Fsdp(wrap_size=80)) == list(reversed(model.blocks))
-    tied = [name for name, module in model.named_modules() if module in modules_to_wrap(model, Fsdp(wrap=("Linear",)))]
+    tied = [
+        name
+        for name, module in model.named_modules()
+        if module in modules_to_wrap(model, Fsdp(wrap=("Linear",)))
+    ]
     assert sorted(tied) == ["blocks.0.layer", "blocks.1.layer", "blocks.2.layer", "frozen", "last"]
     twice = nn.Sequential(model.blocks[0], nn.Linear(8, 8), model.blocks[0])
     assert modules_to_wrap(twice, Fsdp(wrap=("Block",))) == [model.blocks[0]]
-    with pytest.raises(ConfigError, match=r"--fsdp.wrap Blok: the model has no module of that class. Did you mean Block\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--fsdp.wrap Blok: the model has no module of that class. Did you mean Block\?",
+    ):
         modules_to_wrap(model, Fsdp(wrap=("Blok",)))
     with pytest.raises(ConfigError, match=r"--fsdp.wrap ModuleList: it is never called itself"):
         modules_to_wrap(model, Fsdp(wrap=("ModuleList",)))
     settings = Split(strategy="fsdp", fsdp=Fsdp(wrap=("Blok",)))
-    with process_group(device="cpu") as group, pytest.raises(ConfigError, match=r"Did you mean Block\?"):
+    with (
+        process_group(device="cpu") as group,
+        pytest.raises(ConfigError, match=r"Did you mean Block\?"),
+    ):
         compose(split(settings), settings, group)
 
 
@@ -222,13 +255,25 @@ def test_what_is_wrapped_is_found_by_class_and_by_size() -> None:
     [
         ({"exact": True, "micro_batch": 3, "strategy": "zero1"}, "--exact with --strategy zero1"),
         ({"exact": True, "micro_batch": 3, "strategy": "fsdp"}, "--exact with --strategy fsdp"),
-        ({"exact": True, "micro_batch": 3, "strategy": "deepspeed"}, "--exact with --strategy deepspeed"),
+        (
+            {"exact": True, "micro_batch": 3, "strategy": "deepspeed"},
+            "--exact with --strategy deepspeed",
+        ),
         ({"exact": True, "micro_batch": 3, "comm": "bf16"}, "--comm bf16 with --exact"),
         ({"strategy": "fsdp", "comm": "fp16"}, "--comm fp16 with --strategy fsdp"),
         ({"fsdp": Fsdp(hybrid=True)}, r"--fsdp.\* is set without --strategy fsdp"),
-        ({"strategy": "fsdp", "precision": "fp16", "fsdp": Fsdp(cpu_offload=True)}, "--fsdp.cpu-offload with --precision fp16"),
-        ({"strategy": "fsdp", "fsdp": Fsdp(cpu_offload=True, hybrid=True)}, "--fsdp.cpu-offload with --fsdp.hybrid"),
-        ({"strategy": "fsdp", "find_unused_parameters": True}, "--strategy fsdp with --find-unused-parameters"),
+        (
+            {"strategy": "fsdp", "precision": "fp16", "fsdp": Fsdp(cpu_offload=True)},
+            "--fsdp.cpu-offload with --precision fp16",
+        ),
+        (
+            {"strategy": "fsdp", "fsdp": Fsdp(cpu_offload=True, hybrid=True)},
+            "--fsdp.cpu-offload with --fsdp.hybrid",
+        ),
+        (
+            {"strategy": "fsdp", "find_unused_parameters": True},
+            "--strategy fsdp with --find-unused-parameters",
+        ),
         ({"strategy": "fsdp", "micro_batch": "auto"}, "--strategy fsdp with --micro-batch auto"),
     ],
 )
@@ -240,16 +285,22 @@ def test_what_does_not_go_together_is_refused_by_name(given: dict[str, Any], sai
 @pytest.mark.ranks(2)
 def test_zero1_follows_ddp_where_two_objectives_train_the_same_weights(group: Group) -> None:
     def sgd(model: Any) -> torch.optim.Optimizer:
-        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        return torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+        )
 
     parts = [ddp_kit.Objective(loss=classify, optimizer=sgd, trains=name) for name in ("", "last")]
     found = []
     for choice in ({}, {"strategy": "zero1"}):
         settings = Split(max_steps=5, **choice)
-        made = compose(split(settings, loss=None, optimizer=None, objectives=parts), settings, group)
+        made = compose(
+            split(settings, loss=None, optimizer=None, objectives=parts), settings, group
+        )
         for batch in made.feed.batches(start=0, end=5):
             train_step(made.training, batch)
-        found.append({name: tensor.clone() for name, tensor in made.training.model.state_dict().items()})
+        found.append(
+            {name: tensor.clone() for name, tensor in made.training.model.state_dict().items()}
+        )
         made.training.control.close()
     assert distance(*found) <= 1e-12
 
@@ -275,7 +326,10 @@ def test_hooks_of_the_recipes_optimizer_are_called_under_zero1(group: Group) -> 
 def reading(model: nn.Module, batch: Any) -> ddp_kit.LossSum:
     """A loss whose own term never meets a plain tensor that has a dimension."""
     result = classify(model, batch)
-    return replace(result, total=result.total + sum(parameter.square().sum() for parameter in model.parameters()))
+    return replace(
+        result,
+        total=result.total + sum(parameter.square().sum() for parameter in model.parameters()),
+    )
 
 
 @pytest.mark.ranks(2)
@@ -295,10 +349,21 @@ def test_scalars_several_objectives_and_odd_optimizers_are_refused_by_name(group
         compose(split(fsdp, model=Scalar), fsdp, group)
     wrapped = Split(strategy="fsdp", fsdp=WRAPPED)
     for loss in (weighted, reading):
-        with pytest.raises(ConfigError, match="the loss or `evaluate` uses weights of a wrapped module outside"):
+        with pytest.raises(
+            ConfigError, match="the loss or `evaluate` uses weights of a wrapped module outside"
+        ):
             compose(split(wrapped, loss=loss), wrapped, group)
     with pytest.raises(ConfigError, match="cannot build Odd"):
-        compose(split(zero1, optimizer=lambda model: Odd([p for p in model.parameters() if p.requires_grad], must="x")), zero1, group)
+        compose(
+            split(
+                zero1,
+                optimizer=lambda model: Odd(
+                    [p for p in model.parameters() if p.requires_grad], must="x"
+                ),
+            ),
+            zero1,
+            group,
+        )
 
     class Every(torch.optim.SGD):
         def __init__(self, parameters: Any, *, every: int = 1) -> None:
@@ -306,14 +371,30 @@ def test_scalars_several_objectives_and_odd_optimizers_are_refused_by_name(group
             super().__init__(parameters, lr=0.1)
 
     with pytest.raises(ConfigError, match=r"built again .* every would not be 3"):
-        compose(split(zero1, optimizer=lambda model: Every([p for p in model.parameters() if p.requires_grad], every=3)), zero1, group)
+        compose(
+            split(
+                zero1,
+                optimizer=lambda model: Every(
+                    [p for p in model.parameters() if p.requires_grad], every=3
+                ),
+            ),
+            zero1,
+            group,
+        )
     deepspeed = Split(strategy="deepspeed", deepspeed=DeepSpeed(stage=0))
     parts = [
-        ddp_kit.Objective(loss=classify, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1), trains=f"blocks.{i}") for i in (0, 1)
+        ddp_kit.Objective(
+            loss=classify,
+            optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1),
+            trains=f"blocks.{i}",
+        )
+        for i in (0, 1)
     ]
     with pytest.raises(ConfigError, match="it trains one objective, the recipe has 2"):
         compose(split(fsdp, loss=None, optimizer=None, objectives=parts), fsdp, group)
-    with pytest.raises(ConfigError, match="--strategy deepspeed: it trains one objective, the recipe has 2"):
+    with pytest.raises(
+        ConfigError, match="--strategy deepspeed: it trains one objective, the recipe has 2"
+    ):
         compose(split(deepspeed, loss=None, optimizer=None, objectives=parts), deepspeed, group)
 
 
@@ -323,7 +404,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None
 
     def run(name: str, deaths: str = "") -> Any:
         (tmp_path / name).mkdir(exist_ok=True)
-        return train(*args, folder=tmp_path / name, recipe=MORTAL, world_size=3, env={"DEATHS": deaths}, limit_s=60)
+        return train(
+            *args,
+            folder=tmp_path / name,
+            recipe=MORTAL,
+            world_size=3,
+            env={"DEATHS": deaths},
+            limit_s=60,
+        )
 
     whole_run = run("whole")
     assert whole_run.codes == [0, 0, 0], whole_run.errors
@@ -343,22 +431,31 @@ class Drawn(Net):
 
 def hybrid_and_meta(folder: str) -> tuple[float, float, bool]:
     """4 ranks as 2 nodes of 2: split within a node, repeated across; and a model that had no memory before it was split."""
-    topology = replace(read_topology(), nodes=2, local_world_size=2, local_rank=read_topology().rank % 2)
+    topology = replace(
+        read_topology(), nodes=2, local_world_size=2, local_rank=read_topology().rank % 2
+    )
     with process_group(topology=topology, device="cpu") as group:
         settings = Split(max_steps=6)
         reference = trace(group, split(settings), settings)
         hybrid = replace(settings, strategy="fsdp", fsdp=Fsdp(wrap=("Block",), hybrid=True))
         ours = trace(group, split(hybrid), hybrid)
         made = compose(split(hybrid), hybrid, group)
-        assert all(local(p).shape[0] <= -(-p.shape[0] // 2) for p in made.training.model.parameters())
+        assert all(
+            local(p).shape[0] <= -(-p.shape[0] // 2) for p in made.training.model.parameters()
+        )
         save(made.training, folder)
         made.training.checkpoints.finish(failures=1)
         made.training.control.close()
         meta = replace(hybrid, fsdp=replace(hybrid.fsdp, meta=True, hybrid=False), init_from=folder)
         from_file = trace(group, split(meta), meta)
-        made = compose(split(replace(meta, init_from=""), model=Drawn), replace(meta, init_from=""), group)
+        made = compose(
+            split(replace(meta, init_from=""), model=Drawn), replace(meta, init_from=""), group
+        )
         drawn = {name: whole(p) for name, p in made.training.model.named_parameters()}
-        is_drawn = all(bool(tensor.isfinite().all()) for tensor in drawn.values()) and float(drawn["last.weight"].std()) > 0.05
+        is_drawn = (
+            all(bool(tensor.isfinite().all()) for tensor in drawn.values())
+            and float(drawn["last.weight"].std()) > 0.05
+        )
         is_tied = made.training.model.first.weight is made.training.model.again.weight
         for batch in made.feed.batches(start=0, end=2):
             train_step(made.training, batch)
@@ -367,11 +464,15 @@ def hybrid_and_meta(folder: str) -> tuple[float, float, bool]:
 
 
 def test_hybrid_sharding_and_a_model_without_memory_follow_ddp(tmp_path: Path) -> None:
-    for hybrid, from_file, is_drawn in run_ranks(hybrid_and_meta, 4, str(tmp_path / "a"), group=False):
+    for hybrid, from_file, is_drawn in run_ranks(
+        hybrid_and_meta, 4, str(tmp_path / "a"), group=False
+    ):
         assert hybrid <= 1e-9
         assert from_file <= 1e-9
         assert is_drawn
-    with pytest.raises(ConfigError, match=r"--fsdp.meta: scale have tensors|--fsdp.meta: Net have tensors"):
+    with pytest.raises(
+        ConfigError, match=r"--fsdp.meta: scale have tensors|--fsdp.meta: Net have tensors"
+    ):
         materialise(Net(8).to("meta"), device=torch.device("cpu"), seed=0, reads="nothing")
 
 
@@ -400,7 +501,10 @@ def test_a_model_without_memory_has_its_buffers_values_or_says_so() -> None:
         model = made(False)
         materialise(model, device=torch.device("cpu"), seed=0, reads=reads)
         assert model[1].angles.tolist() == [0, 1, 2]
-        with pytest.raises(ConfigError, match=r"--fsdp.meta: 1 has buffers that its reset_parameters\(\) gives no values: angles"):
+        with pytest.raises(
+            ConfigError,
+            match=r"--fsdp.meta: 1 has buffers that its reset_parameters\(\) gives no values: angles",
+        ):
             materialise(made(True), device=torch.device("cpu"), seed=0, reads=reads)
     model = made(True)
     materialise(model, device=torch.device("cpu"), seed=0, reads="all")

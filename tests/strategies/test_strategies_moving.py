@@ -24,7 +24,9 @@ from ddp_kit.setup.build import Composition, compose
 from ddp_kit.testing import run_ranks
 from ddp_kit.training.step import train_step
 
-needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed"
+)
 BLOCKY = str(KIT / "blocky.py")
 CHOICES: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -32,22 +34,34 @@ CHOICES: dict[str, dict[str, Any]] = {
     "fsdp": {"strategy": "fsdp", "fsdp": Fsdp(wrap=("Block",))},
 }
 ZERO: dict[str, dict[str, Any]] = {
-    f"deepspeed {stage}": {"strategy": "deepspeed", "deepspeed": DeepSpeed(stage=stage)} for stage in (0, 1, 2, 3)
+    f"deepspeed {stage}": {"strategy": "deepspeed", "deepspeed": DeepSpeed(stage=stage)}
+    for stage in (0, 1, 2, 3)
 }
 OPTIMIZERS: dict[str, Any] = {
     "adamw": None,
-    "sgd": lambda model: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9),
-    "plain sgd": lambda model: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01),
+    "sgd": lambda model: torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9
+    ),
+    "plain sgd": lambda model: torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.01
+    ),
 }
 
 
 def made(name: str, settings: Split, optimizer: str) -> Recipe:
-    return split(settings) if OPTIMIZERS[optimizer] is None else split(settings, optimizer=OPTIMIZERS[optimizer])
+    return (
+        split(settings)
+        if OPTIMIZERS[optimizer] is None
+        else split(settings, optimizer=OPTIMIZERS[optimizer])
+    )
 
 
 def content(composed: Composition) -> dict[str, torch.Tensor]:
     """Returns weights and averages, whole."""
-    own = {name: whole(parameter).detach().clone() for name, parameter in composed.training.model.named_parameters()}
+    own = {
+        name: whole(parameter).detach().clone()
+        for name, parameter in composed.training.model.named_parameters()
+    }
     return own | {f"ema {name}": tensor for name, tensor in averages(composed.training).items()}
 
 
@@ -69,7 +83,9 @@ def saved_by(choices: dict[str, dict[str, Any]], base: Split, folder: str, optim
             group.closing.close()  # DeepSpeed's engines do not live beside each other
 
 
-def gone_on(choices: dict[str, dict[str, Any]], base: Split, folder: str, optimizer: str) -> dict[str, dict[str, torch.Tensor]]:
+def gone_on(
+    choices: dict[str, dict[str, Any]], base: Split, folder: str, optimizer: str
+) -> dict[str, dict[str, torch.Tensor]]:
     """Every strategy goes on from what every strategy saved, for 3 steps."""
     found = {}
     with process_group(device="cpu") as group:
@@ -84,9 +100,17 @@ def gone_on(choices: dict[str, dict[str, Any]], base: Split, folder: str, optimi
     return found
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "plain sgd"))])
 @pytest.mark.parametrize(
-    ("first", "second"), [(3, 2), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow)]
+    "optimizer",
+    ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "plain sgd"))],
+)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (3, 2),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+        pytest.param(1, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_every_strategy_goes_on_from_every_other_on_another_number_of_ranks(
     tmp_path: Path, first: int, second: int, optimizer: str
@@ -94,14 +118,25 @@ def test_every_strategy_goes_on_from_every_other_on_another_number_of_ranks(
     move(CHOICES, Split(), tmp_path, first=first, second=second, optimizer=optimizer, bound=1e-12)
 
 
-def move(choices: dict[str, dict[str, Any]], base: Split, folder: Path, *, first: int, second: int, optimizer: str, bound: float) -> None:
+def move(
+    choices: dict[str, dict[str, Any]],
+    base: Split,
+    folder: Path,
+    *,
+    first: int,
+    second: int,
+    optimizer: str,
+    bound: float,
+) -> None:
     with process_group(device="cpu") as group:
         composed = compose(made("ddp", base, optimizer), base, group)
         steps(composed, start=0, end=6)
         reference = content(composed)
         composed.training.control.close()
     run_ranks(saved_by, first, choices, base, str(folder), optimizer, group=False, deadline_s=170)
-    for ours in run_ranks(gone_on, second, choices, base, str(folder), optimizer, group=False, deadline_s=170):
+    for ours in run_ranks(
+        gone_on, second, choices, base, str(folder), optimizer, group=False, deadline_s=170
+    ):
         assert len(ours) == len(choices) ** 2
         for pair, state in ours.items():
             assert distance(state, reference) <= bound, pair
@@ -112,18 +147,38 @@ def move(choices: dict[str, dict[str, Any]], base: Split, folder: Path, *, first
 @pytest.mark.parametrize(("first", "second"), [(3, 2), (2, 4)])
 def test_so_does_every_stage_of_deepspeed(tmp_path: Path, first: int, second: int) -> None:
     """Zero-sized parts, and partitions that end in the middle of a row."""
-    move(CHOICES | ZERO, Split(precision="fp32"), tmp_path, first=first, second=second, optimizer="adamw", bound=1e-5)
+    move(
+        CHOICES | ZERO,
+        Split(precision="fp32"),
+        tmp_path,
+        first=first,
+        second=second,
+        optimizer="adamw",
+        bound=1e-5,
+    )
 
 
-def test_a_run_moves_from_ddp_4_to_fsdp_2_to_zero1_3_to_ddp_1_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_run_moves_from_ddp_4_to_fsdp_2_to_zero1_3_to_ddp_1_as_if_nothing_had_happened(
+    tmp_path: Path,
+) -> None:
     def life(name: str, world_size: int, *args: str, deaths: str = "") -> Any:
         (tmp_path / name).mkdir(exist_ok=True)
         return train(
-            "--save-every", "5", *args, folder=tmp_path / name, recipe=BLOCKY, world_size=world_size, env={"DEATHS": deaths}, limit_s=60
+            "--save-every",
+            "5",
+            *args,
+            folder=tmp_path / name,
+            recipe=BLOCKY,
+            world_size=world_size,
+            env={"DEATHS": deaths},
+            limit_s=60,
         )
 
     def losses(name: str) -> list[float]:
-        return [json.loads(line)["loss"] for line in (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
 
     stayed = life("stayed", 1)
     assert stayed.codes == [0], stayed.errors
@@ -154,11 +209,18 @@ class Factored(torch.optim.Optimizer):
 
 
 @pytest.mark.ranks(2)
-def test_state_that_is_not_shaped_like_its_parameter_cannot_go_to_fsdp_and_it_says_so(group: Group, tmp_path: Path) -> None:
+def test_state_that_is_not_shaped_like_its_parameter_cannot_go_to_fsdp_and_it_says_so(
+    group: Group, tmp_path: Path
+) -> None:
     from ddp_kit.errors import ConfigError
 
     def factored(settings: Split) -> Recipe:
-        return recipe(settings, model=Net, loss=classify, optimizer=lambda m: Factored([p for p in m.parameters() if p.requires_grad]))
+        return recipe(
+            settings,
+            model=Net,
+            loss=classify,
+            optimizer=lambda m: Factored([p for p in m.parameters() if p.requires_grad]),
+        )
 
     folder = str(tmp_path / "factored")
     composed = compose(factored(Split()), Split(), group)
@@ -169,20 +231,33 @@ def test_state_that_is_not_shaped_like_its_parameter_cannot_go_to_fsdp_and_it_sa
     fsdp = replace(Split(), strategy="fsdp")
     composed = compose(factored(fsdp), fsdp, group)
     steps(composed, start=0, end=1)
-    with pytest.raises(ConfigError, match=r"/rows has shape .* only what is shaped alike can be split alike"):
+    with pytest.raises(
+        ConfigError, match=r"/rows has shape .* only what is shaped alike can be split alike"
+    ):
         state_of(composed.training)  # or it would save what no later life could read
     composed.training.control.close()
     composed = compose(factored(fsdp), fsdp, group)
     before = {name: whole(p).clone() for name, p in composed.training.model.named_parameters()}
-    with pytest.raises(ConfigError, match=r"cannot go on with this --strategy: the optimizer's optimizer/\S+/rows has shape"):
+    with pytest.raises(
+        ConfigError,
+        match=r"cannot go on with this --strategy: the optimizer's optimizer/\S+/rows has shape",
+    ):
         restore(composed.training, folder)
-    assert all(torch.equal(before[name], whole(p)) for name, p in composed.training.model.named_parameters())
+    assert all(
+        torch.equal(before[name], whole(p))
+        for name, p in composed.training.model.named_parameters()
+    )
     composed.training.control.close()
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
-    "name", ["fsdp", pytest.param("deepspeed 3", marks=needs_deepspeed), pytest.param("zero1", marks=pytest.mark.slow)]
+    "name",
+    [
+        "fsdp",
+        pytest.param("deepspeed 3", marks=needs_deepspeed),
+        pytest.param("zero1", marks=pytest.mark.slow),
+    ],
 )
 def test_evaluations_of_the_average_between_steps_change_no_step(group: Group, name: str) -> None:
     """Weights that were gathered for an evaluation are not those of the next step."""

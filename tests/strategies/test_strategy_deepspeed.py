@@ -41,7 +41,9 @@ from ddp_kit.training.state import Training
 from ddp_kit.training.step import train_step
 
 IS_THERE = importlib.util.find_spec("deepspeed") is not None
-needs_deepspeed = pytest.mark.skipif(not IS_THERE, reason="deepspeed is not installed: pip install 'ddp_kit[deepspeed]'")
+needs_deepspeed = pytest.mark.skipif(
+    not IS_THERE, reason="deepspeed is not installed: pip install 'ddp_kit[deepspeed]'"
+)
 FAULTY = str(KIT / "faulty.py")
 KEEPS_NOTHING = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 CLOSE = 1e-5  # fp32, a small-rate run
@@ -57,7 +59,12 @@ def adamw(settings: Settings) -> Any:
     def build(model: nn.Module) -> torch.optim.Optimizer:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         thick, thin = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]
-        return torch.optim.AdamW([{"params": thick, "lr": settings.lr}, {"params": thin, "lr": settings.lr / 2, "weight_decay": 0.0}])
+        return torch.optim.AdamW(
+            [
+                {"params": thick, "lr": settings.lr},
+                {"params": thin, "lr": settings.lr / 2, "weight_decay": 0.0},
+            ]
+        )
 
     return build
 
@@ -67,9 +74,17 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.frozen, self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+        self.frozen, self.first, self.second = (
+            nn.Linear(6, 16),
+            nn.Linear(16, 16, bias=False),
+            nn.Linear(16, 16, bias=False),
+        )
         self.second.weight = self.first.weight
-        self.norm, self.scale, self.last = nn.BatchNorm1d(16), nn.Parameter(torch.ones(1)), nn.Linear(16, 4)
+        self.norm, self.scale, self.last = (
+            nn.BatchNorm1d(16),
+            nn.Parameter(torch.ones(1)),
+            nn.Linear(16, 4),
+        )
         self.frozen.requires_grad_(False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -88,13 +103,17 @@ def life(group: Group, made: Recipe, settings: Settings) -> Iterator[tuple[Train
         group.closing.close()
 
 
-def run(training: Training, feed: Any, *, start: int, end: int, norms: list[float] | None = None) -> list[float]:
+def run(
+    training: Training, feed: Any, *, start: int, end: int, norms: list[float] | None = None
+) -> list[float]:
     """Returns the losses of steps."""
     group, losses = training.group, []
     for batch in feed.batches(start=start, end=end):
         sums = train_step(training, batch)
         slots = range(sums.first, sums.first + sums.size)
-        total, count = sum_by_name(group, sums.totals(group.device).tensor(["loss"]), names=["loss"], order=slots)["loss"]
+        total, count = sum_by_name(
+            group, sums.totals(group.device).tensor(["loss"]), names=["loss"], order=slots
+        )["loss"]
         losses.append(total / count)
         if norms is not None:
             norms.append(float(sums.grad_norms[""]))
@@ -110,7 +129,9 @@ def apart(ours: list[float], theirs: list[float]) -> float:
 
 @needs_deepspeed
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_every_stage_follows_ddp_with_clipping_at_half_the_median_norm_and_ema(world_size: int) -> None:
+def test_every_stage_follows_ddp_with_clipping_at_half_the_median_norm_and_ema(
+    world_size: int,
+) -> None:
     """Over 50 steps at a small rate, with accumulation that is not even; every parameter has moved after one step."""
     run_ranks(following, world_size, deadline_s=170, group=False)
 
@@ -128,11 +149,16 @@ def following() -> None:
         unclipped = replace(settings, grad_clip=0.0, ema=0.0)
         reference = first_gradient(group, unclipped)
         for stage in (0, 1, 2, 3):
-            assert (first_gradient(group, zero(unclipped, stage)) - reference).norm() <= 1e-5 * reference.norm(), stage
+            assert (
+                first_gradient(group, zero(unclipped, stage)) - reference
+            ).norm() <= 1e-5 * reference.norm(), stage
             with life(group, made, zero(settings, stage)) as (training, feed):
                 before = whole_weights(training)
                 ours = run(training, feed, start=0, end=1)
-                assert all(not torch.equal(now, then) for now, then in zip(whole_weights(training), before, strict=True)), stage
+                assert all(
+                    not torch.equal(now, then)
+                    for now, then in zip(whole_weights(training), before, strict=True)
+                ), stage
                 ours += run(training, feed, start=1, end=50)
                 assert apart(ours, losses) <= CLOSE, stage
                 torch.testing.assert_close(averaged(training), averages, rtol=1e-4, atol=1e-5)
@@ -140,11 +166,18 @@ def following() -> None:
 
 def first_gradient(group: Group, settings: Settings) -> torch.Tensor:
     """Returns what a step of rate 1 takes from the weights."""
-    made = recipe(settings, model=moving, optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1.0))
+    made = recipe(
+        settings, model=moving, optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1.0)
+    )
     with life(group, made, settings) as (training, feed):
         before = whole_weights(training)
         run(training, feed, start=0, end=1)
-        return torch.cat([(then - now).flatten() for now, then in zip(whole_weights(training), before, strict=True)])
+        return torch.cat(
+            [
+                (then - now).flatten()
+                for now, then in zip(whole_weights(training), before, strict=True)
+            ]
+        )
 
 
 def moving() -> nn.Module:
@@ -165,14 +198,25 @@ def whole_weights(training: Training) -> list[torch.Tensor]:
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.ranks(2, deadline_s=170)
-def test_every_stage_follows_ddp_in_every_precision_and_with_activations_computed_again(group: Group) -> None:
-    for fields in ({"precision": "bf16"}, {"precision": "fp16"}, {"precision": "fp32", "activation_checkpointing": "Tanh"}):
+def test_every_stage_follows_ddp_in_every_precision_and_with_activations_computed_again(
+    group: Group,
+) -> None:
+    for fields in (
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"precision": "fp32", "activation_checkpointing": "Tanh"},
+    ):
         settings = Settings(**({"micro_batch": 5, "lr": 0.01, "grad_clip": 0.3} | fields))
         with life(group, recipe(settings, model=normed), settings) as (training, feed):
             losses = run(training, feed, start=0, end=8)
         for stage in (0, 1, 2, 3):
-            with life(group, recipe(settings, model=normed), zero(settings, stage)) as (training, feed):
-                assert apart(run(training, feed, start=0, end=8), losses) <= (CLOSE if settings.precision == "fp32" else 1e-3), stage
+            with life(group, recipe(settings, model=normed), zero(settings, stage)) as (
+                training,
+                feed,
+            ):
+                assert apart(run(training, feed, start=0, end=8), losses) <= (
+                    CLOSE if settings.precision == "fp32" else 1e-3
+                ), stage
 
 
 @needs_deepspeed
@@ -199,10 +243,14 @@ def steep(model: nn.Module, batch: Any) -> LossSum:
 # Checkpoints: the same ones
 
 
-def saved(group: Group, made: Recipe, settings: Settings, storage: LocalDisk, *, start: int, end: int) -> tuple[list[float], str]:
+def saved(
+    group: Group, made: Recipe, settings: Settings, storage: LocalDisk, *, start: int, end: int
+) -> tuple[list[float], str]:
     """Runs steps from a checkpoint on and saves; returns losses and the weights' hash."""
     with life(group, made, settings) as (training, feed):
-        checkpoints = Checkpoints(training, storage, about=About(run_id="test"), keep=Keep(metric="loss"))
+        checkpoints = Checkpoints(
+            training, storage, about=About(run_id="test"), keep=Keep(metric="loss")
+        )
         if start:
             opened = open_checkpoint(storage, start, group=group)
             restore_state(opened, training)
@@ -219,7 +267,9 @@ def saved(group: Group, made: Recipe, settings: Settings, storage: LocalDisk, *,
 
 @needs_deepspeed
 @pytest.mark.parametrize("stages", [(3,), pytest.param((0, 1, 2), marks=pytest.mark.slow)])
-def test_a_run_moves_to_deepspeed_and_back_with_its_whole_state(tmp_path: Path, stages: tuple[int, ...]) -> None:
+def test_a_run_moves_to_deepspeed_and_back_with_its_whole_state(
+    tmp_path: Path, stages: tuple[int, ...]
+) -> None:
     """ddp for 3 steps, deepspeed for 3 and for 3 more, one process for 3: the losses of a run on ddp that never stopped, and the
     bits of one on deepspeed that never stopped.
     """
@@ -242,12 +292,16 @@ def moving_about(path: str, stages: tuple[int, ...]) -> None:
             found, _ = saved(group, made, settings, storage, start=0, end=3)
             found += saved(group, made, ours, storage, start=3, end=6)[0]
             found += saved(group, made, ours, storage, start=6, end=9)[0]
-            with process_group(topology=Topology(), device="cpu") as alone:  # each rank by itself, into a folder of its own
+            with process_group(
+                topology=Topology(), device="cpu"
+            ) as alone:  # each rank by itself, into a folder of its own
                 with life(alone, made, settings) as (training, feed):
                     restore_state(open_checkpoint(storage, 9, group=alone), training)
                     found += run(training, feed, start=9, end=12)
             assert apart(found, losses) <= CLOSE, stage
-            never_cut = saved(group, made, ours, LocalDisk(Path(path) / f"never-{stage}"), start=0, end=6)
+            never_cut = saved(
+                group, made, ours, LocalDisk(Path(path) / f"never-{stage}"), start=0, end=6
+            )
             cut = LocalDisk(Path(path) / f"cut-{stage}")
             saved(group, made, ours, cut, start=0, end=3)
             again = saved(group, made, ours, cut, start=3, end=6)
@@ -256,8 +310,12 @@ def moving_about(path: str, stages: tuple[int, ...]) -> None:
 
 @needs_deepspeed
 @pytest.mark.ranks(2, deadline_s=120)
-@pytest.mark.parametrize("limits", [{"zero_hpz_partition_size": 2}, pytest.param(KEEPS_NOTHING, marks=pytest.mark.slow)])
-def test_evaluations_of_the_average_change_no_step_whatever_deepspeed_keeps(group: Group, limits: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "limits", [{"zero_hpz_partition_size": 2}, pytest.param(KEEPS_NOTHING, marks=pytest.mark.slow)]
+)
+def test_evaluations_of_the_average_change_no_step_whatever_deepspeed_keeps(
+    group: Group, limits: dict[str, int]
+) -> None:
     settings = Settings(precision="fp32", lr=0.01, ema=0.5)
     found = []
     with TemporaryDirectory() as folder:
@@ -278,7 +336,9 @@ def test_evaluations_of_the_average_change_no_step_whatever_deepspeed_keeps(grou
 
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(6, 2, 16, dropout=0.0, batch_first=True)
-    return nn.Sequential(nn.Linear(6, 6), nn.Unflatten(0, (-1, 1)), layer, nn.Flatten(0, 1), nn.Linear(6, 4))
+    return nn.Sequential(
+        nn.Linear(6, 6), nn.Unflatten(0, (-1, 1)), layer, nn.Flatten(0, 1), nn.Linear(6, 4)
+    )
 
 
 # What is refused
@@ -286,7 +346,9 @@ def encoder() -> nn.Module:
 
 @needs_deepspeed
 @pytest.mark.ranks(2, deadline_s=120)
-def test_a_step_that_is_not_finite_is_not_applied_and_what_cannot_be_split_is_named(group: Group) -> None:
+def test_a_step_that_is_not_finite_is_not_applied_and_what_cannot_be_split_is_named(
+    group: Group,
+) -> None:
     settings = Settings(precision="fp32")
     for stage in (1, 2, 3):
         bad = Bad(group.rank)
@@ -297,24 +359,44 @@ def test_a_step_that_is_not_finite_is_not_applied_and_what_cannot_be_split_is_na
                 run(training, feed, start=2, end=3)
             assert weights_sha256(training.model) == before
     for stage, message, parts in (
-        (3, "--deepspeed.stage 3: the loss or `evaluate` uses 0.weight outside the forward pass of its module", {"loss": weighted}),
-        (2, "has state before the first step", {"optimizer": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.1)}),
+        (
+            3,
+            "--deepspeed.stage 3: the loss or `evaluate` uses 0.weight outside the forward pass of its module",
+            {"loss": weighted},
+        ),
+        (
+            2,
+            "has state before the first step",
+            {"optimizer": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.1)},
+        ),
         (1, "cannot split a scalar: give scale the shape", {"model": Scaled}),
     ):
-        with pytest.raises(ConfigError, match=message), life(group, recipe(settings, **parts), zero(settings, stage)):
+        with (
+            pytest.raises(ConfigError, match=message),
+            life(group, recipe(settings, **parts), zero(settings, stage)),
+        ):
             pass
         group.closing.close()
 
 
 @needs_deepspeed
 @pytest.mark.ranks(2, deadline_s=120)
-def test_keys_of_the_configuration_that_deepspeed_does_not_know_are_named_and_those_that_it_knows_are_taken(group: Group) -> None:
+def test_keys_of_the_configuration_that_deepspeed_does_not_know_are_named_and_those_that_it_knows_are_taken(
+    group: Group,
+) -> None:
     settings = Settings(precision="fp32")
     with TemporaryDirectory() as folder:
         file = Path(folder, "ds.json")
-        file.write_text(json.dumps({"zero_optimisation": {"overlap_comm": False}, "steps_per_print": 5, "thresold": 1}))
+        file.write_text(
+            json.dumps(
+                {"zero_optimisation": {"overlap_comm": False}, "steps_per_print": 5, "thresold": 1}
+            )
+        )
         named = r"'zero_optimisation' \(did you mean 'zero_optimization'\?\), 'thresold'"
-        with pytest.raises(ConfigError, match=named), life(group, recipe(settings), zero(settings, 2, config=str(file))):
+        with (
+            pytest.raises(ConfigError, match=named),
+            life(group, recipe(settings), zero(settings, 2, config=str(file))),
+        ):
             pass
         group.closing.close()
         known = {
@@ -323,7 +405,9 @@ def test_keys_of_the_configuration_that_deepspeed_does_not_know_are_named_and_th
             "communication_data_type": "fp32",
             "flops_profiler": {"enabled": False},
         }
-        file.write_text(json.dumps(known | {"aio": {"queue_depth": 4}, "comms_logger": {"enabled": False}}))
+        file.write_text(
+            json.dumps(known | {"aio": {"queue_depth": 4}, "comms_logger": {"enabled": False}})
+        )
         with life(group, recipe(settings), zero(settings, 2, config=str(file))) as (training, feed):
             run(training, feed, start=0, end=1)
 
@@ -336,7 +420,9 @@ class Bad:
 
     def __call__(self, model: nn.Module, batch: Any) -> LossSum:
         result = classify(model, batch)
-        return LossSum(result.total * (float("nan") if self.is_on and self.rank == 1 else 1.0), result.count)
+        return LossSum(
+            result.total * (float("nan") if self.is_on and self.rank == 1 else 1.0), result.count
+        )
 
 
 class Scaled(nn.Module):
@@ -365,16 +451,27 @@ def test_a_configuration_that_contradicts_flags_is_refused_key_by_key(tmp_path: 
         '  fp16: {"enabled": true}   decided by --precision',
         "  zero_optimization.stage: 1   decided by --deepspeed.stage",
     ]
-    file.write_text(json.dumps({"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}))
+    file.write_text(
+        json.dumps({"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True})
+    )
     config = config_of(DeepSpeed(stage=2, config=str(file)))
     assert config["wall_clock_breakdown"]
-    assert config["zero_optimization"] == {"overlap_comm": True, "stage": 2, "compute_grad_norm": False}
+    assert config["zero_optimization"] == {
+        "overlap_comm": True,
+        "stage": 2,
+        "compute_grad_norm": False,
+    }
     assert not {"fp16", "bf16", "optimizer", "scheduler"} & set(config)
     assert set(config) - {"wall_clock_breakdown", "zero_optimization"} <= set(DECIDED)
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), ("{", "this is no JSON"), ("[]", "expected a JSON object")])
-def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), ("{", "this is no JSON"), ("[]", "expected a JSON object")],
+)
+def test_a_configuration_that_cannot_be_read_is_named(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
     file = tmp_path / "ds.json"
     if content is not None:
         file.write_text(content)
@@ -403,7 +500,12 @@ def test_the_command_says_no_more_than_with_ddp_and_ends_with_0(tmp_path: Path) 
     ended = train("--strategy", "deepspeed", "--deepspeed.stage", "3", folder=tmp_path, limit_s=90)
     assert ended.codes == [0, 0], ended.errors
     assert ended.errors == ""
-    assert not [line for output in ended.outputs for line in output.splitlines() if "deepspeed" in line.lower()]
+    assert not [
+        line
+        for output in ended.outputs
+        for line in output.splitlines()
+        if "deepspeed" in line.lower()
+    ]
     assert ended.is_clean()
     assert ended.status["status"] == "finished"
 
@@ -411,9 +513,21 @@ def test_the_command_says_no_more_than_with_ddp_and_ends_with_0(tmp_path: Path) 
 @needs_deepspeed
 @pytest.mark.slow
 def test_torchrun_ends_with_0_though_no_compiler_is_found(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "ddp_kit.train", FAULTY]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        "-m",
+        "ddp_kit.train",
+        FAULTY,
+    ]
     args = ["--strategy", "deepspeed", "--run-dir", str(tmp_path / "run")]
-    bare = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}  # DeepSpeed compiles operations that it needs, there
+    bare = {
+        "PATH": str(tmp_path),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "built"),
+    }  # DeepSpeed compiles operations that it needs, there
     env = {**os.environ, "OMP_NUM_THREADS": "1", **bare}
     done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=170, env=env)
     assert (done.returncode, done.stderr) == (0, "")

@@ -15,7 +15,13 @@ import torch.distributed as dist
 from paths import ROOT
 
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.testing import RanksError, assert_same_on_all_ranks, current_group, run_ranks, start_ranks
+from ddp_kit.testing import (
+    RanksError,
+    assert_same_on_all_ranks,
+    current_group,
+    run_ranks,
+    start_ranks,
+)
 from ddp_kit.testing.pool import Pool
 
 ALONE = """
@@ -37,7 +43,9 @@ def is_running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     stat = Path(f"/proc/{pid}/stat")
-    return not (stat.exists() and b") Z " in stat.read_bytes())  # a zombie is not running; not every init reaps
+    return not (
+        stat.exists() and b") Z " in stat.read_bytes()
+    )  # a zombie is not running; not every init reaps
 
 
 def wait_until_gone(pids: list[int]) -> None:
@@ -75,7 +83,9 @@ def sleep_with_child(file: Path) -> None:
 
 
 # The first three need no server: it imports torch meanwhile.
-def test_the_plugin_starts_without_torch_and_under_both_its_names(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugin_starts_without_torch_and_under_both_its_names(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     information = pytester.mkdir("installed-1.dist-info")
     (information / "METADATA").write_text("Name: installed\nVersion: 1\n")
     (information / "entry_points.txt").write_text("[pytest11]\nddp_kit = ddp_kit.testing.plugin\n")
@@ -87,7 +97,9 @@ def test_the_plugin_starts_without_torch_and_under_both_its_names(pytester: pyte
 
 
 def test_ranks_and_server_end_when_pytest_is_killed() -> None:
-    process = subprocess.Popen([sys.executable, "-c", ALONE], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", ALONE], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     with process:
         assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
@@ -115,7 +127,9 @@ def test_ranks_reduce_over_every_world_size(group: Group) -> None:
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("number", [3, 4])
-def test_parameters_and_fixtures_reach_the_ranks(number: int, tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_and_fixtures_reach_the_ranks(
+    number: int, tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CHANGED_AND_PUT_BACK", "1")
     (tmp_path / str(group.rank)).write_text(str(number))
     dist.barrier()
@@ -157,9 +171,14 @@ def test_same_values_pass_and_the_first_difference_is_named(group: Group) -> Non
     }
     assert_same_on_all_ranks(state)
     state["weight"][1, 2] = 7.0 if group.rank == 1 else 5.0
-    with pytest.raises(AssertionError, match=r"(?s)entry 1.*ranks 0, 2: value\['weight'\] = bfloat16.*at \[1, 2\] 5.0.*rank 1: .* 7.0"):
+    with pytest.raises(
+        AssertionError,
+        match=r"(?s)entry 1.*ranks 0, 2: value\['weight'\] = bfloat16.*at \[1, 2\] 5.0.*rank 1: .* 7.0",
+    ):
         assert_same_on_all_ranks(state)
-    with pytest.raises(AssertionError, match=r"(?s)rank 0: len\(value\) = 2.*ranks 1, 2: len\(value\) = 1"):
+    with pytest.raises(
+        AssertionError, match=r"(?s)rank 0: len\(value\) = 2.*ranks 1, 2: len\(value\) = 1"
+    ):
         assert_same_on_all_ranks([0] if group.rank else [0, 0])
     with pytest.raises(AssertionError, match=r"value = -0\.0"):
         assert_same_on_all_ranks(-0.0 if group.rank == 2 else 0.0)

@@ -16,7 +16,9 @@ def inner(pytester: pytest.Pytester):
     def run(body: str, *options: str, **kwargs: bool) -> pytest.RunResult:
         head = "import os, subprocess, sys, threading, time, warnings\nimport pytest, torch\nimport torch.distributed as dist\n"
         pytester.makepyfile(head + body)
-        return pytester.runpytest("-p", "ddp_kit.testing.plugin", "-p", "no:cacheprovider", *options, **kwargs)
+        return pytester.runpytest(
+            "-p", "ddp_kit.testing.plugin", "-p", "no:cacheprovider", *options, **kwargs
+        )
 
     return run
 
@@ -34,7 +36,13 @@ def test_group(): dist.init_process_group("gloo", store=dist.HashStore(), rank=0
 def test_clean(): done.set(); os.environ.pop("LEFT_SET"); dist.destroy_process_group(); os.remove("left")
 """)
     result.assert_outcomes(passed=5, errors=4 + 1)
-    names = ["*thread: 'lingers'", "*left set: LEFT_SET", "*working directory: left", "*process group: *(gloo)", "*left unset: LEFT_SET"]
+    names = [
+        "*thread: 'lingers'",
+        "*left set: LEFT_SET",
+        "*working directory: left",
+        "*process group: *(gloo)",
+        "*left unset: LEFT_SET",
+    ]
     result.stdout.fnmatch_lines(names)
 
 
@@ -50,9 +58,15 @@ def test_one_fails(group):
 """)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        ["Rank 1 of 2 failed first: AssertionError: assert*", ">*assert [[]1, 2] == [[]1, 3]", "E*At index 1 diff: 2 != 3"]
+        [
+            "Rank 1 of 2 failed first: AssertionError: assert*",
+            ">*assert [[]1, 2] == [[]1, 3]",
+            "E*At index 1 diff: 2 != 3",
+        ]
     )
-    result.stdout.fnmatch_lines(["  rank 0 failed: RuntimeError*closed by peer*", "output of 0", "output of 1"])
+    result.stdout.fnmatch_lines(
+        ["  rank 0 failed: RuntimeError*closed by peer*", "output of 0", "output of 1"]
+    )
     result.stdout.no_fnmatch_line("*ddp_kit/testing*")
 
 
@@ -67,7 +81,13 @@ def test_hangs(group):
 """)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        ["Not done after 1 s*", "Stacks of rank 0*", "*in waits_for_its_peer", "Stacks of rank 1*", "*in is_elsewhere"]
+        [
+            "Not done after 1 s*",
+            "Stacks of rank 0*",
+            "*in waits_for_its_peer",
+            "Stacks of rank 1*",
+            "*in is_elsewhere",
+        ]
     )
 
 
@@ -88,7 +108,12 @@ def test_variable(): os.environ["LEFT_SET"] = "secret"
 def test_file(): open("left", "w").close()
 """)
     result.assert_outcomes(failed=4)
-    for line in ("thread: 'lingers-False'", "thread: 'lingers-True' (daemon)", "process: pid *: sleep 61", "variable left set: LEFT_SET"):
+    for line in (
+        "thread: 'lingers-False'",
+        "thread: 'lingers-True' (daemon)",
+        "process: pid *: sleep 61",
+        "variable left set: LEFT_SET",
+    ):
         result.stdout.fnmatch_lines([f"*{line}"])
     result.stdout.fnmatch_lines(["*file left in the working directory: left"])
     result.stdout.no_fnmatch_line("*secret*")
@@ -153,7 +178,9 @@ class TestOld(unittest.TestCase):
 def test_unmarked(group): pass
 """)
     assert result.parseoutcomes()["failed"] + result.parseoutcomes()["errors"] == 4
-    result.stdout.fnmatch_lines(["*argument 'capsys' (CaptureFixture) cannot be sent to the ranks*"])
+    result.stdout.fnmatch_lines(
+        ["*argument 'capsys' (CaptureFixture) cannot be sent to the ranks*"]
+    )
     result.stdout.fnmatch_lines(["*needs a plain test function*"])
     result.stdout.fnmatch_lines(["*`group` needs @pytest.mark.ranks(n)*"])
     bad = inner("@pytest.mark.ranks('2', timeout=3)\ndef test_x(): pass")

@@ -16,7 +16,16 @@ from paths import ROOT
 from ddp_kit.trackers.base import RunInfo
 from ddp_kit.trackers.console import Console, duration, live_line, train_line
 
-TRAIN = {"kind": "train", "step": 10, "epoch": 0, "samples": 5120, "loss": 0.5, "lr": 0.1, "samples_per_s": 1234.5, "data_wait": 0.01}
+TRAIN = {
+    "kind": "train",
+    "step": 10,
+    "epoch": 0,
+    "samples": 5120,
+    "loss": 0.5,
+    "lr": 0.1,
+    "samples_per_s": 1234.5,
+    "data_wait": 0.01,
+}
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f\x9b]")
 
 CONSOLE = """
@@ -50,16 +59,24 @@ def printed():
     """What the same run prints into a pipe and then, its stdout replaced, on a pseudo-terminal of 110 columns."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 110, 0, 0))
-    environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("COLUMNS", "LINES", "NO_COLOR")
+    }
     environ |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", CONSOLE, str(follower)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environ, pass_fds=[follower])
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, text=True, env=environ, pass_fds=[follower]
+    )
     os.close(follower)
     on_terminal = b""
     try:
         while chunk := os.read(leader, 65536):
             on_terminal += chunk
-    except OSError:  # EIO: nobody holds the other side any more, which is how a terminal ends on Linux
+    except (
+        OSError
+    ):  # EIO: nobody holds the other side any more, which is how a terminal ends on Linux
         pass
     finally:
         os.close(leader)
@@ -86,7 +103,10 @@ def test_into_a_pipe_each_record_is_a_plain_line_and_rich_stays_away(printed):
     lines = piped.splitlines()
     assert CONTROL.search(piped) is None
     assert lines[0] == "step 20/40  epoch 0  loss 0.05  lr 0.1  1,234 samples/s"
-    assert lines[1:3] == ["printed by the user", "eval  step 20  epoch 0  loss 0.25  accuracy 0.875"]
+    assert lines[1:3] == [
+        "printed by the user",
+        "eval  step 20  epoch 0  loss 0.25  accuracy 0.875",
+    ]
     assert lines[3].startswith("step 40/40  epoch 0  loss 0.025  lr 0.1")
     assert lines[4] == "sample  step 40  text: two lines  [31m[bold]"
     assert lines[5:] == ["finished at step 40  accuracy 0.875"]
@@ -103,7 +123,9 @@ def test_on_a_terminal_one_line_lives_and_all_else_stands_above_it(printed):
     assert len(set(live)) >= 3, "progress moves the line between records"
     hidden = re.findall(r"\x1b\[\?25l(.*?)\x1b\[\?25h", written, flags=re.DOTALL)
     assert hidden, "rich hides the cursor"
-    assert not any("step" in text for text in hidden), "and gets it back at once: a killed run leaves a usable terminal"
+    assert not any("step" in text for text in hidden), (
+        "and gets it back at once: a killed run leaves a usable terminal"
+    )
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])

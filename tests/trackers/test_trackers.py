@@ -23,7 +23,16 @@ from ddp_kit.trackers.jsonl import JsonlTracker
 from ddp_kit.trackers.tensorboard import TensorBoardTracker
 from ddp_kit.trackers.wandb import has_key
 
-TRAIN = {"kind": "train", "step": 10, "epoch": 0, "samples": 5120, "loss": 0.5, "lr": 0.1, "samples_per_s": 1234.5, "data_wait": 0.01}
+TRAIN = {
+    "kind": "train",
+    "step": 10,
+    "epoch": 0,
+    "samples": 5120,
+    "loss": 0.5,
+    "lr": 0.1,
+    "samples_per_s": 1234.5,
+    "data_wait": 0.01,
+}
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f\x9b]")
 SECRETS = ("0123456789abcdef" * 3)[:40], "hunter2-hunter2", "hf_" + "a" * 34
 
@@ -32,7 +41,9 @@ def run_python(code: str, *arguments: str, **environ: str) -> subprocess.Complet
     """Runs code in a new process, with its output in pipes."""
     words = [sys.executable, "-c", code, *arguments]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), **environ}
-    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60, env=environ)
+    return subprocess.run(
+        words, capture_output=True, text=True, check=True, timeout=60, env=environ
+    )
 
 
 # JSON lines
@@ -41,10 +52,19 @@ def run_python(code: str, *arguments: str, **environ: str) -> subprocess.Complet
 def test_each_record_is_one_line_of_strict_json(tmp_path):
     tracker = JsonlTracker()
     tracker.start(RunInfo(run_dir=tmp_path, name="x"))
-    record = {**TRAIN, "loss": float("nan"), "low": float("-inf"), "high": np.float32("inf"), "a": torch.tensor(2.5), "b": np.int64(3)}
+    record = {
+        **TRAIN,
+        "loss": float("nan"),
+        "low": float("-inf"),
+        "high": np.float32("inf"),
+        "a": torch.tensor(2.5),
+        "b": np.int64(3),
+    }
     tracker.log(record)
     tracker.event({"event": "start", "message": "two\nlines"})
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before finish: each line is flushed
+    lines = (
+        (tmp_path / "metrics.jsonl").read_text().splitlines()
+    )  # before finish: each line is flushed
     events = (tmp_path / "events.jsonl").read_text().splitlines()
     tracker.finish({})
     refuse = pytest.fail
@@ -68,7 +88,9 @@ def test_what_is_no_number_or_text_is_refused_rather_than_written(tmp_path):
         json_text({"model": object()})
 
 
-def test_records_of_long_steps_are_in_the_file_one_step_later_and_those_of_short_ones_are_not_lost(tmp_path):
+def test_records_of_long_steps_are_in_the_file_one_step_later_and_those_of_short_ones_are_not_lost(
+    tmp_path,
+):
     """The second run is ended by an error: what was logged until then stands before the failure's event."""
     seen = []
 
@@ -79,7 +101,9 @@ def test_records_of_long_steps_are_in_the_file_one_step_later_and_those_of_short
         def on_start(self, model: object) -> None: ...
 
         def on_step(self, step: int) -> None:
-            seen.append((step, [record["step"] for record in read_lines(tmp_path / "long/metrics.jsonl")]))
+            seen.append(
+                (step, [record["step"] for record in read_lines(tmp_path / "long/metrics.jsonl")])
+            )
             time.sleep(self.pause_s)
             if step == self.fails_at:
                 raise RuntimeError("the observer's own")
@@ -94,20 +118,41 @@ def test_records_of_long_steps_are_in_the_file_one_step_later_and_those_of_short
     settings = Settings(max_steps=9, log_every=1, run_dir=str(tmp_path / "short"))
     with pytest.raises(RuntimeError, match="observer"):
         ddp_kit.run(recipe(settings, callbacks=[Looking(0, fails_at=6)]), settings)
-    assert [record["step"] for record in read_lines(tmp_path / "short/metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in read_lines(tmp_path / "short/metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
 # secrets
 
 
 @pytest.mark.parametrize(
-    "name", ["password", "wandb_api_key", "hfToken", "HF_TOKEN", "aws-secret-access-key", "db_passwd", "credentials", "auth", "key"]
+    "name",
+    [
+        "password",
+        "wandb_api_key",
+        "hfToken",
+        "HF_TOKEN",
+        "aws-secret-access-key",
+        "db_passwd",
+        "credentials",
+        "auth",
+        "key",
+    ],
 )
 def test_a_value_under_the_name_of_a_secret_is_redacted(name):
     assert redact({name: "hunter2"}) == {name: REDACTED}
     assert redact({"outer": [{name: "hunter2"}]}) == {"outer": [{name: REDACTED}]}
-    assert redact({"argv": ["--lr", "1", f"--{name}", "hunter2"]}) == {"argv": ["--lr", "1", f"--{name}", REDACTED]}
-    assert redact({"message": f"ran with --{name}=hunter2 and failed"}) == {"message": f"ran with --{name}={REDACTED} and failed"}
+    assert redact({"argv": ["--lr", "1", f"--{name}", "hunter2"]}) == {
+        "argv": ["--lr", "1", f"--{name}", REDACTED]
+    }
+    assert redact({"message": f"ran with --{name}=hunter2 and failed"}) == {
+        "message": f"ran with --{name}={REDACTED} and failed"
+    }
 
 
 @pytest.mark.parametrize(
@@ -115,7 +160,10 @@ def test_a_value_under_the_name_of_a_secret_is_redacted(name):
     [
         ("https://me:hunter2@host/x.git", f"https://{REDACTED}@host/x.git"),
         ("s3://AKIAABCDEFGHIJKLMNOP/x", f"s3://{REDACTED}/x"),
-        ("https://host/x?width=3&api_key=hunter2&y=1", f"https://host/x?width=3&api_key={REDACTED}&y=1"),
+        (
+            "https://host/x?width=3&api_key=hunter2&y=1",
+            f"https://host/x?width=3&api_key={REDACTED}&y=1",
+        ),
         ("https://host/blob?sig=hunter2", f"https://host/blob?sig={REDACTED}"),
         ("Authorization: Bearer abcdefgh12345678", f"Authorization: Bearer {REDACTED}"),
         ("{'password': 'hunter2'}", f"{{'password': '{REDACTED}'}}"),
@@ -211,7 +259,10 @@ def test_wandb_offline_keeps_one_id_for_all_lives_and_steps_as_their_own_axis(tw
     for file, step in zip(files, (b"10", b"20"), strict=True):
         written = file.read_bytes()
         assert all(part in written for part in (b"train/loss", b"step", step, b"digits-1"))
-        assert {path.suffix for path in file.parent.glob("files/media/*/samples/*")} == {".html", ".png"}
+        assert {path.suffix for path in file.parent.glob("files/media/*/samples/*")} == {
+            ".html",
+            ".png",
+        }
     assert process.stdout.count("wandb sync") == 2
     assert (CONTROL.search(process.stdout), process.stderr) == (None, "")
 
@@ -220,7 +271,12 @@ def test_no_secret_reaches_any_file_of_any_tracker(two_lives):
     run_dir, _ = two_lives
     files = [path for path in run_dir.rglob("*") if path.is_file()]
     assert len(files) >= 6
-    leaks = [(path.name, secret) for path in files for secret in SECRETS if secret.encode() in path.read_bytes()]
+    leaks = [
+        (path.name, secret)
+        for path in files
+        for secret in SECRETS
+        if secret.encode() in path.read_bytes()
+    ]
     assert leaks == []
 
 
@@ -249,7 +305,10 @@ def test_tensorboard_reads_back_what_was_logged(two_lives):
     found.Reload()
     tags = found.Tags()
     assert {"train/loss", "train/epoch"} <= set(tags["scalars"])
-    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(10, 0.5), (20, 0.5)]
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [
+        (10, 0.5),
+        (20, 0.5),
+    ]
     assert tags["images"] == ["picture"]
     assert "words/text_summary" in tags["tensors"]
 

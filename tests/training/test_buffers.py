@@ -27,7 +27,10 @@ def by_hand(settings: Settings, plan: BatchPlan) -> dict[str, torch.Tensor]:
     mean, variance = torch.zeros(6).double(), torch.ones(6).double()
     for step in range(settings.max_steps):
         order = permutation(settings.seed, 0, 240)[step * 24 : (step + 1) * 24]
-        parts = [inputs[order[start:stop]] for start, stop in zip(plan.bounds, plan.bounds[1:], strict=False)]
+        parts = [
+            inputs[order[start:stop]]
+            for start, stop in zip(plan.bounds, plan.bounds[1:], strict=False)
+        ]
         mean = torch.stack([0.9 * mean + 0.1 * part.mean(0) for part in parts]).mean(0)
         variance = torch.stack([0.9 * variance + 0.1 * part.var(0) for part in parts]).mean(0)
     return {"0.running_mean": mean, "0.running_var": variance}
@@ -42,7 +45,11 @@ def test_statistics_of_all_ranks_and_micro_batches_count(group: Group) -> None:
             train_step(made.training, batch)
             assert_same_on_all_ranks(dict(made.training.model.named_buffers()), group)
             assert int(made.training.model[0].num_batches_tracked) == made.training.step
-        found = {name: buffer for name, buffer in made.training.model.named_buffers() if "running" in name}
+        found = {
+            name: buffer
+            for name, buffer in made.training.model.named_buffers()
+            if "running" in name
+        }
         plan = plan_batches(24, micro_batch=micro_batch, world_size=group.world_size)
         assert distance(found, by_hand(settings, plan)) <= 1e-12
 
@@ -64,16 +71,23 @@ class Block(nn.Sequential):
 
 
 def blocks() -> nn.Module:
-    return nn.Sequential(Block(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3)), nn.Linear(8, 4))
+    return nn.Sequential(
+        Block(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3)), nn.Linear(8, 4)
+    )
 
 
 @pytest.mark.ranks(1, 2)
 def test_checkpointed_activations_do_not_count_a_batch_twice(group: Group) -> None:
     for micro_batch in (0, 6):
-        made = [Settings(micro_batch=micro_batch, max_steps=4, activation_checkpointing=name) for name in ("", "Block")]
+        made = [
+            Settings(micro_batch=micro_batch, max_steps=4, activation_checkpointing=name)
+            for name in ("", "Block")
+        ]
         kept, again = (trace(group, recipe(settings, model=blocks), settings) for settings in made)
         assert int(again.state["0.1.num_batches_tracked"]) == 4
-        floats = [{name: tensor.double() for name, tensor in life.state.items()} for life in (again, kept)]
+        floats = [
+            {name: tensor.double() for name, tensor in life.state.items()} for life in (again, kept)
+        ]
         assert distance(*floats) <= 1e-12
         assert again.losses == pytest.approx(kept.losses, abs=1e-12)
 
@@ -102,7 +116,11 @@ def test_another_buffer_that_training_changes_is_named_and_taken_from_rank_0(gro
         assert torch.allclose(model.seen, seen, atol=1e-12)
         assert torch.allclose(model.mean, mean, atol=1e-12)
     assert training.average is not None
-    assert torch.allclose(dict(zip(training.average.names, training.average.averages, strict=True))["mean"], average, atol=1e-12)
+    assert torch.allclose(
+        dict(zip(training.average.names, training.average.averages, strict=True))["mean"],
+        average,
+        atol=1e-12,
+    )
 
 
 def half_frozen() -> nn.Module:
@@ -120,7 +138,11 @@ def half_frozen() -> nn.Module:
 def test_a_frozen_layer_keeps_its_statistics_bitwise_and_its_mode(group: Group) -> None:
     for micro_batch in (0, 4):
         settings = Settings(micro_batch=micro_batch, max_steps=5)
-        made = compose(recipe(settings, model=half_frozen, eval_data=lambda: Data(vectors(10)), loss=classify), settings, group)
+        made = compose(
+            recipe(settings, model=half_frozen, eval_data=lambda: Data(vectors(10)), loss=classify),
+            settings,
+            group,
+        )
         model = made.training.model
         before = {name: buffer.clone() for name, buffer in model[0].named_buffers()}
         for batch in made.feed.batches(start=0, end=settings.max_steps):

@@ -41,7 +41,9 @@ def evaluator(group: Group, made: Recipe, settings: Settings) -> tuple[nn.Module
 
 
 @pytest.mark.ranks(1, 2, 3, 4)
-def test_each_sample_counts_once_and_all_ranks_run_the_same_number_of_forward_passes(group: Group) -> None:
+def test_each_sample_counts_once_and_all_ranks_run_the_same_number_of_forward_passes(
+    group: Group,
+) -> None:
     sizes = {0, 1, group.world_size - 1, group.world_size, 17}
     for size in sizes:
         for micro_batch in (1, 4, 24):
@@ -52,12 +54,16 @@ def test_each_sample_counts_once_and_all_ranks_run_the_same_number_of_forward_pa
                 passes += 1
                 return {"index": batch[0], "sum": (batch[0].sum(), len(batch[0]))}
 
-            def summarize(means: dict[str, float], rows: dict[str, torch.Tensor]) -> dict[str, float]:
+            def summarize(
+                means: dict[str, float], rows: dict[str, torch.Tensor]
+            ) -> dict[str, float]:
                 counted.extend(rows["index"].tolist() if rows else [])  # noqa: B023  # called at once
                 return {}
 
             batches = evaluation_batches(numbered(size), group=group, micro_batch=micro_batch)
-            found = evaluate(nn.Linear(1, 1), batches, group=group, measure=measure, summarize=summarize)
+            found = evaluate(
+                nn.Linear(1, 1), batches, group=group, measure=measure, summarize=summarize
+            )
             assert counted == list(range(size))
             assert found == ({"sum": pytest.approx((size - 1) / 2)} if size else {})
             assert max_over_ranks(group, [passes, -passes]) == [passes, -passes]
@@ -70,10 +76,16 @@ def test_means_are_over_counts_not_means_of_means(group: Group) -> None:
     def measure(model: nn.Module, batch: Any) -> Mapping[str, Any]:
         inputs, labels = batch
         right = model(inputs).argmax(1) == labels
-        return classify(model, batch).sums() | {"right_of_3": ((right & (labels == 3)).sum(), (labels == 3).sum())}
+        return classify(model, batch).sums() | {
+            "right_of_3": ((right & (labels == 3)).sum(), (labels == 3).sum())
+        }
 
     settings = Settings(micro_batch=4)
-    model, evaluation = evaluator(group, recipe(settings, model=normed, evaluate=measure, eval_data=lambda: vectors(17)), settings)
+    model, evaluation = evaluator(
+        group,
+        recipe(settings, model=normed, evaluate=measure, eval_data=lambda: vectors(17)),
+        settings,
+    )
     found = evaluation(model)
     inputs, labels = vectors(17).tensors
     model.eval()
@@ -104,11 +116,15 @@ def test_a_metric_of_all_rows_is_that_of_one_process(group: Group) -> None:
         return {"auroc": area(rows["scores"], rows["labels"]), "doubled": 2 * means["loss"]}
 
     settings = Settings(micro_batch=4)
-    made = recipe(settings, evaluate=probabilities, summarize=summarize, eval_data=lambda: vectors(37))
+    made = recipe(
+        settings, evaluate=probabilities, summarize=summarize, eval_data=lambda: vectors(37)
+    )
     model, evaluation = evaluator(group, made, settings)
     found = evaluation(model)
     inputs, labels = vectors(37).tensors
-    assert found["auroc"] == pytest.approx(area(model(inputs.double()).softmax(1)[:, 1], labels == 1), abs=1e-12)
+    assert found["auroc"] == pytest.approx(
+        area(model(inputs.double()).softmax(1)[:, 1], labels == 1), abs=1e-12
+    )
     assert found["doubled"] == 2 * found["loss"]
 
 
@@ -122,7 +138,9 @@ def test_torchmetrics_functions_fit_into_summarize(group: Group) -> None:
         return {"auroc": binary_auroc(rows["scores"], rows["labels"].long()).item()}
 
     settings = Settings(micro_batch=4)
-    made = recipe(settings, evaluate=probabilities, summarize=summarize, eval_data=lambda: vectors(37))
+    made = recipe(
+        settings, evaluate=probabilities, summarize=summarize, eval_data=lambda: vectors(37)
+    )
     model, evaluation = evaluator(group, made, settings)
     inputs, labels = vectors(37).tensors
     reference = BinaryAUROC()
@@ -138,7 +156,9 @@ def test_several_sets_are_reported_by_name(group: Group) -> None:
     found = evaluation(model)
     assert sorted(found) == ["far/accuracy", "far/loss", "near/accuracy", "near/loss"]
     for name, data in sets.items():
-        alone = evaluator(group, recipe(settings, eval_data=lambda data=data: data), settings)[1](model)
+        alone = evaluator(group, recipe(settings, eval_data=lambda data=data: data), settings)[1](
+            model
+        )
         assert {metric: found[f"{name}/{metric}"] for metric in alone} == alone
     with pytest.raises(DataError, match="the evaluation data far is empty"):
         data_sets({"near": vectors(17), "far": vectors(0)}, what="evaluation")
@@ -147,8 +167,13 @@ def test_several_sets_are_reported_by_name(group: Group) -> None:
 @pytest.mark.ranks(2)
 def test_an_evaluation_changes_neither_model_nor_modes_nor_generators(group: Group) -> None:
     settings = Settings(micro_batch=4)
-    model, evaluation = evaluator(group, recipe(settings, model=normed, eval_data=lambda: vectors(17)), settings)
-    before, state = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
+    model, evaluation = evaluator(
+        group, recipe(settings, model=normed, eval_data=lambda: vectors(17)), settings
+    )
+    before, state = (
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        torch.get_rng_state(),
+    )
     assert evaluation(model) == evaluation(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
@@ -169,10 +194,18 @@ def test_metrics_or_rows_named_differently_on_the_ranks_are_an_error_on_all(grou
     def whole(model: Any, batch: Any) -> dict[str, Any]:
         return {"mean": batch[1].double().mean()}
 
-    messages = {sums: "different metrics; rank . has loss", rows: "under different names; rank . has row", more: "under different names"}
-    for measure, message in (messages | {whole: r"rows of 'mean' have shape \(\) for 4 samples; expected one row each"}).items():
+    messages = {
+        sums: "different metrics; rank . has loss",
+        rows: "under different names; rank . has row",
+        more: "under different names",
+    }
+    for measure, message in (
+        messages | {whole: r"rows of 'mean' have shape \(\) for 4 samples; expected one row each"}
+    ).items():
         settings = Settings(micro_batch=4)
-        model, evaluation = evaluator(group, recipe(settings, evaluate=measure, eval_data=lambda: vectors(8)), settings)
+        model, evaluation = evaluator(
+            group, recipe(settings, evaluate=measure, eval_data=lambda: vectors(8)), settings
+        )
         with pytest.raises(DdpKitError, match=message):
             evaluation(model)
 
@@ -183,7 +216,11 @@ def test_rows_come_in_sample_order_whatever_their_dtype_and_shape(group: Group) 
 
     def measure(model: Any, batch: Any) -> dict[str, Any]:
         own = batch[0].double()
-        return {"matrix": own[:, None, None].expand(-1, 2, 3).half(), "flag": own > 8, "index": batch[0]}
+        return {
+            "matrix": own[:, None, None].expand(-1, 2, 3).half(),
+            "flag": own > 8,
+            "index": batch[0],
+        }
 
     def summarize(means: dict[str, float], rows: dict[str, torch.Tensor]) -> dict[str, float]:
         collected.update(rows)
@@ -222,7 +259,9 @@ def test_samples_are_drawn_on_all_ranks_and_delivered_on_rank_0() -> None:
     found = [(name, step) for name, _, step in ends[0].samples]
     assert found == [("text", 2), ("image", 2), ("text", 4), ("image", 4)]
     assert ends[0].samples[2][1] == "call 2"
-    assert torch.equal(ends[0].samples[1][1], ends[0].samples[3][1])  # each evaluation has the same draws
+    assert torch.equal(
+        ends[0].samples[1][1], ends[0].samples[3][1]
+    )  # each evaluation has the same draws
     assert ends[1].samples == []
 
 
@@ -232,7 +271,9 @@ def test_one_evaluation_micro_batch_runs_before_training(group: Group) -> None:
         raise ZeroDivisionError("in evaluate")
 
     with pytest.raises(ZeroDivisionError, match="in evaluate"):
-        compose(recipe(Settings(), evaluate=broken, eval_data=lambda: vectors(10)), Settings(), group)
+        compose(
+            recipe(Settings(), evaluate=broken, eval_data=lambda: vectors(10)), Settings(), group
+        )
 
 
 @pytest.mark.ranks(2)
@@ -242,25 +283,39 @@ def test_several_objectives_are_evaluated_under_their_names(group: Group) -> Non
 
     def objective(name: str) -> Objective:
         return Objective(
-            loss=lambda both, batch: classify(both[name], batch), optimizer=lambda part: torch.optim.SGD(part.parameters()), trains=name
+            loss=lambda both, batch: classify(both[name], batch),
+            optimizer=lambda part: torch.optim.SGD(part.parameters()),
+            trains=name,
         )
 
     settings = Settings(micro_batch=4)
-    made = Recipe(model=model, objectives=[objective("one"), objective("two")], train_data=lambda: vectors(), eval_data=lambda: vectors(17))
+    made = Recipe(
+        model=model,
+        objectives=[objective("one"), objective("two")],
+        train_data=lambda: vectors(),
+        eval_data=lambda: vectors(17),
+    )
     built, evaluation = evaluator(group, made, settings)
     found = evaluation(built)
     assert sorted(found) == ["one/accuracy", "one/loss", "two/accuracy", "two/loss"]
     inputs, labels = vectors(17).tensors
-    assert found["two/loss"] == pytest.approx(cross_entropy(built["two"](inputs.double()), labels).item(), abs=1e-12)
+    assert found["two/loss"] == pytest.approx(
+        cross_entropy(built["two"](inputs.double()), labels).item(), abs=1e-12
+    )
 
 
 @pytest.mark.ranks(2)
-def test_an_evaluation_of_rows_alone_has_the_metrics_of_summarize_from_the_start(group: Group) -> None:
+def test_an_evaluation_of_rows_alone_has_the_metrics_of_summarize_from_the_start(
+    group: Group,
+) -> None:
     settings = Settings(micro_batch=4)
 
     def evaluated(summary: dict[str, float]) -> Evaluator:
         made = recipe(
-            settings, evaluate=lambda model, batch: {"row": batch[1]}, summarize=lambda means, rows: summary, eval_data=lambda: vectors(9)
+            settings,
+            evaluate=lambda model, batch: {"row": batch[1]},
+            summarize=lambda means, rows: summary,
+            eval_data=lambda: vectors(9),
         )
         model, evaluation = evaluator(group, made, settings)
         evaluation.rehearse(model)

@@ -32,7 +32,9 @@ def steps(made: Composition, *, start: int = 0, end: int) -> None:
 def nan_at_9(model: nn.Module, batch: Any) -> LossSum:
     """Loss and gradient are nan where a bad sample is."""
     inputs, labels = batch
-    losses = cross_entropy(model(inputs), labels % 9, reduction="none") * torch.where(labels == 9, torch.nan, 1.0)
+    losses = cross_entropy(model(inputs), labels % 9, reduction="none") * torch.where(
+        labels == 9, torch.nan, 1.0
+    )
     return LossSum(losses.sum(), len(labels))
 
 
@@ -64,7 +66,9 @@ class TwoDtypes(nn.Module):
 def test_a_bad_gradient_is_found_among_parameters_of_two_dtypes(group: Group) -> None:
     """A recipe's model is cast to one; that of a loop of one's own is not."""
     model, feed = TwoDtypes(), build_loader(with_bad_sample(30), group=group, global_batch=24)
-    training = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), nan_at_9, group=group, feed=feed)
+    training = wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), nan_at_9, group=group, feed=feed
+    )
     batches = feed.batches(start=0, end=2)
     train_step(training, next(batches))
     with pytest.raises(NonFiniteError, match="step 2"):
@@ -72,12 +76,29 @@ def test_a_bad_gradient_is_found_among_parameters_of_two_dtypes(group: Group) ->
 
 
 @pytest.mark.ranks(1, 2, 3)
-def test_a_loss_that_is_not_finite_ends_all_ranks_at_one_step_with_rank_and_samples_named(group: Group) -> None:
+def test_a_loss_that_is_not_finite_ends_all_ranks_at_one_step_with_rank_and_samples_named(
+    group: Group,
+) -> None:
     position = 2 * 24 + 23  # the last sample of step 3, which the last rank has
     settings = Settings(micro_batch=4, grad_clip=1.0)
-    for optimizer, loss in ((None, nan_at_9), (None, inf_at_9), ("SGD", inf_at_9), ("AdamW", nan_at_9)):
+    for optimizer, loss in (
+        (None, nan_at_9),
+        (None, inf_at_9),
+        ("SGD", inf_at_9),
+        ("AdamW", nan_at_9),
+    ):
         parts: dict[str, Any] = {"optimizer": fused(optimizer)} if optimizer else {}
-        made = compose(recipe(settings, model=Noting, loss=loss, train_data=lambda: with_bad_sample(position), **parts), settings, group)
+        made = compose(
+            recipe(
+                settings,
+                model=Noting,
+                loss=loss,
+                train_data=lambda: with_bad_sample(position),
+                **parts,
+            ),
+            settings,
+            group,
+        )
         training = made.training
         training.objectives[0].is_deferred = optimizer is not None
         steps(made, end=2)
@@ -110,7 +131,14 @@ def test_a_bad_last_step_is_not_missed_when_its_verdict_is_deferred(group: Group
     """Nor is it evaluated: the loop looks back before it does."""
     settings = Settings(max_steps=3)
     made = compose(
-        recipe(settings, loss=inf_at_9, optimizer=fused("SGD"), train_data=lambda: with_bad_sample(2 * 24 + 23)), settings, group
+        recipe(
+            settings,
+            loss=inf_at_9,
+            optimizer=fused("SGD"),
+            train_data=lambda: with_bad_sample(2 * 24 + 23),
+        ),
+        settings,
+        group,
     )
     made.training.objectives[0].is_deferred = True
     evaluated: list[int] = []
@@ -133,7 +161,9 @@ def root(model: nn.Module, batch: Any) -> LossSum:
 
 
 @pytest.mark.ranks(2)
-def test_a_gradient_that_is_not_finite_though_the_loss_is_names_the_parameters(group: Group) -> None:
+def test_a_gradient_that_is_not_finite_though_the_loss_is_names_the_parameters(
+    group: Group,
+) -> None:
     def still() -> nn.Module:
         model = plain()
         nn.init.zeros_(model[2].weight)
@@ -141,5 +171,8 @@ def test_a_gradient_that_is_not_finite_though_the_loss_is_names_the_parameters(g
         return model
 
     made = compose(recipe(Settings(), model=still, loss=root), Settings(), group)
-    with pytest.raises(NonFiniteError, match=r"the gradient of step 1 is not finite though the loss is, in .*2\.weight, 2\.bias"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"the gradient of step 1 is not finite though the loss is, in .*2\.weight, 2\.bias",
+    ):
         steps(made, end=1)

@@ -24,9 +24,14 @@ from ddp_kit.training.reporter import Reporter
 from ddp_kit.training.step import train_step
 
 
-def by_hand(model: Any, settings: Settings, *, order: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def by_hand(
+    model: Any, settings: Settings, *, order: str
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Trains in a bare loop on whole batches. Returns the losses and gradient norms of each step, and the last weights."""
-    optimizers = {"d": SGD(model.discriminator.parameters(), lr=0.5, momentum=0.9), "g": Adam(model.generator.parameters(), lr=0.05)}
+    optimizers = {
+        "d": SGD(model.discriminator.parameters(), lr=0.5, momentum=0.9),
+        "g": Adam(model.generator.parameters(), lr=0.05),
+    }
     scheduler = ExponentialLR(optimizers["g"], gamma=0.9)
     found = []
     for step in range(settings.max_steps):
@@ -40,7 +45,9 @@ def by_hand(model: Any, settings: Settings, *, order: str) -> tuple[list[dict[st
             model.zero_grad()
             (result.total / 24).backward()
             record[f"{prefix}loss"] = result.total.item() / 24
-            record[f"{prefix}grad_norm"] = float(torch.nn.utils.clip_grad_norm_(part.parameters(), settings.grad_clip))
+            record[f"{prefix}grad_norm"] = float(
+                torch.nn.utils.clip_grad_norm_(part.parameters(), settings.grad_clip)
+            )
             optimizers[name].step()
         scheduler.step()
         found.append(record)
@@ -78,10 +85,15 @@ def test_an_objective_gives_no_gradient_to_the_other_parts(group: Group) -> None
     settings = Settings(micro_batch=5)
     made = compose(gan(), settings, group)
     training = made.training
-    training.objectives = training.objectives[1:]  # the generator's alone, through the discriminator
+    training.objectives = training.objectives[
+        1:
+    ]  # the generator's alone, through the discriminator
     for batch in made.feed.batches(start=0, end=1):
         train_step(training, batch)
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in training.model.discriminator.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad
+        for parameter in training.model.discriminator.parameters()
+    )
     assert all(parameter.grad is not None for parameter in training.model.generator.parameters())
 
 
@@ -90,11 +102,18 @@ def hopeless(model: Gan, batch: Any) -> LossSum:
 
 
 @pytest.mark.ranks(2)
-def test_where_a_later_objective_is_not_finite_it_is_said_that_the_earlier_one_was_applied(group: Group) -> None:
+def test_where_a_later_objective_is_not_finite_it_is_said_that_the_earlier_one_was_applied(
+    group: Group,
+) -> None:
     first, second = gan().objectives
-    made = compose(replace(gan(), objectives=[first, replace(second, loss=hopeless)]), Settings(), group)
+    made = compose(
+        replace(gan(), objectives=[first, replace(second, loss=hopeless)]), Settings(), group
+    )
     before = {name: tensor.clone() for name, tensor in made.training.model.state_dict().items()}
-    with pytest.raises(NonFiniteError, match=r"The step of generator was not applied; that of discriminator, .* was\."):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"The step of generator was not applied; that of discriminator, .* was\.",
+    ):
         train_step(made.training, next(made.feed.batches(start=0, end=1)))
     for name, tensor in made.training.model.state_dict().items():
         assert torch.equal(tensor, before[name]) == name.startswith("generator")
@@ -103,9 +122,19 @@ def test_where_a_later_objective_is_not_finite_it_is_said_that_the_earlier_one_w
 @pytest.mark.ranks(1)
 def test_an_objective_with_a_wrong_part_or_foreign_parameters_is_refused(group: Group) -> None:
     def with_part(**changes: Any) -> Recipe:
-        given: dict[str, Any] = {"loss": fooled, "optimizer": lambda part: SGD(part.parameters()), "trains": "generator"}
-        other = Objective(loss=judged, optimizer=lambda part: SGD(part.parameters()), trains="discriminator")
-        return Recipe(model=Gan, objectives=[Objective(**(given | changes)), other], train_data=lambda: vectors())
+        given: dict[str, Any] = {
+            "loss": fooled,
+            "optimizer": lambda part: SGD(part.parameters()),
+            "trains": "generator",
+        }
+        other = Objective(
+            loss=judged, optimizer=lambda part: SGD(part.parameters()), trains="discriminator"
+        )
+        return Recipe(
+            model=Gan,
+            objectives=[Objective(**(given | changes)), other],
+            train_data=lambda: vectors(),
+        )
 
     def foreign(part: nn.Module) -> SGD:
         return SGD([*part.parameters(), nn.Parameter(torch.zeros(2))])

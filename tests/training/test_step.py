@@ -69,14 +69,18 @@ class Crossed(nn.Module):
 def test_two_lives_of_the_same_start_give_the_same_bits(group: Group) -> None:
     """DDP's buckets are final before the first real step; at 3 ranks another bucket is another order of summation."""
     settings = Settings(precision="fp32", max_steps=4)
-    whole, first, second = (compose(recipe(settings, model=Crossed), settings, group) for _ in range(3))
+    whole, first, second = (
+        compose(recipe(settings, model=Crossed), settings, group) for _ in range(3)
+    )
     wrapped: Any = whole.training.objectives[0].call
     assert wrapped._has_rebuilt_buckets
     assert len(wrapped.reducer._get_zeros_like_grad_buckets()) > 1
     steps(whole, end=4)
     steps(first, end=2)
     second.training.model.load_state_dict(first.training.model.state_dict())
-    second.training.objectives[0].optimizer.load_state_dict(first.training.objectives[0].optimizer.state_dict())
+    second.training.objectives[0].optimizer.load_state_dict(
+        first.training.objectives[0].optimizer.state_dict()
+    )
     second.training.step = 2
     steps(second, start=2, end=4)
     for name, tensor in whole.training.model.state_dict().items():
@@ -93,10 +97,15 @@ class Unused(nn.Module):
 
 
 @pytest.mark.ranks(1, 2)
-def test_unused_parameters_are_named_before_the_first_step_and_allowed_by_a_flag(group: Group) -> None:
+def test_unused_parameters_are_named_before_the_first_step_and_allowed_by_a_flag(
+    group: Group,
+) -> None:
     settings = Settings(micro_batch=4)
     if group.world_size > 1:
-        with pytest.raises(ConfigError, match=r"spare\.weight, spare\.bias got no gradient.*--find-unused-parameters"):
+        with pytest.raises(
+            ConfigError,
+            match=r"spare\.weight, spare\.bias got no gradient.*--find-unused-parameters",
+        ):
             compose(recipe(settings, model=Unused), settings, group)
     allowed = replace(settings, find_unused_parameters=True)
     ours = trace(group, recipe(allowed, model=Unused), allowed)
@@ -107,14 +116,26 @@ def test_unused_parameters_are_named_before_the_first_step_and_allowed_by_a_flag
 
 
 @pytest.mark.ranks(2)
-def test_nothing_but_ddp_uses_its_gloo_group_in_a_step(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_but_ddp_uses_its_gloo_group_in_a_step(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a collective that failed unread, gloo may let another one of the same group wait until its timeout."""
-    made = compose(recipe(Settings(micro_batch=6), model=normed, loss=weighted), Settings(micro_batch=6), group)
-    made.training.statistics.others = [buffer for buffer in buffers_of(made.training.model) if buffer.name.endswith("mean")]
+    made = compose(
+        recipe(Settings(micro_batch=6), model=normed, loss=weighted), Settings(micro_batch=6), group
+    )
+    made.training.statistics.others = [
+        buffer for buffer in buffers_of(made.training.model) if buffer.name.endswith("mean")
+    ]
     used = []
     for name in ("all_reduce", "broadcast"):
         real = getattr(dist, name)
-        monkeypatch.setattr(dist, name, lambda *args, group, real=real, **more: used.append(group) or real(*args, group=group, **more))
+        monkeypatch.setattr(
+            dist,
+            name,
+            lambda *args, group, real=real, **more: (
+                used.append(group) or real(*args, group=group, **more)
+            ),
+        )
     steps(made, end=2)
     assert used == [group.sums] * 6
     assert group.sums not in (group.training, group.control)
@@ -132,7 +153,9 @@ def one_each(model: nn.Module, batch: Any) -> LossSum:
 
 
 def detached(model: nn.Module, batch: Any) -> LossSum:
-    return LossSum(cross_entropy(model(batch[0]), batch[1], reduction="sum").detach(), len(batch[1]))
+    return LossSum(
+        cross_entropy(model(batch[0]), batch[1], reduction="sum").detach(), len(batch[1])
+    )
 
 
 def odd_int(model: nn.Module, batch: Any) -> LossSum:
@@ -144,7 +167,11 @@ def no_count(model: nn.Module, batch: Any) -> LossSum:
 
 
 AT_START = [
-    (no_sum, DdpKitError, r"must return LossSum\(total, count\) with a scalar tensor as total; it returned Tensor with .* shape \(\)"),
+    (
+        no_sum,
+        DdpKitError,
+        r"must return LossSum\(total, count\) with a scalar tensor as total; it returned Tensor with .* shape \(\)",
+    ),
     (one_each, DdpKitError, r"it returned LossSum with a total of shape \(24,\)"),
     (detached, ConfigError, r"the loss has no gradient.*without detach\(\)"),
     (odd_int, ConfigError, r"count is the int 25 for 24 samples\. Return it as a tensor"),
@@ -177,14 +204,18 @@ def test_a_count_that_begins_to_vary_as_an_int_is_refused(group: Group) -> None:
         loss = Changing(count)
         made = compose(recipe(Settings(), loss=loss), Settings(), group)
         loss.is_on = True
-        with pytest.raises(DdpKitError, match=f"count is {found} for 12 samples.*must be a tensor always"):
+        with pytest.raises(
+            DdpKitError, match=f"count is {found} for 12 samples.*must be a tensor always"
+        ):
             steps(made, end=1)
 
 
 def only_three(model: nn.Module, batch: Any) -> LossSum:
     """Counts the samples of class 3 alone."""
     keeps = batch[1] == 3
-    return LossSum((cross_entropy(model(batch[0]), batch[1], reduction="none") * keeps).sum(), keeps.sum())
+    return LossSum(
+        (cross_entropy(model(batch[0]), batch[1], reduction="none") * keeps).sum(), keeps.sum()
+    )
 
 
 def with_barren_step(step: int) -> TensorDataset:
@@ -203,12 +234,21 @@ def test_a_count_of_zero_over_the_whole_batch_names_the_step(group: Group) -> No
 
     for known in (None, count):
         data = Data(with_barren_step(1), count=known)
-        made = compose(recipe(Settings(), loss=only_three, train_data=lambda data=data: data), Settings(), group)
+        made = compose(
+            recipe(Settings(), loss=only_three, train_data=lambda data=data: data),
+            Settings(),
+            group,
+        )
         steps(made, end=1)
         before = {name: tensor.clone() for name, tensor in made.training.model.state_dict().items()}
-        with pytest.raises(DdpKitError, match=r"step 2: the loss's count over the whole global batch is 0"):
+        with pytest.raises(
+            DdpKitError, match=r"step 2: the loss's count over the whole global batch is 0"
+        ):
             steps(made, start=1, end=2)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in made.training.model.state_dict().items())
+        assert all(
+            torch.equal(tensor, before[name])
+            for name, tensor in made.training.model.state_dict().items()
+        )
 
 
 @pytest.mark.ranks(2)
@@ -219,7 +259,11 @@ def test_a_rank_without_counted_samples_changes_nothing(group: Group) -> None:
     kept = labels.clone()
     kept[order[12:24]] = kept[order[12:24]].clamp(max=2)
     settings = Settings(max_steps=1, micro_batch=4)
-    ours = trace(group, recipe(settings, loss=only_three, train_data=lambda: TensorDataset(inputs, kept)), settings)
+    ours = trace(
+        group,
+        recipe(settings, loss=only_three, train_data=lambda: TensorDataset(inputs, kept)),
+        settings,
+    )
     own = order[:24][(kept[order[:24]] == 3).numpy()]
     model = build_model(recipe(settings), settings, group)
     cross_entropy(model(inputs[own].double()), kept[own]).backward()

@@ -16,7 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from ddp_kit.checkpoint.format.layout import MANIFEST, STATE, Fingerprint, Manifest, fingerprint, folder_of
+from ddp_kit.checkpoint.format.layout import (
+    MANIFEST,
+    STATE,
+    Fingerprint,
+    Manifest,
+    fingerprint,
+    folder_of,
+)
 from ddp_kit.checkpoint.format.storage import Storage
 from ddp_kit.errors import DdpKitError
 
@@ -47,7 +54,15 @@ class Ranks:
         return [bytes(other.numpy()) for other in every]
 
 
-def commit(storage: Storage, ranks: Ranks, *, shard: memoryview, state: bytes, manifest: Manifest, token: str) -> int:
+def commit(
+    storage: Storage,
+    ranks: Ranks,
+    *,
+    shard: memoryview,
+    state: bytes,
+    manifest: Manifest,
+    token: str,
+) -> int:
     """Writes one checkpoint, which is durable on return. Every rank calls it.
 
     Args: `manifest` without files; `token` is the same on all ranks and used once.
@@ -57,7 +72,9 @@ def commit(storage: Storage, ranks: Ranks, *, shard: memoryview, state: bytes, m
     temporary = f"{folder}.tmp-{token}"
     name = f"rank-{ranks.rank}.safetensors"
     error = ""
-    with ThreadPoolExecutor(1, "sha256") as beside:  # the disk writes while a core hashes: durable in the time of the slower one
+    with ThreadPoolExecutor(
+        1, "sha256"
+    ) as beside:  # the disk writes while a core hashes: durable in the time of the slower one
         found = beside.submit(fingerprint, shard)
         try:
             storage.write(f"{temporary}/{name}", shard)
@@ -66,7 +83,10 @@ def commit(storage: Storage, ranks: Ranks, *, shard: memoryview, state: bytes, m
     size, sha256, crc32 = found.result()
     rows = ranks.gather(ROW.pack(size, bytes.fromhex(sha256), crc32) + _fixed(error))
     own = [ROW.unpack_from(row) for row in rows]
-    files = {f"rank-{rank}.safetensors": Fingerprint(size, sha256.hex(), crc32) for rank, (size, sha256, crc32) in enumerate(own)}
+    files = {
+        f"rank-{rank}.safetensors": Fingerprint(size, sha256.hex(), crc32)
+        for rank, (size, sha256, crc32) in enumerate(own)
+    }
     _raise_first(rows, storage, temporary, ranks)
     files[STATE] = fingerprint(memoryview(state))
     error = ""
@@ -105,7 +125,9 @@ def _see_all(storage: Storage, temporary: str, manifest: Manifest) -> None:
             except FileNotFoundError:
                 pass
             if time.monotonic() > end:
-                raise OSError(f"{name} of {size} bytes, as its rank wrote it, is not what rank 0 sees: is this one shared file system?")
+                raise OSError(
+                    f"{name} of {size} bytes, as its rank wrote it, is not what rank 0 sees: is this one shared file system?"
+                )
             time.sleep(0.1)
 
 

@@ -12,7 +12,12 @@ import torch
 
 from ddp_kit.errors import ConfigError
 
-TENSOR, FLOAT, TUPLE, PAIRS = "$tensor", "$float", "$tuple", "$pairs"  # the one key of an object that stands for something else
+TENSOR, FLOAT, TUPLE, PAIRS = (
+    "$tensor",
+    "$float",
+    "$tuple",
+    "$pairs",
+)  # the one key of an object that stands for something else
 
 
 def encode(value: Any, tensors: dict[str, torch.Tensor], *, name: str) -> Any:

@@ -26,10 +26,27 @@ FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 SHARD = re.compile(r"rank-\d{1,7}\.safetensors")
 FOLDER = re.compile(r"step-(\d{8,})")
-HEADER_LIMIT, JSON_LIMIT = 64 << 20, 256 << 20  # bytes that are read before anything is known about a file
+HEADER_LIMIT, JSON_LIMIT = (
+    64 << 20,
+    256 << 20,
+)  # bytes that are read before anything is known about a file
 DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool, "U8": torch.uint8},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "C64": torch.complex64, "C128": torch.complex128},
+    **{
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "BOOL": torch.bool,
+        "U8": torch.uint8,
+    },
+    **{
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "C64": torch.complex64,
+        "C128": torch.complex128,
+    },
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
 PIECE = 1 << 20  # bytes that are read and hashed at a time: they stay in a core's cache
@@ -43,7 +60,9 @@ class DamagedError(DdpKitError):
     """A checkpoint is not whole: a file is missing, torn, changed or foreign. It is set aside and an older one is used."""
 
     def __init__(self, message: str):
-        super().__init__(message.encode(errors="backslashreplace").decode())  # a damaged name may be no text that can be written
+        super().__init__(
+            message.encode(errors="backslashreplace").decode()
+        )  # a damaged name may be no text that can be written
 
 
 class FormatError(DdpKitError):
@@ -74,7 +93,9 @@ class Manifest:
     world_size: int
     settings_sha256: str
     time: float
-    best_by: str = ""  # "min loss": how the run tells its best checkpoint; empty if it evaluates nothing
+    best_by: str = (
+        ""  # "min loss": how the run tells its best checkpoint; empty if it evaluates nothing
+    )
     cursor: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, float | str] = field(default_factory=dict)
     files: Mapping[str, Fingerprint] = field(default_factory=dict)
@@ -108,17 +129,32 @@ def parse_manifest(content: bytes, *, step: int) -> Manifest:
     found.pop("sha256", None)
     version = found.get("format")
     if isinstance(version, int) and version > FORMAT:
-        raise FormatError(f"it has format version {version}, this ddp_kit reads up to {FORMAT}. Install a later ddp_kit.")
-    kinds: dict[type, tuple[str, ...]] = {int: ("format", "step", "world_size"), dict: ("cursor", "metrics", "files")}
+        raise FormatError(
+            f"it has format version {version}, this ddp_kit reads up to {FORMAT}. Install a later ddp_kit."
+        )
+    kinds: dict[type, tuple[str, ...]] = {
+        int: ("format", "step", "world_size"),
+        dict: ("cursor", "metrics", "files"),
+    }
     kinds |= {str: ("run_id", "settings_sha256", "best_by"), float: ("time",)}
-    wrong = [name for kind, names in kinds.items() for name in names if not isinstance(found.get(name), kind)]
+    wrong = [
+        name
+        for kind, names in kinds.items()
+        for name in names
+        if not isinstance(found.get(name), kind)
+    ]
     if not wrong and not all(map(_is_metric, found["metrics"].values())):
         wrong = ["metrics"]
     if wrong or set(found) != {field.name for field in fields(Manifest)}:
         raise DamagedError(f"{MANIFEST} is not one of ours: {', '.join(wrong) or 'other fields'}")
     if found["step"] != step:
         raise DamagedError(f"{MANIFEST} is that of step {found['step']}")
-    manifest = Manifest(**{**found, "files": {name: _listed(name, content) for name, content in found["files"].items()}})
+    manifest = Manifest(
+        **{
+            **found,
+            "files": {name: _listed(name, content) for name, content in found["files"].items()},
+        }
+    )
     if STATE not in manifest.files or not any(SHARD.fullmatch(name) for name in manifest.files):
         raise DamagedError(f"{MANIFEST} lists no {STATE} or no shard")
     return manifest
@@ -128,13 +164,22 @@ def _listed(name: str, content: Any) -> Fingerprint:
     if not (name == STATE or SHARD.fullmatch(name)):
         raise DamagedError(f"{MANIFEST} lists {name[:80]!r}, which is no file of a checkpoint")
     kinds = [type(item) for item in content] if isinstance(content, list) else []
-    if kinds != [int, str, int] or content[0] < 0 or not re.fullmatch(r"[0-9a-f]{64}", content[1]) or not 0 <= content[2] < 2**32:
+    if (
+        kinds != [int, str, int]
+        or content[0] < 0
+        or not re.fullmatch(r"[0-9a-f]{64}", content[1])
+        or not 0 <= content[2] < 2**32
+    ):
         raise DamagedError(f"{MANIFEST} has no size, SHA-256 and CRC-32 for {name}")
     return Fingerprint(*content)
 
 
 def _is_metric(value: Any) -> bool:
-    return value in NOT_FINITE if isinstance(value, str) else isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    return (
+        value in NOT_FINITE
+        if isinstance(value, str)
+        else isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    )
 
 
 def parse_json(content: bytes, name: str) -> dict[str, Any]:
@@ -164,10 +209,14 @@ class Stored:
             return self
         shape = self.shape[:-1]
         stop = self.piece.stop if shape else self.piece.start + 1
-        return replace(self, dtype=torch.complex128, shape=shape, piece=replace(self.piece, stop=stop))
+        return replace(
+            self, dtype=torch.complex128, shape=shape, piece=replace(self.piece, stop=stop)
+        )
 
 
-def shard_header(pieces: Sequence[Piece], shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> tuple[bytes, list[Stored]]:
+def shard_header(
+    pieces: Sequence[Piece], shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]
+) -> tuple[bytes, list[Stored]]:
     """Returns the bytes before the tensors, a whole number of pages, and where each piece goes; larger elements first: all are aligned."""
     entries: dict[str, Any] = {"__metadata__": {piece.name: str(piece.start) for piece in pieces}}
     places = []
@@ -176,7 +225,11 @@ def shard_header(pieces: Sequence[Piece], shapes: Mapping[str, Shape], dtypes: M
         whole = shapes[piece.name]
         shape = (piece.stop - piece.start, *whole.shape[1:]) if whole.shape else ()
         own = Shape(shape, whole.itemsize).nbytes
-        entries[piece.name] = {"dtype": NAMES[dtypes[piece.name]], "shape": list(shape), "data_offsets": [at, at + own]}
+        entries[piece.name] = {
+            "dtype": NAMES[dtypes[piece.name]],
+            "shape": list(shape),
+            "data_offsets": [at, at + own],
+        }
         if NAMES[dtypes[piece.name]] == PAIRED:
             entries[piece.name] |= {"dtype": "F64", "shape": [*shape, 2]}
         places.append((piece, at, own, shape))
@@ -184,7 +237,10 @@ def shard_header(pieces: Sequence[Piece], shapes: Mapping[str, Shape], dtypes: M
     text = json.dumps(entries).encode()
     size = -(-(8 + len(text)) // PAGE) * PAGE
     header = (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
-    return header, [Stored(piece, size + offset, nbytes, dtypes[piece.name], shape) for piece, offset, nbytes, shape in places]
+    return header, [
+        Stored(piece, size + offset, nbytes, dtypes[piece.name], shape)
+        for piece, offset, nbytes, shape in places
+    ]
 
 
 def read_header(file: BinaryIO, *, size: int, name: str) -> list[Stored]:
@@ -197,11 +253,15 @@ def read_header(file: BinaryIO, *, size: int, name: str) -> list[Stored]:
         raise DamagedError(f"{name}: its header claims {length} bytes")
     entries = parse_json(read_exactly(file, length, name=name), name)
     starts = entries.pop("__metadata__", {})
-    stored = [_entry(key, entry, starts, data=8 + length, name=name) for key, entry in entries.items()]
+    stored = [
+        _entry(key, entry, starts, data=8 + length, name=name) for key, entry in entries.items()
+    ]
     at = 8 + length
     for item in sorted(stored, key=lambda item: (item.offset, item.nbytes)):
         if item.offset != at:
-            raise DamagedError(f"{name}: its tensors overlap or leave gaps at {item.piece.name[:80]}")
+            raise DamagedError(
+                f"{name}: its tensors overlap or leave gaps at {item.piece.name[:80]}"
+            )
         at += item.nbytes
     if at != size:
         raise DamagedError(f"{name}: its tensors end at {at}, the file at {size}")
@@ -213,13 +273,31 @@ def _entry(key: str, entry: Any, starts: Any, *, data: int, name: str) -> Stored
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
     try:
-        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        start = int(starts[key]) if isinstance(starts, dict) and str(starts.get(key, "")).isdecimal() else 0
+        dtype, shape, (begin, end) = (
+            DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            entry["data_offsets"],
+        )
+        start = (
+            int(starts[key])
+            if isinstance(starts, dict) and str(starts.get(key, "")).isdecimal()
+            else 0
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{name}: bad entry for {key[:80]}") from error
-    if not all(map(is_size, (*shape, begin, end, start))) or len(shape) > 64 or end - begin != Shape(shape, dtype.itemsize).nbytes:
+    if (
+        not all(map(is_size, (*shape, begin, end, start)))
+        or len(shape) > 64
+        or end - begin != Shape(shape, dtype.itemsize).nbytes
+    ):
         raise DamagedError(f"{name}: shape and size of {key[:80]} disagree")
-    return Stored(Piece(key, start, start + (shape[0] if shape else 1)), data + begin, end - begin, dtype, shape)
+    return Stored(
+        Piece(key, start, start + (shape[0] if shape else 1)),
+        data + begin,
+        end - begin,
+        dtype,
+        shape,
+    )
 
 
 def read_exactly(file: BinaryIO, size: int, *, name: str) -> bytes:

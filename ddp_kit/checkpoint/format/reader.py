@@ -62,8 +62,14 @@ class Opened:
         """Copies tensors of the checkpoint into live ones of the same shape and dtype, into those rows that are here of ones that the ranks
         hold in parts. Raises: OSError, which must end the run.
         """
-        parts = {name: held(item) if isinstance(item, torch.Tensor) else item for name, item in targets.items()}
-        places = {name: part.rows() if isinstance(part, Fragment) else part for name, part in parts.items()}
+        parts = {
+            name: held(item) if isinstance(item, torch.Tensor) else item
+            for name, item in targets.items()
+        }
+        places = {
+            name: part.rows() if isinstance(part, Fragment) else part
+            for name, part in parts.items()
+        }
         by_file: dict[str, list[Stored]] = {}
         for name, place in places.items():
             for file, stored in self.pieces[name]:
@@ -93,7 +99,10 @@ def _read_rows(file: BinaryIO, stored: Stored, target: Held, *, name: str) -> No
     place = rows if is_direct else torch.empty(rows.shape, dtype=stored.dtype)
     flat = place.reshape(-1).view(torch.uint8).numpy()
     view = memoryview(flat)  # type: ignore[arg-type]  # NumPy's stubs lack the buffer protocol before Python 3.12
-    file.seek(stored.offset + (begin - stored.piece.start) * (stored.nbytes // (stored.piece.stop - stored.piece.start)))
+    file.seek(
+        stored.offset
+        + (begin - stored.piece.start) * (stored.nbytes // (stored.piece.stop - stored.piece.start))
+    )
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]  # BinaryIO of typeshed lacks it; raw files and BytesIO have it
         if not count:
@@ -122,7 +131,9 @@ def open_checkpoint(storage: Storage, step: int, *, group: Group) -> Opened:
     error = None
     try:
         for name in names[group.rank :: group.world_size]:
-            retried(lambda name=name: verify_file(storage, f"{folder}/{name}", manifest.files[name]))  # type: ignore[misc]  # mypy: lambda's default
+            retried(
+                lambda name=name: verify_file(storage, f"{folder}/{name}", manifest.files[name])
+            )  # type: ignore[misc]  # mypy: lambda's default
     except DdpKitError as failure:
         error = failure
     _confirm(group, error)
@@ -157,7 +168,9 @@ def retried(read: Callable[[], Read]) -> Read:
     raise AssertionError
 
 
-def verify_file(storage: Storage, path: str, wanted: Fingerprint, *, thorough: bool = False) -> None:
+def verify_file(
+    storage: Storage, path: str, wanted: Fingerprint, *, thorough: bool = False
+) -> None:
     """Compares a file with its size and CRC-32, `thorough` with its SHA-256 too.
 
     Raises: DamagedError if it differs; OSError if it cannot be read.
@@ -173,7 +186,9 @@ def verify_file(storage: Storage, path: str, wanted: Fingerprint, *, thorough: b
             if thorough:
                 digest.update(room[:count])
     if crc != wanted.crc32 or (thorough and digest.hexdigest() != wanted.sha256):
-        raise DamagedError(f"{path} does not have the {'SHA-256' if crc == wanted.crc32 else 'CRC-32'} of its manifest")
+        raise DamagedError(
+            f"{path} does not have the {'SHA-256' if crc == wanted.crc32 else 'CRC-32'} of its manifest"
+        )
 
 
 def describe(storage: Storage, folder: str, manifest: Manifest) -> Opened:
@@ -189,7 +204,10 @@ def describe(storage: Storage, folder: str, manifest: Manifest) -> Opened:
                 for stored in read_header(file, size=size, name=name):
                     pieces.setdefault(stored.piece.name, []).append((name, stored))
     try:
-        kinds = {name: (tuple(map(index, shape)), DTYPES[dtype]) for name, (shape, dtype) in values.pop("tensors").items()}
+        kinds = {
+            name: (tuple(map(index, shape)), DTYPES[dtype])
+            for name, (shape, dtype) in values.pop("tensors").items()
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{STATE} does not say which tensors there are") from error
     for name, (_, dtype) in kinds.items():
@@ -200,10 +218,18 @@ def describe(storage: Storage, folder: str, manifest: Manifest) -> Opened:
     wrong += covers([stored.piece for items in pieces.values() for _, stored in items], shapes)
     for name in set(pieces) & set(kinds):
         shape, dtype = kinds[name]
-        wrong += [name for _, stored in pieces[name] if stored.shape[1:] != shape[1:] or stored.dtype != dtype]
+        wrong += [
+            name
+            for _, stored in pieces[name]
+            if stored.shape[1:] != shape[1:] or stored.dtype != dtype
+        ]
     if wrong:
-        raise DamagedError(f"its shards do not hold the whole of {', '.join(sorted(set(wrong))[:5])}")
-    return Opened(storage, folder, manifest, values, kinds, {name: pieces.get(name, []) for name in kinds})
+        raise DamagedError(
+            f"its shards do not hold the whole of {', '.join(sorted(set(wrong))[:5])}"
+        )
+    return Opened(
+        storage, folder, manifest, values, kinds, {name: pieces.get(name, []) for name in kinds}
+    )
 
 
 def candidates(storage: Storage, *, group: Group) -> list[int]:
@@ -213,7 +239,9 @@ def candidates(storage: Storage, *, group: Group) -> list[int]:
     return found
 
 
-def open_newest(storage: Storage, *, group: Group, sets_aside: bool) -> Iterator[tuple[Opened | None, str]]:
+def open_newest(
+    storage: Storage, *, group: Group, sets_aside: bool
+) -> Iterator[tuple[Opened | None, str]]:
     """Yields the newest good checkpoint and stops; before it, for each damaged one, (None, what became of it). Every rank iterates.
 
     Args: `sets_aside` renames what is damaged: for the life that holds the run's directory; others only pass it over.
@@ -246,7 +274,9 @@ def misfits(found: Mapping[str, Kind], wanted: Mapping[str, Kind]) -> dict[str, 
     for name in sorted({*found, *wanted}):
         if name not in found:
             near = nearest(name, set(found) - set(wanted))
-            rows[name] = f"  missing     {name} {wanted[name][0]}{f'   (the same? type --rename {near}={name})' if near else ''}"
+            rows[name] = (
+                f"  missing     {name} {wanted[name][0]}{f'   (the same? type --rename {near}={name})' if near else ''}"
+            )
         elif name not in wanted:
             rows[name] = f"  unexpected  {name} {found[name][0]}"
         elif found[name][0] != wanted[name][0]:
@@ -258,10 +288,17 @@ def misfits(found: Mapping[str, Kind], wanted: Mapping[str, Kind]) -> dict[str, 
 
 def table(rows: Mapping[str, str]) -> str:
     """Returns the first twenty rows, and how many more there are."""
-    return "\n".join([*list(rows.values())[:20], *([f"  ... and {len(rows) - 20} more"] if len(rows) > 20 else [])])
+    return "\n".join(
+        [
+            *list(rows.values())[:20],
+            *([f"  ... and {len(rows) - 20} more"] if len(rows) > 20 else []),
+        ]
+    )
 
 
-def require_fit(found: Mapping[str, Kind], wanted: Mapping[str, Kind], *, where: str, hint: str = "") -> None:
+def require_fit(
+    found: Mapping[str, Kind], wanted: Mapping[str, Kind], *, where: str, hint: str = ""
+) -> None:
     """Raises: ConfigError with a table of what does not fit, and the hint; nothing has been applied then."""
     if rows := misfits(found, wanted):
         raise ConfigError(f"{where} does not fit; nothing was loaded.\n{table(rows)}{hint}")

@@ -42,27 +42,50 @@ class Staging:
 
         The header takes longer than the copy where tensors are many and small: training waits for neither if this was called before.
         """
-        kinds: list[tuple[object, ...]] = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
-        kinds += [(name, item.shape, item.rows.dtype, item.start, len(item.rows) if item.shape else 1) for name, item in own.items()]
+        kinds: list[tuple[object, ...]] = [
+            (name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()
+        ]
+        kinds += [
+            (name, item.shape, item.rows.dtype, item.start, len(item.rows) if item.shape else 1)
+            for name, item in own.items()
+        ]
         if kinds == self._kinds:
             return
         self._kinds = []  # until the new layout is whole
-        shapes = {name: Shape(tuple(tensor.shape), tensor.dtype.itemsize) for name, tensor in tensors.items()}
+        shapes = {
+            name: Shape(tuple(tensor.shape), tensor.dtype.itemsize)
+            for name, tensor in tensors.items()
+        }
         pieces = cut(shapes, rank=self._rank, world_size=self._world_size)
-        pieces += [Piece(name, item.start, item.stop) for name, item in own.items() if item.writes and item.start < item.stop]
+        pieces += [
+            Piece(name, item.start, item.stop)
+            for name, item in own.items()
+            if item.writes and item.start < item.stop
+        ]
         shapes |= {name: Shape(item.shape, item.rows.dtype.itemsize) for name, item in own.items()}
-        dtypes = {name: tensor.dtype for name, tensor in tensors.items()} | {name: item.rows.dtype for name, item in own.items()}
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()} | {
+            name: item.rows.dtype for name, item in own.items()
+        }
         header, stored = shard_header(pieces, shapes, dtypes)
         self._size = len(header) + sum(item.nbytes for item in stored)
         self._make_room(self._size)
         self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        views = [self._buffer[item.offset : item.offset + item.nbytes].view(item.dtype).view(item.shape) for item in stored]
-        self._kinds, self._places = kinds, list(zip((item.piece for item in stored), views, strict=True))
+        views = [
+            self._buffer[item.offset : item.offset + item.nbytes].view(item.dtype).view(item.shape)
+            for item in stored
+        ]
+        self._kinds, self._places = (
+            kinds,
+            list(zip((item.piece for item in stored), views, strict=True)),
+        )
 
     def _make_room(self, size: int) -> None:
         if self._buffer.numel() >= size:
             return
-        self._places, self._buffer = [], torch.empty(0, dtype=torch.uint8)  # the old one goes first: there is room for one
+        self._places, self._buffer = (
+            [],
+            torch.empty(0, dtype=torch.uint8),
+        )  # the old one goes first: there is room for one
         if self._stream is not None:
             self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             return
@@ -73,7 +96,13 @@ class Staging:
         self._buffer.zero_()
 
     @torch.no_grad()
-    def copy(self, tensors: Mapping[str, torch.Tensor], own: Mapping[str, Held] = NONE, *, first: Mapping[str, torch.Tensor]) -> Copied:
+    def copy(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        own: Mapping[str, Held] = NONE,
+        *,
+        first: Mapping[str, torch.Tensor],
+    ) -> Copied:
         """Copies this rank's part of `tensors`, and its `own`. On CUDA it only starts the copies, after what the current stream has
         still to do, and makes that stream wait for those of `first` (buffers, which the next forward pass changes).
         """
@@ -93,7 +122,11 @@ class Staging:
             return Copied(content, self._stream.record_event())
 
 
-def _copy_all(places: Sequence[tuple[Piece, torch.Tensor]], tensors: Mapping[str, torch.Tensor], own: Mapping[str, Held]) -> None:
+def _copy_all(
+    places: Sequence[tuple[Piece, torch.Tensor]],
+    tensors: Mapping[str, torch.Tensor],
+    own: Mapping[str, Held],
+) -> None:
     for piece, place in places:
         if piece.name in own:
             place.copy_(own[piece.name].rows, non_blocking=True)

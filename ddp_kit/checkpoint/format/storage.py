@@ -18,7 +18,9 @@ from typing import BinaryIO, Protocol, final
 import numpy as np
 
 PAGE = 4096
-CHUNK = 16 << 20  # bytes in one write: large enough to keep a disk busy, small enough to notice an error soon
+CHUNK = (
+    16 << 20
+)  # bytes in one write: large enough to keep a disk busy, small enough to notice an error soon
 NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP}  # tmpfs, some network file systems
 
 
@@ -57,7 +59,11 @@ class LocalDisk:
         """See Storage. `content` that starts on a page boundary is written with O_DIRECT."""
         target = self.root / path
         if target.parent.is_symlink():
-            raise OSError(errno.ELOOP, "a link may lead elsewhere: nothing is written through it", str(target.parent))
+            raise OSError(
+                errno.ELOOP,
+                "a link may lead elsewhere: nothing is written through it",
+                str(target.parent),
+            )
         if not target.parent.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)
         with _created(target, direct=_is_direct(content)) as (file, is_direct):
@@ -160,7 +166,9 @@ class Memory:
     def list(self, folder: str) -> list[str]:
         """See Storage."""
         prefix = f"{folder}/" if folder else ""
-        return sorted({path[len(prefix) :].split("/")[0] for path in self.files if path.startswith(prefix)})
+        return sorted(
+            {path[len(prefix) :].split("/")[0] for path in self.files if path.startswith(prefix)}
+        )
 
     def sync(self, folder: str) -> None:
         """Nothing is lost here but all of it."""
@@ -169,8 +177,15 @@ class Memory:
         """See Storage."""
         if self.list(new):
             raise OSError(errno.ENOTEMPTY, "not empty", new)
-        self.files = {new + path[len(old) :] if path.startswith(f"{old}/") else path: content for path, content in self.files.items()}
+        self.files = {
+            new + path[len(old) :] if path.startswith(f"{old}/") else path: content
+            for path, content in self.files.items()
+        }
 
     def remove(self, path: str) -> None:
         """See Storage."""
-        self.files = {name: content for name, content in self.files.items() if name != path and not name.startswith(f"{path}/")}
+        self.files = {
+            name: content
+            for name, content in self.files.items()
+            if name != path and not name.startswith(f"{path}/")
+        }

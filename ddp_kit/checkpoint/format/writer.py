@@ -42,7 +42,9 @@ class Saved:
 class Saver:
     """Writes checkpoints of one run. Every rank has one and makes the same calls, `save` at the same steps."""
 
-    def __init__(self, storage: Storage, ranks: Ranks, *, device: torch.device, token: str, keep: Keep):
+    def __init__(
+        self, storage: Storage, ranks: Ranks, *, device: torch.device, token: str, keep: Keep
+    ):
         """Args: `ranks` with a gloo group that nothing else uses; `token` the same on all ranks, new in each life of a run."""
         self._storage, self._ranks, self._token, self._keep = storage, ranks, token, keep
         self._staging = Staging(rank=ranks.rank, world_size=ranks.world_size, device=device)
@@ -118,7 +120,14 @@ class Saver:
             copied.ready.synchronize()
         nbytes, error, note = 0, "", ""
         try:
-            nbytes = commit(self._storage, self._ranks, shard=copied.content, state=state, manifest=manifest, token=self._token)
+            nbytes = commit(
+                self._storage,
+                self._ranks,
+                shard=copied.content,
+                state=state,
+                manifest=manifest,
+                token=self._token,
+            )
             self._failures.clear()
         except SaveError as failure:
             error = f"{failure}{self._room(len(copied.content))}"

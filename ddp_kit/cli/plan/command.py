@@ -23,11 +23,27 @@ def main(argv: Sequence[str]) -> int:
     """The command. Returns the exit code: 1 if the parts that are counted do not fit the GPU's memory."""
 
     def command() -> int:
-        parser = argparse.ArgumentParser(prog="ddp-kit plan RECIPE.py [--field value ...]", allow_abbrev=False, add_help=False)
-        parser.add_argument("--ranks", type=int, default=8, help="how many there would be (default: 8)")
-        parser.add_argument("--ranks-per-node", type=int, default=8, help="for --fsdp.hybrid (default: 8)")
-        parser.add_argument("--gpu-memory-gib", type=float, default=0.0, help="memory of a GPU: exit code 1 if it is too little")
-        parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="how bytes travel (default: nccl)")
+        parser = argparse.ArgumentParser(
+            prog="ddp-kit plan RECIPE.py [--field value ...]", allow_abbrev=False, add_help=False
+        )
+        parser.add_argument(
+            "--ranks", type=int, default=8, help="how many there would be (default: 8)"
+        )
+        parser.add_argument(
+            "--ranks-per-node", type=int, default=8, help="for --fsdp.hybrid (default: 8)"
+        )
+        parser.add_argument(
+            "--gpu-memory-gib",
+            type=float,
+            default=0.0,
+            help="memory of a GPU: exit code 1 if it is too little",
+        )
+        parser.add_argument(
+            "--backend",
+            choices=("nccl", "gloo"),
+            default="nccl",
+            help="how bytes travel (default: nccl)",
+        )
         given, rest = parser.parse_known_args(argv)
         if {"-h", "--help"} & set(rest):
             print(parser.format_help())
@@ -41,8 +57,18 @@ def main(argv: Sequence[str]) -> int:
         recipe = source.build(settings)
         with fake_group(ranks=given.ranks, ranks_per_node=given.ranks_per_node) as group:
             costs = costs_of(recipe, settings, plan, group=group, backend=given.backend)
-        print("\n".join(_lines(costs, settings, plan, steps=_steps(recipe, settings), ranks=given.ranks)))
-        return _verdict(costs, given.gpu_memory_gib, settings=settings, ranks=given.ranks, objectives=len(recipe.parts()))
+        print(
+            "\n".join(
+                _lines(costs, settings, plan, steps=_steps(recipe, settings), ranks=given.ranks)
+            )
+        )
+        return _verdict(
+            costs,
+            given.gpu_memory_gib,
+            settings=settings,
+            ranks=given.ranks,
+            objectives=len(recipe.parts()),
+        )
 
     return run_command(command)
 
@@ -72,14 +98,26 @@ def _steps(recipe: Recipe, settings: Settings) -> str:
     return f"{min(settings.epochs * each, settings.max_steps or settings.epochs * each):,} ({each:,} an epoch)"
 
 
-def _lines(costs: Costs, settings: Settings, plan: BatchPlan, *, steps: str, ranks: int) -> list[str]:
+def _lines(
+    costs: Costs, settings: Settings, plan: BatchPlan, *, steps: str, ranks: int
+) -> list[str]:
     rows = [
         ("weights", costs.weights, ""),
         ("gradients", costs.gradients, ""),
         ("optimizer", costs.moments, "its state, on the rank that has most"),
         *([("ema", costs.average, "")] if costs.average else []),
         *([("buffers", costs.buffers, "")] if costs.buffers else []),
-        *([("gathered", costs.gathered, "weights and gradients that are whole for a moment, at most")] if costs.gathered else []),
+        *(
+            [
+                (
+                    "gathered",
+                    costs.gathered,
+                    "weights and gradients that are whole for a moment, at most",
+                )
+            ]
+            if costs.gathered
+            else []
+        ),
         (
             "together",
             costs.held,
@@ -91,7 +129,10 @@ def _lines(costs: Costs, settings: Settings, plan: BatchPlan, *, steps: str, ran
         f"batch       {describe(plan)}",
         f"steps       {steps}",
         "memory of a rank",
-        *(f"  {name:<10}{amount(size):>12}{f'   {note}' if note else ''}" for name, size, note in rows),
+        *(
+            f"  {name:<10}{amount(size):>12}{f'   {note}' if note else ''}"
+            for name, size, note in rows
+        ),
         f"sent        {amount(costs.sent)} by a rank in a step",
         f"checkpoint  {amount(costs.checkpoint)}, of which a rank writes up to {amount(costs.written)}",
     ]
@@ -102,12 +143,16 @@ def amount(size: float) -> str:
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.2f} MiB"
 
 
-def _verdict(costs: Costs, memory_gib: float, *, settings: Settings, ranks: int, objectives: int) -> int:
+def _verdict(
+    costs: Costs, memory_gib: float, *, settings: Settings, ranks: int, objectives: int
+) -> int:
     if not memory_gib:
         return 0
     left = memory_gib * GIB - costs.held
     if left < 0:
-        print(f"does not fit {memory_gib:g} GiB: {amount(-left)} too much. {_advice(settings, ranks=ranks, objectives=objectives)}")
+        print(
+            f"does not fit {memory_gib:g} GiB: {amount(-left)} too much. {_advice(settings, ranks=ranks, objectives=objectives)}"
+        )
         return 1
     print(f"fits {memory_gib:g} GiB: {amount(left)} are left for activations and libraries.")
     return 0
@@ -115,9 +160,16 @@ def _verdict(costs: Costs, memory_gib: float, *, settings: Settings, ranks: int,
 
 def _advice(settings: Settings, *, ranks: int, objectives: int) -> str:
     """Returns what would make a rank hold less."""
-    is_split = {"ddp": False, "zero1": True, "fsdp": not settings.fsdp.hybrid, "deepspeed": settings.deepspeed.stage > 0}[settings.strategy]
+    is_split = {
+        "ddp": False,
+        "zero1": True,
+        "fsdp": not settings.fsdp.hybrid,
+        "deepspeed": settings.deepspeed.stage > 0,
+    }[settings.strategy]
     less = {
-        "fsdp": "--fsdp.cpu-offload" if settings.fsdp.wrap or settings.fsdp.wrap_size else "--fsdp.wrap CLASS, of its blocks",
+        "fsdp": "--fsdp.cpu-offload"
+        if settings.fsdp.wrap or settings.fsdp.wrap_size
+        else "--fsdp.wrap CLASS, of its blocks",
         "deepspeed": "--strategy fsdp" if settings.deepspeed.stage == 3 else "--deepspeed.stage 3",
     }.get(settings.strategy, "--strategy fsdp")
     if objectives > 1:  # which zero1 alone can split
@@ -128,4 +180,8 @@ def _advice(settings: Settings, *, ranks: int, objectives: int) -> str:
         return f"Type {less}, and start more ranks."
     if less:
         return f"Type {less}, or start more ranks." if is_split else f"Type {less}."
-    return "Start more ranks." if is_split else "No strategy makes it less: take a smaller model, or GPUs with more memory."
+    return (
+        "Start more ranks."
+        if is_split
+        else "No strategy makes it less: take a smaller model, or GPUs with more memory."
+    )

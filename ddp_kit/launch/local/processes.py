@@ -31,7 +31,10 @@ def run(plan: Plan) -> int:
     """Starts the ranks and waits for their end. Returns: the exit code of the first rank that failed (128 + the signal), else 0."""
     with contextlib.ExitStack() as stack:
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            ranks = [stack.enter_context(_start(plan, rank, listener=listener)) for rank in range(plan.processes)]
+            ranks = [
+                stack.enter_context(_start(plan, rank, listener=listener))
+                for rank in range(plan.processes)
+            ]
         stack.enter_context(_forwarded(ranks))
         try:
             return _watch(ranks)
@@ -40,13 +43,26 @@ def run(plan: Plan) -> int:
 
 
 def _start(plan: Plan, rank: int, *, listener: socket.socket) -> "subprocess.Popen[bytes]":
-    facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": plan.processes, "LOCAL_WORLD_SIZE": plan.processes}
-    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), "DDP_KIT_LAUNCHER": "ddp-kit run"}
+    facts = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": plan.processes,
+        "LOCAL_WORLD_SIZE": plan.processes,
+    }
+    own = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(listener.getsockname()[1]),
+        "DDP_KIT_LAUNCHER": "ddp-kit run",
+    }
     if rank == 0:
         own["DDP_KIT_LISTENER"] = str(listener.fileno())
     return subprocess.Popen(
         plan.command,
-        env={**inside_job(environment()), **{name: str(value) for name, value in facts.items()}, **own},
+        env={
+            **inside_job(environment()),
+            **{name: str(value) for name, value in facts.items()},
+            **own,
+        },
         stdin=None if rank == 0 else subprocess.DEVNULL,
         pass_fds=[listener.fileno()] if rank == 0 else [],
         start_new_session=True,  # Ctrl-C reaches the launcher alone, which hands it on: twice would mean "leave at once"
@@ -76,7 +92,11 @@ def _forwarded(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
         for rank in ranks:
             rank.send_signal(number)
 
-    heard = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+    heard = [
+        number
+        for number in SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]  # as nohup has it
     before = {number: signal.signal(number, hand_on) for number in heard}
     try:
         yield
@@ -91,14 +111,20 @@ def _watch(ranks: Sequence["subprocess.Popen[bytes]"]) -> int:
     first: dict[int, int] = {}
     while _are_living(ranks) and time.monotonic() < end:
         first = first or _failed(ranks)
-        if first:  # what one rank refuses as usage all refuse, and the others would only say it again
+        if (
+            first
+        ):  # what one rank refuses as usage all refuse, and the others would only say it again
             patience_s = 0 if USAGE in _failed(ranks).values() else PEERS_S
             end = min(end, time.monotonic() + patience_s)
         time.sleep(POLL_S)
     first = first or _failed(ranks)
     for number, code in first.items():
         if code < 0:  # it could not say so itself, and its peers have failed after it, if only just
-            print(f"rank {number} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+            print(
+                f"rank {number} was ended by {signal.Signals(-code).name}",
+                file=sys.stderr,
+                flush=True,
+            )
             return 128 - code
     return next(iter(first.values()), 0)
 

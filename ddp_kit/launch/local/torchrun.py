@@ -8,7 +8,14 @@ from ddp_kit.launch.plan import Plan
 
 def command(plan: Plan) -> list[str]:
     """Returns torchrun's command line; its store gets a free port of its own choice."""
-    agent = [plan.python, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={plan.processes}", "--rdzv-backend=c10d"]
+    agent = [
+        plan.python,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        f"--nproc-per-node={plan.processes}",
+        "--rdzv-backend=c10d",
+    ]
     return [*agent, "--rdzv-endpoint=127.0.0.1:0", "-m", "ddp_kit.train", *plan.words]
 
 

@@ -14,8 +14,27 @@ from ddp_kit.launch.slurm.plan import SlurmPlan, minutes, options
 
 TIMEOUT_S = 60.0
 # every other state lives, those that a newer SLURM may add too: a job that is taken for dead would share its run directory with the next
-ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
-WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+)
+WAITING = (
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "RESV_DEL_HOLD",
+    "SPECIAL_EXIT",
+)
 MARK = "ddp_kit:"  # before the run's folder, in a job's comment
 
 
@@ -59,11 +78,15 @@ FORGOTTEN = "Invalid job id specified"  # a job that has ended some time ago
 def ask(*words: str) -> str:
     """Runs one of SLURM's commands. Returns: its output. Raises: LaunchError with what it said, or if there is no SLURM here."""
     if not has_slurm():
-        raise LaunchError("there is no SLURM client here (sbatch, squeue). On this machine alone: ddp-kit run RECIPE.py")
+        raise LaunchError(
+            "there is no SLURM client here (sbatch, squeue). On this machine alone: ddp-kit run RECIPE.py"
+        )
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
-        raise LaunchError(f"{words[0]} has not answered within {TIMEOUT_S:g} s: the cluster's controller may be down.") from error
+        raise LaunchError(
+            f"{words[0]} has not answered within {TIMEOUT_S:g} s: the cluster's controller may be down."
+        ) from error
     if done.returncode and FORGOTTEN not in done.stderr:
         raise LaunchError(f"{words[0]}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
@@ -72,7 +95,9 @@ def ask(*words: str) -> str:
 def jobs(*, ids: Sequence[str] = ()) -> list[Job]:
     """Returns this user's jobs that wait, run or have just ended; with `ids` only those. A job that SLURM has forgotten is left out."""
     only = [f"--jobs={','.join(ids)}"] if ids else []
-    text = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%k", *only)
+    text = ask(
+        "squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%k", *only
+    )
     here = name() if text else ""
     found = []
     for line in text.splitlines():
@@ -153,7 +178,11 @@ def require_fits(plan: SlurmPlan) -> None:
     passed = options(plan.sbatch)
     asked = passed.get("partition") or plan.partition or environment().get("SBATCH_PARTITION", "")
     names = asked.split(",") if asked else [known[0].name] if known else []
-    faults = [f"--partition {name}: there is none of that name; there are {', '.join(named)}" for name in names if name not in named]
+    faults = [
+        f"--partition {name}: there is none of that name; there are {', '.join(named)}"
+        for name in names
+        if name not in named
+    ]
     chosen = [named[name] for name in names if name in named]
     if chosen:
         nodes, gpus = max(row.nodes for row in chosen), max(row.gpus for row in chosen)
@@ -161,7 +190,11 @@ def require_fits(plan: SlurmPlan) -> None:
         where = f"partition {', '.join(row.name for row in chosen)}"
         if plan.nodes > nodes:
             faults.append(f"--nodes {plan.nodes}: {where} has {nodes}")
-        faults += [f"{flag}: a node of {where} has {gpus}" for flag, number in _asked_gpus(plan).items() if number > gpus]
+        faults += [
+            f"{flag}: a node of {where} has {gpus}"
+            for flag, number in _asked_gpus(plan).items()
+            if number > gpus
+        ]
         flag, time = plan.limit
         if time and minutes(time) > limit:
             faults.append(f"{flag}: {where} allows {limit:g} minutes")

@@ -14,7 +14,11 @@ from ddp_kit.launch.environment import environment
 from ddp_kit.launch.plan import LaunchError
 from ddp_kit.launch.slurm import cluster, task
 
-HEAD_S, POLL_S, ASK_S = 900.0, 0.2, 5.0  # SLURM notices a dead node after its SlurmdTimeout, at many sites 300 s
+HEAD_S, POLL_S, ASK_S = (
+    900.0,
+    0.2,
+    5.0,
+)  # SLURM notices a dead node after its SlurmdTimeout, at many sites 300 s
 
 
 def agent(run_dir: str, *words: str) -> str:
@@ -43,13 +47,25 @@ def _outlive(over: Path) -> None:
         asked = time.monotonic()
         with contextlib.suppress(LaunchError):  # a controller that is away for a while
             if head not in nodes_of(job):
-                print(f"ddp-kit: {head} is lost, and with it the batch script: the job ends this life", flush=True)
-                cluster.ask(*(("scontrol", "requeue") if environment().get("DDP_KIT_REQUEUE") else ("scancel",)), job)
+                print(
+                    f"ddp-kit: {head} is lost, and with it the batch script: the job ends this life",
+                    flush=True,
+                )
+                cluster.ask(
+                    *(
+                        ("scontrol", "requeue")
+                        if environment().get("DDP_KIT_REQUEUE")
+                        else ("scancel",)
+                    ),
+                    job,
+                )
                 return
 
 
 def nodes_of(job: str) -> list[str]:
     """Returns the nodes that a job has now. Raises: LaunchError if SLURM does not answer."""
     facts = cluster.ask("scontrol", "--oneliner", "show", "job", job).split()
-    names = next((word.removeprefix("NodeList=") for word in facts if word.startswith("NodeList=")), "")
+    names = next(
+        (word.removeprefix("NodeList=") for word in facts if word.startswith("NodeList=")), ""
+    )
     return cluster.ask("scontrol", "show", "hostnames", names).split()

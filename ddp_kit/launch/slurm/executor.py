@@ -38,14 +38,19 @@ class Executor(SlurmExecutor):
             jobs = [first]
             if plan.is_array:
                 tasks = range(first.num_tasks)
-                jobs = [self.job_class(folder=folder, job_id=f"{first.job_id}_{number}", tasks=tasks) for number in range(len(calls))]
+                jobs = [
+                    self.job_class(folder=folder, job_id=f"{first.job_id}_{number}", tasks=tasks)
+                    for number in range(len(calls))
+                ]
             for job, path in zip(jobs, pickles, strict=True):
                 job.paths.move_temporary_file(path, "submitted_pickle")
         except utils.FailedJobError as error:
             raise LaunchError(f"sbatch: {_said(error)}") from error
         except utils.FailedSubmissionError as error:
             said = str(error).splitlines()[0]
-            raise LaunchError(f"{said}: expected 'Submitted batch job N'. If there is one all the same (squeue --me): scancel N") from error
+            raise LaunchError(
+                f"{said}: expected 'Submitted batch job N'. If there is one all the same (squeue --me): scancel N"
+            ) from error
         finally:
             for path in (*pickles, self._temporary):  # SLURM has its own copy of the script
                 path.unlink(missing_ok=True)
@@ -68,25 +73,57 @@ def call_of(plan: SlurmPlan, run: Run) -> Sequence[Any]:
         return (task.rank, run.folder, *run.words)
     agents = {"torchrun": torchrun_agent, "accelerate": accelerate_agent}
     agent = elastic.agent if plan.min_nodes else task.agent
-    return (agent, run.folder, *agents[plan.launcher](plan), "--", "-m", "ddp_kit.train", *run.words)
+    return (
+        agent,
+        run.folder,
+        *agents[plan.launcher](plan),
+        "--",
+        "-m",
+        "ddp_kit.train",
+        *run.words,
+    )
 
 
 def torchrun_agent(plan: SlurmPlan) -> list[str]:
     """Returns a node's torchrun, with {nodes}, {head}, {port} and {job} to be filled in on the node."""
     least = f"{plan.min_nodes}:" if plan.min_nodes else ""
-    counts = [f"--nnodes={least}{{nodes}}", f"--nproc-per-node={plan.processes}", f"--max-restarts={plan.restarts}"]
-    return [plan.python, "-m", "torch.distributed.run", *counts, "--rdzv-backend=c10d", "--rdzv-endpoint={head}:{port}", "--rdzv-id={job}"]
+    counts = [
+        f"--nnodes={least}{{nodes}}",
+        f"--nproc-per-node={plan.processes}",
+        f"--max-restarts={plan.restarts}",
+    ]
+    return [
+        plan.python,
+        "-m",
+        "torch.distributed.run",
+        *counts,
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint={head}:{port}",
+        "--rdzv-id={job}",
+    ]
 
 
 def accelerate_agent(plan: SlurmPlan) -> list[str]:
     """Returns a node's accelerate launcher. `--multi_gpu` on CPUs too: `--cpu` over two machines makes two worlds without a word."""
-    counts = [f"--num_machines={plan.nodes}", f"--num_processes={plan.nodes * plan.processes}", "--machine_rank={node}"]
+    counts = [
+        f"--num_machines={plan.nodes}",
+        f"--num_processes={plan.nodes * plan.processes}",
+        "--machine_rank={node}",
+    ]
     meeting = ["--main_process_ip={head}", "--main_process_port={port}", "--rdzv_backend=c10d"]
-    kinds = ["--multi_gpu" if plan.nodes * plan.processes > 1 else "--cpu", "--mixed_precision=no", "--dynamo_backend=no"]
+    kinds = [
+        "--multi_gpu" if plan.nodes * plan.processes > 1 else "--cpu",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+    ]
     return [plan.python, "-m", "accelerate.commands.launch", *counts, *meeting, *kinds]
 
 
 def _said(error: Exception) -> str:
     """What sbatch has written, without submitit's frame around it."""
-    lines = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line.startswith("sbatch: error: ")]
+    lines = [
+        line.removeprefix("sbatch: error: ")
+        for line in str(error).splitlines()
+        if line.startswith("sbatch: error: ")
+    ]
     return "; ".join(lines) or str(error)

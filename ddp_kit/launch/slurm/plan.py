@@ -20,16 +20,33 @@ PRESETS: dict[str, dict[str, str]] = {
     "no-infiniband": {"NCCL_IB_DISABLE": "1"},
     "flight-recorder": {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"},
 }
-TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+TIME = re.compile(
+    r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE
+)
 MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 VARIABLE = re.compile(r"[A-Za-z_]\w*=[^\n]*")
 OPTION = re.compile(r"-{0,2}([a-z][a-z0-9-]*)(=.*)?", re.DOTALL)
 OURS = (
-    *("nodes", "ntasks", "ntasks-per-node", "output", "error", "open-mode", "signal", "array", "chdir", "job-name", "comment"),
+    *(
+        "nodes",
+        "ntasks",
+        "ntasks-per-node",
+        "output",
+        "error",
+        "open-mode",
+        "signal",
+        "array",
+        "chdir",
+        "job-name",
+        "comment",
+    ),
     *("requeue", "no-requeue"),
 )
 NO_START = ("test-only", "help", "usage", "version")
-NO_JOB = {"sbatch": (*NO_START, "parsable", "quiet", "wait", "wrap"), "srun": NO_START}  # or sbatch does not say which job it has made
+NO_JOB = {
+    "sbatch": (*NO_START, "parsable", "quiet", "wait", "wrap"),
+    "srun": NO_START,
+}  # or sbatch does not say which job it has made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +98,14 @@ class SlurmPlan:
 
     def __post_init__(self) -> None:
         recipe = self.runs[0].words[0]
-        is_copied = Path(recipe).is_file() or (not recipe.endswith(".py") and self.snapshot != "" and Path(self.snapshot).is_dir())
-        faults = [] if is_copied else recipe_faults([self.source] if self.source else [], verb="slurm --nodes 2")
+        is_copied = Path(recipe).is_file() or (
+            not recipe.endswith(".py") and self.snapshot != "" and Path(self.snapshot).is_dir()
+        )
+        faults = (
+            []
+            if is_copied
+            else recipe_faults([self.source] if self.source else [], verb="slurm --nodes 2")
+        )
         faults += _number_faults(self) + _text_faults(self) + _list_faults(self)
         if faults:
             raise LaunchError("; ".join(faults) + ".")
@@ -107,7 +130,9 @@ class SlurmPlan:
     def environment(self) -> dict[str, str]:
         """The variables that presets and `--env` set; the latter win."""
         named = {name: value for preset in self.preset for name, value in PRESETS[preset].items()}
-        return named | {name: value for name, _, value in (pair.partition("=") for pair in self.env)}
+        return named | {
+            name: value for name, _, value in (pair.partition("=") for pair in self.env)
+        }
 
     def to_json(self) -> str:
         """Returns the plan as text; `from_json` gives it back."""
@@ -119,12 +144,21 @@ class SlurmPlan:
         try:
             found = json.loads(text)
         except json.JSONDecodeError as error:
-            raise LaunchError(f"the plan is torn ({error}). Submit the run anew: ddp-kit slurm ... RECIPE.py --run-dir RUN") from error
+            raise LaunchError(
+                f"the plan is torn ({error}). Submit the run anew: ddp-kit slurm ... RECIPE.py --run-dir RUN"
+            ) from error
         known = {field.name for field in dataclasses.fields(cls)}
         if set(found) - known:
-            raise LaunchError(f"the plan holds {', '.join(sorted(set(found) - known))}, which this version of ddp_kit does not know.")
-        runs = tuple(Run(folder=run["folder"], words=tuple(run["words"])) for run in found.pop("runs"))
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+            raise LaunchError(
+                f"the plan holds {', '.join(sorted(set(found) - known))}, which this version of ddp_kit does not know."
+            )
+        runs = tuple(
+            Run(folder=run["folder"], words=tuple(run["words"])) for run in found.pop("runs")
+        )
+        values = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in found.items()
+        }
         return cls(**{**values, "runs": runs, **changes})
 
 
@@ -145,7 +179,15 @@ def minutes(text: str) -> float:
 
 
 def _number_faults(plan: SlurmPlan) -> list[str]:
-    least = {"nodes": 1, "processes": 1, "gpus_per_node": 0, "cpus_per_task": 0, "max_restarts": 0, "warn_s": 1, "max_requeues": 0}
+    least = {
+        "nodes": 1,
+        "processes": 1,
+        "gpus_per_node": 0,
+        "cpus_per_task": 0,
+        "max_restarts": 0,
+        "warn_s": 1,
+        "max_requeues": 0,
+    }
     least |= {"min_nodes": 0, "parallel": 0}
     flags = {"processes": "nproc-per-node"}
     faults = [
@@ -155,13 +197,21 @@ def _number_faults(plan: SlurmPlan) -> list[str]:
     ]
     flag, time = plan.limit
     if time and 0 < minutes(time) * 60 <= plan.warn_s:  # 0: no limit
-        faults.append(f"--warn-s {plan.warn_s}: expected fewer than the {minutes(time) * 60:g} seconds of {flag}")
+        faults.append(
+            f"--warn-s {plan.warn_s}: expected fewer than the {minutes(time) * 60:g} seconds of {flag}"
+        )
     if plan.max_restarts and plan.launcher != "torchrun":
-        faults.append("--max-restarts needs --launcher torchrun: srun starts each rank once, and the job is requeued")
+        faults.append(
+            "--max-restarts needs --launcher torchrun: srun starts each rank once, and the job is requeued"
+        )
     if plan.min_nodes and plan.launcher != "torchrun":
-        faults.append(f"--min-nodes needs --launcher torchrun: {plan.launcher} cannot go on without a node, and the job is requeued")
+        faults.append(
+            f"--min-nodes needs --launcher torchrun: {plan.launcher} cannot go on without a node, and the job is requeued"
+        )
     if plan.min_nodes and plan.min_nodes >= plan.nodes:
-        faults.append(f"--min-nodes {plan.min_nodes}: expected fewer than --nodes {plan.nodes}, or 0 for all of them")
+        faults.append(
+            f"--min-nodes {plan.min_nodes}: expected fewer than --nodes {plan.nodes}, or 0 for all of them"
+        )
     return faults
 
 
@@ -185,29 +235,53 @@ def _text_faults(plan: SlurmPlan) -> list[str]:
         "container_image",
         "container_mounts",
     )
-    faults += [f"--{name.replace('_', '-')}: it holds a line break" for name in texts if "\n" in getattr(plan, name)]
+    faults += [
+        f"--{name.replace('_', '-')}: it holds a line break"
+        for name in texts
+        if "\n" in getattr(plan, name)
+    ]
     for path in dict.fromkeys((plan.folder, plan.chdir, *(run.folder for run in plan.runs))):
-        if set(path) & set("%\\\n"):  # SLURM and submitit put job ids in place of %j; SLURM drops backslashes
-            faults += [f"{path!r}: a folder of a SLURM job must have no %, \\ or line break in its path. Type another --run-dir"]
+        if set(path) & set(
+            "%\\\n"
+        ):  # SLURM and submitit put job ids in place of %j; SLURM drops backslashes
+            faults += [
+                f"{path!r}: a folder of a SLURM job must have no %, \\ or line break in its path. Type another --run-dir"
+            ]
     if any(":" in path for path in plan.code):  # between Python's folders
-        faults += [f"{plan.snapshot!r}: Python looks into no folder with a : in its path. Type another --run-dir, or --no-snapshot"]
+        faults += [
+            f"{plan.snapshot!r}: Python looks into no folder with a : in its path. Type another --run-dir, or --no-snapshot"
+        ]
     return faults
 
 
 def _list_faults(plan: SlurmPlan) -> list[str]:
-    faults = [f"--env-preset {name}: expected {', '.join(PRESETS)}" for name in plan.preset if name not in PRESETS]
-    faults += [f"--env {pair}: expected NAME=VALUE" for pair in plan.env if not VARIABLE.fullmatch(pair)]
+    faults = [
+        f"--env-preset {name}: expected {', '.join(PRESETS)}"
+        for name in plan.preset
+        if name not in PRESETS
+    ]
+    faults += [
+        f"--env {pair}: expected NAME=VALUE" for pair in plan.env if not VARIABLE.fullmatch(pair)
+    ]
     faults += [f"--setup {line!r}: one line a flag" for line in plan.setup if "\n" in line]
     for flag, given in {"sbatch": plan.sbatch, "srun": plan.srun}.items():
         for option in given:
             match = OPTION.fullmatch(option)
-            ours = [name for name in OURS if match and name.startswith(match[1])]  # sbatch takes their beginnings too
+            ours = [
+                name for name in OURS if match and name.startswith(match[1])
+            ]  # sbatch takes their beginnings too
             if not match or "\n" in option:
-                faults.append(f"--{flag} {option}: expected a long option of {flag} as NAME=VALUE or NAME")
+                faults.append(
+                    f"--{flag} {option}: expected a long option of {flag} as NAME=VALUE or NAME"
+                )
             elif ours:
-                faults.append(f"--{flag} {option}: {ours[0]} is set by ddp_kit. `ddp-kit slurm --help` lists its flags")
+                faults.append(
+                    f"--{flag} {option}: {ours[0]} is set by ddp_kit. `ddp-kit slurm --help` lists its flags"
+                )
             elif match[1] in NO_JOB[flag]:
-                faults.append(f"--{flag} {option}: no job would come of it. To see the script: --dry-run")
+                faults.append(
+                    f"--{flag} {option}: no job would come of it. To see the script: --dry-run"
+                )
     return faults
 
 

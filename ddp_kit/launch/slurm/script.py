@@ -121,12 +121,25 @@ def directives(plan: SlurmPlan) -> Mapping[str, str | None]:
         "open-mode": "append",
         "nodes": str(plan.nodes),  # not the least of them too: SLURM would hand out no more
         "ntasks-per-node": "1" if one_task else str(plan.processes),
-        "cpus-per-task": str(plan.cpus_per_task * (plan.processes if one_task else 1)) if plan.cpus_per_task else "",
+        "cpus-per-task": str(plan.cpus_per_task * (plan.processes if one_task else 1))
+        if plan.cpus_per_task
+        else "",
         "gpus-per-node": str(plan.gpus_per_node) if plan.gpus_per_node else "",
         "mem": plan.memory,
         "time": plan.time,
         "array": f"0-{len(plan.runs) - 1}{every}" if plan.is_array else "",
-        **{name: getattr(plan, name) for name in ("partition", "qos", "account", "constraint", "exclude", "nodelist", "dependency")},
+        **{
+            name: getattr(plan, name)
+            for name in (
+                "partition",
+                "qos",
+                "account",
+                "constraint",
+                "exclude",
+                "nodelist",
+                "dependency",
+            )
+        },
         "signal": f"USR1@{plan.warn_s}",
     }
     flags: dict[str, str | None] = {name: value for name, value in asked.items() if value}
@@ -146,7 +159,10 @@ def variables(plan: SlurmPlan) -> set[str]:
 
 
 def _head(plan: SlurmPlan) -> str:
-    lines = (f"#SBATCH --{name}" + ("" if value is None else f"={_sbatch_quoted(value)}") for name, value in directives(plan).items())
+    lines = (
+        f"#SBATCH --{name}" + ("" if value is None else f"={_sbatch_quoted(value)}")
+        for name, value in directives(plan).items()
+    )
     return _text(["#!/bin/bash", *lines])
 
 
@@ -159,7 +175,10 @@ def _sbatch_quoted(value: str) -> str:
 def _places(plan: SlurmPlan) -> str:
     """Which run this job is, and whether it may live once more."""
     if plan.is_array:
-        cases = [f"  {number}) ddp_kit_run={shlex.quote(run.folder)} ;;" for number, run in enumerate(plan.runs)]
+        cases = [
+            f"  {number}) ddp_kit_run={shlex.quote(run.folder)} ;;"
+            for number, run in enumerate(plan.runs)
+        ]
         where = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
     else:
         where = [f"ddp_kit_run={shlex.quote(plan.runs[0].folder)}"]
@@ -185,15 +204,26 @@ def _surroundings(plan: SlurmPlan) -> str:
         "DDP_KIT_REQUEUE": "1" if plan.max_requeues else "",
         "DDP_KIT_GRACE_S": str(plan.warn_s),
         "DDP_KIT_PREFLIGHT_S": str(PREFLIGHT_S),
-        "PYTHONSAFEPATH": "1" if plan.code else "",  # a program's own folder would come before the copied code
+        "PYTHONSAFEPATH": "1"
+        if plan.code
+        else "",  # a program's own folder would come before the copied code
     }
-    stated = {**{name: value for name, value in own.items() if value}, **plan.environment}  # --env A= makes it empty
+    stated = {
+        **{name: value for name, value in own.items() if value},
+        **plan.environment,
+    }  # --env A= makes it empty
     lines = [f"export {name}={shlex.quote(value)}" for name, value in stated.items()]
-    lines.append('export DDP_KIT_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)"')
+    lines.append(
+        'export DDP_KIT_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)"'
+    )
     if plan.code:
-        lines.append(f"export PYTHONPATH={shlex.quote(':'.join(plan.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+        lines.append(
+            f"export PYTHONPATH={shlex.quote(':'.join(plan.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+        )
     lines.append("export SUBMITIT_EXECUTOR=slurm")
-    lines.append('[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK')  # srun does not take it from sbatch
+    lines.append(
+        '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK'
+    )  # srun does not take it from sbatch
     return _text(lines)
 
 
@@ -217,11 +247,24 @@ def _step(plan: SlurmPlan) -> str:
     pattern = f"{folder}/%A_%a_%t_log" if plan.is_array else f"{folder}/%j_%t_log"
     tasks = '"$SLURM_NNODES"' if plan.launcher != "srun" else '"$SLURM_NTASKS"'
     # the agents that are left re-form; with an input from srun they would be killed when srun's node dies
-    ends = ["--no-kill", "--kill-on-bad-exit=0", "--input=none"] if plan.min_nodes else ["--kill-on-bad-exit=1"]
-    flags = [*ends, "--unbuffered", "--open-mode=append", f"--output={pattern}.out", f"--error={pattern}.err"]
+    ends = (
+        ["--no-kill", "--kill-on-bad-exit=0", "--input=none"]
+        if plan.min_nodes
+        else ["--kill-on-bad-exit=1"]
+    )
+    flags = [
+        *ends,
+        "--unbuffered",
+        "--open-mode=append",
+        f"--output={pattern}.out",
+        f"--error={pattern}.err",
+    ]
     container = {"container-image": plan.container_image, "container-mounts": plan.container_mounts}
     passed = {**{name: value for name, value in container.items() if value}, **options(plan.srun)}
-    flags += [f"--{name}" + ("" if value is None else f"={shlex.quote(value)}") for name, value in passed.items()]
+    flags += [
+        f"--{name}" + ("" if value is None else f"={shlex.quote(value)}")
+        for name, value in passed.items()
+    ]
     per_node = 1 if plan.launcher != "srun" else plan.processes
     program = f"bash -c {shlex.quote(TASK)} sh {shlex.quote(plan.python)} -u -m submitit.core._submit {folder}"
     lines.append(" \\\n  ".join([f"srun -n {tasks} --ntasks-per-node={per_node}", *flags, program]))

@@ -37,7 +37,11 @@ class Code:
         repository (`src` on PYTHONPATH, an editable install), then at the root.
         """
         looked = [chdir, *(Path(path).resolve() for path in paths)]
-        inside = [self.copy / path.relative_to(self.root) for path in looked if path.is_relative_to(self.root)]
+        inside = [
+            self.copy / path.relative_to(self.root)
+            for path in looked
+            if path.is_relative_to(self.root)
+        ]
         return tuple(dict.fromkeys(str(path) for path in [*inside, self.copy]))
 
     def take(self) -> None:
@@ -54,20 +58,39 @@ class Code:
                 shutil.rmtree(self.copy)
             unfinished.rename(self.copy)
         except OSError as error:
-            raise LaunchError(f"{self.copy}: the code cannot be copied there ({error.strerror}). Type another --run-dir.") from error
+            raise LaunchError(
+                f"{self.copy}: the code cannot be copied there ({error.strerror}). Type another --run-dir."
+            ) from error
         if self.is_tracked:
-            revision = _git(self.root, "rev-parse", "--verify", "--quiet", "HEAD", check=False).decode().strip()
+            revision = (
+                _git(self.root, "rev-parse", "--verify", "--quiet", "HEAD", check=False)
+                .decode()
+                .strip()
+            )
             about = {"revision": revision, "root": str(self.root)}
-            self.copy.with_name("code.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            self.copy.with_name("code.diff").write_bytes(_git(self.root, "diff", "HEAD", check=False))
+            self.copy.with_name("code.json").write_text(
+                json.dumps(about, indent=2) + "\n", encoding="utf-8"
+            )
+            self.copy.with_name("code.diff").write_bytes(
+                _git(self.root, "diff", "HEAD", check=False)
+            )
 
     def _files(self) -> Iterator[Path]:
         """The files of the code, relative to the root: what git tracks, and Python files beside the recipe that it does not yet."""
         beside = self.recipe.parent.relative_to(self.root)
         if self.is_tracked:
             tracked = _git(self.root, "ls-files", "-z").split(b"\0")
-            new = _git(self.root, "ls-files", "-z", "--others", "--", f":(glob,top){(beside / '*.py').as_posix()}").split(b"\0")
-            found: Sequence[Path] = [Path(os.fsdecode(name)) for name in dict.fromkeys([*tracked, *new]) if name]
+            new = _git(
+                self.root,
+                "ls-files",
+                "-z",
+                "--others",
+                "--",
+                f":(glob,top){(beside / '*.py').as_posix()}",
+            ).split(b"\0")
+            found: Sequence[Path] = [
+                Path(os.fsdecode(name)) for name in dict.fromkeys([*tracked, *new]) if name
+            ]
         else:
             found = [path.relative_to(self.root) for path in sorted(self.root.glob("*.py"))]
         for path in found:
@@ -79,8 +102,17 @@ class Code:
 def code_of(recipe: Path, *, copy: Path) -> Code:
     """Returns the code that a recipe belongs to. Reads only. Raises: LaunchError if git refuses to read the repository around it."""
     recipe = recipe.resolve()
-    top = _git(recipe.parent, "rev-parse", "--show-toplevel", allows=OUTSIDE).rstrip(b"\n") if recipe.parent.is_dir() else b""
-    return Code(recipe=recipe, root=Path(os.fsdecode(top)).resolve() if top else recipe.parent, copy=copy, is_tracked=bool(top))
+    top = (
+        _git(recipe.parent, "rev-parse", "--show-toplevel", allows=OUTSIDE).rstrip(b"\n")
+        if recipe.parent.is_dir()
+        else b""
+    )
+    return Code(
+        recipe=recipe,
+        root=Path(os.fsdecode(top)).resolve() if top else recipe.parent,
+        copy=copy,
+        is_tracked=bool(top),
+    )
 
 
 def code_of_module(name: str, *, copy: Path, paths: Sequence[str]) -> Code | None:
@@ -102,7 +134,9 @@ def _git(folder: Path, *arguments: str, check: bool = True, allows: str = "\0") 
     command = ["git", "-C", str(folder), *arguments]
     environ = {**environment(), "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, env=environ, capture_output=True, check=False, timeout=GIT_TIMEOUT_S)
+        done = subprocess.run(
+            command, env=environ, capture_output=True, check=False, timeout=GIT_TIMEOUT_S
+        )
     except FileNotFoundError:
         return b""
     except subprocess.TimeoutExpired as error:
@@ -111,5 +145,7 @@ def _git(folder: Path, *arguments: str, check: bool = True, allows: str = "\0") 
         ) from error
     said = done.stderr.decode(errors="replace").strip()
     if check and done.returncode and allows not in said:
-        raise LaunchError(f"git {arguments[0]} in {folder}: {said}. --no-snapshot goes without a copy.")
+        raise LaunchError(
+            f"git {arguments[0]} in {folder}: {said}. --no-snapshot goes without a copy."
+        )
     return done.stdout if done.returncode == 0 else b""

@@ -33,7 +33,10 @@ def rank(run_dir: str, *words: str) -> str:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, _too_early(Path(run_dir)))
     sys.argv = ["ddp_kit.train", *words]
-    return _ended(lambda: runpy.run_module("ddp_kit.train", run_name="__main__", alter_sys=True), run_dir=Path(run_dir))
+    return _ended(
+        lambda: runpy.run_module("ddp_kit.train", run_name="__main__", alter_sys=True),
+        run_dir=Path(run_dir),
+    )
 
 
 def _too_early(run_dir: Path) -> Callable[[int, FrameType | None], None]:
@@ -47,7 +50,9 @@ def _too_early(run_dir: Path) -> Callable[[int, FrameType | None], None]:
             _failed_first(128 + number)
             os._exit(128 + number)
         if environment()["SLURM_PROCID"] == "0":
-            (run_dir / "requeue").write_text(f"{signal.Signals(number).name} before training began\n")
+            (run_dir / "requeue").write_text(
+                f"{signal.Signals(number).name} before training began\n"
+            )
         os._exit(REQUEUE)
 
     return leave
@@ -58,15 +63,30 @@ def agent(run_dir: str, *words: str) -> str:
     filled in, then the rest as it is. Returns and raises as `rank` does.
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # handed down: an agent dies of them, and its workers install handlers of their own
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # handed down: an agent dies of them, and its workers install handlers of their own
     told: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):  # they go to every process of the step: the agent and its ranks act on them
-        signal.signal(number, lambda number, frame: told.append(number))  # and this one waits for them
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # they go to every process of the step: the agent and its ranks act on them
+        signal.signal(
+            number, lambda number, frame: told.append(number)
+        )  # and this one waits for them
     facts = environment()
     life = f"{facts['SLURM_JOB_ID']}.{facts.get('SLURM_RESTART_COUNT', '0')}"
     hosts = facts["DDP_KIT_HOSTS"].split(",")
-    port = _port(Path(facts["SUBMITIT_FOLDER"]) / f"{life}.port", is_head=facts["SLURM_NODEID"] == "0")
-    facts_of_agent = {"{nodes}": str(len(hosts)), "{head}": hosts[0], "{port}": str(port), "{node}": facts["SLURM_NODEID"], "{job}": life}
+    port = _port(
+        Path(facts["SUBMITIT_FOLDER"]) / f"{life}.port", is_head=facts["SLURM_NODEID"] == "0"
+    )
+    facts_of_agent = {
+        "{nodes}": str(len(hosts)),
+        "{head}": hosts[0],
+        "{port}": str(port),
+        "{node}": facts["SLURM_NODEID"],
+        "{job}": life,
+    }
     at = words.index("--")
     command = [*(_filled(word, facts_of_agent) for word in words[:at]), *words[at + 1 :]]
     # the default store is shared by the generations of ranks, and a restarted one finds the dead one's addresses (pytorch #135712)
@@ -75,9 +95,15 @@ def agent(run_dir: str, *words: str) -> str:
 
     def run() -> None:
         code = subprocess.run(command, env=environ, check=False).returncode
-        status = _status(Path(run_dir)) if _stamp(Path(run_dir)) != before else {}  # not an earlier life's
+        status = (
+            _status(Path(run_dir)) if _stamp(Path(run_dir)) != before else {}
+        )  # not an earlier life's
         code = code if code >= 0 else 128 - code
-        raise SystemExit(_code_of_ranks(code, run_dir=Path(run_dir), status=status, is_told=signal.SIGTERM in told))
+        raise SystemExit(
+            _code_of_ranks(
+                code, run_dir=Path(run_dir), status=status, is_told=signal.SIGTERM in told
+            )
+        )
 
     return _ended(run, run_dir=Path(run_dir))
 
@@ -109,8 +135,14 @@ def _filled(word: str, facts: Mapping[str, str]) -> str:
 def _port(path: Path, *, is_head: bool) -> int:
     """Returns the port of the head node's store: the first free one from the job's own on. The head tells the others by a file."""
     if is_head:
-        number = int(environment()["SLURM_JOB_ID"]) * 7 + int(environment().get("SLURM_RESTART_COUNT", "0"))
-        port = next(port for port in (20000 + (number + step) % 10000 for step in range(10000)) if _is_free(port))
+        number = int(environment()["SLURM_JOB_ID"]) * 7 + int(
+            environment().get("SLURM_RESTART_COUNT", "0")
+        )
+        port = next(
+            port
+            for port in (20000 + (number + step) % 10000 for step in range(10000))
+            if _is_free(port)
+        )
         temporary = path.with_suffix(".tmp")
         temporary.write_text(str(port))
         temporary.replace(path)
@@ -118,7 +150,9 @@ def _port(path: Path, *, is_head: bool) -> int:
     end = time.monotonic() + PORT_S
     while not path.exists():
         if time.monotonic() > end:
-            raise RuntimeError(f"{socket.gethostname()}: the job's first node has not said its port within {PORT_S:g} s ({path})")
+            raise RuntimeError(
+                f"{socket.gethostname()}: the job's first node has not said its port within {PORT_S:g} s ({path})"
+            )
         time.sleep(0.1)
     return int(path.read_text())
 
@@ -139,7 +173,10 @@ def _ended(run: Callable[[], object], *, run_dir: Path) -> str:
     from submitit.core import utils
 
     result = JobEnvironment().paths.result_pickle
-    for stale in (result, result.with_suffix(result.suffix + ".save_tmp")):  # of a life whose node died
+    for stale in (
+        result,
+        result.with_suffix(result.suffix + ".save_tmp"),
+    ):  # of a life whose node died
         stale.unlink(missing_ok=True)
     code: object = 0
     try:
@@ -154,7 +191,11 @@ def _ended(run: Callable[[], object], *, run_dir: Path) -> str:
         return _text(run_dir / "status.json")
     if code != REQUEUE:
         _failed_first(int(code) if isinstance(code, int) else 1)
-        failure = _failure(code, reason=str(_status(run_dir).get("reason", "")), errors=_text(JobEnvironment().paths.stderr))
+        failure = _failure(
+            code,
+            reason=str(_status(run_dir).get("reason", "")),
+            errors=_text(JobEnvironment().paths.stderr),
+        )
         with utils.temporary_save_path(result) as path:
             utils.cloudpickle_dump(("error", failure), path)
     raise SystemExit(code)

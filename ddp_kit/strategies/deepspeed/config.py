@@ -95,8 +95,12 @@ class Noted(dict[str, Any]):
         known = {*map(str, self._sought), *DECIDED}
         unknown = [(key, nearest(key, known)) for key in self if key not in known]
         if unknown:
-            named = ", ".join(f"{key!r}{f' (did you mean {near!r}?)' if near else ''}" for key, near in unknown)
-            raise ConfigError(f"--deepspeed.config {path}: DeepSpeed knows no {named} and would pass over it. Take it out, or mend it.")
+            named = ", ".join(
+                f"{key!r}{f' (did you mean {near!r}?)' if near else ''}" for key, near in unknown
+            )
+            raise ConfigError(
+                f"--deepspeed.config {path}: DeepSpeed knows no {named} and would pass over it. Take it out, or mend it."
+            )
 
 
 def config_of(settings: DeepSpeed) -> dict[str, Any]:
@@ -105,10 +109,21 @@ def config_of(settings: DeepSpeed) -> dict[str, Any]:
     Raises: ConfigError for a file that cannot be read, and for all of its keys that something else decides.
     """
     config = _read(settings.config) if settings.config else {}
-    faults = [f"  {key}: {json.dumps(value)[:60]}   decided by {DECIDED[key]}" for key, value in _flat(config).items() if key in DECIDED]
+    faults = [
+        f"  {key}: {json.dumps(value)[:60]}   decided by {DECIDED[key]}"
+        for key, value in _flat(config).items()
+        if key in DECIDED
+    ]
     unset = [key for key, value in _flat(config).items() if value == "auto" and key not in DECIDED]
     if faults:
-        raise ConfigError("\n".join([f"--deepspeed.config {settings.config}: take these out, which something else decides:", *faults]))
+        raise ConfigError(
+            "\n".join(
+                [
+                    f"--deepspeed.config {settings.config}: take these out, which something else decides:",
+                    *faults,
+                ]
+            )
+        )
     if unset:
         raise ConfigError(
             f'--deepspeed.config {settings.config}: {some(unset)}: "auto" is for others to fill in. Type a value, or leave it out.'
@@ -133,7 +148,9 @@ def _read(path: str) -> dict[str, Any]:
     try:
         config = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"--deepspeed.config {path}: {error.strerror}. Expected a JSON file with DeepSpeed's settings.") from error
+        raise ConfigError(
+            f"--deepspeed.config {path}: {error.strerror}. Expected a JSON file with DeepSpeed's settings."
+        ) from error
     except ValueError as error:
         raise ConfigError(f"--deepspeed.config {path}: this is no JSON: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):

@@ -64,13 +64,17 @@ class Zero:
             self._group.others.append(own)
         self._group.closing.callback(self._release)
         gathered = [
-            module for module in self._root.modules() if self._stage == 3 and next(module.parameters(recurse=False), None) is not None
+            module
+            for module in self._root.modules()
+            if self._stage == 3 and next(module.parameters(recurse=False), None) is not None
         ]
         self._uses = Uses(self._root, gathered, is_summed_in_order=self._stage > 0)
         if not self._stage:
             return Wrapped(call=Through(self._root, call, self._uses), step=self._engine.step)
         assert self._group.training is not None
-        moments = Moments(optimizer, places_of(self._engine.optimizer, stage=self._stage), self._group.training)
+        moments = Moments(
+            optimizer, places_of(self._engine.optimizer, stage=self._stage), self._group.training
+        )
         return Wrapped(
             call=Through(self._engine, call, self._uses),
             step=self._engine.step,
@@ -80,8 +84,15 @@ class Zero:
         )
 
     def _initialized(self, optimizer: Optimizer) -> Any:
-        place, device, config = self._group.topology.local_rank, self._group.device.index, Noted(self._config)
-        with self._group.connecting(), environment_default("LOCAL_RANK", str(place)):  # which srun does not set
+        place, device, config = (
+            self._group.topology.local_rank,
+            self._group.device.index,
+            Noted(self._config),
+        )
+        with (
+            self._group.connecting(),
+            environment_default("LOCAL_RANK", str(place)),
+        ):  # which srun does not set
             try:
                 engine, *_ = self._package.initialize(
                     args=SimpleNamespace(device_rank=place if device is None else device),
@@ -90,10 +101,16 @@ class Zero:
                     config=config,
                     dist_init_required=False,
                 )
-            except (AssertionError, ValueError, self._package.runtime.config.DeepSpeedConfigError) as error:
+            except (
+                AssertionError,
+                ValueError,
+                self._package.runtime.config.DeepSpeedConfigError,
+            ) as error:
                 if not self._file:
                     raise
-                raise ConfigError(f"--deepspeed.config {self._file}: DeepSpeed does not take it: {error}") from error
+                raise ConfigError(
+                    f"--deepspeed.config {self._file}: DeepSpeed does not take it: {error}"
+                ) from error
         config.require_known(self._file)
         return engine
 
@@ -105,7 +122,10 @@ class Zero:
             return self._root(function, *args)
         is_first, self._has_evaluated = not self._has_evaluated, True
         try:  # the first one, in rehearsal, with a graph, by which a use of weights that are not there is seen
-            with torch.set_grad_enabled(is_first), Ungathered(self._root.model) if is_first else nullcontext():
+            with (
+                torch.set_grad_enabled(is_first),
+                Ungathered(self._root.model) if is_first else nullcontext(),
+            ):
                 result = self._root(function, *args)
             return tree_map_only(torch.Tensor, torch.Tensor.detach, result)
         finally:
@@ -132,11 +152,19 @@ class Zero:
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:
         """Gradients add up on each rank (at stages 2 and 3 in its partition) until the last micro-batch, whose backward ends the sum."""
         engine = self._engine
-        if self._stage == 3 and engine.is_gradient_accumulation_boundary():  # a step begins: its first sum replaces the one before
+        if (
+            self._stage == 3 and engine.is_gradient_accumulation_boundary()
+        ):  # a step begins: its first sum replaces the one before
             engine.optimizer.zero_grad()
         engine.set_gradient_accumulation_boundary(is_last)
-        is_first, self._has_looked = self._stage == 3 and not self._has_looked, True  # once, in rehearsal
-        with self._uses.micro_batch(wrapped), Ungathered(self._root.model) if is_first else nullcontext():
+        is_first, self._has_looked = (
+            self._stage == 3 and not self._has_looked,
+            True,
+        )  # once, in rehearsal
+        with (
+            self._uses.micro_batch(wrapped),
+            Ungathered(self._root.model) if is_first else nullcontext(),
+        ):
             yield
         if is_last and not self._stage:
             engine.allreduce_gradients()
@@ -146,7 +174,11 @@ class Zero:
         if not self._stage:
             return [parameter.grad for parameter in parameters if parameter.grad is not None]
         wanted = {id(parameter) for parameter in parameters}
-        return [part for parameter, part in gradients_of(self._engine.optimizer, stage=self._stage) if id(parameter) in wanted]
+        return [
+            part
+            for parameter, part in gradients_of(self._engine.optimizer, stage=self._stage)
+            if id(parameter) in wanted
+        ]
 
     def _release(self) -> None:
         """Lets go of the process groups, which must be gone before they are destroyed, and of what DeepSpeed keeps in its modules."""
@@ -162,7 +194,9 @@ def _imported(group: Group) -> Any:
 
     Without its operation over shared memory, which training does not use: DeepSpeed would compile it here, and need gcc.
     """
-    nvml = environment_default("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # which DeepSpeed sets, and leaves set
+    nvml = environment_default(
+        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+    )  # which DeepSpeed sets, and leaves set
     with nvml, environment_default("DS_ACCELERATOR", group.device.type):
         package = require("deepspeed", extra="deepspeed")
         package.accelerator.get_accelerator()

@@ -42,10 +42,24 @@ def _places_1_2(zero: Any) -> Iterator[tuple[nn.Parameter, Place]]:
     rank = dist.get_rank(zero.dp_process_group)
     for i, partition in enumerate(zero.single_partition_of_fp32_groups):
         begin = rank * partition.numel()
-        for parameter, offset in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
-            low, high = max(offset, begin), min(offset + parameter.numel(), begin + partition.numel())
+        for parameter, offset in zip(
+            zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True
+        ):
+            low, high = (
+                max(offset, begin),
+                min(offset + parameter.numel(), begin + partition.numel()),
+            )
             size = max(0, high - low)
-            yield parameter, Place(partition, low - begin if size else 0, low - offset if size else 0, size, tuple(parameter.shape))
+            yield (
+                parameter,
+                Place(
+                    partition,
+                    low - begin if size else 0,
+                    low - offset if size else 0,
+                    size,
+                    tuple(parameter.shape),
+                ),
+            )
 
 
 def _places_3(zero: Any) -> Iterator[tuple[nn.Parameter, Place]]:
@@ -54,14 +68,21 @@ def _places_3(zero: Any) -> Iterator[tuple[nn.Parameter, Place]]:
         index, at, length = zero.grad_position[zero.get_param_id(parameter)]
         start = min(dist.get_rank(parameter.ds_process_group) * length, parameter.ds_numel)
         size = min(length, parameter.ds_numel - start)
-        yield parameter, Place(zero.fp32_partitioned_groups_flat[index], at, start, size, tuple(parameter.ds_shape))
+        yield (
+            parameter,
+            Place(
+                zero.fp32_partitioned_groups_flat[index], at, start, size, tuple(parameter.ds_shape)
+            ),
+        )
 
 
 def gradients_of(zero: Any, *, stage: int) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
     """Yields this rank's elements of the summed gradients, which DeepSpeed's optimizer reads as it steps."""
     groups = zero.fp16_groups if stage == 3 else zero.params_in_partition
     for i, parameters in enumerate(groups):
-        yield from zip(parameters, zero.averaged_gradients[i], strict=False)  # padding follows the last one
+        yield from zip(
+            parameters, zero.averaged_gradients[i], strict=False
+        )  # padding follows the last one
 
 
 @final
@@ -71,14 +92,23 @@ class Ungathered(TorchFunctionMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._derived = list[torch.Tensor]()  # kept, so that no other tensor gets the identity of one
+        self._derived = list[
+            torch.Tensor
+        ]()  # kept, so that no other tensor gets the identity of one
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls the function. Raises: ConfigError if it makes something of an empty weight: a part of a loss's graph, or a number."""
         result = func(*args, **(kwargs or {}))
         if not isinstance(result, torch.Tensor):
             return result
-        name = next((self._names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._names and not leaf.numel()), "")
+        name = next(
+            (
+                self._names[id(leaf)]
+                for leaf in tree_leaves((args, kwargs))
+                if id(leaf) in self._names and not leaf.numel()
+            ),
+            "",
+        )
         if name and (result.grad_fn is not None or result.numel()):
             raise ConfigError(
                 f"--deepspeed.stage 3: the loss or `evaluate` uses {name} outside the forward pass of its module, and weights are gathered "
@@ -94,7 +124,9 @@ class Ungathered(TorchFunctionMode):
 class Moments:
     """The state of an optimizer that steps partitions, by parameter."""
 
-    def __init__(self, optimizer: Optimizer, places: Mapping[nn.Parameter, Place], group: dist.ProcessGroup):
+    def __init__(
+        self, optimizer: Optimizer, places: Mapping[nn.Parameter, Place], group: dist.ProcessGroup
+    ):
         self._optimizer, self._places, self._group = optimizer, places, group
 
     def items(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
@@ -105,7 +137,11 @@ class Moments:
         for parameter, place in self._places.items():
             state = self._optimizer.state.get(place.partition, {})
             for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.dim() and value.shape != place.partition.shape:
+                if (
+                    isinstance(value, torch.Tensor)
+                    and value.dim()
+                    and value.shape != place.partition.shape
+                ):
                     raise ConfigError(
                         f"--strategy deepspeed: {type(self._optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)}, not one "
                         "number for each weight, and DeepSpeed splits weights anywhere. Type --strategy zero1, or another optimizer."
@@ -119,7 +155,9 @@ class Moments:
     def part(self, parameter: nn.Parameter, content: torch.Tensor) -> torch.Tensor | Fragment:
         """Returns a tensor of `items` with what it is a part of."""
         place = self._places[parameter]
-        return Fragment(content, place.start, place.shape, self._group) if content.dim() else content
+        return (
+            Fragment(content, place.start, place.shape, self._group) if content.dim() else content
+        )
 
     def empty(self, parameter: nn.Parameter, *, dtype: torch.dtype) -> torch.Tensor:
         """Returns new memory for such a tensor."""
@@ -136,7 +174,9 @@ class Moments:
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim():
                 if key not in own:
-                    own[key] = torch.zeros_like(place.partition, dtype=value.dtype, requires_grad=False)
+                    own[key] = torch.zeros_like(
+                        place.partition, dtype=value.dtype, requires_grad=False
+                    )
                 own[key].narrow(0, place.at, place.size).copy_(value)
             elif key in own and bool(own[key] != value):
                 raise ConfigError(
