@@ -1,6 +1,6 @@
-"""Ranks of `python -m ddp_kit.train` that are forked from a process which has imported torch: they start in a tenth of the time.
+"""Ranks of `python -m ddp_kit.train`, forked from a process that has imported torch: a tenth of the time.
 
-Each gets what torchrun would give it, runs the module as the main one in a folder of its own, and writes into files as into pipes.
+Each gets the variables that torchrun would set, and runs the module as the main one.
 """
 
 import multiprocessing
@@ -14,7 +14,15 @@ from pathlib import Path
 
 MODULE = "ddp_kit.train"
 # nothing of ddp_kit: what is imported when, is for it to say
-PRELOADED = ["torch", "torch._dynamo", "torch.distributed.optim", "torchvision", "sklearn.datasets", "tyro", "safetensors.torch"]
+PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.optim",
+    "torchvision",
+    "sklearn.datasets",
+    "tyro",
+    "safetensors.torch",
+]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(PRELOADED)
 
@@ -27,14 +35,15 @@ def _rank(args: Sequence[str], folder: str, environ: Mapping[str, str], out: str
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
-    sys.dont_write_bytecode = False  # where the caller forbids it, each start would compile everything anew
+    # where the caller forbids it, each start would compile everything anew
+    sys.dont_write_bytecode = False
     sys.argv = [MODULE, *args]
     sys.path[0] = folder
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
 
 
 def _facts(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """Returns what torchrun tells a rank; nothing to a single one, which then is a plain process."""
+    """Returns what torchrun tells a rank; nothing for a single one, which is a plain process."""
     if ranks == 1:
         return {}
     return {
@@ -48,11 +57,18 @@ def _facts(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def train(
-    args: Sequence[str], *, ranks: int, folder: Path, environ: Mapping[str, str], texts: Path, limit_s: float
+    args: Sequence[str],
+    *,
+    ranks: int,
+    folder: Path,
+    environ: Mapping[str, str],
+    texts: Path,
+    limit_s: float,
 ) -> tuple[list[int], str, str]:
-    """Runs the command on `ranks` ranks; those that have not ended after `limit_s` seconds are killed.
+    """Runs the command on `ranks` ranks in `folder`; those that last longer than `limit_s` seconds are killed.
 
-    `texts` is a folder for the files into which they write. Returns exit codes (-9: killed), stdout and stderr of all ranks together.
+    `texts` is a folder, made here, for the files into which all ranks write.
+    Returns exit codes by rank (-9: killed), stdout and stderr.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
