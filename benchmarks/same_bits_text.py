@@ -24,6 +24,11 @@ FRAME = re.compile(
 )
 REPLACED = [
     (re.compile(r"\x1b\[[0-9;]*m"), ""),
+    # a run directory that was kept names the temporary folder in which it was made
+    (re.compile(r"/[^\s\"']*/same-bits-\w{8}\b"), "<temporary>"),
+    # how old a checkpoint is, and the width of that column
+    (re.compile(r"step +age +size"), "step age size"),
+    (re.compile(r" +\d+(\.\d+)? (s|min|h|d|days?) +(?=[\d.]+ \w?iB)"), " <age> "),
     (re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "<uuid>"),
     (re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?([.,]\d+)?(Z|[+-]\d\d:?\d\d)?"), "<time>"),
     (re.compile(r"\b20\d{6}-\d{6}(-\d+)?\b"), "<time>"),
