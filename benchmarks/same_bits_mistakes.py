@@ -36,6 +36,7 @@ def recipe(settings):
     )
 """
 RAISES = '    if os.environ.get("RANK", "0") == "1" and model.training:\n        raise ValueError("on rank 1 only")\n    return'
+INFINITE = 'FACTOR = float("inf") if os.environ.get("RANK") == "1" else 1.0\n\n'
 FILES = {
     "good.py": GOOD,
     "empty.py": "",
@@ -45,7 +46,7 @@ FILES = {
     "bare.py": GOOD.replace("@dataclass(frozen=True, kw_only=True)\n", ""),
     "two.py": GOOD.replace("recipe(settings)", "recipe(settings, model)"),
     "raises.py": GOOD.replace("    return", RAISES, 1),
-    "infinite.py": GOOD.replace("model(batch[0])", "model(batch[0]) * float('inf')"),
+    "infinite.py": GOOD.replace("model(batch[0])", "model(batch[0]) * FACTOR").replace("@dataclass", INFINITE + "@dataclass"),
     "nothing.py": GOOD.replace("model.parameters()", "[torch.nn.Parameter(torch.zeros(1))]"),
     "no_data.py": GOOD.replace("inputs = torch.randn(64,", "inputs = torch.randn(7,"),
     "torn.toml": "lr = = 3\n",

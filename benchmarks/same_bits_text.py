@@ -34,6 +34,8 @@ REPLACED = [
     (re.compile(r"\b20\d{6}-\d{6}(-\d+)?\b"), "<time>"),
     (re.compile(r"\b1[789]\d{8}\.\d+\b"), "<time>"),
     (re.compile(r"\b\d\d:\d\d:\d\d\b"), "<clock>"),
+    # what all ranks raise, one of them says: any
+    (re.compile(r"\brank \d+: (ConfigError|NonFiniteError)\b"), r"rank <any>: \1"),
     (re.compile(r"\bpid \d+"), "pid <pid>"),
     (re.compile(r"\b(port |127\.0\.0\.1:|localhost:)\d{4,5}\b"), r"\1<port>"),
     (re.compile(r"\b0x[0-9a-f]+\b"), "<address>"),
