@@ -1,8 +1,9 @@
 """Python's, NumPy's and torch's default generators while a user's data set is read.
 
-They are as if seeded from a key before each sample, and as they were before once the reading ends. Seeding three generators around
-every sample costs more than many a data set, so a generator is seeded only once it was seen to move: whoever reads a batch asks
-`have_moved` afterwards, and reads the batch again if they have.
+They are as if seeded from a key before each sample, and as they were before once the reading ends.
+Seeding three generators around every sample costs more than many a data set, so a generator is
+seeded only once it was seen to move: whoever reads a batch asks `have_moved` afterwards, and reads
+the batch again if they have.
 """
 
 import random
@@ -31,7 +32,10 @@ class KeyedGenerators:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Puts the caller's generators aside while it lasts. The training process wraps a whole global batch: it costs 60 us."""
+        """Puts the caller's generators aside while it lasts.
+
+        It costs 60 us, so the training process wraps a whole global batch in it.
+        """
         if self._is_installed:
             yield
             return
@@ -43,7 +47,10 @@ class KeyedGenerators:
                 self._is_installed = False
 
     def install_once(self) -> None:
-        """Puts the generators that a data set is to find in place for good: in a loader worker nobody else draws."""
+        """Puts the generators that a data set is to find in place for good.
+
+        It is for a loader worker, in which nobody else draws.
+        """
         if not self._is_installed:
             self._install()
 
@@ -69,14 +76,20 @@ class KeyedGenerators:
         return self._seeds_python or self._seeds_numpy or self._seeds_torch
 
     def have_moved(self) -> bool:
-        """Whether a generator that is not seeded was drawn from since the last call: from now on it is seeded."""
+        """Whether a generator that is not seeded was drawn from since the last call.
+
+        From now on it is seeded.
+        """
         found = False
         if not self._seeds_python and random.getrandbits(64) != self._python_twin.getrandbits(64):
-            self._seeds_python = found = True
+            self._seeds_python = True
+            found = True
         if not self._seeds_numpy and self._numpy.random_raw() != self._numpy_twin.random_raw():
-            self._seeds_numpy = found = True
+            self._seeds_numpy = True
+            found = True
         if not self._seeds_torch and _torch_state() != self._torch_state:
-            self._seeds_torch = found = True
+            self._seeds_torch = True
+            found = True
         return found
 
 
