@@ -1,4 +1,4 @@
-"""Whether all ranks read the same samples, before training shares them out."""
+"""Whether all ranks read the same samples, asked before training shares them out."""
 
 import json
 import zlib
@@ -11,20 +11,26 @@ from ddp_kit.distributed.collectives import gather_bytes
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DataError
 
-SPOTS = 64  # of a floating-point tensor, that are compared
-TOLERANCE = 1e-3  # decoding and resizing may round otherwise on another kind of CPU
+# Values of a floating-point tensor that are compared.
+SPOTS = 64
+# Decoding and resizing may round otherwise on another kind of CPU.
+TOLERANCE = 1e-3
 
 
 def require_same_samples(group: Group, batch: Any, *, what: str, is_iterable: bool) -> None:
-    """Compares one fixed batch over ranks: whole numbers bit for bit, floating-point ones at some spots. Every rank calls it.
+    """Compares one fixed batch over ranks. Every rank calls it.
 
+    Whole numbers are compared bit for bit, floating-point ones at some spots.
+
+    Args: `what` data it is, in words, for the error.
     Raises: DataError on every rank that names the first one that reads other samples than rank 0.
     """
     if group.world_size == 1:
         return
-    prints = [json.loads(row) for row in gather_bytes(group, json.dumps(_print_of(batch)).encode())]
+    own = json.dumps(_print_of(batch)).encode()
+    prints = [json.loads(row) for row in gather_bytes(group, own)]
     for rank, other in enumerate(prints):
-        if not _is_alike(prints[0], other):
+        if not _are_alike(prints[0], other):
             raise DataError(_refusal(what, rank=rank, is_iterable=is_iterable))
 
 
@@ -32,17 +38,22 @@ def _refusal(what: str, *, rank: int, is_iterable: bool) -> str:
     said = f"the {what} gives rank {rank} other samples than rank 0 for the same places."
     if is_iterable:
         return (
-            f"{said} Every rank must get the whole stream, of which ddp_kit takes its share: leave out what shares it out by rank "
+            f"{said} Every rank must get the whole stream, of which ddp_kit takes its share: "
+            "leave out what shares it out by rank "
             "(split_by_node, split_dataset_by_node, [rank::world_size])."
         )
     return (
-        f"{said} It must hold the same samples on every rank and draw from the default generators alone, which are keyed by sample: "
-        "leave out what depends on the rank, and generators of its own that are not seeded by the sample's index."
+        f"{said} It must hold the same samples on every rank and draw from the default generators "
+        "alone, which are keyed by sample: leave out what depends on the rank, and generators of "
+        "its own that are not seeded by the sample's index."
     )
 
 
 def _print_of(batch: Any) -> list[Any]:
-    """Returns what tells a batch's content from another's: for each tensor its shape and a checksum, or the values at some spots."""
+    """Returns what tells a batch's content from another's.
+
+    For each tensor that is its shape and a checksum, or its shape and the values at some spots.
+    """
     if isinstance(batch, torch.Tensor):
         return [_print_of_tensor(batch.detach().cpu())]
     if isinstance(batch, Mapping):
@@ -68,19 +79,21 @@ def _print_of_tensor(values: torch.Tensor) -> list[Any]:
     return [list(values.shape), zlib.crc32(content)]
 
 
-def _is_alike(first: list[Any], other: list[Any]) -> bool:
+def _are_alike(first: list[Any], other: list[Any]) -> bool:
     if len(first) != len(other):
         return False
     for (shape, content), (others_shape, others_content) in zip(first, other, strict=True):
-        if shape != others_shape or isinstance(content, list) != isinstance(others_content, list):
+        if shape != others_shape or not _are_same_content(content, others_content):
             return False
-        if not isinstance(content, list):
-            if content != others_content:
-                return False
-            continue
-        scale = max((abs(value) for value in content), default=0.0)
-        if any(
-            abs(a - b) > TOLERANCE * scale for a, b in zip(content, others_content, strict=True)
-        ):
+    return True
+
+
+def _are_same_content(content: list[float] | int, others: list[float] | int) -> bool:
+    """Compares two checksums, or two lists of values at the same spots."""
+    if not isinstance(content, list) or not isinstance(others, list):
+        return content == others
+    scale = max((abs(value) for value in content), default=0.0)
+    for value, others_value in zip(content, others, strict=True):
+        if abs(value - others_value) > TOLERANCE * scale:
             return False
     return True

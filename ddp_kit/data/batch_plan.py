@@ -1,11 +1,11 @@
-"""How a global batch is split over ranks and micro-batches: arithmetic only, the same on every rank.
+"""How a global batch is split over ranks and micro-batches.
 
-Owns: boundaries of the micro-batches inside a global batch, who takes which, and the line that says so.
-Refuses: changing the global batch. It is the experiment; ranks and accumulation only split it.
+It is arithmetic only, the same on every rank. The global batch itself is never changed: it is the
+experiment, and ranks and accumulation only split it. There are two rules, both balanced:
 
-Two rules, both balanced:
-* `micro_batch` divides `global_batch` and there are at least as many micro-batches as ranks: the micro-batches are the same
-  at any world size and are dealt out whole, in order. This is what keeps BatchNorm and dropout the same at any world size.
+* `micro_batch` divides `global_batch` and there are at least as many micro-batches as ranks: the
+  micro-batches are the same at any world size and are dealt out whole, in order. This is what keeps
+  BatchNorm and dropout the same at any world size.
 * otherwise each rank takes an even share and cuts it evenly.
 """
 
@@ -18,13 +18,19 @@ from ddp_kit.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """`bounds[i]:bounds[i + 1]` is micro-batch i inside the global batch; rank r runs `firsts[r]:firsts[r + 1]`, in order."""
+    """The cuts of a global batch, and who takes which piece.
+
+    Micro-batch i is `bounds[i]:bounds[i + 1]` inside the global batch; rank r runs the
+    micro-batches `firsts[r]:firsts[r + 1]`, in order.
+    """
 
     global_batch: int
     bounds: tuple[int, ...]
     firsts: tuple[int, ...]
-    is_invariant: bool  # the same micro-batches at any world size up to their number
-    stated: int = 0  # the size of a micro-batch that was asked for
+    # The same micro-batches at any world size up to their number.
+    is_invariant: bool
+    # The size of a micro-batch that was asked for.
+    stated: int = 0
 
     @property
     def micro_batches(self) -> int:
@@ -38,19 +44,25 @@ class BatchPlan:
 
     def of_rank(self, rank: int) -> list[tuple[int, int, int]]:
         """Returns (index in the global batch, first sample, end) of each micro-batch of a rank."""
-        return [
-            (i, self.bounds[i], self.bounds[i + 1])
-            for i in range(self.firsts[rank], self.firsts[rank + 1])
-        ]
+        own = range(self.firsts[rank], self.firsts[rank + 1])
+        return [(i, self.bounds[i], self.bounds[i + 1]) for i in own]
 
 
 def plan_batches(global_batch: int, *, micro_batch: int, world_size: int) -> BatchPlan:
     """Splits a global batch over ranks and micro-batches.
 
-    Args: `global_batch` samples per optimizer step over all ranks; `micro_batch` the most samples of one forward pass, 0 for a
-        rank's whole share; `world_size` ranks.
+    Args: `global_batch` samples per optimizer step over all ranks; `micro_batch` the most samples
+        of one forward pass, 0 for a rank's whole share; `world_size` ranks.
     Raises: ConfigError if a size is not positive or there are more ranks than samples.
     """
+    _check_sizes(global_batch, micro_batch=micro_batch, world_size=world_size)
+    divides = micro_batch > 0 and global_batch % micro_batch == 0
+    if divides and global_batch // micro_batch >= world_size:
+        return _whole_micro_batches(global_batch, micro_batch=micro_batch, world_size=world_size)
+    return _even_shares(global_batch, micro_batch=micro_batch, world_size=world_size)
+
+
+def _check_sizes(global_batch: int, *, micro_batch: int, world_size: int) -> None:
     faults = []
     if global_batch < 1:
         faults.append(
@@ -58,7 +70,8 @@ def plan_batches(global_batch: int, *, micro_batch: int, world_size: int) -> Bat
         )
     if micro_batch < 0:
         faults.append(
-            f"--micro-batch {micro_batch}: expected at least 1 sample, or 0 for a rank's whole share"
+            f"--micro-batch {micro_batch}: expected at least 1 sample, "
+            "or 0 for a rank's whole share"
         )
     if not faults and global_batch < world_size:
         faults.append(
@@ -67,40 +80,43 @@ def plan_batches(global_batch: int, *, micro_batch: int, world_size: int) -> Bat
         )
     if faults:
         raise ConfigError(". ".join(faults) + ".")
-    if (
-        micro_batch
-        and global_batch % micro_batch == 0
-        and global_batch // micro_batch >= world_size
-    ):
-        total = global_batch // micro_batch
-        bounds = tuple(range(0, global_batch + 1, micro_batch))
-        firsts = tuple(_cut(total, parts=world_size))
-        return BatchPlan(
-            global_batch=global_batch,
-            bounds=bounds,
-            firsts=firsts,
-            is_invariant=True,
-            stated=micro_batch,
-        )
-    share = -(-global_batch // world_size)
-    each = -(-share // micro_batch) if micro_batch else 1
-    cuts = _cut(global_batch, parts=world_size)
-    marks = [0]
-    for start, stop in pairwise(cuts):
-        marks += [start + cut for cut in _cut(stop - start, parts=min(each, stop - start))[1:]]
-    starts = {mark: i for i, mark in enumerate(marks)}
-    firsts = tuple(starts[cut] for cut in cuts)
+
+
+def _whole_micro_batches(global_batch: int, *, micro_batch: int, world_size: int) -> BatchPlan:
+    """The first rule: equal micro-batches, dealt out whole."""
     return BatchPlan(
         global_batch=global_batch,
-        bounds=tuple(marks),
-        firsts=firsts,
+        bounds=tuple(range(0, global_batch + 1, micro_batch)),
+        firsts=tuple(_cut(global_batch // micro_batch, parts=world_size)),
+        is_invariant=True,
+        stated=micro_batch,
+    )
+
+
+def _even_shares(global_batch: int, *, micro_batch: int, world_size: int) -> BatchPlan:
+    """The second rule: an even share for each rank, each cut into as many even pieces."""
+    largest_share = -(-global_batch // world_size)
+    pieces = 1
+    if micro_batch:
+        pieces = -(-largest_share // micro_batch)
+    cuts = _cut(global_batch, parts=world_size)
+    bounds = [0]
+    firsts = [0]
+    for start, stop in pairwise(cuts):
+        share = stop - start
+        bounds += [start + cut for cut in _cut(share, parts=min(pieces, share))[1:]]
+        firsts.append(len(bounds) - 1)
+    return BatchPlan(
+        global_batch=global_batch,
+        bounds=tuple(bounds),
+        firsts=tuple(firsts),
         is_invariant=False,
         stated=micro_batch,
     )
 
 
 def _cut(size: int, *, parts: int) -> list[int]:
-    """Returns parts + 1 boundaries that cut `size` into pieces that differ by at most one, the larger ones first."""
+    """Returns parts + 1 boundaries that cut `size` into even pieces, the larger ones first."""
     small, larger = divmod(size, parts)
     return [i * small + min(i, larger) for i in range(parts + 1)]
 
@@ -111,15 +127,20 @@ def describe(plan: BatchPlan) -> str:
     For instance `512 global = 2 ranks x 128 micro-batch x 2 accumulation`.
     """
     world_size = len(plan.firsts) - 1
-    runs = [plan.of_rank(rank) for rank in range(world_size)]
-    sizes = sorted(
-        {stop - start for _, start, stop in (piece for run in runs for piece in run)}, reverse=True
-    )
-    if len(sizes) == 1 and len({len(run) for run in runs}) == 1:
+    of_ranks = [plan.of_rank(rank) for rank in range(world_size)]
+    sizes = sorted({stop - start for start, stop in pairwise(plan.bounds)}, reverse=True)
+    accumulations = {len(own) for own in of_ranks}
+    if len(sizes) == 1 and len(accumulations) == 1:
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-        return f"{plan.global_batch} global = {ranks} x {sizes[0]} micro-batch x {len(runs[0])} accumulation"
-    shares = [run[-1][2] - run[0][1] for run in runs]
-    return f"{plan.global_batch} global = {_sum(shares)}, in micro-batches of {' or '.join(map(str, sizes))}"
+        return (
+            f"{plan.global_batch} global = {ranks} x {sizes[0]} micro-batch "
+            f"x {len(of_ranks[0])} accumulation"
+        )
+    shares = [own[-1][2] - own[0][1] for own in of_ranks]
+    return (
+        f"{plan.global_batch} global = {_sum(shares)}, "
+        f"in micro-batches of {' or '.join(map(str, sizes))}"
+    )
 
 
 def _sum(shares: Sequence[int]) -> str:
@@ -130,24 +151,29 @@ def _sum(shares: Sequence[int]) -> str:
 
 
 def splits_that_keep(global_batch: int, *, world_size: int) -> int:
-    """Returns the largest micro-batch that divides the global batch into at least `world_size` micro-batches."""
-    return max(
-        size for size in range(1, global_batch // world_size + 1) if global_batch % size == 0
-    )
+    """Returns the largest micro-batch of which a global batch has at least `world_size`."""
+    sizes = range(1, global_batch // world_size + 1)
+    return max(size for size in sizes if global_batch % size == 0)
 
 
 def fitting_world_sizes(micro_batches: int) -> list[int]:
-    """Returns the numbers of ranks that hold whole subtrees of the tree over the micro-batches: a power of two of them each."""
+    """Returns the numbers of ranks that hold whole subtrees of the tree over the micro-batches.
+
+    That is a power of two of micro-batches on each rank, or all of them on one.
+    """
     divisors = [ranks for ranks in range(1, micro_batches + 1) if micro_batches % ranks == 0]
     return [ranks for ranks in divisors if ranks == 1 or (micro_batches // ranks).bit_count() == 1]
 
 
 def require_subtrees(plan: BatchPlan, *, world_size: int) -> None:
     """Raises: ConfigError if some of the ranks would not hold whole subtrees."""
-    whole, micro = plan.global_batch, plan.stated or plan.global_batch
-    fitting = fitting_world_sizes(whole // micro) if whole % micro == 0 else []
+    whole = plan.global_batch
+    micro = plan.stated or plan.global_batch
+    fitting = []
+    if whole % micro == 0:
+        fitting = fitting_world_sizes(whole // micro)
     if world_size not in fitting:
         raise ConfigError(
-            f"--exact: {whole} / {micro} = {whole // micro} micro-batches do not fit {world_size} ranks. "
-            f"World sizes that fit: {', '.join(map(str, fitting))}."
+            f"--exact: {whole} / {micro} = {whole // micro} micro-batches do not fit "
+            f"{world_size} ranks. World sizes that fit: {', '.join(map(str, fitting))}."
         )

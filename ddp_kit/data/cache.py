@@ -1,9 +1,9 @@
 """Decoded images, kept once as a uint8 array beside the data.
 
-Owns: an image folder's listing, decoding it in one process of a node, and mapping the result read-only in all of them,
-so that the ranks of a node share one copy in the page cache.
-Refuses: labels and splits in the cache (they come from the listing, read anew each time), and deleting the cache of an
-older listing.
+An image folder is listed, decoded in one process of a node, and the result is mapped read-only in
+all of them, so that the ranks of a node share one copy in the page cache. Labels and splits are not
+in the cache: they come from the listing, read anew each time. The cache of an older listing is
+never deleted.
 """
 
 import hashlib
@@ -23,13 +23,18 @@ from ddp_kit.data.first_on_node import cache_path, first_on_node
 from ddp_kit.errors import DataError, require
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-GROUP = 1024  # images decoded before they are written: bounds the memory
-TINY = 64 * 64  # pixels up to which the calling thread decodes faster than several
+# Images decoded before they are written: bounds the memory.
+GROUP = 1024
+# Pixels up to which the calling thread decodes faster than several.
+TINY = 64 * 64
 
 
 @dataclass(frozen=True)
 class DecodedFolder:
-    """A folder of images by class: uint8 (N, H, W, 3), mapped read-only; labels int64 (N,); the classes' names."""
+    """A folder of images by class.
+
+    `images` uint8 (N, H, W, 3), mapped read-only; `labels` int64 (N,); `classes` their names.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -37,16 +42,16 @@ class DecodedFolder:
 
 
 def decoded_folder(folder: Path, *, size: tuple[int, int] | None = None) -> DecodedFolder:
-    """Decodes `folder`/<class>/<image> once a node (torchvision's `ImageFolder` layout, same classes and order).
+    """Decodes `folder`/<class>/<image> once a node. Any rank may call it.
 
-    `size` (height, width) resizes each image; without it they must all be of one size. Any rank may call it.
+    That is torchvision's `ImageFolder` layout, with the same classes in the same order.
 
+    Args: `size` (height, width) to which each image is resized; without it they must all be of one.
     Raises: DataError if there are no class folders or images, or as `decoded` does.
     """
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    paths: list[
-        str
-    ] = []  # not Path objects, which triple the time that a large listing takes at every start
+    # Not Path objects, which triple the time that a large listing takes at every start.
+    paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         with os.scandir(folder / name) as entries:
@@ -55,7 +60,8 @@ def decoded_folder(folder: Path, *, size: tuple[int, int] | None = None) -> Deco
         labels += [label] * len(found)
     if not paths:
         raise DataError(
-            f"{folder} holds no images; expected are folders, one a class, of files {', '.join(SUFFIXES)}."
+            f"{folder} holds no images; expected are folders, one a class, "
+            f"of files {', '.join(SUFFIXES)}."
         )
     images = decoded(paths, beside=folder, size=size)
     return DecodedFolder(images, np.asarray(labels, np.int64), tuple(classes))
@@ -64,13 +70,15 @@ def decoded_folder(folder: Path, *, size: tuple[int, int] | None = None) -> Deco
 def decoded(
     paths: Sequence[str | Path], *, beside: Path, size: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
-    """Decodes image files, once a node, into `<beside>.decoded-<key>.npy` (see `cache_path`) and maps that.
+    """Decodes image files, once a node, into `<beside>.decoded-<key>.npy` and maps that.
 
-    The key hashes names, number, total bytes and newest modification time of the files, and `size`: a changed set is
-    decoded anew. Any rank may call it; the first does the work, the others wait on a file lock.
+    See `cache_path` for the folder. The key hashes names, number, total bytes and newest
+    modification time of the files, and `size`: a changed set is decoded anew. Any rank may call it;
+    the first does the work, the others wait on a file lock.
 
     Returns: uint8 (N, H, W, 3) in the order of `paths`, memory-mapped read-only.
-    Raises: DataError if a file is no image, or without `size` (height, width) of another size than the first one.
+    Raises: DataError if a file is no image, or without `size` (height, width) of another size than
+        the first one.
     """
     names = [os.fspath(path) for path in paths]
     cache = cache_path(beside, f"{beside.name}.decoded-{_key(names, beside=beside, size=size)}.npy")
@@ -80,15 +88,16 @@ def decoded(
 
 
 def _key(names: Sequence[str], *, beside: Path, size: tuple[int, int] | None) -> str:
-    newest_ns = total_bytes = 0
+    newest_ns = 0
+    total_bytes = 0
     for name in names:
         status = os.stat(name)  # noqa: PTH116 (a third of the time of Path(name).stat())
-        newest_ns, total_bytes = max(newest_ns, status.st_mtime_ns), total_bytes + status.st_size
-    prefix = str(beside)  # left out of the key: the data may be moved together with its cache
-    described = [
-        str((len(names), newest_ns, total_bytes, size)),
-        *(name.removeprefix(prefix) for name in names),
-    ]
+        newest_ns = max(newest_ns, status.st_mtime_ns)
+        total_bytes += status.st_size
+    described = [str((len(names), newest_ns, total_bytes, size))]
+    # Left out of the key: the data may be moved together with its cache.
+    prefix = str(beside)
+    described += [name.removeprefix(prefix) for name in names]
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
 
@@ -98,9 +107,11 @@ def _decode_into(file: Path, names: Sequence[str], *, size: tuple[int, int] | No
     height, width = size or _decode(names[0], size=None).shape[:2]
     shape = (len(names), height, width, 3)
     decode = partial(_decode, size=size)
-    # Written as a stream, not through a map: a full disk is then an error, where a store into a mapped page is a SIGBUS.
+    # Written as a stream, not through a map: a full disk is then an error, where a store into a
+    # mapped page is a SIGBUS.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, file.open("wb") as out:
-        # Decoding lets go of the interpreter's lock, so threads help; for tiny images handing the lock over costs more than that.
+        # Decoding lets go of the interpreter's lock, so threads help; for tiny images handing the
+        # lock over costs more than that.
         in_order = pool.map if height * width > TINY else map
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(out, header)
@@ -109,11 +120,13 @@ def _decode_into(file: Path, names: Sequence[str], *, size: tuple[int, int] | No
             for name, image in zip(group, in_order(decode, group), strict=True):
                 if image.shape != shape[1:]:
                     raise DataError(
-                        f"{name} is {image.shape[0]} x {image.shape[1]} pixels (height x width), the first image"
-                        f" {height} x {width}; expected is one size. Give size=(height, width) to resize them all."
+                        f"{name} is {image.shape[0]} x {image.shape[1]} pixels (height x width), "
+                        f"the first image {height} x {width}; expected is one size. "
+                        "Give size=(height, width) to resize them all."
                     )
                 out.write(image.tobytes())
-    seconds, mebibytes = time.monotonic() - began, np.prod(shape) / 2**20
+    seconds = time.monotonic() - began
+    mebibytes = np.prod(shape) / 2**20
     logging.getLogger("ddp_kit").info(
         "decoded %d images (%.0f MiB) in %.1f s", len(names), mebibytes, seconds
     )
@@ -125,7 +138,8 @@ def _decode(name: str, *, size: tuple[int, int] | None) -> NDArray[np.uint8]:
     try:
         with Image.open(name) as image:
             pixels = image.convert("RGB")
-    except OSError as error:  # PIL's word for "no image", a truncated file and a missing one alike
+    except OSError as error:
+        # PIL's word for "no image", a truncated file and a missing one alike.
         raise DataError(
             f"{name} cannot be decoded: {error}. Mend it or take it out of the folder."
         ) from error

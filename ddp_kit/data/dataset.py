@@ -1,7 +1,6 @@
-"""What a recipe says about a data set.
+"""What a recipe says about a data set, and what kinds of data set there are.
 
-Owns: `Data` and what kinds of data set there are.
-Refuses: batch sizes, ranks and workers: they are not the data set's business.
+Batch sizes, ranks and workers are not the data set's business, and not said here.
 """
 
 import inspect
@@ -22,15 +21,19 @@ Order = Callable[[int, int, int], "NDArray[np.int64] | Sequence[int]"]
 
 @dataclass(frozen=True)
 class Data:
-    """A data set and how it is read. A recipe may return a bare data set where nothing else is said.
+    """A data set and how it is read.
 
-    Args: `dataset` map-style, with `__getitems__`, or iterable; `collate(samples)` makes a batch of a list of samples (default:
-        torch's); `augment(batch, draws)` changes a training batch, vectorised, from draws keyed by (seed, epoch, index,
-        how often the sample came before in the epoch);
-        `order(seed, epoch, size)` returns the indices of an epoch, a pure function (default: a permutation); `count(batch)` the
-        loss's count where it varies but is known before the forward pass.
+    A recipe may return a bare data set where nothing else is said.
 
-    An iterable data set is evaluated by at most one worker whatever `num_workers` is: each would read the whole stream.
+    Args: `dataset` map-style, with `__getitems__`, or iterable; `collate(samples)` makes a batch of
+        a list of samples (default: torch's); `augment(batch, draws)` changes a training batch,
+        vectorised, from draws keyed by (seed, epoch, index, how often the sample came before in the
+        epoch); `order(seed, epoch, size)` returns the indices of an epoch, a pure function
+        (default: a permutation); `count(batch)` the loss's count where it varies but is known
+        before the forward pass.
+
+    An iterable data set is evaluated by at most one worker whatever `num_workers` is: each would
+    read the whole stream.
     """
 
     dataset: Any
@@ -50,7 +53,8 @@ class Data:
             return len(self.dataset)
         except TypeError:
             raise DataError(
-                f"{type(self.dataset).__name__} has no length. Give it __len__, or limit the run by --max-steps alone."
+                f"{type(self.dataset).__name__} has no length. "
+                "Give it __len__, or limit the run by --max-steps alone."
             ) from None
 
 
@@ -61,19 +65,17 @@ def as_data(given: Any) -> Data:
     """
     data = given if isinstance(given, Data) else Data(given)
     dataset = data.dataset
-    if not (
-        isinstance(dataset, IterableDataset)
-        or hasattr(dataset, "__getitem__")
-        or hasattr(dataset, "__getitems__")
-    ):
+    has_items = hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")
+    if not has_items and not isinstance(dataset, IterableDataset):
         raise DataError(
-            f"expected a data set with __getitem__ and __len__, or an IterableDataset; got {type(dataset).__name__}."
+            "expected a data set with __getitem__ and __len__, or an IterableDataset; "
+            f"got {type(dataset).__name__}."
         )
     return data
 
 
 class BatchReader:
-    """Reads the samples of a micro-batch from a data set whose `__getitems__` reads a batch at a time."""
+    """Reads a micro-batch from a data set whose `__getitems__` reads a batch at a time."""
 
     def __init__(self, dataset: Any):
         self._read = dataset.__getitems__
@@ -81,13 +83,16 @@ class BatchReader:
 
     def __call__(self, indices: NDArray[np.int64], draws: Draws | None) -> Any:
         """Returns a list of samples, or a ready batch."""
-        return (
-            self._read(indices, draws=draws) if self.takes_draws else self._read(indices.tolist())
-        )
+        if self.takes_draws:
+            return self._read(indices, draws=draws)
+        return self._read(indices.tolist())
 
 
 def without_subsets(dataset: Dataset[Any]) -> tuple[Any, NDArray[np.int64] | None]:
-    """Returns the data set under nested `Subset`s and the indices into it. A Subset's own `__getitems__` hides per-sample reading."""
+    """Returns the data set under nested `Subset`s and the indices into it; None for all of it.
+
+    A Subset's own `__getitems__` would hide that the data set is read a sample at a time.
+    """
     indices: NDArray[np.int64] | None = None
     while type(dataset) is Subset:
         own = np.asarray(dataset.indices, dtype=np.int64)
@@ -97,5 +102,7 @@ def without_subsets(dataset: Dataset[Any]) -> tuple[Any, NDArray[np.int64] | Non
 
 
 def tensors_of(dataset: Any) -> tuple[torch.Tensor, ...] | None:
-    """Returns the tensors of a plain TensorDataset, which are gathered at once; None for any other data set."""
-    return dataset.tensors if type(dataset) is TensorDataset else None
+    """Returns the tensors of a plain TensorDataset, to be gathered at once; None for any other."""
+    if type(dataset) is TensorDataset:
+        return dataset.tensors
+    return None

@@ -1,8 +1,8 @@
-"""Work on files that one process of a node does while the others wait: downloading, decoding, tokenising.
+"""Work on files that one process of a node does while the others wait.
 
-Owns: the file lock, the temporary name and the atomic rename, and where a cache lies when the data folder is read-only.
-Refuses: process groups. A rank that downloads for an hour inside a collective runs into the collective's timeout;
-a file lock has none, works before the group exists, and is let go by the kernel when its holder dies.
+Such work is downloading, decoding, tokenising. No process group is used: a rank that downloads for
+an hour inside a collective runs into the collective's timeout; a file lock has none, works before
+the group exists, and is let go by the kernel when its holder dies.
 """
 
 import errno
@@ -20,18 +20,21 @@ from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import DataError
 
 POLL_S = 0.05
+# How long a process waits before it says so.
 QUIET_S = 5.0
 
 
 def first_on_node(path: Path, make: Callable[[Path], None]) -> Path:
-    """Makes `path` unless it is there already; of all the processes of a node that ask at once, one does the work.
+    """Makes `path` unless it is there already. Any rank may call it, and no rank must.
 
-    `make(temporary)` writes a file or a folder at the path it is given, in the folder of `path`. What it wrote is
-    synced to the disk and renamed, so `path` is whole or it is not there. If `make` raises, nothing stays behind; if its
-    process is killed, the next one that asks removes the remains and makes it anew. Errors of `make` pass through.
+    Of all the processes of a node that ask at once, one does the work. `make(temporary)` writes a
+    file or a folder at the path it is given, in the folder of `path`. What it wrote is synced to
+    the disk and renamed, so `path` is whole or it is not there. If `make` raises, nothing stays
+    behind; if its process is killed, the next one that asks removes the remains and makes it anew.
+    Errors of `make` pass through.
 
-    On a shared file system whose locks hold across nodes there is one maker in all; where they do not, one a node, and
-    the first folder or the last file stays. Any rank may call it, and no rank must.
+    On a shared file system whose locks hold across nodes there is one maker in all; where they do
+    not, one a node, and the first folder or the last file stays.
 
     Returns: `path`.
     Raises: DataError if the folder cannot be written or its file system has no locks.
@@ -47,8 +50,9 @@ def first_on_node(path: Path, make: Callable[[Path], None]) -> Path:
 def cache_path(beside: Path, name: str) -> Path:
     """Returns where a file derived from `beside` (a file or folder of data) is kept under `name`.
 
-    That is next to `beside` if it is there already or may be written there. Otherwise, and always if the environment
-    variable DDP_KIT_CACHE names a folder, it is in a folder for this `beside` under DDP_KIT_CACHE or ~/.cache/ddp_kit.
+    That is next to `beside` if it is there already or may be written there. Otherwise, and always
+    if the environment variable DDP_KIT_CACHE names a folder, it is in a folder for this `beside`
+    under DDP_KIT_CACHE or ~/.cache/ddp_kit.
     """
     chosen = environment().get("DDP_KIT_CACHE", "")
     near = beside.parent / name
@@ -65,7 +69,8 @@ def _locked(lock: Path, *, wanted: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is held: whoever waits on this inode sees that it has no name any more, and opens the new file.
+        # While it is held: whoever waits on this inode sees that it has no name any more, and opens
+        # the new file.
         lock.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -73,13 +78,13 @@ def _locked(lock: Path, *, wanted: Path) -> Iterator[None]:
 def _acquire(lock: Path, *, wanted: Path) -> int:
     """Returns an open descriptor that holds the lock on the file that now has the name `lock`."""
     asked = time.monotonic()
-    told = False
+    has_told = False
     while True:
         descriptor = _try_lock(lock, wanted=wanted)
         if descriptor is not None:
             return descriptor
-        if not told and time.monotonic() - asked > QUIET_S:
-            told = True
+        if not has_told and time.monotonic() - asked > QUIET_S:
+            has_told = True
             logging.getLogger("ddp_kit").info(
                 "waiting for another process to make %s (lock: %s)", wanted, lock
             )
@@ -95,14 +100,16 @@ def _try_lock(lock: Path, *, wanted: Path) -> int | None:
         if os.fstat(descriptor).st_ino == lock.stat().st_ino:
             return descriptor
     except (BlockingIOError, FileNotFoundError):
-        pass  # held by another process, or unlinked by its holder between our open and our look at the name: try again
+        # Held by another process, or unlinked by its holder between our open and our look at the
+        # name: try again.
+        pass
     except OSError as error:
         if descriptor >= 0:
             os.close(descriptor)
         raise DataError(
-            f"{wanted} is not there, and making it failed: {error.strerror} ({lock}). It needs a folder that can be"
-            " written, on a file system with locks. Type: export DDP_KIT_CACHE=DIR for caches of decoded data, or give"
-            " downloads another data folder."
+            f"{wanted} is not there, and making it failed: {error.strerror} ({lock}). It needs a "
+            "folder that can be written, on a file system with locks. Type: export "
+            "DDP_KIT_CACHE=DIR for caches of decoded data, or give downloads another data folder."
         ) from error
     if descriptor >= 0:
         os.close(descriptor)
@@ -110,7 +117,8 @@ def _try_lock(lock: Path, *, wanted: Path) -> int | None:
 
 
 def _make(path: Path, make: Callable[[Path], None]) -> None:
-    # One temporary name per host: the lock's holder may remove what a killed maker of this host left, and only that.
+    # One temporary name per host: the lock's holder may remove what a killed maker of this host
+    # left, and only that.
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.partial")
     _remove(temporary)
     try:
@@ -118,7 +126,8 @@ def _make(path: Path, make: Callable[[Path], None]) -> None:
         _sync(temporary)
         temporary.replace(path)
     except OSError as error:
-        # Another node's folder is in place first, where locks do not reach across nodes: theirs is as good as ours.
+        # Another node's folder is in place first, where locks do not reach across nodes: theirs is
+        # as good as ours.
         if not (path.is_dir() and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
             raise
     finally:
@@ -134,7 +143,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Syncs a file, or a folder with everything below it, so that the rename never shows a name without its bytes."""
+    """Syncs a file or a whole folder, so that the rename never shows a name without its bytes."""
     for folder, _, names in os.walk(path):
         for name in names:
             _sync_one(Path(folder, name))

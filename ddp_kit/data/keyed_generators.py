@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from ddp_kit.data.seeding import LOW_32, generators_aside
+from ddp_kit.data.seeding.generators import LOW_32, generators_aside
 
 
 class KeyedGenerators:

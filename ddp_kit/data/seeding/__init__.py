@@ -7,7 +7,6 @@ the samples of a batch, `generators` seeds the default generators of Python, Num
 
 from ddp_kit.data.seeding.draws import Draws
 from ddp_kit.data.seeding.generators import (
-    LOW_32,
     forward_key,
     generators_aside,
     generators_put_back,
@@ -24,7 +23,6 @@ from ddp_kit.data.seeding.hashing import (
 )
 
 __all__ = [
-    "LOW_32",
     "Draws",
     "Purpose",
     "forward_key",
