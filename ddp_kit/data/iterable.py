@@ -1,9 +1,10 @@
 """Iterable data sets: every rank and worker reads the stream from its start and keeps its share.
 
-Owns: cutting a stream into the same global batches for every split.
-Refuses: promises it cannot keep. Weaker than a map-style data set: each reader pays for the whole stream, starting later replays it,
-and the stream must be the same for every reader (`set_epoch(epoch)` is called where the data set has it). A data set with a state of its
-own (`state_dict`, `load_state_dict`, plain data) is not replayed: a checkpoint holds its state on each rank, for the same number of ranks.
+A stream is cut into the same global batches for every split. The promises are weaker than those of
+a map-style data set: each reader pays for the whole stream, starting later replays it, and the
+stream must be the same for every reader (`set_epoch(epoch)` is called where the data set has it). A
+data set with a state of its own (`state_dict`, `load_state_dict`, plain data) is not replayed: a
+checkpoint holds its state on each rank, for the same number of ranks.
 """
 
 import copy
@@ -23,12 +24,13 @@ from ddp_kit.data.reader import MicroBatch, Request
 from ddp_kit.data.seeding import Draws, Purpose, generators_aside, key, seed_generators
 from ddp_kit.errors import DataError
 
-EVALUATION_RUN = 64  # samples of an evaluation that are read under one seed, at any micro-batch and number of ranks
+# Samples of an evaluation that are read under one seed, at any micro-batch and number of ranks.
+EVALUATION_RUN = 64
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stream stands: its epoch, the position of the next sample in it, and the data set's own state (None: its start)."""
+    """Where a stream stands: its next sample, and the data set's own state (None: its start)."""
 
     epoch: int = 0
     position: int = 0
@@ -36,11 +38,16 @@ class Place:
 
 
 class Course:
-    """The places of a stream after the last few global batches: a loader may have read ahead of training."""
+    """The places of a stream after the last few global batches, for a checkpoint of any of them.
+
+    Several are kept because a loader may have read ahead of training.
+    """
 
     def __init__(self) -> None:
-        self.begin: Place | None = None  # from which a resumed life reads on
-        self.after: dict[int, Place] = {}  # steps done -> place
+        # From which a resumed run reads on.
+        self.begin: Place | None = None
+        # By the number of steps done.
+        self.after: dict[int, Place] = {}
 
     def note(self, steps: int, place: Place) -> None:
         """Notes where the stream stands once the batches of `steps` steps are read."""
@@ -54,11 +61,14 @@ def is_stateful(dataset: Any) -> bool:
 
 
 class Keyed:
-    """Default generators seeded for a piece of a stream's code; the training process has its own back afterwards."""
+    """Default generators seeded for a piece of a stream's code; the caller's are put back."""
 
     def __init__(self, seed: int):
-        """Hides from the data set that it is read in a loader worker: a stream that shares itself out by `get_worker_info()`, as
-        torch's documentation shows, would be shared out twice. The worker is this stream's alone."""
+        """Hides from the data set that it is read in a loader worker.
+
+        A stream that shares itself out by `get_worker_info()`, as torch's documentation shows,
+        would be shared out twice. The worker is this stream's alone.
+        """
         self.seed = seed
         self._is_worker = get_worker_info() is not None
         self._numpy = np.random.MT19937(0)
@@ -68,7 +78,8 @@ class Keyed:
     def by(self, purpose: Purpose, epoch: int, position: int) -> Iterator[None]:
         """Seeds the generators while it lasts."""
         value = key(self.seed, purpose, epoch, position)
-        if self._is_worker:  # nobody else draws in it
+        if self._is_worker:
+            # Nobody else draws in it.
             seed_generators(value)
             yield
             return
@@ -80,14 +91,18 @@ class Keyed:
 class Samples:
     """The samples of one epoch of a stream from a place on, read a run of them at a time.
 
-    A stream cannot be read again, so its generators are seeded once a run, by the position of the first sample: runs must begin at the
-    same positions for every reader.
+    A stream cannot be read again, so its generators are seeded once a run, by the position of the
+    first sample: runs must begin at the same positions for every reader.
     """
 
     def __init__(self, data: Data, *, keyed: Keyed, epoch: int, begin: Place = Place()):
-        self._dataset, self._keyed, self._epoch, self._begin = data.dataset, keyed, epoch, begin
+        self._dataset = data.dataset
+        self._keyed = keyed
+        self._epoch = epoch
+        self._begin = begin
         self._samples: Iterator[Any] | None = None
-        self.position = begin.position  # of the next sample
+        # Of the next sample.
+        self.position = begin.position
 
     @contextmanager
     def run(self, size: int) -> Iterator[Iterator[Any]]:
@@ -112,7 +127,7 @@ class Samples:
 
 
 class TrainingStream(IterableDataset[MicroBatch]):
-    """This rank's micro-batches of a run over an iterable data set; in a loader worker, every n-th of them."""
+    """This rank's micro-batches of an iterable data set; in a loader worker, every n-th of them."""
 
     def __init__(
         self,
@@ -125,62 +140,76 @@ class TrainingStream(IterableDataset[MicroBatch]):
         end: int,
         course: Course | None = None,
     ):
-        """Args: `course` of a data set with a state of its own."""
+        """Args: `start`, `end` the steps; `course` of a data set with a state of its own."""
         super().__init__()
+        self._data = data
+        self._plan = plan
+        self._seed = seed
+        self._start = start
+        self._end = end
         self._course = course
-        self._data, self._plan, self._seed, self._start, self._end = data, plan, seed, start, end
-        self._runs = plan.of_rank(rank)
+        self._own = plan.of_rank(rank)
         self._collate = data.collate or default_collate
         self._may_draw = data.collate is not None or data.augment is not None
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        worker = 0
+        workers = 1
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        if info is not None:
+            worker = info.id
+            workers = info.num_workers
         keyed = Keyed(self._seed)
+        own_first = self._own[0][1]
         taken = 0
-        for step, epoch, first, samples in self._global_batches(keyed):
-            for index, start, stop in self._runs:
-                if taken % workers == worker and step >= self._start:
-                    own = samples[start - self._runs[0][1] : stop - self._runs[0][1]]
-                    yield self._micro_batch(
-                        Request(step, epoch, index, np.arange(first + start, first + stop)),
-                        own,
-                        keyed,
-                    )
-                taken += step >= self._start
+        for step, epoch, position, samples in self._global_batches(keyed):
+            if step < self._start:
+                continue
+            for index, start, stop in self._own:
+                if taken % workers == worker:
+                    indices = np.arange(position + start, position + stop)
+                    request = Request(step, epoch, index, indices)
+                    part = samples[start - own_first : stop - own_first]
+                    yield self._micro_batch(request, part, keyed)
+                taken += 1
 
     def _global_batches(self, keyed: Keyed) -> Iterator[tuple[int, int, int, list[Any]]]:
-        """Yields (step, epoch, position of the global batch in the stream, this rank's samples); a ragged tail is dropped."""
-        place = (
-            self._course.begin
-            if self._course is not None and self._course.begin is not None
-            else Place()
-        )
+        """Yields (step, epoch, position of the global batch in the stream, this rank's samples).
+
+        A ragged tail is dropped.
+        """
+        place = Place()
+        if self._course is not None and self._course.begin is not None:
+            place = self._course.begin
+        # From its start a stream is replayed.
         step = 0 if place == Place() else self._start
         epoch = place.epoch
         while step < self._end:
-            samples, before = Samples(self._data, keyed=keyed, epoch=epoch, begin=place), step
+            samples = Samples(self._data, keyed=keyed, epoch=epoch, begin=place)
+            before = step
             while step < self._end:
-                first = samples.position
+                position = samples.position
                 kept = self._own_of(samples)
-                if samples.position - first < self._plan.global_batch:
+                if samples.position - position < self._plan.global_batch:
                     break
                 if self._course is not None:
                     state = copy.deepcopy(self._data.dataset.state_dict())
                     self._course.note(step + 1, Place(epoch, samples.position, state))
-                yield step, epoch, first, kept
+                yield step, epoch, position, kept
                 step += 1
             if step == before and not place.position:
                 raise DataError(
-                    f"the training stream ended after {samples.position} samples, less than one global batch of "
-                    f"{self._plan.global_batch}. Type a smaller --global-batch, or give the stream more samples."
+                    f"the training stream ended after {samples.position} samples, less than one "
+                    f"global batch of {self._plan.global_batch}. Type a smaller --global-batch, or "
+                    "give the stream more samples."
                 )
-            epoch, place = epoch + 1, Place()
+            epoch += 1
+            place = Place()
 
     def _own_of(self, samples: Samples) -> list[Any]:
         """Reads a global batch and returns this rank's samples of it."""
-        begin = self._runs[0][1]
-        end = self._runs[-1][2]
+        begin = self._own[0][1]
+        end = self._own[-1][2]
         kept = []
         with samples.run(self._plan.global_batch) as run:
             for number, sample in enumerate(run):
@@ -194,43 +223,50 @@ class TrainingStream(IterableDataset[MicroBatch]):
         with keyed.by(Purpose.BATCH, request.epoch, int(request.indices[0])):
             batch = self._collate(samples)
             if self._data.augment is not None:
-                batch = self._data.augment(batch, Draws(self._seed, request.epoch, request.indices))
+                draws = Draws(self._seed, request.epoch, request.indices)
+                batch = self._data.augment(batch, draws)
         return MicroBatch(request, batch)
 
 
 class EvaluationStream(IterableDataset[MicroBatch]):
-    """A rank's micro-batches of an evaluation over an iterable data set: every world_size-th, each sample once.
+    """A rank's micro-batches of an evaluation over an iterable data set: every world_size-th.
 
-    All ranks have the same number: those without one more repeat the stream's first sample, marked as padding.
+    Each sample is read once over all ranks. All ranks have the same number of micro-batches: those
+    without one more repeat the stream's first sample, marked as padding.
     """
 
     def __init__(self, data: Data, *, micro_batch: int, rank: int, world_size: int):
         super().__init__()
-        self._data, self._size, self._rank, self._world_size = data, micro_batch, rank, world_size
+        self._data = data
+        self._size = micro_batch
+        self._rank = rank
+        self._world_size = world_size
         self._collate = data.collate or default_collate
 
     def __iter__(self) -> Iterator[MicroBatch]:
         keyed = Keyed(0)
         spare: list[Any] = []
-        block: list[Any] = []
         blocks = 0
-        for sample in self._samples(keyed):
-            if not spare:
-                spare = [sample]
-            block.append(sample)
-            if len(block) == self._size:
-                if blocks % self._world_size == self._rank:
-                    yield self._answer(block, blocks, keyed)
-                block = []
-                blocks += 1
-        if block:
+        for block in self._blocks(keyed):
+            spare = spare or block[:1]
             if blocks % self._world_size == self._rank:
                 yield self._answer(block, blocks, keyed)
             blocks += 1
-        left = blocks % self._world_size
-        if left and self._rank >= left:
+        ranks_with_one_more = blocks % self._world_size
+        if ranks_with_one_more and self._rank >= ranks_with_one_more:
             request = Request(0, 0, blocks, np.zeros(1, dtype=np.int64), is_padding=True)
             yield MicroBatch(request, self._answer(spare, blocks, keyed).batch)
+
+    def _blocks(self, keyed: Keyed) -> Iterator[list[Any]]:
+        """Yields the samples of each micro-batch of all ranks, in order."""
+        block: list[Any] = []
+        for sample in self._samples(keyed):
+            block.append(sample)
+            if len(block) == self._size:
+                yield block
+                block = []
+        if block:
+            yield block
 
     def _samples(self, keyed: Keyed) -> Iterator[Any]:
         samples = Samples(self._data, keyed=keyed, epoch=0)

@@ -1,14 +1,14 @@
-"""The feed: global batches as this rank sees them, read and placed on the device.
+"""The train loader: global batches as this rank sees them, read and put on the device.
 
-Owns: who reads (the training process, or torch's DataLoader with workers), and the copy one batch ahead on CUDA.
-Refuses: order and randomness (sampler, reader). With `num_workers=0` a user's code runs on the main thread and no other.
+With `num_workers=0` a user's code runs on the main thread and no other; with more it runs in
+torch's loader workers. Order and randomness are not decided here: `sampler` and `reader` do.
 """
 
 import contextlib
 import copy
 import itertools
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches
 from ddp_kit.data.dataset import Data, as_data
 from ddp_kit.data.iterable import Course, EvaluationStream, TrainingStream, is_stateful
-from ddp_kit.data.prefetch import placed
+from ddp_kit.data.prefetch import on_device
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
 from ddp_kit.data.transfer import Placement
@@ -27,17 +27,26 @@ from ddp_kit.errors import ConfigError
 
 
 class RankBatch(NamedTuple):
-    """One rank's part of one global batch: what one optimizer step consumes."""
+    """One rank's part of one global batch: what one optimizer step consumes.
 
-    step: int  # steps before this one
+    `step` counts the steps before this one; `wait_s` is the time the training process waited for
+    it.
+    """
+
+    step: int
     epoch: int
     micro_batches: list[MicroBatch]
-    wait_s: float = 0.0  # time the training process waited for it
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """A rank's training batches. `batches(start, end)` may begin at any step; position is that one counter."""
+    """A rank's training batches. `batches(start, end)` may begin at any step: there is no other
+    state.
+
+    `sampler` is None for an iterable data set; `course` is that of an iterable data set with a
+    state of its own.
+    """
 
     data: Data
     plan: BatchPlan
@@ -45,8 +54,8 @@ class Feed:
     seed: int
     placement: Placement
     num_workers: int = 0
-    sampler: GlobalBatchSampler | None = None  # None for an iterable data set
-    course: Course | None = None  # of an iterable data set with a state of its own
+    sampler: GlobalBatchSampler | None = None
+    course: Course | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -59,28 +68,17 @@ class Feed:
             return 0
 
     def batches(self, *, start: int, end: int) -> Generator[RankBatch, None, None]:
-        """Yields the batches of steps start to end - 1."""
+        """Yields the batches of steps start to end - 1.
+
+        Raises: DataError if a stream or a user's order gives other samples than it should.
+        """
+        per_step = len(self.plan.of_rank(self.rank))
         with contextlib.closing(self._read(start=start, end=end)) as micro_batches:
-            yield from grouped(
-                placed(micro_batches, self.placement), per_step=len(self.plan.of_rank(self.rank))
-            )
+            yield from grouped(on_device(micro_batches, self.placement), per_step=per_step)
 
     def _read(self, *, start: int, end: int) -> Generator[MicroBatch, None, None]:
         if self.sampler is None:
-            stream = TrainingStream(
-                self.data,
-                plan=self.plan,
-                rank=self.rank,
-                seed=self.seed,
-                start=start,
-                end=end,
-                course=self.course,
-            )
-            yield from (
-                with_workers(stream, None, num_workers=self.num_workers)
-                if self.num_workers
-                else stream
-            )
+            yield from self._read_stream(start=start, end=end)
             return
         reader = Reader(self.data, seed=self.seed, training=True)
         requests = self.sampler.requests(start=start, end=end)
@@ -91,11 +89,27 @@ class Feed:
         while own := list(itertools.islice(requests, per_step)):
             yield from reader.read(own)
 
-    def rehearsal(self) -> MicroBatch:
-        """Returns the fixed micro-batch of the passes that come before the first step: the same on all ranks.
+    def _read_stream(self, *, start: int, end: int) -> Generator[MicroBatch, None, None]:
+        stream = TrainingStream(
+            self.data,
+            plan=self.plan,
+            rank=self.rank,
+            seed=self.seed,
+            start=start,
+            end=end,
+            course=self.course,
+        )
+        if self.num_workers:
+            yield from with_workers(stream, None, num_workers=self.num_workers)
+        else:
+            yield from stream
 
-        With workers it is read by one, so that theirs is a data set that nobody has touched: what it opens at its first sample each
-        of them opens for itself.
+    def dry_run_batch(self) -> MicroBatch:
+        """Returns the fixed micro-batch of the dry run before the first step: the same on all
+        ranks.
+
+        With workers it is read by one, so that theirs is a data set that nobody has touched: what
+        it opens at its first sample each of them opens for itself.
         """
         size = self.plan.largest
         if self.sampler is None:
@@ -103,9 +117,10 @@ class Feed:
         else:
             request = self.sampler.request(0, slice(0, size), step=0, micro_batch=0)
             reader = Reader(self.data, seed=self.seed, training=True)
-            answer = (
-                by_one_worker(reader, [request]) if self.num_workers else reader.read([request])[0]
-            )
+            if self.num_workers:
+                answer = by_one_worker(reader, [request])
+            else:
+                answer = reader.read([request])[0]
         return MicroBatch(answer.request, self.placement(answer.batch))
 
     def _start_of_stream(self, size: int) -> MicroBatch:
@@ -131,18 +146,20 @@ def build_loader(
     num_workers: int = 0,
     placement: Placement | None = None,
 ) -> Feed:
-    """Returns this rank's feed of training batches from a `Data` or a bare data set.
+    """Returns this rank's loader of training batches from a `Data` or a bare data set.
 
-    Raises: ConfigError for sizes that cannot be; DataError if an epoch holds less than one global batch.
+    Args: `global_batch` samples per optimizer step over all ranks; `micro_batch` the most samples
+        of one forward pass, 0 for a rank's whole share; `num_workers` loader workers of this rank.
+    Raises: ConfigError for sizes that cannot be; DataError if an epoch holds less than one global
+        batch.
     """
     plan = plan_batches(global_batch, micro_batch=micro_batch, world_size=group.world_size)
-    place = placement or Placement(group.device)
     return feed_of(
         as_data(data),
         plan=plan,
         rank=group.rank,
         seed=seed,
-        placement=place,
+        placement=placement or Placement(group.device),
         num_workers=num_workers,
     )
 
@@ -150,21 +167,27 @@ def build_loader(
 def feed_of(
     data: Data, *, plan: BatchPlan, rank: int, seed: int, placement: Placement, num_workers: int = 0
 ) -> Feed:
-    """Returns a rank's feed by a plan that is made already."""
-    if data.is_iterable and data.order is not None:
+    """Returns a rank's loader by a plan that is made already.
+
+    Raises: ConfigError for an order of an iterable data set, or workers for one that keeps its own
+        state; DataError if an epoch holds less than one global batch.
+    """
+    sampler = None
+    course = None
+    if not data.is_iterable:
+        sampler = GlobalBatchSampler(data, plan=plan, rank=rank, seed=seed, order=data.order)
+    elif data.order is not None:
         raise ConfigError(
-            "Data(order=...) has no effect on an iterable data set, which comes in its own order: leave it out."
+            "Data(order=...) has no effect on an iterable data set, which comes in its own order: "
+            "leave it out."
         )
-    course = Course() if data.is_iterable and is_stateful(data.dataset) else None
-    if course is not None and num_workers:
-        raise ConfigError(
-            "the training data keeps its own state, which only the training process can save: type --num-workers 0."
-        )
-    sampler = (
-        None
-        if data.is_iterable
-        else GlobalBatchSampler(data, plan=plan, rank=rank, seed=seed, order=data.order)
-    )
+    elif is_stateful(data.dataset):
+        course = Course()
+        if num_workers:
+            raise ConfigError(
+                "the training data keeps its own state, which only the training process can save: "
+                "type --num-workers 0."
+            )
     return Feed(
         data=data,
         plan=plan,
@@ -185,30 +208,43 @@ def evaluation_batches(
     placement: Placement | None = None,
     num_workers: int = 0,
 ) -> Generator[MicroBatch, None, None]:
-    """Yields this rank's micro-batches of an evaluation: each sample once over all ranks, and the same number on every rank."""
-    share = {"micro_batch": micro_batch, "rank": group.rank, "world_size": group.world_size}
-    yield from placed(
-        _evaluation(as_data(data), share, num_workers=num_workers),
-        placement or Placement(group.device),
+    """Yields this rank's micro-batches of an evaluation, the same number on every rank.
+
+    Each sample is read once over all ranks.
+    """
+    answers = _evaluation(
+        as_data(data),
+        micro_batch=micro_batch,
+        rank=group.rank,
+        world_size=group.world_size,
+        num_workers=num_workers,
     )
+    yield from on_device(answers, placement or Placement(group.device))
 
 
 def first_of_evaluation(data: Data, *, micro_batch: int, num_workers: int = 0) -> MicroBatch | None:
     """Returns the first micro-batch of a whole evaluation set, on the CPU; None of an empty one."""
-    share = {"micro_batch": micro_batch, "rank": 0, "world_size": 1}
-    with contextlib.closing(_evaluation(data, share, num_workers=num_workers)) as answers:
+    batches = _evaluation(
+        data, micro_batch=micro_batch, rank=0, world_size=1, num_workers=num_workers
+    )
+    with contextlib.closing(batches) as answers:
         return next(answers, None)
 
 
 def _evaluation(
-    data: Data, share: Mapping[str, int], *, num_workers: int
+    data: Data, *, micro_batch: int, rank: int, world_size: int, num_workers: int
 ) -> Generator[MicroBatch, None, None]:
     if data.is_iterable:
-        stream = EvaluationStream(data, **share)
-        # one worker: each would read the whole stream for its part of it
-        yield from with_workers(stream, None, num_workers=1) if num_workers else stream
+        stream = EvaluationStream(data, micro_batch=micro_batch, rank=rank, world_size=world_size)
+        if num_workers:
+            # One worker: each would read the whole stream for its part of it.
+            yield from with_workers(stream, None, num_workers=1)
+        else:
+            yield from stream
         return
-    requests = evaluation_requests(len(data), **share)
+    requests = evaluation_requests(
+        len(data), micro_batch=micro_batch, rank=rank, world_size=world_size
+    )
     reader = Reader(data, seed=0, training=False)
     if num_workers:
         yield from with_workers(reader, requests, num_workers=num_workers)
@@ -219,20 +255,22 @@ def _evaluation(
 
 def grouped(micro_batches: Iterable[MicroBatch], *, per_step: int) -> Iterator[RankBatch]:
     """Yields each step's micro-batches together, with the time that was waited for them."""
-    run: list[MicroBatch] = []
+    of_step: list[MicroBatch] = []
     begin = time.perf_counter()
     for micro_batch in micro_batches:
-        run.append(micro_batch)
-        if len(run) == per_step:
-            request = run[0].request
-            yield RankBatch(request.step, request.epoch, run, time.perf_counter() - begin)
-            run, begin = [], time.perf_counter()
+        of_step.append(micro_batch)
+        if len(of_step) == per_step:
+            request = of_step[0].request
+            yield RankBatch(request.step, request.epoch, of_step, time.perf_counter() - begin)
+            of_step = []
+            begin = time.perf_counter()
 
 
 def batches_of(loader: Iterable[Any], *, group: Group, size: int) -> Iterator[RankBatch]:
-    """Yields what a loader of one's own has read as this rank's part of global batches: one micro-batch of `size` samples a step.
+    """Yields what a loader of one's own has read as this rank's part of global batches.
 
-    The loader answers for order, shares and placement; samples are named by their place in the batch.
+    That is one micro-batch of `size` samples a step. The loader answers for order, shares and
+    placement; samples are named by their place in the batch.
     """
     indices = np.arange(size)
     begin = time.perf_counter()

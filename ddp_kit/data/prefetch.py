@@ -1,4 +1,4 @@
-"""Batches on the device, on CUDA one ahead of the step."""
+"""Micro-batches on the device; on CUDA the copy of one runs while the one before it is used."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,19 +8,22 @@ from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.transfer import Placement, has_cuda_tensors, map_tensors
 
 
-def placed(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterator[MicroBatch]:
-    """Yields micro-batches on the device; on CUDA through pinned memory and a stream of its own, one ahead.
+def on_device(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterator[MicroBatch]:
+    """Yields micro-batches on the device, one ahead on CUDA."""
+    if placement.device.type == "cuda":
+        yield from _one_ahead(micro_batches, placement)
+    elif placement.is_needed:
+        for micro_batch in micro_batches:
+            yield MicroBatch(micro_batch.request, placement(micro_batch.batch))
+    else:
+        yield from micro_batches
+
+
+def _one_ahead(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterator[MicroBatch]:
+    """Copies through pinned memory and a CUDA stream of its own.
 
     What a data set has put on the device itself stays in the stream that made it.
     """
-    if placement.device.type != "cuda":
-        for micro_batch in micro_batches:
-            yield (
-                MicroBatch(micro_batch.request, placement(micro_batch.batch))
-                if placement.is_needed
-                else micro_batch
-            )
-        return
     stream = torch.cuda.Stream(placement.device)
     ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
     for micro_batch in micro_batches:
@@ -32,13 +35,13 @@ def placed(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterato
             done = stream.record_event()
         if ahead is not None:
             yield _arrived(*ahead)
-        ahead = MicroBatch(micro_batch.request, copied), done
+        ahead = (MicroBatch(micro_batch.request, copied), done)
     if ahead is not None:
         yield _arrived(*ahead)
 
 
 def _arrived(micro_batch: MicroBatch, done: "torch.cuda.Event") -> MicroBatch:
-    """Makes the device's main stream wait for the copy (no host wait), and keeps the memory until that stream has used it."""
+    """Makes the device's main stream wait for the copy, and keeps the memory until it is used."""
     current = torch.cuda.current_stream()
     current.wait_event(done)
 

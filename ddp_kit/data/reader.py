@@ -1,7 +1,8 @@
 """From sample indices to a batch: the one piece of code that touches a user's data set.
 
-Owns: the seeding around it, collating and augmenting. It is the same in the training process and in a loader worker.
-Refuses: knowing ranks. What it returns depends on the seed, the epoch and the indices.
+It seeds the default generators around it, collates and augments, in the same way in the training
+process and in a loader worker. It knows no ranks: what it returns depends on the seed, the epoch
+and the indices.
 """
 
 from collections.abc import Sequence
@@ -16,20 +17,25 @@ from ddp_kit.data.dataset import BatchReader, Data, tensors_of, without_subsets
 from ddp_kit.data.keyed_generators import KeyedGenerators
 from ddp_kit.data.seeding import Draws, Purpose, key, sample_keys
 
-EVALUATION_EPOCH = -1  # in the keys of evaluation's draws: each evaluation has the same ones
+# In the keys of evaluation's draws: each evaluation has the same ones.
+EVALUATION_EPOCH = -1
 
 
 class Request(NamedTuple):
-    """A micro-batch to read: its place in the run and its samples (positions in the stream for an iterable data set)."""
+    """A micro-batch to read: its place in the run and its samples.
+
+    `micro_batch` is the index in the global batch; `indices` are positions in the stream for an
+    iterable data set. `is_padding`: in an evaluation, read so that all ranks run the same number of
+    forward passes; it counts nothing. `occurrences`: how often each sample came before in its
+    epoch; None: never.
+    """
 
     step: int
     epoch: int
-    micro_batch: int  # index in the global batch
+    micro_batch: int
     indices: NDArray[np.int64]
-    is_padding: bool = False  # evaluation: read so that all ranks run the same number of forward passes; counts nothing
-    occurrences: NDArray[np.int64] | None = (
-        None  # how often each sample came before in its epoch; None: never
-    )
+    is_padding: bool = False
+    occurrences: NDArray[np.int64] | None = None
 
 
 class MicroBatch(NamedTuple):
@@ -48,34 +54,40 @@ class Reader:
     """Answers requests from a map-style data set. `training` switches augmentation on."""
 
     def __init__(self, data: Data, *, seed: int, training: bool):
-        self._data, self._seed, self._training = data, seed, training
+        self._seed = seed
+        self._training = training
         self._dataset, self._subset = without_subsets(data.dataset)
-        self._tensors = tensors_of(self._dataset) if data.collate is None else None
-        self._by_batch = (
-            BatchReader(self._dataset) if hasattr(self._dataset, "__getitems__") else None
-        )
+        self._tensors: tuple[torch.Tensor, ...] | None = None
+        if data.collate is None:
+            self._tensors = tensors_of(self._dataset)
+        self._by_batch: BatchReader | None = None
+        if hasattr(self._dataset, "__getitems__"):
+            self._by_batch = BatchReader(self._dataset)
         self._collate = data.collate or default_collate
         self._augment = data.augment if training else None
         self._generators = KeyedGenerators()
-
-    @property
-    def _may_draw(self) -> bool:
-        """Whether code runs that may draw from default generators: that of a data set which is given draws does not."""
-        if self._augment is not None or self._data.collate is not None:
-            return True
-        return self._tensors is None and not (
-            self._by_batch is not None and self._by_batch.takes_draws
+        # Whether code runs that may draw from default generators: that of a data set which is given
+        # draws does not.
+        takes_draws = self._by_batch is not None and self._by_batch.takes_draws
+        self._may_draw = (
+            self._augment is not None
+            or data.collate is not None
+            or (self._tensors is None and not takes_draws)
         )
 
-    def __getitems__(
-        self, request: Request
-    ) -> MicroBatch:  # torch's fetcher hands a batch sampler's item to this method
-        """Returns the micro-batch of a request, in a loader worker."""
+    def __getitems__(self, request: Request) -> MicroBatch:
+        """Returns the micro-batch of a request, in a loader worker.
+
+        torch's fetcher hands a batch sampler's item to this method.
+        """
         self._generators.install_once()
         return self._answer(request)
 
     def read(self, requests: Sequence[Request]) -> list[MicroBatch]:
-        """Returns the micro-batches of requests, in the training process, whose generators are put back once for all of them."""
+        """Returns the micro-batches of requests, in the training process.
+
+        Its generators are put back once for all of them.
+        """
         if not self._may_draw:
             return [self._answer(request) for request in requests]
         with self._generators.installed():
@@ -84,16 +96,17 @@ class Reader:
     def _answer(self, request: Request) -> MicroBatch:
         batch = self._batch(request)
         while self._may_draw and self._generators.have_moved():
-            batch = self._batch(request)  # again, now seeded
+            # Again, now seeded.
+            batch = self._batch(request)
         return MicroBatch(request, batch)
 
     def _batch(self, request: Request) -> Any:
         batch = self._read(request)
         if self._augment is None:
             return batch
-        self._seed_for_batch(
-            request
-        )  # an augmentation should use the draws; one that uses default generators is reproducible too
+        # An augmentation should use the draws; one that uses default generators is reproducible
+        # too.
+        self._seed_for_batch(request)
         return self._augment(batch, self._draws(request))
 
     def _read(self, request: Request) -> Any:
@@ -103,7 +116,9 @@ class Reader:
             return tuple(tensor.index_select(0, at) for tensor in self._tensors)
         if self._by_batch is None:
             return self._collate(self._samples(request, indices))
-        draws = self._draws(request) if self._training and self._by_batch.takes_draws else None
+        draws = None
+        if self._training and self._by_batch.takes_draws:
+            draws = self._draws(request)
         self._seed_for_batch(request)
         answer = self._by_batch(indices, draws)
         return self._collate(answer) if isinstance(answer, list) else answer

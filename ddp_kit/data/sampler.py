@@ -1,7 +1,8 @@
 """Which samples, in which order, and whose: the only place that knows.
 
-Owns: the order of an epoch, global batch k as its slice, and this rank's micro-batches of the slice.
-Refuses: state beside one counter. A step number gives its epoch and its samples at once, at any world size.
+Global batch k is a slice of its epoch's order, and a rank's micro-batches are pieces of that slice.
+There is no state beside one counter: a step number gives its epoch and its samples at once, at any
+world size.
 """
 
 from collections.abc import Iterator
@@ -19,10 +20,11 @@ from ddp_kit.errors import DataError
 
 
 class GlobalBatchSampler(DistributedSampler[Any]):
-    """Global batch k of an epoch is `order[k x global_batch : (k + 1) x global_batch]` for every split; the ragged tail is dropped.
+    """Global batch k of an epoch is `order[k x global_batch : (k + 1) x global_batch]`.
 
-    Iterating gives this rank's micro-batches of one epoch as lists of indices (a batch sampler for torch's DataLoader) and moves
-    on to the next epoch by itself; `requests` gives those of the whole run.
+    That holds for every split; the ragged tail is dropped. Iterating gives this rank's
+    micro-batches of one epoch as lists of indices (a batch sampler for torch's DataLoader) and
+    moves on to the next epoch by itself; `requests` gives those of the whole run.
     """
 
     def __init__(
@@ -40,15 +42,20 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         self._plan = plan
         self._order = order or permutation
         self._size = len(dataset)
-        self._runs = plan.of_rank(rank)
-        self._known: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
-        self._occurrences: NDArray[np.int64] | None = None  # in the known epoch's order
+        self._own = plan.of_rank(rank)
+        self._known_epoch = -1
+        self._known_order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        # In the known epoch's order.
+        self._occurrences: NDArray[np.int64] | None = None
         self._length = len(self.epoch_order(0))
         if self._length < plan.global_batch:
-            given = "is empty" if not self._size else f"has {self._length} samples an epoch"
+            given = f"has {self._length} samples an epoch" if self._size else "is empty"
+            advice = "Give it samples."
+            if self._length:
+                advice = f"Type --global-batch {self._length} or less."
             raise DataError(
                 f"the training data {given}, less than one global batch of {plan.global_batch}. "
-                f"{f'Type --global-batch {self._length} or less.' if self._length else 'Give it samples.'}"
+                f"{advice}"
             )
 
     @property
@@ -57,32 +64,42 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         return self._length // self._plan.global_batch
 
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        """Returns the order of an epoch. Raises: DataError if a user's order leaves the data set or changes its length."""
-        if self._known[0] != epoch:
+        """Returns the order of an epoch.
+
+        Raises: DataError if a user's order leaves the data set or changes its length.
+        """
+        if self._known_epoch != epoch:
             order = np.asarray(self._order(self.seed, epoch, self._size), dtype=np.int64)
-            if order.ndim != 1 or (
-                len(order) and not (order.min() >= 0 and order.max() < self._size)
-            ):
-                raise DataError(
-                    f"the order of epoch {epoch} is not a list of indices from 0 to {self._size - 1}."
-                )
-            if self._known[0] >= 0 and len(order) != self._length:
-                raise DataError(
-                    f"the order of epoch {epoch} has {len(order)} samples, that of epoch 0 has {self._length}; expected the same."
-                )
-            self._known = (epoch, order)
-            self._occurrences = None if self._order is permutation else occurrences_in(order)
-        return self._known[1]
+            self._check_order(order, epoch)
+            self._known_epoch = epoch
+            self._known_order = order
+            self._occurrences = None
+            if self._order is not permutation:
+                self._occurrences = occurrences_in(order)
+        return self._known_order
+
+    def _check_order(self, order: NDArray[np.int64], epoch: int) -> None:
+        is_list = order.ndim == 1
+        if is_list and len(order):
+            is_list = bool(order.min() >= 0 and order.max() < self._size)
+        if not is_list:
+            raise DataError(
+                f"the order of epoch {epoch} is not a list of indices from 0 to {self._size - 1}."
+            )
+        if self._known_epoch >= 0 and len(order) != self._length:
+            raise DataError(
+                f"the order of epoch {epoch} has {len(order)} samples, "
+                f"that of epoch 0 has {self._length}; expected the same."
+            )
 
     def requests(self, *, start: int, end: int) -> Iterator[Request]:
-        """Yields this rank's micro-batches of steps start to end - 1. Any `start` costs the same."""
+        """Yields this rank's micro-batches of steps start to end - 1; any start costs the same."""
         for step in range(start, end):
             epoch, k = divmod(step, self.steps_per_epoch)
             begin = k * self._plan.global_batch
-            for index, first, stop in self._runs:
-                yield self.request(
-                    epoch, slice(begin + first, begin + stop), step=step, micro_batch=index
-                )
+            for index, first, stop in self._own:
+                places = slice(begin + first, begin + stop)
+                yield self.request(epoch, places, step=step, micro_batch=index)
 
     def request(self, epoch: int, places: slice, *, step: int, micro_batch: int) -> Request:
         """Returns the request for the samples at some places of an epoch's order."""
@@ -98,15 +115,16 @@ class GlobalBatchSampler(DistributedSampler[Any]):
 
     def __len__(self) -> int:
         """Micro-batches of this rank in an epoch."""
-        return self.steps_per_epoch * len(self._runs)
+        return self.steps_per_epoch * len(self._own)
 
 
 def evaluation_requests(
     size: int, *, micro_batch: int, rank: int, world_size: int
 ) -> list[Request]:
-    """Returns a rank's micro-batches of an evaluation: each sample once over all ranks, in order, none repeated.
+    """Returns a rank's micro-batches of an evaluation of `size` samples, in order.
 
-    All ranks get the same number: where they do not come out even, a request marked as padding reads sample 0 and counts nothing.
+    Each sample comes once over all ranks. All ranks get the same number of micro-batches: where
+    they do not come out even, a request marked as padding reads sample 0 and counts nothing.
     """
     blocks = [
         np.arange(first, min(first + micro_batch, size)) for first in range(0, size, micro_batch)

@@ -1,8 +1,4 @@
-"""Where a batch has to be: device, floating-point dtype, memory format.
-
-Owns: the copy to the device, and walking through the containers of a batch.
-Refuses: changing values other than their dtype.
-"""
+"""Where a batch has to be: its device, floating-point dtype and memory format."""
 
 import copy
 from collections.abc import Callable, MutableMapping
@@ -12,7 +8,10 @@ import torch
 
 
 class Placement:
-    """Puts a batch where the model wants it: device, floating-point dtype, memory format. A no-op costs nothing."""
+    """Puts a batch where the model wants it. Where nothing is to be done it costs nothing.
+
+    float32 becomes `dtype` and complex64 its complex counterpart; other values stay as they are.
+    """
 
     def __init__(
         self,
@@ -21,12 +20,19 @@ class Placement:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ):
-        self.device, self.dtype, self.channels_last = device, dtype, channels_last
+        self.device = device
+        self.dtype = dtype
+        self.channels_last = channels_last
         self.is_needed = device.type != "cpu" or dtype != torch.float32 or channels_last
 
     def __call__(self, batch: Any) -> Any:
-        """Returns the batch with its tensors placed. Copies to CUDA do not block where the source is pinned."""
-        return map_tensors(batch, self._place) if self.is_needed else batch
+        """Returns the batch with its tensors placed.
+
+        Copies to CUDA do not block where the source is pinned.
+        """
+        if not self.is_needed:
+            return batch
+        return map_tensors(batch, self._place)
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         dtype = tensor.dtype
@@ -50,7 +56,8 @@ def map_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
     if isinstance(batch, (tuple, list)):
         return type(batch)(map_tensors(value, change) for value in batch)
     if isinstance(batch, MutableMapping):
-        changed = copy.copy(batch)  # keeps what kind of mapping it is
+        # A copy keeps what kind of mapping it is.
+        changed = copy.copy(batch)
         for name, value in batch.items():
             changed[name] = map_tensors(value, change)
         return changed
@@ -58,7 +65,7 @@ def map_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
 
 
 def has_cuda_tensors(batch: Any) -> bool:
-    """Whether a tensor of the batch lies on a CUDA device already: it cannot be pinned, and needs no copy."""
+    """Whether a tensor of the batch is on a CUDA device: it cannot be pinned, and needs no copy."""
     found: list[bool] = []
 
     def look(tensor: torch.Tensor) -> torch.Tensor:

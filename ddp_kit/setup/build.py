@@ -319,7 +319,7 @@ def _run_losses(
         placement=placement,
         num_workers=settings.num_workers,
     )
-    batch = feed.rehearsal().batch
+    batch = feed.dry_run_batch().batch
     for part in recipe.parts():
         LossCall(model, part.loss, precision=settings.precision, device=group.device)(batch)
 

@@ -36,7 +36,7 @@ class Rehearsal:
             allows_unused,
             exact,
         )
-        self._batch = feed.rehearsal()
+        self._batch = feed.dry_run_batch()
         require_same_samples(
             training.group,
             self._batch.batch,

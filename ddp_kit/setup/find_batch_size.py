@@ -83,7 +83,7 @@ def _fits(
             placement=placement,
             num_workers=settings.num_workers,
         )
-        batch: MicroBatch = feed.rehearsal()
+        batch: MicroBatch = feed.dry_run_batch()
         with generators_put_back():
             for part in parts:
                 call = LossCall(model, part.loss, precision=settings.precision, device=group.device)
