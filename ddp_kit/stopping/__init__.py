@@ -1,1 +1,1 @@
-"""Every reason why a run ends before its end."""
+"""Every reason why a run ends before its last step, and how all ranks come to know of it."""

@@ -1,6 +1,6 @@
-"""How long a stop takes, from the signal to the committed checkpoint: measured, said once, and compared with the time there is.
+"""How long a stop takes, from the signal to the committed checkpoint, against the time there is.
 
-Owns: that sum. Refuses: guessing: before the first save has been measured nothing is known.
+It is measured and not guessed: before the first save nothing is known, and nothing is said.
 """
 
 from collections import deque
@@ -9,8 +9,10 @@ from ddp_kit.distributed.control_packet import Control
 from ddp_kit.distributed.topology import Topology, environment
 from ddp_kit.errors import ConfigError
 
-AGENT_S = 30.0  # after which torchrun's agent kills the ranks that it has sent SIGTERM
-RECENT = 5  # saves, of which the slowest counts
+# After which torchrun's agent kills the ranks that it has sent SIGTERM.
+AGENT_S = 30.0
+# Saves, of which the slowest counts.
+RECENT = 5
 
 
 class Grace:
@@ -18,11 +20,15 @@ class Grace:
 
     def __init__(self, control: Control, topology: Topology):
         """Raises: ConfigError if DDP_KIT_GRACE_S is no number."""
-        self._control, self._saves = control, deque[float](maxlen=RECENT)
-        self.has_s, self._giver = _given()
+        self._control = control
+        self._saves = deque[float](maxlen=RECENT)
+        self._giver = "DDP_KIT_GRACE_S"
+        self.has_s = _given_s()
         if topology.launcher == "torchrun" and not 0 < self.has_s < AGENT_S:
-            self.has_s, self._giver = AGENT_S, "torchrun's agent"
-        self._has_said = self._has_warned = False
+            self._giver = "torchrun's agent"
+            self.has_s = AGENT_S
+        self._has_said = False
+        self._has_warned = False
 
     def saved(self, seconds: float) -> None:
         """Takes the duration of a save."""
@@ -31,7 +37,9 @@ class Grace:
     @property
     def needs_s(self) -> float:
         """Seconds that a stop needs at most; 0 while no save has been measured."""
-        return sum(self._control.agreement_s()) + 2 * max(self._saves) if self._saves else 0.0
+        if not self._saves:
+            return 0.0
+        return sum(self._control.agreement_s()) + 2 * max(self._saves)
 
     def statement(self) -> str:
         """Returns the sum in words, the first time that it is known, else ""."""
@@ -39,13 +47,12 @@ class Grace:
             return ""
         self._has_said = True
         step_s, agreement_s = self._control.agreement_s()
-        parts = (
-            ("step", step_s),
-            ("agreement", agreement_s),
-            ("save in flight", max(self._saves)),
-            ("save", max(self._saves)),
+        save_s = max(self._saves)
+        return (
+            f"a stop needs up to {_s(self.needs_s)}: "
+            f"step {_s(step_s)}, agreement {_s(agreement_s)}, "
+            f"save in flight {_s(save_s)}, save {_s(save_s)}"
         )
-        return f"a stop needs up to {_s(self.needs_s)}: {', '.join(f'{name} {_s(seconds)}' for name, seconds in parts)}"
 
     def warning(self) -> str:
         """Returns that there is less time than a stop needs, once, else ""."""
@@ -53,15 +60,16 @@ class Grace:
             return ""
         self._has_warned = True
         return (
-            f"a stop needs up to {_s(self.needs_s)} and {self._giver} gives {_s(self.has_s)}: the run may be killed before it has saved. "
-            "Ask the launcher for a longer grace; --save-every and --save-minutes bound what is lost."
+            f"a stop needs up to {_s(self.needs_s)} and {self._giver} gives {_s(self.has_s)}: "
+            "the run may be killed before it has saved. Ask the launcher for a longer grace; "
+            "--save-every and --save-minutes bound what is lost."
         )
 
 
-def _given() -> tuple[float, str]:
+def _given_s() -> float:
     text = environment().get("DDP_KIT_GRACE_S", "")
     try:
-        return float(text or 0), "DDP_KIT_GRACE_S"
+        return float(text or 0)
     except ValueError:
         raise ConfigError(f"DDP_KIT_GRACE_S={text!r} is not a number of seconds.") from None
 

@@ -1,7 +1,7 @@
 """What asks a run to stop or to save from outside, signals apart: two files, and the clock.
 
-Owns: a thread of rank 0 that looks once a second, so that no step waits for a slow file server.
-Refuses: stopping anything: it sets the flag that the control packet carries.
+A thread of rank 0 looks once a second, so that no step waits for a slow file server. It stops
+nothing itself: it sets the flag that the control packet carries.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from ddp_kit.stopping.grace_period import Grace
 from ddp_kit.stopping.signals import Stop, StopFlag
 
 POLL_S = 1.0
-MARGIN_S = (
-    15.0  # before a job's end, for the processes' own end and the batch script's word with SLURM
-)
-UNKNOWN_S = 15.0  # what a stop is taken to need before that was measured
+# Before a job's end, for the processes' own end and the batch script's word with SLURM.
+MARGIN_S = 15.0
+# What a stop is taken to need before that was measured.
+UNKNOWN_S = 15.0
 
 
 class AsksForSaves(Protocol):
@@ -34,7 +34,10 @@ class AsksForSaves(Protocol):
 
 
 class Watch:
-    """Looks for `STOP` and `SAVE` in a run directory, and at the times when the run has to end. Whoever makes one closes it."""
+    """Looks for `STOP` and `SAVE` in a run directory, and at the times when the run has to end.
+
+    Whoever makes one closes it.
+    """
 
     def __init__(
         self,
@@ -45,15 +48,13 @@ class Watch:
         grace: Grace,
         end: float = math.inf,
     ):
-        """Args: `checkpoints` are asked for a save, `grace` for what a stop needs; `end`: when --max-hours are over, by
-        `time.monotonic()`."""
-        self._folder, self._flag, self._checkpoints, self._grace, self._end = (
-            folder,
-            flag,
-            checkpoints,
-            grace,
-            end,
-        )
+        """Args: `checkpoints` are asked for a save, `grace` for what a stop needs; `end`: when
+        --max-hours are over, by `time.monotonic()`."""
+        self._folder = folder
+        self._flag = flag
+        self._checkpoints = checkpoints
+        self._grace = grace
+        self._end = end
         self._job_end = _job_end()
         self._is_saving = False
         self._over = threading.Event()
@@ -62,17 +63,23 @@ class Watch:
         self._thread.start()
 
     def saved(self) -> bool:
-        """Takes word of a committed save. Returns whether somebody had asked for it; the file is removed then."""
-        if not self._is_saving or self._checkpoints.is_asked:  # it was begun before somebody asked
+        """Takes word of a committed save.
+
+        Returns: whether somebody had asked for it; the file is removed then.
+        """
+        # A save that was begun before somebody asked is not the one that was asked for.
+        if not self._is_saving or self._checkpoints.is_asked:
             return False
-        is_there, self._is_saving = self.take("SAVE"), False
-        return is_there
+        was_there = self.take("SAVE")
+        self._is_saving = False
+        return was_there
 
     def take(self, name: str) -> bool:
-        """Removes a file that was acted upon. Returns whether it was there."""
+        """Removes a file that was acted upon. Returns: whether it was there."""
         try:
             (self._folder / name).unlink()
-        except OSError:  # gone, or out of reach: no reason to end a run
+        except OSError:
+            # Gone, or out of reach: no reason to end a run.
             return False
         return True
 
@@ -87,9 +94,8 @@ class Watch:
 
     def _look(self) -> None:
         names = set()
-        with contextlib.suppress(
-            OSError
-        ):  # a file server that is away for a while; the next look tries again
+        # A file server may be away for a while; the next look tries again.
+        with contextlib.suppress(OSError):
             names = {name for name in ("STOP", "SAVE") if (self._folder / name).exists()}
         if "STOP" in names:
             self._flag.ask(Stop.FILE)
@@ -98,19 +104,26 @@ class Watch:
             self._is_saving = True
         if time.monotonic() >= self._end:
             self._flag.ask(Stop.MAX_HOURS)
-        if time.time() >= self._job_end - MARGIN_S - (self._grace.needs_s or UNKNOWN_S):
+        needs_s = self._grace.needs_s or UNKNOWN_S
+        if time.time() >= self._job_end - MARGIN_S - needs_s:
             self._flag.ask(Stop.JOB_END)
 
 
 def _job_end() -> float:
-    """When SLURM ends this job, in Unix seconds. A time that has passed is another job's, whose variables were inherited."""
+    """When SLURM ends this job, in Unix seconds.
+
+    A time that has passed is another job's, whose variables were inherited.
+    """
     text = environment().get("SLURM_JOB_END_TIME", "")
-    return float(text) if text.isdigit() and float(text) > time.time() else math.inf
+    if text.isdigit() and float(text) > time.time():
+        return float(text)
+    return math.inf
 
 
 def process_age_s() -> float:
-    """Returns how long this process has lived, 0 where the system does not tell."""
+    """Returns how long this process has lived, in seconds; 0 where the system does not tell."""
     start = process_start(os.getpid())
     if not start.isdigit() or not hasattr(time, "CLOCK_BOOTTIME"):
         return 0.0
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(start) / os.sysconf("SC_CLK_TCK"))
+    started_s = int(start) / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
