@@ -20,12 +20,8 @@ from ddp_kit.io.logs import rank_log
 from ddp_kit.lifecycle.session import recipe_path, run_command, session
 from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
 from ddp_kit.settings import DeepSpeed, Fsdp, Settings
-from ddp_kit.setup.build import (
-    build_model,
-    placement_of,
-    require_same_settings,
-    settle_memory_format,
-)
+from ddp_kit.setup.build import require_same_settings
+from ddp_kit.setup.model import build_model, placement_of, settle_memory_format
 from ddp_kit.trackers.console import evaluation_line
 from ddp_kit.training.evaluator import Evaluator, data_sets
 

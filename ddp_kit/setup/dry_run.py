@@ -1,7 +1,9 @@
-"""The passes that come before the first step, on a fixed micro-batch that is the same on all ranks.
+"""The dry run: the passes that come before the first step, on a micro-batch that is the same on all
+ranks.
 
-Owns: what they find out (how the loss's count will be known, which buffers training changes) and the faults that show there.
-Refuses: leaving a trace. Gradients are dropped, buffers and generators put back.
+They find out how the loss's count will be known and which buffers training changes, and faults show
+there and not hours later. They leave no trace: gradients are dropped, buffers and generators put
+back.
 """
 
 import math
@@ -25,17 +27,18 @@ from ddp_kit.training.running_stats import Buffer, buffers_put_back
 from ddp_kit.training.state import LossCall, Training
 
 
-class Rehearsal:
+class DryRun:
     """One per run. Every rank runs each objective's loss in it, in the same order."""
 
     def __init__(self, training: Training, feed: Feed, *, allows_unused: bool, exact: bool = False):
-        """Args: `allows_unused` whether parameters may stay without a gradient; `exact` whether bits must not depend on the ranks."""
-        self.training, self._feed, self._allows_unused, self._exact = (
-            training,
-            feed,
-            allows_unused,
-            exact,
-        )
+        """Args: `allows_unused` whether parameters may stay without a gradient; `exact` whether
+        bits must not depend on the ranks.
+        Raises: DataError on every rank if the ranks read different samples.
+        """
+        self.training = training
+        self._feed = feed
+        self._allows_unused = allows_unused
+        self._exact = exact
         self._batch = feed.dry_run_batch()
         require_same_samples(
             training.group,
@@ -51,8 +54,9 @@ class Rehearsal:
         parameters: Sequence[nn.Parameter],
         frozen: Sequence[nn.Parameter],
     ) -> tuple[Wrapped, Count]:
-        """Returns the wrapped call of a loss that trains `parameters`, ready for the first step, and how its count will be known.
+        """Runs and wraps the call of a loss that trains `parameters`. Every rank calls it.
 
+        Returns: the wrapped call, ready for the first step, and how the loss's count will be known.
         Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer.
         """
         with (
@@ -68,33 +72,47 @@ class Rehearsal:
         return wrapped, count
 
     def _run_bare(self, call: LossCall, parameters: Sequence[nn.Parameter]) -> Count:
-        """Runs the loss forward and backward once, unwrapped. Returns how its count will be known; names what gets no gradient."""
-        training, batch, feed = self.training, self._batch, self._feed
+        """Runs the loss forward and backward once, unwrapped, and names what gets no gradient.
+
+        Returns: how the loss's count will be known.
+        """
+        training = self.training
+        batch = self._batch
         seed_forward(training.forward_key, 0, 0, device=training.group.device)
         with samples_named(batch, "before the first step"):
             total, count, _ = training.strategy.enter(call, batch.batch)
-        beforehand = feed.data.count(batch.batch) if feed.data.count is not None else count
-        if not math.isclose(float(beforehand), float(count), rel_tol=1e-5):
-            raise ConfigError(
-                f"Data(count=...) gives {float(beforehand):g} where the loss counts {float(count):g}; they must agree."
-            )
-        known = _count_of(count, batch.size, feed=feed, group=training.group)
+        self._check_count_beforehand(count)
+        known = _count_of(count, batch.size, feed=self._feed, group=training.group)
         if not total.requires_grad:
             raise ConfigError(
-                "the loss has no gradient: total must be computed from the model's output, without detach() or no_grad()."
+                "the loss has no gradient: total must be computed from the model's output, "
+                "without detach() or no_grad()."
             )
         (total / batch.size).backward()
         _refuse_unused(training, parameters, allows_unused=self._allows_unused)
         if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
             raise ConfigError(
-                "the model has sparse gradients (an Embedding with sparse=True), which cannot be summed: leave sparse out."
+                "the model has sparse gradients (an Embedding with sparse=True), which cannot be "
+                "summed: leave sparse out."
             )
+        # The wrapper's buckets take their memory.
         for parameter in parameters:
-            parameter.grad = None  # the wrapper's buckets take their memory
+            parameter.grad = None
         return known
 
+    def _check_count_beforehand(self, count: int | torch.Tensor) -> None:
+        count_of = self._feed.data.count
+        beforehand = count if count_of is None else count_of(self._batch.batch)
+        if not math.isclose(float(beforehand), float(count), rel_tol=1e-5):
+            raise ConfigError(
+                f"Data(count=...) gives {float(beforehand):g} where the loss counts "
+                f"{float(count):g}; they must agree."
+            )
+
     def _run_wrapped(self, wrapped: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        """Runs until DDP's buckets are final: they are rebuilt after the first backward pass, and a later life of the run, which
+        """Runs until DDP's buckets are final.
+
+        They are rebuilt after the first backward pass, and a later attempt of the run, which
         rebuilds them again, would otherwise sum in another order than the one it continues.
         """
         for _ in range(2):
@@ -120,20 +138,23 @@ def _only(parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]) ->
 
 
 def _count_of(count: int | torch.Tensor, size: int, *, feed: Feed, group: Group) -> Count:
-    """Returns how the loss's count will be known, from what it was for the `size` samples of the rehearsal."""
+    """Returns how the loss's count will be known, from what it was for `size` samples."""
     is_fixed = not isinstance(count, torch.Tensor)
     if is_fixed and (count <= 0 or count % size) and feed.data.count is None:
         raise ConfigError(
-            f"the loss's count is the int {count} for {size} samples. Return it as a tensor where it is not the same for each sample."
+            f"the loss's count is the int {count} for {size} samples. "
+            "Return it as a tensor where it is not the same for each sample."
         )
-    whole = float(count) / size * feed.plan.global_batch  # host-device synchronisation, once
-    exponent = round(math.log2(whole)) if 0 < whole < math.inf else 0
-    if (
-        first_difference(group, [int(is_fixed), int(count) if is_fixed else 0, exponent])
-        is not None
-    ):
+    # Host-device synchronisation, once.
+    whole = float(count) / size * feed.plan.global_batch
+    exponent = 0
+    if 0 < whole < math.inf:
+        exponent = round(math.log2(whole))
+    found = [int(is_fixed), int(count) if is_fixed else 0, exponent]
+    if first_difference(group, found) is not None:
         raise DdpKitError(
-            "the ranks' losses return different counts for the same samples; the loss must not depend on the rank."
+            "the ranks' losses return different counts for the same samples; "
+            "the loss must not depend on the rank."
         )
     if feed.data.count is not None:
         return KnownCount(feed.data.count, group=group, slots=feed.plan.micro_batches)
@@ -149,7 +170,8 @@ def _refuse_unused(
     unused = [names[id(parameter)] for parameter in parameters if parameter.grad is None]
     if first_difference(training.group, [len(unused)]) is not None:
         raise DdpKitError(
-            f"rank {training.group.rank} finds {len(unused)} parameters without a gradient for the same samples, others another number."
+            f"rank {training.group.rank} finds {len(unused)} parameters without a gradient "
+            "for the same samples, others another number."
         )
     if unused and training.group.world_size > 1 and not allows_unused:
         said = no_gradient(unused, is_split=training.strategy.shards is not None)
@@ -161,25 +183,29 @@ def _refuse_unused(
 def _note_buffers(
     training: Training, before: Sequence[tuple[Buffer, torch.Tensor]], *, exact: bool
 ) -> None:
-    """Notes the buffers outside normalisation layers that a forward pass changed; they are taken from rank 0 at every step.
+    """Notes the buffers outside normalisation layers that a forward pass changed.
+
+    They are taken from rank 0 at every step.
 
     Raises: ConfigError where that would have to be exact.
     """
     statistics = training.statistics
     known = {id(buffer.tensor) for buffer in statistics.others}
     for buffer, value in before:
-        is_ours = (
-            buffer.tensor.untyped_storage().data_ptr() in statistics.owned
-            or id(buffer.tensor) in known
-        )
-        if not is_ours and not torch.equal(buffer.settle(), value):
-            if exact:
-                raise ConfigError(
-                    f"--exact: training changes the buffer {buffer.name}, which only normalisation layers may: rank 0's depends on the "
-                    "number of ranks. Leave out --exact, or make it no buffer of training."
-                )
-            statistics.others.append(buffer)
-            if training.group.world_size > 1:
-                training.notes.append(
-                    f"buffer {buffer.name} is changed by training; it is taken from rank 0"
-                )
+        if id(buffer.tensor) in known:
+            continue
+        if buffer.tensor.untyped_storage().data_ptr() in statistics.owned:
+            continue
+        if torch.equal(buffer.settle(), value):
+            continue
+        if exact:
+            raise ConfigError(
+                f"--exact: training changes the buffer {buffer.name}, which only normalisation "
+                "layers may: rank 0's depends on the number of ranks. Leave out --exact, "
+                "or make it no buffer of training."
+            )
+        statistics.others.append(buffer)
+        if training.group.world_size > 1:
+            training.notes.append(
+                f"buffer {buffer.name} is changed by training; it is taken from rank 0"
+            )

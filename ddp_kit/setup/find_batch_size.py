@@ -1,7 +1,7 @@
 """`--micro-batch auto`: trying out, before training, what fits into memory.
 
-Owns: the trial on one rank and the agreement of all.
-Refuses: halving in the middle of training: a batch whose backward was half done cannot be split again.
+It is never done by halving in the middle of training: a batch whose backward was half done cannot
+be split again.
 """
 
 from collections.abc import Sequence
@@ -33,30 +33,46 @@ def find_micro_batch(
     settings: Settings,
     group: Group,
 ) -> int:
-    """Returns the largest divisor of the global batch, up to a rank's share, that fits on every rank. Every rank calls it.
+    """Returns the largest divisor of the global batch, up to a rank's share, that fits on every
+    rank.
+
+    Every rank calls it: each tries alone, and all take the smallest that was found.
 
     Raises: ConfigError if not even one sample fits.
     """
-    share = -(-settings.global_batch // group.world_size)
-    sizes = [size for size in range(share, 0, -1) if settings.global_batch % size == 0]
-    with buffers_put_back(model):
-        own = next(
-            (
-                size
-                for size in sizes
-                if _fits(
-                    model, parts, data, size, placement=placement, settings=settings, group=group
-                )
-            ),
-            0,
-        )
-    model.zero_grad(set_to_none=True)
+    own = _largest_that_fits(
+        model, parts, data, placement=placement, settings=settings, group=group
+    )
     fitting = -max_over_ranks(group, [-own])[0]
     if not fitting:
         raise ConfigError(
-            "--micro-batch auto: not even one sample fits into memory on every rank. Try --activation-checkpointing or a smaller model."
+            "--micro-batch auto: not even one sample fits into memory on every rank. "
+            "Try --activation-checkpointing or a smaller model."
         )
     return fitting
+
+
+def _largest_that_fits(
+    model: nn.Module,
+    parts: Sequence[Objective],
+    data: Data,
+    *,
+    placement: Placement,
+    settings: Settings,
+    group: Group,
+) -> int:
+    """Tries the divisors on this rank, the largest first. Returns: 0 if none fits."""
+    share = -(-settings.global_batch // group.world_size)
+    found = 0
+    with buffers_put_back(model):
+        for size in range(share, 0, -1):
+            if settings.global_batch % size:
+                continue
+            if _fits(model, parts, data, size, placement=placement, settings=settings, group=group):
+                found = size
+                break
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 def _fits(
@@ -69,10 +85,15 @@ def _fits(
     settings: Settings,
     group: Group,
 ) -> bool:
-    """Runs each loss forward and backward on `size` samples; optimizer state is not there yet, so a tenth is left free on CUDA."""
+    """Runs each loss forward and backward on `size` samples.
+
+    Optimizer state is not there yet, so room for it and a twentieth of the memory is left free on
+    CUDA.
+    """
     plan = plan_batches(size, micro_batch=0, world_size=1)
     if group.device.type == "cuda":
-        torch.cuda.empty_cache()  # what a larger size has left
+        # What a larger size has left.
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(group.device)
     try:
         feed = feed_of(
@@ -89,11 +110,7 @@ def _fits(
                 call = LossCall(model, part.loss, precision=settings.precision, device=group.device)
                 call(batch.batch)[0].backward()
         if group.device.type == "cuda":
-            total = torch.cuda.get_device_properties(group.device).total_memory
-            weights = sum(
-                parameter.numel() * parameter.element_size() for parameter in model.parameters()
-            )
-            return torch.cuda.max_memory_allocated(group.device) + 2 * weights < 0.95 * total
+            return _leaves_room(model, group.device)
     except torch.OutOfMemoryError:
         return False
     except RuntimeError as error:
@@ -101,3 +118,10 @@ def _fits(
             raise
         return False
     return True
+
+
+def _leaves_room(model: nn.Module, device: torch.device) -> bool:
+    """Whether the peak of a trial leaves room for the state of an optimizer such as Adam."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return torch.cuda.max_memory_allocated(device) + 2 * weights < 0.95 * total

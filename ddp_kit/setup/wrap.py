@@ -1,10 +1,9 @@
-"""From a model and its optimizers to `Training`: placing, checking, wrapping.
+"""From a model and its optimizers to `Training`: placed, checked, wrapped, once before the first
+step.
 
-Owns: everything that happens to a model once, before the first step, but its rehearsal.
-Refuses: repairing. An optimizer that does not hold what it should is named and the run ends.
+Nothing is repaired here: an optimizer that does not hold what it should is named and the run ends.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.checkpoint import checkpoint
 
 from ddp_kit.checkpoint.weights import require_equal
-from ddp_kit.data.batch_plan import require_subtrees
+from ddp_kit.data.batch_plan import BatchPlan, require_subtrees
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.seeding import forward_key
 from ddp_kit.distributed.control_packet import Control
@@ -25,7 +23,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest, some
 from ddp_kit.metrics import LossSum
 from ddp_kit.settings import Precision, Settings
-from ddp_kit.setup.dry_run import Rehearsal
+from ddp_kit.setup.dry_run import DryRun
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.optimizers import fuse
@@ -36,7 +34,11 @@ from ddp_kit.training.state import LossCall, ObjectiveState, Training
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One objective's live parts: its loss, an optimizer over `trains`' parameters, and a scheduler stepped once per step."""
+    """One objective's live parts.
+
+    They are its loss, an optimizer over `trains`' parameters, and a scheduler stepped once per
+    step.
+    """
 
     loss: Callable[[Any, Any], LossSum]
     optimizer: Optimizer
@@ -58,14 +60,16 @@ def wrap(
     exact: bool = False,
     tuning: bool = True,
 ) -> Training:
-    """Wraps a model, its optimizer and its loss for a loop of one's own, with DDP. Every rank calls it; see `wrap_parts`."""
+    """Wraps a model, its optimizer and its loss for a loop of one's own, with DDP.
+
+    Every rank calls it; see `wrap_parts`, also for what it raises.
+    """
     require_equal(model, group=group)
+    settings = Settings(exact=exact, find_unused_parameters=find_unused_parameters)
     return wrap_parts(
         model,
         [Part(loss=loss, optimizer=optimizer, scheduler=scheduler)],
-        strategy=choose_strategy(
-            group, Settings(exact=exact, find_unused_parameters=find_unused_parameters)
-        ),
+        strategy=choose_strategy(group, settings),
         group=group,
         feed=feed,
         precision=precision,
@@ -92,51 +96,71 @@ def wrap_parts(
 ) -> Training:
     """Makes a model that lies on its device ready to train. Every rank calls it.
 
-    Args: `model` on the group's device, with equal weights on all ranks (`require_equal`), or as `strategy` has split it; `parts` one or
-        more objectives, with optimizers built from that model; `feed` this rank's
-        batches, of which one is used for rehearsal; `tuning` gives torch's optimizers their fused kernels; `exact` as in `exactness`,
-        with as many CPU threads at any number of ranks.
-    Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer, before the first step.
+    Args: `model` on the group's device, with equal weights on all ranks (`require_equal`), or as
+        `strategy` has split it; `parts` one or more objectives, with optimizers built from that
+        model; `feed` this rank's batches, of which one is used for the dry run; `tuning` gives
+        torch's optimizers their fused kernels; `exact` as `--exact`, with as many CPU threads at
+        any number of ranks.
+    Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer, before the
+        first step.
     """
-    micro_batches = feed.plan.micro_batches
     if exact:
         require_exact(feed, group)
+    statistics = RunningStatistics(
+        model,
+        group,
+        micro_batches=feed.plan.micro_batches,
+        always=has_checkpointed_activations,
+        exact=exact,
+    )
+    is_split = strategy.shards is not None
     training = Training(
         group=group,
         control=Control(group),
         strategy=strategy,
         model=model,
         objectives=[],
-        statistics=RunningStatistics(
-            model,
-            group,
-            micro_batches=micro_batches,
-            always=has_checkpointed_activations,
-            exact=exact,
-        ),
+        statistics=statistics,
         plan=feed.plan,
         forward_key=forward_key(feed.seed),
         grad_clip=grad_clip,
-        rounds=max(map(len, map(feed.plan.of_rank, range(group.world_size))))
-        if strategy.shards is not None
-        else 0,
+        rounds=_most_micro_batches(feed.plan, group.world_size) if is_split else 0,
     )
-    rehearsal = Rehearsal(training, feed, allows_unused=find_unused_parameters, exact=exact)
-    fused = [fuse(part.optimizer) for part in parts] if tuning else []
+    dry_run = DryRun(training, feed, allows_unused=find_unused_parameters, exact=exact)
+    fused = []
+    if tuning:
+        fused = [fuse(part.optimizer) for part in parts]
     if fused and all(fused):
         training.tuned.append("fused optimizer")
     for part in parts:
         training.objectives.append(
-            _objective(part, rehearsal, precision=precision, is_only=len(parts) == 1)
+            _objective(part, dry_run, precision=precision, is_only=len(parts) == 1)
         )
     return training
 
 
+def require_exact(feed: Feed, group: Group) -> None:
+    """Raises: ConfigError on every rank if a run of this feed on these ranks cannot be exact."""
+    if feed.sampler is None:
+        raise ConfigError(
+            "--exact: the training data is iterable, and its order is its own. "
+            "Give it __getitem__ and __len__."
+        )
+    require_subtrees(feed.plan, world_size=group.world_size)
+
+
+def _most_micro_batches(plan: BatchPlan, world_size: int) -> int:
+    """Returns the micro-batches of the rank that has most."""
+    return max(len(plan.of_rank(rank)) for rank in range(world_size))
+
+
 def _objective(
-    part: Part, rehearsal: Rehearsal, *, precision: Precision, is_only: bool
+    part: Part, dry_run: DryRun, *, precision: Precision, is_only: bool
 ) -> ObjectiveState:
-    """Checks, wraps and rehearses one objective."""
-    model, group = rehearsal.training.model, rehearsal.training.group
+    """Checks one objective, runs it dry and wraps it."""
+    training = dry_run.training
+    model = training.model
+    device = training.group.device
     _check_scheduler(part)
     parameters = _trained(model, part, is_only=is_only)
     own = {id(parameter) for parameter in parameters}
@@ -145,12 +169,13 @@ def _objective(
         for parameter in model.parameters()
         if parameter.requires_grad and id(parameter) not in own
     ]
-    on_device = group.device.type == "cuda" and getattr(
+    reads_found_inf = device.type == "cuda" and getattr(
         part.optimizer, "_step_supports_amp_scaling", False
     )
-    call = LossCall(model, part.loss, precision=precision, device=group.device)
-    wrapped, count = rehearsal.run(call, part.optimizer, parameters, frozen)
-    is_plain = wrapped.step is None and rehearsal.training.strategy.shards is None
+    call = LossCall(model, part.loss, precision=precision, device=device)
+    wrapped, count = dry_run.run(call, part.optimizer, parameters, frozen)
+    is_plain = wrapped.step is None and training.strategy.shards is None
+    dtypes = {parameter.dtype for parameter in parameters}
     place = local(parameters[0]).device
     return ObjectiveState(
         name="" if is_only else f"{part.trains}/",
@@ -167,95 +192,86 @@ def _objective(
         refresh=wrapped.refresh,
         found_inf=torch.zeros((), device=place),
         one=torch.ones((), device=place),
-        is_mixed=len({parameter.dtype for parameter in parameters}) > 1
-        or parameters[0].is_complex(),
-        is_deferred=on_device
-        and is_only
-        and is_plain
-        and precision != "fp16",  # the host need not wait for each step's verdict
+        is_mixed=len(dtypes) > 1 or parameters[0].is_complex(),
+        # The host need not wait for each step's verdict.
+        is_deferred=reads_found_inf and is_only and is_plain and precision != "fp16",
     )
 
 
 def _check_scheduler(part: Part) -> None:
-    """Raises: ConfigError for a scheduler that would not move this optimizer's rates once per step."""
-    if isinstance(part.scheduler, ReduceLROnPlateau):
+    """Raises: ConfigError for a scheduler that would not move this optimizer's rates every step."""
+    scheduler = part.scheduler
+    if scheduler is None:
+        return
+    if isinstance(scheduler, ReduceLROnPlateau):
         raise ConfigError(
-            "ReduceLROnPlateau counts evaluations, schedulers here count optimizer steps: take one of ddp_kit.schedules."
+            "ReduceLROnPlateau counts evaluations, schedulers here count optimizer steps: "
+            "take one of ddp_kit.schedules."
         )
-    if (
-        part.scheduler is not None
-        and getattr(part.scheduler, "optimizer", part.optimizer) is not part.optimizer
-    ):
+    if getattr(scheduler, "optimizer", part.optimizer) is not part.optimizer:
         raise ConfigError(
-            "the scheduler belongs to another optimizer than the one it was given: build it from the function's argument."
+            "the scheduler belongs to another optimizer than the one it was given: "
+            "build it from the function's argument."
         )
 
 
 def part_of(model: nn.Module, trains: str) -> nn.Module:
-    """Returns the part of a model that an objective trains. Raises: ConfigError if there is none of that name."""
+    """Returns the part of a model that an objective trains.
+
+    Raises: ConfigError if there is none of that name.
+    """
     try:
         return model.get_submodule(trains)
     except AttributeError:
         near = nearest(trains, [name for name, _ in model.named_modules()])
+        advice = f" Did you mean {near!r}?" if near else ""
         raise ConfigError(
-            f"Objective(trains={trains!r}): the model has no such part.{f' Did you mean {near!r}?' if near else ''}"
+            f"Objective(trains={trains!r}): the model has no such part.{advice}"
         ) from None
 
 
 def _trained(model: nn.Module, part: Part, *, is_only: bool) -> list[nn.Parameter]:
-    """Returns the parameters of an objective. Raises: ConfigError if its optimizer holds none, foreign ones, or not all of them."""
+    """Returns the parameters of an objective.
+
+    Raises: ConfigError if its optimizer holds none, foreign ones, or not all of them.
+    """
     module = part_of(model, part.trains)
-    named = {
-        id(p): f"{part.trains}.{name}".lstrip(".")
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
-    held = {id(p) for parameters in part.optimizer.param_groups for p in parameters["params"]}
-    everything = {id(p) for p in model.parameters()}
-    kind = type(part.optimizer).__name__
-    if not held & set(named):
-        what = "parameters that are not this model's" if held else "no parameters"
-        raise ConfigError(
-            f"the optimizer ({kind}) holds {what}. Build it from the model it is given: {kind}(model.parameters(), ...)."
-        )
-    if held - everything:
-        raise ConfigError(
-            f"the optimizer ({kind}) holds {len(held - everything)} tensors that are not parameters of the model."
-        )
-    missing = [name for identity, name in named.items() if identity not in held]
-    if missing:
-        raise ConfigError(
-            f"the optimizer ({kind}) does not hold {some(missing)}, which the model would train. Give it all of them, or freeze "
-            "these with requires_grad_(False)."
-        )
-    if held & everything - set(named) and not is_only:
-        raise ConfigError(
-            f"Objective(trains={part.trains!r}): its optimizer ({kind}) also holds parameters outside that part."
-        )
+    trained = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            trained[id(parameter)] = f"{part.trains}.{name}".lstrip(".")
+    _check_optimizer(model, part, trained, is_only=is_only)
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def checkpoint_activations(model: nn.Module, class_name: str) -> None:
-    """Makes each module of a class compute its activations again in backward instead of keeping them; names stay as they are.
-
-    Raises: ConfigError if the model has no such module.
-    """
-    modules = [module for module in model.modules() if type(module).__name__ == class_name]
-    if not modules:
-        kinds = sorted({type(module).__name__ for module in model.modules()})
-        near = nearest(class_name, kinds)
+def _check_optimizer(
+    model: nn.Module, part: Part, trained: dict[int, str], *, is_only: bool
+) -> None:
+    """Compares what an optimizer holds with what it should: names of parameters by their `id`."""
+    kind = type(part.optimizer).__name__
+    every = {id(parameter) for parameter in model.parameters()}
+    held: set[int] = set()
+    for group in part.optimizer.param_groups:
+        held.update(id(parameter) for parameter in group["params"])
+    if not held & trained.keys():
+        what = "parameters that are not this model's" if held else "no parameters"
         raise ConfigError(
-            f"--activation-checkpointing {class_name}: the model has no module of that class. "
-            f"{f'Did you mean {near}?' if near else 'It has ' + ', '.join(kinds) + '.'}"
+            f"the optimizer ({kind}) holds {what}. "
+            f"Build it from the model it is given: {kind}(model.parameters(), ...)."
         )
-    for module in modules:
-        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-
-
-def require_exact(feed: Feed, group: Group) -> None:
-    """Raises: ConfigError on every rank if a run of this feed on these ranks cannot be exact."""
-    if feed.sampler is None:
+    if held - every:
         raise ConfigError(
-            "--exact: the training data is iterable, and its order is its own. Give it __getitem__ and __len__."
+            f"the optimizer ({kind}) holds {len(held - every)} tensors that are not parameters "
+            "of the model."
         )
-    require_subtrees(feed.plan, world_size=group.world_size)
+    missing = [name for identity, name in trained.items() if identity not in held]
+    if missing:
+        raise ConfigError(
+            f"the optimizer ({kind}) does not hold {some(missing)}, which the model would train. "
+            "Give it all of them, or freeze these with requires_grad_(False)."
+        )
+    if held & every - trained.keys() and not is_only:
+        raise ConfigError(
+            f"Objective(trains={part.trains!r}): its optimizer ({kind}) also holds parameters "
+            "outside that part."
+        )

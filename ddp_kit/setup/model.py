@@ -1,0 +1,164 @@
+"""From a recipe and its settings to the model on this rank's device, and its batches' placement."""
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ddp_kit.checkpoint.weights import load_weights
+from ddp_kit.data.seeding import Purpose, generators_put_back, key
+from ddp_kit.data.transfer import Placement
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.errors import ConfigError, nearest
+from ddp_kit.io.logs import logger
+from ddp_kit.recipe import Recipe
+from ddp_kit.settings import Settings
+from ddp_kit.strategies.optimizers import wants_channels_last
+from ddp_kit.strategies.precision import placed, weight_dtype
+from ddp_kit.training.running_stats import buffers_put_back
+
+
+def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
+    """Returns the model on this rank's device. Every rank calls it.
+
+    Its weights depend on the seed alone, or on `init_from`. With `--strategy fsdp` over several
+    ranks it stays in host memory, or on the meta device with `--fsdp.meta`: the strategy moves it,
+    part by part.
+
+    Raises: ConfigError for a model that is none or has no shapes yet, and for flags that do not fit
+        it or this rank's device.
+    """
+    is_split = settings.strategy == "fsdp" and group.world_size > 1
+    is_meta = is_split and settings.fsdp.meta
+    model = _fresh_model(recipe, seed=settings.seed, is_meta=is_meta)
+    if settings.init_from and not is_meta:
+        load_first_weights(model, settings, group)
+    _check_device(settings, group)
+    if settings.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.training)
+    device: torch.device | str = group.device
+    if is_meta:
+        device = "meta"
+    elif is_split:
+        device = "cpu"
+    model = placed(model, device=device, dtype=weight_dtype(settings.precision))
+    if has_channels_last(model, settings):
+        model = model.to(memory_format=torch.channels_last)
+    if settings.activation_checkpointing:
+        checkpoint_activations(model, settings.activation_checkpointing)
+    if settings.compile:
+        model.compile()
+    return model
+
+
+def _fresh_model(recipe: Recipe, *, seed: int, is_meta: bool) -> nn.Module:
+    """Calls the recipe's `model()` under the run's seed."""
+    device = torch.device("meta") if is_meta else nullcontext()
+    with generators_put_back(), device:
+        torch.manual_seed(key(seed, Purpose.WEIGHTS))
+        model = recipe.model()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the recipe's model() must return an nn.Module; it returned {type(model).__name__}."
+        )
+    for name, tensor in model.named_parameters():
+        if isinstance(tensor, nn.parameter.UninitializedParameter):
+            raise ConfigError(
+                f"the model's {name} has no shape yet (a lazy module): "
+                "run one batch through it in the recipe's model()."
+            )
+    return model
+
+
+def load_first_weights(model: nn.Module, settings: Settings, group: Group) -> None:
+    """Copies the weights of `--init-from` into a model. Every rank calls it.
+
+    Raises: ConfigError if they do not fit, as `load_weights` says.
+    """
+    load_weights(
+        model,
+        Path(settings.init_from),
+        group=group,
+        rename=settings.rename,
+        partial=settings.init_partial,
+    )
+
+
+def _check_device(settings: Settings, group: Group) -> None:
+    """Raises: ConfigError for a flag that needs another device than this rank's."""
+    if settings.fsdp.cpu_offload and group.device.type == "cpu":
+        raise ConfigError(
+            "--fsdp.cpu-offload: this rank runs on a CPU, where weights are in host memory anyway. "
+            "Leave it out."
+        )
+    if settings.sync_batchnorm and group.device.type != "cuda":
+        raise ConfigError(
+            "--sync-batchnorm: torch's SyncBatchNorm runs on CUDA only; this rank runs on a CPU. "
+            "Leave it out."
+        )
+
+
+def checkpoint_activations(model: nn.Module, class_name: str) -> None:
+    """Makes each module of a class compute its activations again in backward, instead of keeping
+    them.
+
+    Names stay as they are.
+
+    Raises: ConfigError if the model has no such module.
+    """
+    modules = [module for module in model.modules() if type(module).__name__ == class_name]
+    if not modules:
+        kinds = sorted({type(module).__name__ for module in model.modules()})
+        near = nearest(class_name, kinds)
+        advice = f"Did you mean {near}?" if near else f"It has {', '.join(kinds)}."
+        raise ConfigError(
+            f"--activation-checkpointing {class_name}: the model has no module of that class. "
+            f"{advice}"
+        )
+    for module in modules:
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def has_channels_last(model: nn.Module, settings: Settings) -> bool:
+    """Whether a model is given that memory format, which neither FSDP2 nor ZeRO can split."""
+    can_have_it = settings.tuning and settings.strategy not in ("fsdp", "deepspeed")
+    return can_have_it and wants_channels_last(model)
+
+
+def placement_of(model: nn.Module, settings: Settings, group: Group) -> Placement:
+    """Returns where the batches of a model have to be."""
+    return Placement(
+        group.device,
+        dtype=weight_dtype(settings.precision),
+        channels_last=has_channels_last(model, settings),
+    )
+
+
+def settle_memory_format(
+    model: nn.Module, placement: Placement, trial: Callable[[], object]
+) -> Placement:
+    """Returns the placement to use, and gives the model the memory format that goes with it.
+
+    That is without channels_last if the model reshapes in a way that this format does not allow.
+
+    Args: `trial` runs the model on a batch; what it changes in buffers and generators is put back.
+    """
+    if not placement.channels_last:
+        return placement
+    try:
+        with torch.no_grad(), generators_put_back(), buffers_put_back(model):
+            trial()
+    except RuntimeError as error:
+        if "view size is not compatible" not in str(error):
+            raise
+        model.to(memory_format=torch.contiguous_format)
+        logger.info(
+            "note: channels_last is off, since the model reshapes with view(); "
+            "flatten(1) or reshape() would allow it"
+        )
+        return Placement(placement.device, dtype=placement.dtype, channels_last=False)
+    return placement
