@@ -20,8 +20,7 @@ Indices = Sequence[int] | NDArray[np.int64]
 
 
 class ImageArray:
-    """uint8 images (N, H, W, C) with int64 labels (N,), cropped, flipped and normalised by the
-    batch.
+    """uint8 images (N, H, W, C) with int64 labels (N,), augmented and normalised by the batch.
 
     A batch is float32 (B, C, H, W), channels last in memory, and int64 (B,). `images` may be a
     read-only `np.memmap`: nothing of it is copied but the batches, so the ranks of a node share its
@@ -108,8 +107,7 @@ class ImageArray:
         return part
 
     def pixels(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Returns images and labels as they are, for a data set of one's own; a subset's are
-        copied.
+        """Returns images and labels for a data set of one's own; a subset's are copied.
 
         Returns: the images, uint8 (N, H, W, C), and the labels, int64 (N,).
         """

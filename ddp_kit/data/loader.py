@@ -41,8 +41,7 @@ class RankBatch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """A rank's training batches. `batches(start, end)` may begin at any step: there is no other
-    state.
+    """A rank's training batches, from any step on: it has no state of its own.
 
     `sampler` is None for an iterable data set; `course` is that of an iterable data set with a
     state of its own.
@@ -105,8 +104,7 @@ class Feed:
             yield from stream
 
     def dry_run_batch(self) -> MicroBatch:
-        """Returns the fixed micro-batch of the dry run before the first step: the same on all
-        ranks.
+        """Returns the fixed micro-batch of the dry run, the same on all ranks.
 
         With workers it is read by one, so that theirs is a data set that nobody has touched: what
         it opens at its first sample each of them opens for itself.

@@ -1,5 +1,4 @@
-"""The dry run: the passes that come before the first step, on a micro-batch that is the same on all
-ranks.
+"""The dry run: passes before the first step, on a micro-batch that is the same on all ranks.
 
 They find out how the loss's count will be known and which buffers training changes, and faults show
 there and not hours later. They leave no trace: gradients are dropped, buffers and generators put

@@ -33,10 +33,10 @@ def find_micro_batch(
     settings: Settings,
     group: Group,
 ) -> int:
-    """Returns the largest divisor of the global batch, up to a rank's share, that fits on every
-    rank.
+    """Returns the largest divisor of the global batch that fits on every rank.
 
-    Every rank calls it: each tries alone, and all take the smallest that was found.
+    It is at most a rank's share. Every rank calls it: each tries alone, and all take the smallest
+    that was found.
 
     Raises: ConfigError if not even one sample fits.
     """

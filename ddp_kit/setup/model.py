@@ -103,10 +103,9 @@ def _check_device(settings: Settings, group: Group) -> None:
 
 
 def checkpoint_activations(model: nn.Module, class_name: str) -> None:
-    """Makes each module of a class compute its activations again in backward, instead of keeping
-    them.
+    """Makes each module of a class compute its activations again in backward.
 
-    Names stay as they are.
+    They are not kept then; names of parameters stay as they are.
 
     Raises: ConfigError if the model has no such module.
     """

@@ -1,5 +1,4 @@
-"""From a model and its optimizers to `Training`: placed, checked, wrapped, once before the first
-step.
+"""From a model and its optimizers to `Training`: checked, run dry and wrapped, once.
 
 Nothing is repaired here: an optimizer that does not hold what it should is named and the run ends.
 """

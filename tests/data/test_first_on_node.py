@@ -1,4 +1,4 @@
-"""first_on_node with real processes: one makes, the others wait, and a killed maker leaves nothing that counts."""
+"""first_on_node with real processes: one makes, the others wait, a killed maker leaves nothing."""
 
 import errno
 import logging
@@ -58,7 +58,8 @@ def makers(log: Path) -> list[str]:
 
 
 def test_of_four_processes_one_makes_and_all_see_the_whole(tmp_path):
-    path, log = tmp_path / "data" / "set", tmp_path / "log"
+    path = tmp_path / "data" / "set"
+    log = tmp_path / "log"
     processes = [start(path, log, seconds=0.3) for _ in range(4)]
     assert [process.wait(timeout=20) for process in processes] == [0] * 4
     assert len(makers(log)) == 1
@@ -66,7 +67,8 @@ def test_of_four_processes_one_makes_and_all_see_the_whole(tmp_path):
 
 
 def test_a_killed_maker_leaves_nothing_under_the_name_and_a_waiting_one_makes_it(tmp_path):
-    path, log = tmp_path / "set", tmp_path / "log"
+    path = tmp_path / "set"
+    log = tmp_path / "log"
     with start(path, log, seconds=60) as maker:
         wait_for(lambda: makers(log))
         with start(path, log, seconds=0) as waiting:
@@ -87,9 +89,8 @@ def test_a_maker_that_raises_leaves_nothing_and_the_next_call_makes(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         first_on_node(path, fails)
     assert names(tmp_path) == []
-    assert (
-        first_on_node(path, lambda temporary: temporary.write_text("whole")).read_text() == "whole"
-    )
+    first_on_node(path, lambda temporary: temporary.write_text("whole"))
+    assert path.read_text() == "whole"
     assert names(tmp_path) == ["file"]
 
 
@@ -116,7 +117,9 @@ def test_another_nodes_folder_that_came_first_is_kept(tmp_path):
 
 def test_a_long_wait_says_what_it_waits_for_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(module, "QUIET_S", 0.2)
-    path, entered, leave = tmp_path / "set", threading.Event(), threading.Event()
+    path = tmp_path / "set"
+    entered = threading.Event()
+    leave = threading.Event()
 
     def make(temporary: Path) -> None:
         entered.set()
@@ -164,9 +167,8 @@ def test_a_cache_of_read_only_data_lies_in_the_home_folder_unless_it_is_beside_a
     data.mkdir(parents=True)
     monkeypatch.delenv("DDP_KIT_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: False
-    )  # root may write anywhere: permissions would prove nothing
+    # root may write anywhere: permissions would prove nothing
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert cache_path(data, "train.npy").is_relative_to(tmp_path / ".cache" / "ddp_kit")
     (tmp_path / "data" / "train.npy").touch()
     assert cache_path(data, "train.npy") == tmp_path / "data" / "train.npy"

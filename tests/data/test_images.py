@@ -10,7 +10,8 @@ from ddp_kit.data.images import ImageArray, mirror, padded_crop
 from ddp_kit.data.seeding import Draws
 from ddp_kit.errors import DataError
 
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+MEAN = (0.5, 0.4, 0.3)
+STD = (0.2, 0.25, 0.3)
 
 
 def some_images(count: int = 40, *, channels: int = 3) -> np.ndarray:
@@ -34,7 +35,8 @@ def test_without_draws_a_batch_is_torchvisions_to_dtype_and_normalize():
 
 def test_crops_and_flips_are_torchvisions_at_the_same_offsets():
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
-    images, padding = some_images(), 3
+    images = some_images()
+    padding = 3
     indices = list(range(40))
     batch, _ = array(images, crop_padding=padding, flip=True).__getitems__(
         indices, Draws(5, 2, indices)
@@ -60,12 +62,12 @@ def test_every_offset_of_a_crop_is_drawn_and_half_of_the_images_are_flipped():
 def test_crop_and_mirror_are_slices_of_the_padded_image(channels):
     images = some_images(9, channels=channels)
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    top, left = np.array([0, 4, 2, 1, 3, 0, 4, 2, 2]), np.array([4, 0, 2, 3, 1, 0, 4, 1, 2])
+    top = np.array([0, 4, 2, 1, 3, 0, 4, 2, 2])
+    left = np.array([4, 0, 2, 3, 1, 0, 4, 1, 2])
     cropped = padded_crop(images, padding=2, top=top, left=left)
     for row in range(9):
-        assert (
-            cropped[row] == padded[row, top[row] : top[row] + 12, left[row] : left[row] + 10]
-        ).all()
+        expected = padded[row, top[row] : top[row] + 12, left[row] : left[row] + 10]
+        assert (cropped[row] == expected).all()
     mirrored = cropped.copy()
     mirror(mirrored, rows=np.array([1, 8]))
     assert (mirrored[[1, 8]] == cropped[[1, 8], :, ::-1]).all()

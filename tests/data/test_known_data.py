@@ -1,4 +1,4 @@
-"""The known data sets and the decoded-image cache, against the readers they stand in for, on small generated files."""
+"""The known data sets and the decoded-image cache, against the readers they stand in for."""
 
 import pickle
 import struct
@@ -71,7 +71,8 @@ def test_digits_are_scikit_learns_and_the_parts_are_disjoint_and_whole():
 def test_mnist_reads_what_torchvision_reads_and_maps_it(tmp_path):
     datasets = pytest.importorskip("torchvision.datasets")
     write_mnist(tmp_path / "MNIST" / "raw", train=30, test=20)
-    data, reference = mnist(tmp_path, "test"), datasets.MNIST(str(tmp_path), train=False)
+    data = mnist(tmp_path, "test")
+    reference = datasets.MNIST(str(tmp_path), train=False)
     assert (raw_images(data)[..., 0] == reference.data.numpy()).all()
     assert (data.labels == reference.targets.numpy()).all()
     assert isinstance(data.images, np.memmap)
@@ -83,18 +84,16 @@ def test_validation_images_are_held_out_of_training_and_are_always_the_same_ones
         mnist(tmp_path, split) for split in ("train", "validation", "validation")
     )
     assert (len(train), len(validation)) == (200, 5000)
-    found = sorted(bytes(image) for part in (train, validation) for image in raw_images(part))
-    assert found == sorted(bytes(image) for image in train.images)
+    found = [*map(bytes, raw_images(train)), *map(bytes, raw_images(validation))]
+    assert sorted(found) == sorted(bytes(image) for image in train.images)
     assert (raw_images(validation) == raw_images(again)).all()
 
 
 def test_image_folders_are_decoded_as_torchvisions_image_folder_and_once(tmp_path, monkeypatch):
     datasets = pytest.importorskip("torchvision.datasets")
     write_images(tmp_path / "train", classes=("dog", "cat", "ape"))
-    found, reference = (
-        decoded_folder(tmp_path / "train"),
-        datasets.ImageFolder(str(tmp_path / "train")),
-    )
+    found = decoded_folder(tmp_path / "train")
+    reference = datasets.ImageFolder(str(tmp_path / "train"))
     assert found.classes == tuple(reference.classes)
     assert found.labels.tolist() == reference.targets
     assert all(
@@ -115,14 +114,8 @@ def test_a_changed_folder_is_decoded_anew(tmp_path):
     before = decoded_folder(folder).images.copy()
     Image.new("RGB", (8, 8), "red").save(folder / "cat" / "0001.jpg")
     changed = decoded_folder(folder).images
-    assert [bool((old == new).all()) for old, new in zip(before, changed, strict=True)] == [
-        True,
-        False,
-        True,
-        True,
-        True,
-        True,
-    ]
+    is_same = [bool((old == new).all()) for old, new in zip(before, changed, strict=True)]
+    assert is_same == [True, False, True, True, True, True]
     (folder / "cat" / "0002.jpg").unlink()
     assert len(decoded_folder(folder).images) == 5
 
@@ -151,16 +144,16 @@ def test_cifar10_reads_image_folders_and_holds_out_validation(tmp_path, monkeypa
     parts = [cifar10(tmp_path, split) for split in ("train", "validation", "test")]
     assert [len(part) for part in parts] == [16, 4, 20]
     assert parts[0].classes == CIFAR10_CLASSES
-    assert parts[2].__getitems__(range(20))[1].tolist() == [
-        label for label in range(10) for _ in range(2)
-    ]
+    labels = parts[2].__getitems__(range(20))[1]
+    assert labels.tolist() == np.repeat(np.arange(10), 2).tolist()
 
 
 def test_cifar10_reads_torchvisions_own_layout(tmp_path, monkeypatch):
     reader = pytest.importorskip("torchvision.datasets").CIFAR10
     write_cifar10_batches(tmp_path / "cifar-10-batches-py", reader)
     trust_any_checksum(monkeypatch, reader)
-    data, reference = cifar10(tmp_path, "test"), reader(str(tmp_path), train=False)
+    data = cifar10(tmp_path, "test")
+    reference = reader(str(tmp_path), train=False)
     assert (raw_images(data) == reference.data).all()
     assert data.labels.tolist() == reference.targets
     assert isinstance(data.images, np.memmap)

@@ -1,7 +1,8 @@
-"""The feed: the same samples with the same random changes, whoever reads them."""
+"""The train loader: the same samples with the same random changes, whoever reads them."""
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from ddp_kit.distributed.topology import Topology
 from ddp_kit.errors import ConfigError, DataError
 
 CPU = Placement(torch.device("cpu"))
-SIZE, BATCH = 50, 12
+SIZE = 50
+BATCH = 12
 
 
 class Noisy(Dataset[Any]):
@@ -87,6 +89,10 @@ def read(
     return steps
 
 
+def together(batches: Iterable[Iterable[Any]]) -> list[Any]:
+    return list(itertools.chain.from_iterable(batches))
+
+
 DATASETS = {"items": Noisy, "batches": Keyed, "stream": Stream}
 
 
@@ -109,10 +115,10 @@ def test_every_split_and_every_worker_reads_the_same(name: str) -> None:
 
 def test_each_epoch_has_another_order_and_drops_another_tail() -> None:
     steps = read(Data(Noisy()), world_size=1, end=8)
-    epochs = [
-        [int(sample[0]) for batch in steps[first : first + 4] for sample in batch]
-        for first in (0, 4)
-    ]
+    epochs = []
+    for first in (0, 4):
+        samples = together(steps[first : first + 4])
+        epochs.append([int(sample[0]) for sample in samples])
     for number, epoch in enumerate(epochs):
         assert epoch == permutation(3, number, SIZE)[:48].tolist()
         assert len(set(epoch)) == 48  # at most once
@@ -121,10 +127,10 @@ def test_each_epoch_has_another_order_and_drops_another_tail() -> None:
 
 def test_a_sample_is_changed_otherwise_in_another_epoch() -> None:
     steps = read(Data(Noisy()), world_size=1, end=8)
-    drawn = [
-        {sample[0]: sample[1:] for batch in steps[first : first + 4] for sample in batch}
-        for first in (0, 4)
-    ]
+    drawn = []
+    for first in (0, 4):
+        samples = together(steps[first : first + 4])
+        drawn.append({sample[0]: sample[1:] for sample in samples})
     both = drawn[0].keys() & drawn[1].keys()
     assert both
     assert not any(drawn[0][index] == drawn[1][index] for index in both)
@@ -141,9 +147,8 @@ def test_reading_does_not_disturb_the_default_generators() -> None:
 def test_subsets_and_tensor_sets_are_read_as_what_they_hold() -> None:
     tensors = TensorDataset(torch.arange(SIZE), torch.arange(SIZE) * 2)
     even = Subset(Subset(tensors, range(1, SIZE)), range(1, SIZE - 1, 2))
-    assert {
-        sample[0] % 2 for batch in read(Data(even), world_size=2, end=2) for sample in batch
-    } == {0}
+    samples = together(read(Data(even), world_size=2, end=2))
+    assert {sample[0] % 2 for sample in samples} == {0}
     noisy = Subset(Noisy(), range(20, 45))
     assert read(Data(noisy), world_size=1, end=2) == read(Data(noisy), world_size=3, end=2)
     assert read(Data(ConcatDataset([Noisy(), Noisy()])), world_size=1, end=2) == read(
@@ -156,28 +161,20 @@ def test_a_stream_without_length_goes_on_to_the_next_epoch_by_itself() -> None:
     steps = read(data, world_size=2, end=6)
     assert [int(batch[0][0]) for batch in steps] == [0, 12, 24, 36, 1000, 1012]
     assert feeds(data, world_size=1)[0].steps_per_epoch == 0
+    plan = plan_batches(64, micro_batch=0, world_size=1)
+    feed = feed_of(data, plan=plan, rank=0, seed=0, placement=CPU)
     with pytest.raises(DataError, match="less than one global batch"):
-        list(
-            feed_of(
-                data,
-                plan=plan_batches(64, micro_batch=0, world_size=1),
-                rank=0,
-                seed=0,
-                placement=CPU,
-            ).batches(start=0, end=1)
-        )
+        list(feed.batches(start=0, end=1))
 
 
 def test_the_sampler_serves_torchs_own_loader_and_moves_on_by_itself() -> None:
     plan = plan_batches(BATCH, micro_batch=3, world_size=2)
     sampler = GlobalBatchSampler(Noisy(), plan=plan, rank=1, seed=3)
     loader = DataLoader(Noisy(), batch_sampler=sampler)
-    epochs = [[index for batch in loader for index in batch[0].tolist()] for _ in range(2)]
-    for epoch, indices in enumerate(epochs):
+    for epoch in range(2):
+        indices = together(batch[0].tolist() for batch in loader)
         order = permutation(3, epoch, SIZE)
-        assert indices == [
-            index for k in range(4) for index in order[12 * k + 6 : 12 * k + 12].tolist()
-        ]
+        assert indices == together(order[12 * k + 6 : 12 * k + 12].tolist() for k in range(4))
     assert len(sampler) == 8
 
 
@@ -210,10 +207,8 @@ def test_the_split_is_printed_and_balanced() -> None:
         (10, 0, 9): "10 global = 1 x 2 + 8 x 1, in micro-batches of 2 or 1",
     }
     for (global_batch, micro_batch, world_size), line in lines.items():
-        assert (
-            describe(plan_batches(global_batch, micro_batch=micro_batch, world_size=world_size))
-            == line
-        )
+        plan = plan_batches(global_batch, micro_batch=micro_batch, world_size=world_size)
+        assert describe(plan) == line
     with pytest.raises(ConfigError, match="fewer samples than there are ranks"):
         plan_batches(3, micro_batch=0, world_size=4)
 
@@ -223,19 +218,16 @@ def test_any_world_size_gets_all_of_a_global_batch_once(micro_batch: int) -> Non
     for global_batch in (1, 7, 64, 100):
         for world_size in range(1, min(global_batch, 20) + 1):
             plan = plan_batches(global_batch, micro_batch=micro_batch, world_size=world_size)
-            pieces = [piece for rank in range(world_size) for piece in plan.of_rank(rank)]
+            of_ranks = [plan.of_rank(rank) for rank in range(world_size)]
+            pieces = together(of_ranks)
             assert [i for i, _, _ in pieces] == list(range(plan.micro_batches))
-            assert [first for _, first, _ in pieces] + [global_batch] == [
-                0,
-                *(stop for _, _, stop in pieces),
-            ]
-            assert all(plan.of_rank(rank) for rank in range(world_size))
+            firsts = [first for _, first, _ in pieces]
+            stops = [stop for _, _, stop in pieces]
+            assert [*firsts, global_batch] == [0, *stops]
+            assert all(of_ranks)
             assert max(stop - first for _, first, stop in pieces) <= (micro_batch or global_batch)
             if not plan.is_invariant:
-                shares = [
-                    plan.of_rank(rank)[-1][2] - plan.of_rank(rank)[0][1]
-                    for rank in range(world_size)
-                ]
+                shares = [own[-1][2] - own[0][1] for own in of_ranks]
                 assert max(shares) - min(shares) <= 1
 
 
@@ -254,6 +246,7 @@ def test_batches_that_a_data_set_makes_on_the_device_are_used_where_they_are() -
     feed = feed_of(
         Data(OnDevice()), plan=plan, rank=0, seed=0, placement=Placement(torch.device("cuda:0"))
     )
-    seen = [part.batch for batch in feed.batches(start=0, end=2) for part in batch.micro_batches]
+    parts = together(batch.micro_batches for batch in feed.batches(start=0, end=2))
+    seen = [part.batch for part in parts]
     assert all(batch.is_cuda for batch in seen)
     assert sorted(torch.cat(seen).tolist()) == list(range(8))

@@ -33,9 +33,8 @@ def test_the_hash_and_the_permutation_stay_as_they_are() -> None:
 def test_a_permutation_has_every_index_once_and_depends_on_seed_and_epoch() -> None:
     for size in (0, 1, 2, 1000):
         assert sorted(permutation(3, 4, size).tolist()) == list(range(size))
-    assert (
-        permutation(0, 1, 50).tolist() != permutation(1, 0, 50).tolist()
-    )  # torch's own sampler adds seed and epoch
+    # torch's own sampler adds seed and epoch
+    assert permutation(0, 1, 50).tolist() != permutation(1, 0, 50).tolist()
 
 
 def test_the_first_places_of_permutations_are_uniform() -> None:
@@ -44,7 +43,8 @@ def test_the_first_places_of_permutations_are_uniform() -> None:
 
 
 def test_a_samples_draws_do_not_depend_on_its_batch() -> None:
-    alone, together = Draws(0, 1, [7]), Draws(0, 1, [3, 7, 9])
+    alone = Draws(0, 1, [7])
+    together = Draws(0, 1, [3, 7, 9])
     for draw in ("uniform", "normal"):
         assert getattr(alone, draw)(2)[0].tolist() == getattr(together, draw)(2)[1].tolist()
     assert alone.integers(10).shape == (1,)
@@ -104,16 +104,16 @@ def test_orders_by_length_keep_lengths_together_and_samples_apart() -> None:
 
 def test_mixtures_take_from_parts_in_proportion_without_repeats_before_all_were_seen() -> None:
     order = orders.mixture([100, 10], weights=[1, 1], samples=200)(0, 0, 110)
-    first, second = order[order < 100], order[order >= 100]
+    first = order[order < 100]
+    second = order[order >= 100]
     assert abs(len(second) - 100) < 40
     assert len(set(first[:100].tolist())) == len(first[:100])
     assert sorted(second[:10].tolist()) == list(range(100, 110))
 
 
 def test_draws_of_every_epoch_are_the_same_in_each_and_others_than_those_of_any() -> None:
-    first, later = (
-        Draws(1, epoch, [3, 4]).of_every_epoch().integers(1000, 5).tolist() for epoch in (0, 7)
-    )
+    first = Draws(1, 0, [3, 4]).of_every_epoch().integers(1000, 5).tolist()
+    later = Draws(1, 7, [3, 4]).of_every_epoch().integers(1000, 5).tolist()
     assert first == later
     assert first not in [Draws(1, epoch, [3, 4]).integers(1000, 5).tolist() for epoch in range(8)]
     assert Draws(1, 7, [3]).epoch == 7

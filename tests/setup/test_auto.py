@@ -45,21 +45,15 @@ def test_auto_finds_the_largest_divisor_that_fits_on_every_rank(group: Group) ->
         for limits, expected in (
             ((24, 24), 24 // group.world_size),
             ((9, 9), 8),
-            ((11, 4), 8 if group.world_size == 1 else 4),
+            ((11, 4), {1: 8, 2: 4}[group.world_size]),
         ):
             made = recipe(settings, model=normed, loss=fails(limits[group.rank]))
             assert compose(made, settings, group).training.plan.largest == expected
+    # the last rank is too small, the others are large enough
+    is_last = group.rank == group.world_size - 1
+    made = recipe(settings, loss=raises_above(0 if is_last else 24))
     with pytest.raises(ConfigError, match="not even one sample fits into memory on every rank"):
-        compose(
-            recipe(
-                settings,
-                loss=raises_above(0 if group.rank else 24)
-                if group.world_size > 1
-                else raises_above(0),
-            ),
-            settings,
-            group,
-        )
+        compose(made, settings, group)
 
 
 @pytest.mark.ranks(1)
@@ -70,12 +64,10 @@ def test_auto_leaves_no_trace_and_lets_other_errors_through(group: Group) -> Non
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     placement = placement_of(model, settings, group)
     data = as_data(found.train_data())
-    assert (
-        find_micro_batch(
-            model, found.parts(), data, placement=placement, settings=settings, group=group
-        )
-        == 6
+    size = find_micro_batch(
+        model, found.parts(), data, placement=placement, settings=settings, group=group
     )
+    assert size == 6
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):

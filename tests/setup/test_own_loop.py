@@ -27,14 +27,18 @@ OWN_LOOP = str(ROOT / "recipes" / "own_loop.py")
 
 
 def own_loop(folder: str, death: int, number: int) -> tuple[int, str, int]:
-    """Runs the recipe on this rank; rank 1 gets a signal after a step. Returns the step and weights at the end, and steps of this life."""
+    """Runs the recipe on this rank; rank 1 gets a signal after a step.
+
+    Returns: the step and the weights at the end, and the steps of this attempt.
+    """
     import ddp_kit
     from ddp_kit.distributed import control_packet
 
     control_packet.INTERVAL_S = 0.0
     kept: list[Any] = []
     done: list[int] = []
-    step, wrap = ddp_kit.train_step, ddp_kit.wrap
+    step = ddp_kit.train_step
+    wrap = ddp_kit.wrap
 
     def mortal_step(training: Any, batch: Any) -> Any:
         sums = step(training, batch)
@@ -55,7 +59,7 @@ def own_loop(folder: str, death: int, number: int) -> tuple[int, str, int]:
 def test_a_loop_of_ones_own_reaches_the_same_weights_through_sigkill_and_sigterm(
     tmp_path: Path,
 ) -> None:
-    def life(folder: str, death: int = -1, number: int = 0) -> list[Any]:
+    def attempt(folder: str, death: int = -1, number: int = 0) -> list[Any]:
         with start_ranks(
             own_loop, 2, str(tmp_path / folder), death, number, group=False, deadline_s=60
         ) as ranks:
@@ -64,16 +68,15 @@ def test_a_loop_of_ones_own_reaches_the_same_weights_through_sigkill_and_sigterm
             assert -signal.SIGKILL in [report.exit_code for report in ranks.wait()]
             return []
 
-    whole = life("whole")
+    whole = attempt("whole")
     assert [(step, steps) for step, _, steps in whole] == [(250, 250)] * 2
-    life("cut", 150, signal.SIGKILL)
+    attempt("cut", 150, signal.SIGKILL)
     assert steps(LocalDisk(tmp_path / "cut")) == [100]
-    stopped = life("cut", 170, signal.SIGTERM)
-    assert [(step, steps) for step, _, steps in stopped] == [
-        (171, 71)
-    ] * 2  # the flag was set before that step's boundary: all agreed at the next one
+    stopped = attempt("cut", 170, signal.SIGTERM)
+    # the flag was set before that step's boundary: all agreed at the next one
+    assert [(step, steps) for step, _, steps in stopped] == [(171, 71)] * 2
     assert steps(LocalDisk(tmp_path / "cut")) == [171, 100]  # no step is lost
-    last = life("cut")
+    last = attempt("cut")
     assert [ended[:2] for ended in last] == [ended[:2] for ended in whole]
     assert [ended[2] for ended in last] == [79, 79]
 
@@ -90,7 +93,7 @@ def test_a_loop_of_ones_own_hears_of_its_last_save(
 
 
 def ends_badly(group: Group, folder: Path, *, way: str) -> None:
-    """Takes three steps, the last of which is not finite and whose verdict waits, and goes on in one of the ways there are."""
+    """Takes three steps, the last of which is not finite and whose verdict waits, and goes on."""
     settings = Settings()
     parts: dict[str, Any] = {
         "optimizer": fused("SGD"),

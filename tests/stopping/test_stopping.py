@@ -1,63 +1,20 @@
-"""Asked to stop, by whatever: all ranks save at the same step and leave together, and the next life has lost nothing."""
+"""Asked to stop, by whatever: all ranks save at the same step and leave together."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from launching import Ended, train, train_on_rank
+from launching import train_on_rank
 from lives import alone
-from paths import KIT
+from patient_runs import LONG, PATIENT, REQUEUE, ended_at, events, kinds, run, saved
 
 from ddp_kit.checkpoint.format.reader import open_checkpoint
 from ddp_kit.checkpoint.format.storage import LocalDisk
-from ddp_kit.checkpoint.retention import steps
-from ddp_kit.errors import DdpKitError
-from ddp_kit.lifecycle.history import require_progress, starts_of_job
 from ddp_kit.stopping.signals import Stop, StopFlag
 from ddp_kit.testing import start_ranks
-
-PATIENT = str(KIT / "patient.py")
-REQUEUE = {"DDP_KIT_REQUEUE": "1"}
-LONG = ("--max-steps", "1000")
-
-
-def run(folder: Path, *args: str, world_size: int = 2, **env: str) -> Ended:
-    folder.mkdir(exist_ok=True)
-    return train(*args, folder=folder, recipe=PATIENT, world_size=world_size, env=env, limit_s=30)
-
-
-def events(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:
-    found = map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
-    return [event for event in found if event["event"] in kinds or not kinds]
-
-
-def saved(run_dir: Path) -> list[int]:
-    return steps(LocalDisk(run_dir / "checkpoints"))
-
-
-def ended_at(ended: Ended) -> list[str]:
-    """Where each rank's callback saw the end."""
-    return [
-        line
-        for output in ended.outputs
-        for line in output.splitlines()
-        if line.startswith("ended after ")
-    ]
-
-
-def kinds(run_dir: Path, kind: str) -> list[int]:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record["step"] for record in records if record["kind"] == kind]
-
 
 # What asks
 
@@ -67,12 +24,11 @@ def test_a_file_stop_is_never_requeued_and_the_next_life_has_lost_nothing(tmp_pa
     (tmp_path / "run" / "requeue").write_text("of the life before")
     ended = run(tmp_path, *LONG, ACT="STOP", **REQUEUE)
     assert ended.codes == [0, 0], ended.errors
-    status, step = ended.status, ended.status["step"]
-    assert (status["status"], status["exit_code"], status["reason"]) == (
-        "stopped",
-        0,
-        "the file STOP",
-    )
+    status = ended.status
+    step = status["step"]
+    assert status["status"] == "stopped"
+    assert status["exit_code"] == 0
+    assert status["reason"] == "the file STOP"
     assert 3 < step < 1000
     assert saved(ended.run_dir)[0] == step
     assert len(set(ended_at(ended))) == 1
@@ -129,9 +85,11 @@ def test_a_file_stop_that_is_there_before_the_first_step_leaves_nothing_half_don
 def test_the_clock_stops_a_run_in_time(
     flags: list[str], asked: dict[str, str], code: int, status: str, tmp_path: Path
 ) -> None:
-    if end := asked.get("SLURM_JOB_END_TIME"):
-        asked = asked | {"SLURM_JOB_END_TIME": str(int(time.time()) + int(end))}
-    ended = run(tmp_path, "--max-steps", "1000" if status != "finished" else "60", *flags, **asked)
+    if "SLURM_JOB_END_TIME" in asked:
+        end = int(time.time()) + int(asked["SLURM_JOB_END_TIME"])
+        asked = asked | {"SLURM_JOB_END_TIME": str(end)}
+    max_steps = "60" if status == "finished" else "1000"
+    ended = run(tmp_path, "--max-steps", max_steps, *flags, **asked)
     assert ended.codes == [code, code], ended.errors
     assert (ended.status["status"], ended.status["exit_code"]) == (status, code)
     assert saved(ended.run_dir)[0] == ended.status["step"]
@@ -200,10 +158,8 @@ def test_of_several_reasons_a_persons_counts() -> None:
 
 def test_no_rank_leaves_with_a_failure_before_rank_0_is_done(tmp_path: Path) -> None:
     """As `srun --kill-on-bad-exit=1` does: the first exit code that is not 0 gets the others killed."""
-    args, env = (
-        [PATIENT, *LONG, "--run-dir", str(tmp_path / "run")],
-        {"ACT": "SIGTERM", "AT_RANK": "1", "END_S": "1.5"} | REQUEUE,
-    )
+    args = [PATIENT, *LONG, "--run-dir", str(tmp_path / "run")]
+    env = {"ACT": "SIGTERM", "AT_RANK": "1", "END_S": "1.5"} | REQUEUE
     with start_ranks(
         train_on_rank,
         2,
@@ -253,14 +209,8 @@ def test_a_stop_abandons_an_evaluation_at_the_same_batch_and_the_next_life_repea
     assert cut.codes == [143, 143], cut.errors
     assert set(ended_at(cut)) == {"ended after step 4, look 2: SIGTERM on rank 1"}  # of 5
     assert kinds(cut.run_dir, "eval") == []
-    assert (
-        dict(
-            open_checkpoint(
-                LocalDisk(cut.run_dir / "checkpoints"), 4, group=alone()
-            ).manifest.metrics
-        )
-        == {}
-    )
+    opened = open_checkpoint(LocalDisk(cut.run_dir / "checkpoints"), 4, group=alone())
+    assert dict(opened.manifest.metrics) == {}
     last = run(tmp_path / "cut", "--eval-every", "4")
     assert last.status == whole.status
     assert kinds(last.run_dir, "eval") == [4, 8]
@@ -268,23 +218,12 @@ def test_a_stop_abandons_an_evaluation_at_the_same_batch_and_the_next_life_repea
 
 @pytest.mark.slow
 def test_a_stop_during_the_test_evaluation_leaves_it_to_the_next_life(tmp_path: Path) -> None:
-    rule = [
-        "--early-stop.metric",
-        "loss",
-        "--early-stop.min-delta",
-        "9",
-        "--early-stop.patience",
-        "1",
-    ]
+    rule = ["--early-stop.metric=loss", "--early-stop.min-delta=9", "--early-stop.patience=1"]
     args = ["--tests", "--eval-every", "4", "--max-steps", "40", *rule]
     whole = run(tmp_path / "whole", *args)
     assert whole.status["reason"].startswith("stopped early")
-    asked = {
-        "ACT": "SIGTERM",
-        "AT_STEP": "8",
-        "AT_LOOK": "6",
-        "LOOK_S": "0.1",
-    }  # 5 looks were those of the evaluation
+    # 5 looks were those of the evaluation
+    asked = {"ACT": "SIGTERM", "AT_STEP": "8", "AT_LOOK": "6", "LOOK_S": "0.1"}
     cut = run(tmp_path / "cut", *args, **asked)
     assert cut.codes == [143, 143], cut.errors
     last = run(tmp_path / "cut", *args)
@@ -322,142 +261,3 @@ def test_a_stop_takes_no_longer_than_was_said(tmp_path: Path) -> None:
         "DDP_KIT_GRACE_S gives 1.0 s: the run may be killed before it has saved" in ended.outputs[0]
     )
     assert saved(ended.run_dir)[:2] == [ended.status["step"], 8]
-
-
-# Coming back
-
-
-def test_a_life_says_what_was_lost(tmp_path: Path) -> None:
-    cut = run(tmp_path, "--save-every", "5", ACT="SIGKILL", AT_STEP="7", AT_RANK="1")
-    assert cut.status["status"] == "failed"
-    last = run(tmp_path, "--save-every", "5")
-    assert "resumed at step 5: 2 steps lost" in last.outputs[0], last.errors
-    (event,) = events(last.run_dir, "resume")
-    assert (event["step"], event["message"]) == (5, "2 steps lost")
-
-
-def test_a_job_that_goes_round_in_circles_ends_and_a_start_by_hand_does_not(tmp_path: Path) -> None:
-    job = {"SLURM_JOB_ID": "77", **REQUEUE}
-    for life in range(3):
-        cut = run(
-            tmp_path,
-            ACT="SIGKILL",
-            AT_RANK="1",
-            **job,
-            **({"SLURM_RESTART_COUNT": str(life)} if life else {}),
-        )
-        assert -signal.SIGKILL in cut.codes, cut.errors
-    refused = run(tmp_path, SLURM_RESTART_COUNT="3", **job)
-    assert refused.codes == [1, 1]
-    assert (
-        refused.errors.count(
-            "3 lives of this job have begun at step 0 and none has left a later checkpoint"
-        )
-        == 1
-    )
-    assert (refused.status["status"], refused.status["exit_code"]) == ("failed", 1)
-    assert not (refused.run_dir / "requeue").exists()
-    assert [
-        (event.get("job"), event.get("restart")) for event in events(refused.run_dir, "start")
-    ] == [("77", 0), ("77", 1), ("77", 2)]
-    assert run(tmp_path, **(job | {"SLURM_JOB_ID": "78"})).status["status"] == "finished"
-
-
-def test_lives_of_another_job_of_the_same_number_do_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = {"SLURM_JOB_ID": "77", "SLURM_CLUSTER_NAME": "here", "SLURM_RESTART_COUNT": "2"}
-    for name, value in own.items():
-        monkeypatch.setenv(name, value)
-
-    def left(*lives: tuple[int, str]) -> list[int]:
-        lines = [
-            {"event": "resume", "job": "77", "step": step, "restart": restart, "cluster": cluster}
-            for step, (restart, cluster) in enumerate(lives)
-        ]
-        (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return starts_of_job(tmp_path)
-
-    assert left((0, "here"), (0, "elsewhere"), (1, "here"), (1, "elsewhere")) == [0, 2]
-    assert left((0, "here"), (1, "here"), (2, "here"), (0, "here"), (1, "here")) == [
-        3,
-        4,
-    ]  # the count of jobs began anew
-    assert left((0, "here"), (1, "here"), (2, "here"), (3, "here")) == []
-
-
-def test_lives_that_came_further_are_progress() -> None:
-    require_progress([0, 3, 3], step=3)
-    require_progress([3, 3, 3], step=6)
-    with pytest.raises(DdpKitError, match="3 lives of this job have begun at step 3"):
-        require_progress([0, 3, 3, 3], step=3)
-
-
-# Through torchrun itself
-
-
-@contextmanager
-def torchrun(folder: Path, *, restarts: str = "0", **env: str) -> Iterator["subprocess.Popen[str]"]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        restarts,
-        "-m",
-        "ddp_kit.train",
-        PATIENT,
-    ]
-    path = os.pathsep.join(map(str, (Path(PATIENT).parents[1], Path(PATIENT).parent)))
-    given = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env
-    words = [*command, *LONG, "--save-every", "2", "--run-dir", str(folder / "run")]
-    with subprocess.Popen(
-        words,
-        env=given,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as agent:
-        yield agent
-        agent.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("act", ["raise", "SIGKILL"])
-def test_under_torchrun_a_crashed_rank_is_a_failure(act: str, tmp_path: Path) -> None:
-    with torchrun(tmp_path, ACT=act, AT_RANK="1", **REQUEUE) as agent:
-        output, _ = agent.communicate(timeout=90)
-    assert agent.returncode == 1, output
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed", output
-    assert not (tmp_path / "run" / "requeue").exists()
-    assert saved(tmp_path / "run") == [2]
-
-
-@pytest.mark.slow
-def test_ranks_whose_agent_is_killed_save_and_leave(tmp_path: Path) -> None:
-    with torchrun(tmp_path) as agent:
-        assert agent.stdout is not None
-        assert any("step 5/" in line for line in agent.stdout)
-        ranks = [int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1)]
-        agent.kill()
-        agent.wait()
-        end = time.monotonic() + 20
-        while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["status"] == "preempted"
-    assert saved(tmp_path / "run")[0] == status["step"] > 5
-
-
-@pytest.mark.slow
-def test_torchrun_does_not_undo_a_stop_by_restarting_the_ranks(tmp_path: Path) -> None:
-    with torchrun(tmp_path, restarts="2", ACT="SIGUSR1") as agent:
-        output, _ = agent.communicate(timeout=90)
-    assert agent.returncode == 0, output
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "preempted"
-    assert [event["event"] for event in events(tmp_path / "run", "start", "resume")] == ["start"]

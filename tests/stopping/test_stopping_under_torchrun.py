@@ -1,0 +1,80 @@
+"""Stops through torchrun itself, whose agent sends signals, is killed, and restarts ranks."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from patient_runs import LONG, PATIENT, REQUEUE, events, saved
+
+
+@contextmanager
+def torchrun(folder: Path, *, restarts: str = "0", **env: str) -> Iterator["subprocess.Popen[str]"]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        restarts,
+        "-m",
+        "ddp_kit.train",
+        PATIENT,
+    ]
+    path = os.pathsep.join(map(str, (Path(PATIENT).parents[1], Path(PATIENT).parent)))
+    given = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env
+    words = [*command, *LONG, "--save-every", "2", "--run-dir", str(folder / "run")]
+    with subprocess.Popen(
+        words,
+        env=given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as agent:
+        yield agent
+        agent.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["raise", "SIGKILL"])
+def test_under_torchrun_a_crashed_rank_is_a_failure(act: str, tmp_path: Path) -> None:
+    with torchrun(tmp_path, ACT=act, AT_RANK="1", **REQUEUE) as agent:
+        output, _ = agent.communicate(timeout=90)
+    assert agent.returncode == 1, output
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed", output
+    assert not (tmp_path / "run" / "requeue").exists()
+    assert saved(tmp_path / "run") == [2]
+
+
+@pytest.mark.slow
+def test_ranks_whose_agent_is_killed_save_and_leave(tmp_path: Path) -> None:
+    with torchrun(tmp_path) as agent:
+        assert agent.stdout is not None
+        assert any("step 5/" in line for line in agent.stdout)
+        ranks = [int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1)]
+        agent.kill()
+        agent.wait()
+        end = time.monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["status"] == "preempted"
+    assert saved(tmp_path / "run")[0] == status["step"] > 5
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_undo_a_stop_by_restarting_the_ranks(tmp_path: Path) -> None:
+    with torchrun(tmp_path, restarts="2", ACT="SIGUSR1") as agent:
+        output, _ = agent.communicate(timeout=90)
+    assert agent.returncode == 0, output
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "preempted"
+    assert [event["event"] for event in events(tmp_path / "run", "start", "resume")] == ["start"]
