@@ -1,7 +1,7 @@
 """The errors that users see, and the helpers that word them.
 
-Owns: one class per exit code, the nearest valid name, a list cut short, the install line of an optional package.
-Refuses: catching anything. An error of ours that is a bug is an `assert`, not one of these.
+There is one class for each exit code. What can only be a bug of ours is an `assert`, not one of
+these.
 """
 
 import difflib
@@ -35,11 +35,13 @@ class NonFiniteError(DdpKitError):
 
 
 def summary(error: BaseException) -> str:
-    """Returns kind and message of an error; of one that torch brought from a loader worker, the worker's own last line."""
+    """Returns kind and message of an error.
+
+    Of one that torch brought from a loader worker it is the worker's own last line.
+    """
     lines = str(error).strip().splitlines()
-    if len(lines) > 1 and lines[1].startswith(
-        "Original Traceback"
-    ):  # torch puts the worker's whole traceback into the message
+    # Torch puts the worker's whole traceback into the message.
+    if len(lines) > 1 and lines[1].startswith("Original Traceback"):
         return f"{lines[-1]} (in a loader worker)"
     return f"{type(error).__name__}: {error}"
 
@@ -52,20 +54,29 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 def some(names: Sequence[str]) -> str:
     """Returns up to five names, and how many more there are."""
-    return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+    more = len(names) - 5
+    listed = ", ".join(names[:5])
+    return f"{listed} and {more} more" if more > 0 else listed
 
 
 def no_gradient(names: Sequence[str], *, is_split: bool) -> str:
-    """Returns what to say of parameters that a rank left out; `is_split`: the strategy cannot sum without them, whatever the flags."""
+    """Returns what to say of parameters that a rank left out.
+
+    Args: `is_split` the strategy cannot sum without them, whatever the flags.
+    """
     flags = "--strategy zero1 --find-unused-parameters" if is_split else "--find-unused-parameters"
-    why = "got no gradient, and the other ranks would wait for it. If the loss leaves parameters out in some steps"
-    return f"{some(names)} {why}, type {flags}"
+    return (
+        f"{some(names)} got no gradient, and the other ranks would wait for it."
+        f" If the loss leaves parameters out in some steps, type {flags}"
+    )
 
 
 def require(module: str, *, extra: str) -> ModuleType:
     """Imports an optional package on use.
 
-    Raises: MissingPackageError with the install line if the package itself is not there; an error inside it passes through.
+    Args: `module` its name, with dots or without; `extra` the extra of ddp_kit that installs it.
+    Raises: MissingPackageError with the install line if the package itself is not there; an error
+        inside it passes through.
     """
     try:
         return importlib.import_module(module)

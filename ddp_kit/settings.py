@@ -1,14 +1,15 @@
 """What can be changed about a run from outside: plain data, one field a flag.
 
-Owns: the fields every recipe has and their JSON form. `faults` checks them.
-Refuses: behaviour. What a model or a loss is belongs to the recipe's function.
+A field's line says all that is known of it: its default, the task it belongs to in `--help`, the
+values it may have, whether a later attempt may change it, and what other frameworks call it.
+`config` reads these rules; behaviour is none of a setting's business, and what a model or a loss is
+belongs to the recipe's function.
 """
 
 import dataclasses
 import hashlib
 import json
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import PurePath
 from typing import Any, Literal
@@ -17,6 +18,38 @@ from ddp_kit.errors import ConfigError
 
 Precision = Literal["fp32", "fp64", "tf32", "bf16", "fp16"]
 Comm = Literal["fp32", "bf16", "fp16"]
+RULE = "ddp_kit"  # the key of a field's rule in its metadata
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for a field beside its type; `rule` tells what each means."""
+
+    task: str
+    least: float | None
+    below: float | None
+    expected: str
+    is_free: bool
+    elsewhere: tuple[str, ...]
+
+
+def rule(
+    task: str,
+    *,
+    least: float | None = None,
+    below: float | None = None,
+    expected: str = "0 or more",
+    free: bool = False,
+    elsewhere: tuple[str, ...] = (),
+) -> dict[str, Rule]:
+    """Returns the metadata of a dataclass field that has a rule.
+
+    Args: `task` the heading it is under in `--help`; `least`, `below` a number is at least the one
+        and less than the other, which `expected` says in words; `free` whether a later attempt may
+        have another value without `--change`; `elsewhere` the flags of the same meaning in
+        Accelerate's examples, Lightning, Hugging Face's Trainer and DeepSpeed.
+    """
+    return {RULE: Rule(task, least, below, expected, free, elsewhere)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +95,8 @@ class Fsdp:
     cpu_offload: bool = False
     """keep weights, gradients and optimizer state in host memory (CUDA only)"""
     meta: bool = False
-    """build the model without memory and give it values once it is split: by reset_parameters, --init-from or a checkpoint"""
+    """build the model without memory and give it values once it is split: by reset_parameters,
+    --init-from or a checkpoint"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,79 +113,131 @@ class DeepSpeed:
 class Settings:
     """The fields every recipe has. A recipe's own Settings inherits them and sets its defaults."""
 
-    global_batch: int = 0
+    global_batch: int = field(default=0, metadata=rule("batch", least=0))
     """samples per optimizer step, over all ranks"""
-    micro_batch: int | Literal["auto"] = 0
-    """at most so many samples in one forward pass of a rank; 0: the rank's whole share; auto: tried out before training"""
-    epochs: int = 0
+    micro_batch: int | Literal["auto"] = field(
+        default=0,
+        metadata=rule(
+            "batch", least=0, expected="at least 1 sample, or 0 for a rank's whole share"
+        ),
+    )
+    """at most so many samples in one forward pass of a rank; 0: the rank's whole share; auto: tried
+    out before training"""
+    epochs: int = field(
+        default=0,
+        metadata=rule("length", least=0, elsewhere=("--num-train-epochs", "--max-epochs")),
+    )
     """passes over the training data; 0: as max_steps says"""
-    max_steps: int = 0
+    max_steps: int = field(default=0, metadata=rule("length", least=0))
     """optimizer steps; beside epochs it only stops earlier; 0: as epochs says"""
-    seed: int = 0
+    seed: int = field(
+        default=0, metadata=rule("reproducibility", least=0, below=2**63, expected="0 to 2^63 - 1")
+    )
     """the only source of randomness"""
-    precision: Precision = "fp32"
+    precision: Precision = field(default="fp32", metadata=rule("precision"))
     """arithmetic of the forward pass; weights and optimizer state stay fp32 (fp64 with fp64)"""
-    strategy: Literal["ddp", "zero1", "fsdp", "deepspeed"] = "ddp"
-    """how the model is spread over ranks: ddp (whole on each), zero1 (optimizer state split), fsdp (all split), deepspeed"""
-    fsdp: Fsdp = field(default_factory=Fsdp)
-    deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
-    comm: Comm = "fp32"
+    strategy: Literal["ddp", "zero1", "fsdp", "deepspeed"] = field(
+        default="ddp", metadata=rule("strategy", free=True)
+    )
+    """how the model is spread over ranks: ddp (whole on each), zero1 (optimizer state split), fsdp
+    (all split), deepspeed"""
+    fsdp: Fsdp = field(default_factory=Fsdp, metadata=rule("strategy", free=True))
+    deepspeed: DeepSpeed = field(default_factory=DeepSpeed, metadata=rule("strategy", free=True))
+    comm: Comm = field(default="fp32", metadata=rule("precision"))
     """precision in which gradients travel with ddp and zero1; fp32: as they are"""
-    grad_clip: float = 0.0
+    grad_clip: float = field(
+        default=0.0,
+        metadata=rule(
+            "optimization", least=0, elsewhere=("--max-grad-norm", "--gradient-clip-val")
+        ),
+    )
     """largest global gradient norm; 0 is off"""
-    eval_every: int = 0
+    eval_every: int = field(default=0, metadata=rule("evaluation", least=0, free=True))
     """optimizer steps between evaluations; also at every epoch's end; 0: only there"""
-    log_every: int = 10
+    log_every: int = field(
+        default=10, metadata=rule("tracking", least=1, expected="at least 1 step", free=True)
+    )
     """optimizer steps between training records"""
-    save_every: int = 0
+    save_every: int = field(default=0, metadata=rule("saving", least=0, free=True))
     """optimizer steps between checkpoints; also at every epoch's end; 0: only there"""
-    save_minutes: float = 30.0
+    save_minutes: float = field(default=30.0, metadata=rule("saving", least=0, free=True))
     """a checkpoint at least this often by wall time; 0 is off"""
-    max_hours: float = 0.0
+    max_hours: float = field(
+        default=0.0, metadata=rule("stopping", least=0, free=True, elsewhere=("--max-time",))
+    )
     """wall time after which a life of the run saves and stops; 0 is off"""
-    keep: int = 3
+    keep: int = field(
+        default=3, metadata=rule("saving", least=1, expected="at least 1 checkpoint", free=True)
+    )
     """newest checkpoints that stay, beside the best one"""
-    keep_every: int = 0
+    keep_every: int = field(default=0, metadata=rule("saving", least=0, free=True))
     """checkpoints at multiples of this step stay for ever; 0 is off"""
-    save_trainable_only: bool = False
+    save_trainable_only: bool = field(default=False, metadata=rule("saving"))
     """leave frozen weights out of checkpoints (adapters); their hash is recorded"""
-    resume: str = "auto"
-    """auto: the newest good checkpoint in the run directory; never: refuse a used one; or a run or checkpoint to go on from"""
-    resume_data: Literal["state", "restart"] = "state"
-    """iterable data with a state of its own: go on from it, or read from the start again (any number of ranks)"""
-    change: tuple[str, ...] = ()
+    resume: str = field(default="auto", metadata=rule("resuming", free=True))
+    """auto: the newest good checkpoint in the run directory; never: refuse a used one; or a run or
+    checkpoint to go on from"""
+    resume_data: Literal["state", "restart"] = field(
+        default="state", metadata=rule("resuming", free=True)
+    )
+    """iterable data with a state of its own: go on from it, or read from the start again (any
+    number of ranks)"""
+    change: tuple[str, ...] = field(default=(), metadata=rule("resuming", free=True))
     """settings that may differ from the checkpoint's: --change lr"""
-    init_from: str = ""
+    init_from: str = field(default="", metadata=rule("resuming", free=True))
     """start from weights only: a run, a checkpoint, a .safetensors file or a folder of them"""
-    init_partial: bool = False
-    """take of --init-from what fits, and show a table of what does not; the rest keeps its initial values"""
-    rename: tuple[str, ...] = ()
+    init_partial: bool = field(default=False, metadata=rule("resuming", free=True))
+    """take of --init-from what fits, and show a table of what does not; the rest keeps its initial
+    values"""
+    rename: tuple[str, ...] = field(default=(), metadata=rule("resuming", free=True))
     """old=new: tensors of --init-from that have another name in this model"""
-    early_stop: EarlyStop = field(default_factory=EarlyStop)
-    exact: bool = False
+    early_stop: EarlyStop = field(default_factory=EarlyStop, metadata=rule("stopping"))
+    exact: bool = field(default=False, metadata=rule("reproducibility"))
     """the same bits at any number of ranks that fits; needs a stated micro_batch"""
-    compile: bool = False
+    compile: bool = field(default=False, metadata=rule("speed and memory", free=True))
     """compile the model with torch.compile"""
-    activation_checkpointing: str = ""
+    activation_checkpointing: str = field(default="", metadata=rule("speed and memory"))
     """class name of the modules whose activations are computed again in backward; empty is off"""
-    ema: float = 0.0
-    """decay of an exponential moving average of the weights, which evaluation then uses; 0 is off"""
-    sync_batchnorm: bool = False
+    ema: float = field(
+        default=0.0,
+        metadata=rule(
+            "optimization",
+            least=0,
+            below=1,
+            expected="a decay from 0 (off) to below 1, for instance 0.999",
+        ),
+    )
+    """decay of an exponential moving average of the weights, which evaluation then uses; 0 is
+    off"""
+    sync_batchnorm: bool = field(default=False, metadata=rule("strategy"))
     """normalise over the micro-batches of all ranks (CUDA only)"""
-    find_unused_parameters: bool = False
+    find_unused_parameters: bool = field(default=False, metadata=rule("strategy", free=True))
     """let parameters go without a gradient in some steps"""
-    num_workers: int = 0
+    num_workers: int = field(
+        default=0,
+        metadata=rule(
+            "speed and memory", least=0, free=True, elsewhere=("--dataloader-num-workers",)
+        ),
+    )
     """loader processes per rank; 0: the training process reads"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = field(
+        default="auto", metadata=rule("speed and memory", free=True)
+    )
     """where to train; auto: CUDA where there is one"""
-    threads: int = 0
+    threads: int = field(default=0, metadata=rule("speed and memory", least=0, free=True))
     """CPU threads per rank; 0: cores / ranks on the node"""
-    tuning: bool = True
-    """the defaults for speed that are printed at start (channels_last, fused optimizer; on CPU: scheduling class, allocator)"""
-    tracker: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    tuning: bool = field(default=True, metadata=rule("speed and memory", free=True))
+    """the defaults for speed that are printed at start (channels_last, fused optimizer; on CPU:
+    scheduling class, allocator)"""
+    tracker: tuple[Literal["wandb", "tensorboard"], ...] = field(
+        default=(), metadata=rule("tracking", free=True)
+    )
     """where to send metrics beside the console and JSONL"""
-    wandb: Wandb = field(default_factory=Wandb)
-    run_dir: str = ""
+    wandb: Wandb = field(default_factory=Wandb, metadata=rule("tracking", free=True))
+    run_dir: str = field(
+        default="",
+        metadata=rule("saving", free=True, elsewhere=("--output-dir", "--default-root-dir")),
+    )
     """where the run lives; empty: runs/<recipe>-<UTC time>"""
 
 
@@ -160,8 +246,26 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def rules(cls: type[Settings]) -> dict[str, Rule]:
+    """Returns the rules of the fields that have one.
+
+    A recipe that gives a field another default keeps the rule: it is the class's above it.
+    """
+    found: dict[str, Rule] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        for each in fields(base):
+            if RULE in each.metadata:
+                found[each.name] = each.metadata[RULE]
+    return found
+
+
 def to_json(settings: Settings) -> dict[str, Any]:
-    """Returns the fields as JSON values; `--settings` reads them back."""
+    """Returns the fields as JSON values; `--settings` reads them back.
+
+    Raises: ConfigError if a field of the recipe's own holds what JSON has no form for.
+    """
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=_as_text))
     return values
 
@@ -173,58 +277,9 @@ def _as_text(value: object) -> str:
     if isinstance(value, PurePath):
         return str(value)
     raise ConfigError(
-        f"a field of Settings holds a {type(value).__name__}; expected numbers, texts, paths, enums, or tuples of them."
+        f"a field of Settings holds a {type(value).__name__};"
+        " expected numbers, texts, paths, enums, or tuples of them."
     )
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value, as TOML or JSON has it, fits a field's type."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in inner
-    if origin is tuple:
-        kinds = (
-            inner[:1] * len(value)
-            if inner[1:] == (...,) and isinstance(value, (list, tuple))
-            else inner
-        )
-        return (
-            isinstance(value, (list, tuple))
-            and len(kinds) == len(value)
-            and all(map(fits, value, kinds))
-        )
-    if origin in (list, dict):
-        return isinstance(value, origin)
-    if inner:  # a union
-        return any(fits(value, kind) for kind in inner)
-    if hint is float:
-        return (isinstance(value, (int, float)) and not isinstance(value, bool)) or value in (
-            "inf",
-            "-inf",
-            "nan",
-        )
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return isinstance(value, hint) or value in hint.__members__
-    if isinstance(hint, type) and issubclass(hint, PurePath):
-        return isinstance(value, (str, PurePath))
-    return not isinstance(hint, type) or isinstance(value, hint)
-
-
-def converted(value: Any, hint: Any) -> Any:
-    """Returns a TOML or JSON value that fits as the field's type has it."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
-        return tuple(converted(item, kind) for item, kind in zip(value, kinds, strict=True))
-    if inner and origin not in (list, dict, Literal):
-        return converted(value, next(kind for kind in inner if fits(value, kind)))
-    if hint is float or (isinstance(hint, type) and issubclass(hint, PurePath)):
-        return hint(value)
-    if isinstance(hint, type) and issubclass(hint, Enum) and isinstance(value, str):
-        return hint[value]
-    return value
 
 
 def flatten(settings: Settings) -> dict[str, str]:
@@ -232,7 +287,8 @@ def flatten(settings: Settings) -> dict[str, str]:
     result: dict[str, str] = {}
     for name, value in to_json(settings).items():
         if isinstance(value, dict):
-            result |= {f"{name}.{inner}": json.dumps(content) for inner, content in value.items()}
+            for inner, content in value.items():
+                result[f"{name}.{inner}"] = json.dumps(content)
         else:
             result[name] = json.dumps(value)
     return result

@@ -12,11 +12,16 @@ from ddp_kit.settings import Settings, to_json
 
 
 def secrets_of(settings: Settings) -> set[str]:
-    """Returns the texts that `redact` takes out of the settings. A word that is a field's default, as "label" of a label_key, is none."""
+    """Returns the texts that `redact` takes out of the settings.
+
+    A word that is a field's default, as "label" of a label_key, is none.
+    """
     values = to_json(settings)
-    words = {
-        str(each.default) for each in fields(settings) if re.fullmatch("[a-z_]+", str(each.default))
-    }
+    words = set()
+    for each in fields(settings):
+        default = str(each.default)
+        if re.fullmatch("[a-z_]+", default):
+            words.add(default)
     return set(_taken_out(values, redact(values))) - words
 
 
@@ -29,13 +34,18 @@ def _taken_out(value: Any, redacted: Any) -> Iterator[str]:
             yield from _taken_out(inner, other)
     elif value != redacted:
         kept = map(re.escape, redacted.split(REDACTED))
-        for text in re.fullmatch("(.+)".join(kept), str(value), re.DOTALL).groups():  # type: ignore[union-attr]  # that is how it was made
+        match = re.fullmatch("(.+)".join(kept), str(value), re.DOTALL)
+        assert match is not None  # that is how `redacted` was made
+        for text in match.groups():
             yield text
             yield text.partition(":")[2]  # of a login inside a URL
 
 
 def is_secret_setting(name: str, text: str) -> bool:
-    """Whether `redact` takes something out of a setting, given as `settings.flatten` has it: `group.field` and its JSON text."""
+    """Whether `redact` takes something out of a setting.
+
+    Args: as `settings.flatten` has it, `name` is `group.field` and `text` its JSON text.
+    """
     value: Any = json.loads(text)
     for part in reversed(name.split(".")):
         value = {part: value}

@@ -11,8 +11,8 @@ import pytest
 from paths import KIT, ROOT
 
 import ddp_kit
-from ddp_kit.config import command_line
 from ddp_kit.config.command_line import PEERS, parse
+from ddp_kit.config.flags import names_of
 from ddp_kit.errors import ConfigError
 from ddp_kit.lifecycle import session
 from ddp_kit.settings import EarlyStop, Wandb, to_json
@@ -155,7 +155,7 @@ def test_the_peers_names_are_answered_with_ours(peer: str) -> None:
             for word in str(found.value).split()
             if word.startswith("--") and "nproc" not in word
         } - {peer}
-        assert named <= command_line._flags(Settings)
+        assert named <= names_of(Settings)
 
 
 @pytest.mark.parametrize("arg", ["--deepspeed.stage=2", "--fsdp.wrap-size=0"])
