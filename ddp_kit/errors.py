@@ -11,7 +11,7 @@ from types import ModuleType
 
 
 class DdpKitError(Exception):
-    """A failure with a message for the user: what was given, what was expected, what to type next."""
+    """A failure with a message for the user: what was given and expected, and what to type."""
 
     exit_code = 1
 

@@ -17,39 +17,12 @@ from ddp_kit.data.iterable import Place
 from ddp_kit.data.loader import Feed
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
-from ddp_kit.settings import Settings, flag, flatten
+from ddp_kit.settings import Settings, flag, flatten, rules
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.training.state import Training
 
-FREE = {
-    *(
-        "num_workers",
-        "device",
-        "threads",
-        "compile",
-        "tuning",
-        "tracker",
-        "run_dir",
-        "resume",
-        "resume_data",
-        "change",
-        "init_from",
-        "init_partial",
-        "rename",
-    ),
-    *(
-        "strategy",
-        "eval_every",
-        "log_every",
-        "save_every",
-        "save_minutes",
-        "max_hours",
-        "keep",
-        "keep_every",
-        "find_unused_parameters",
-    ),
-}
-FREE_GROUPS = {"wandb", "fsdp", "deepspeed"}
+# What says nothing about the experiment: fields, and groups of them.
+FREE = {name for name, rule in rules(Settings).items() if rule.is_free}
 RECIPE = "recipe's text"
 SEALED = "pbkdf2:"  # no JSON text begins so
 ROUNDS = 100_000  # 0.05 s: a short password should not be found by trying
@@ -65,7 +38,7 @@ def binding(settings: Settings, *, recipe: str) -> dict[str, str]:
     fields = {
         name: text
         for name, text in flatten(settings).items()
-        if name not in free and name.split(".")[0] not in FREE_GROUPS
+        if name.split(".")[0] not in free
     }
     bound = {
         name: _sealed(name, text) if is_secret_setting(name, text) else text
