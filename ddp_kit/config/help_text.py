@@ -59,8 +59,9 @@ def _section(title: str, flags: Sequence[Flag], *, width: int) -> list[str]:
 
 def _entry(each: Flag, *, width: int) -> list[str]:
     """Returns a flag with its help beside it, or below where its name leaves no room for that."""
-    names = f"{each.name}, {each.negative}" if each.negative else each.name
-    head = INDENT + f"{names} {each.kind}".strip()
+    head = INDENT + f"{each.name} {each.kind}".strip()
+    if each.negative:
+        head += f", {each.negative}"
     text = each.text
     if each.default or each.kind not in ("", "FILE"):
         text = f"{text} (default: {each.default})".strip()

@@ -28,7 +28,9 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"--settings {path}: expected a table of fields.")
     inner = values.get("settings")
-    return inner if isinstance(inner, dict) else values
+    if isinstance(inner, dict):
+        return inner
+    return values
 
 
 def with_values(settings: Any, values: dict[str, Any], *, where: str, prefix: str = "") -> Any:

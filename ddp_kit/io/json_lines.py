@@ -1,4 +1,7 @@
-"""JSON that is always valid, as lines of a file: written whole, and read though the last line may be torn."""
+"""JSON that is always valid, as lines of a file.
+
+Lines are written whole, and read though the last one of a killed writer may be torn.
+"""
 
 import json
 import math
@@ -6,23 +9,28 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ddp_kit.io.atomic import write_text
 from ddp_kit.io.logs import logger
 
 _LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 
 
 def json_text(value: object, *, indent: int | None = None) -> str:
-    """Returns strict JSON. Scalars of torch and numpy become numbers, paths become texts, keys keep their order."""
-    return (
-        _LINE.encode(_plain(value))
-        if indent is None
-        else json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
-    )
+    """Returns strict JSON, which knows no NaN and no infinity: those become texts.
+
+    Scalars of torch and numpy become numbers, paths become texts, keys keep their order.
+
+    Args: `indent` spaces of each level, on lines of their own; None: all in one line.
+    Raises: TypeError if there is something that JSON has no form for.
+    """
+    if indent is None:
+        return _LINE.encode(_plain(value))
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
 def _plain(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+        return str(value)  # nan, inf or -inf
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
@@ -31,14 +39,16 @@ def _plain(value: object) -> object:
         return [_plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    item = getattr(
-        value, "item", None
-    )  # a scalar of numpy or torch; anything else is json's TypeError
+    # A scalar of numpy or torch has it; anything else is json's TypeError.
+    item = getattr(value, "item", None)
     return _plain(item()) if callable(item) else value
 
 
 def read_lines(path: Path) -> Iterator[dict[str, object]]:
-    """Yields the records of a file of JSON lines, if it is there; what a killed writer left half-written is skipped."""
+    """Yields the records of a file of JSON lines, if it is there.
+
+    What a killed writer left half-written is skipped.
+    """
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -52,7 +62,7 @@ def read_lines(path: Path) -> Iterator[dict[str, object]]:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """Returns the object in a JSON file; an empty one if the file is missing or holds no object."""
+    """Returns the object in a JSON file; an empty one if it is missing or holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -61,35 +71,49 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def supersede(path: Path, *, step: int, owes_evaluation: bool) -> None:
-    """Drops from metrics.jsonl what a killed life wrote beyond the checkpoint of `step`: the life to come writes it again."""
+    """Drops from metrics.jsonl what a killed attempt wrote beyond a checkpoint.
+
+    The attempt to come writes it again.
+
+    Args: `step` the checkpoint's; `owes_evaluation` the checkpoint was written before the
+        evaluation of its step, which is to come.
+    """
+    if not path.exists():
+        return
     kept = []
     for record in read_lines(path):
         at = record.get("step")
         is_owed = owes_evaluation and at == step and record.get("kind") == "eval"
         if isinstance(at, int) and at <= step and not is_owed and record.get("kind") != "test":
             kept.append(json.dumps(record, ensure_ascii=False) + "\n")
-    if path.exists():
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 class JsonLines:
-    """A file to which lines are appended. A full disk ends no run: what cannot be written waits in memory for the next attempt."""
+    """A file to which lines are appended.
+
+    A full disk ends no run: what cannot be written waits in memory until it can.
+    """
 
     def __init__(self, path: Path):
-        """A torn last line of an earlier life is closed off first."""
-        self._path, self._is_failing = path, False
+        """Opens the file; a torn last line of an earlier attempt is closed off first.
+
+        Raises: OSError if it cannot be opened.
+        """
+        self._path = path
+        self._is_failing = False
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         size = os.fstat(self._file).st_size
-        self._waiting = bytearray(
-            b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b""
-        )
+        self._waiting = bytearray()
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            self._waiting += b"\n"
 
     def add(self, value: object) -> None:
+        """Adds a line, which waits for the next `flush`."""
         self._waiting += json_text(value).encode() + b"\n"
 
     def flush(self) -> None:
+        """Hands the lines that wait to the operating system; what it refuses waits on."""
         try:
             while self._waiting:
                 del self._waiting[: os.write(self._file, self._waiting)]
@@ -104,9 +128,9 @@ class JsonLines:
             self._is_failing = True
 
     def close(self) -> None:
+        """Writes what waits, as far as that is possible, and closes the file."""
         self.flush()
         if self._waiting:
-            logger.warning(
-                "%s: the last %d lines could not be written", self._path, self._waiting.count(b"\n")
-            )
+            lost = self._waiting.count(b"\n")
+            logger.warning("%s: the last %d lines could not be written", self._path, lost)
         os.close(self._file)

@@ -15,13 +15,16 @@ NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre mounted with
 def exclusive(lock: Path) -> Iterator[IO[str]]:
     """Opens the lock file while no other process is looking at it or changing it.
 
-    Another process may unlink the file between our open and our flock; then ours is no longer the one on disk: once more.
+    Yields: the file, open for reading and writing.
+    Raises: OSError if it cannot be opened or locked. Where the file system knows no locks, it is
+        opened without one.
     """
     while True:
+        # Another process may unlink the file between our open and our flock; then ours is no
+        # longer the one on disk: once more.
         current = None
-        with os.fdopen(
-            os.open(lock, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8"
-        ) as file:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:

@@ -1,8 +1,8 @@
-"""What a rank writes down in words: `logs/rank-K.log` for each rank, and rank 0's lines on the console.
+"""What a rank writes down in words: `logs/rank-K.log`, and rank 0's lines on the console.
 
-Owns: the handlers of the logger `ddp_kit` while a run lasts, the process's own stdout and stderr meanwhile, which take no run with
-them when they fail, and the values that must not be in any text.
-Refuses: metrics (trackers have them), and the root logger, which belongs to the user's program.
+While a run lasts, the logger `ddp_kit` has handlers, and the process's own stdout and stderr take
+no run with them when they fail. No text has a value that is being hidden. Metrics go to trackers,
+and the root logger is left alone: it belongs to the user's program.
 """
 
 import contextlib
@@ -30,26 +30,24 @@ _secrets: list[re.Pattern[str]] = []
 
 @contextmanager
 def hiding(values: Iterable[str]) -> Iterator[None]:
-    """Takes these values out of every text that this process writes while it lasts, also as they stand in a URL, in JSON or in a repr.
+    """Takes these values out of every text that this process writes while it lasts.
 
-    A value of fewer than `LEAST` characters is not looked for, and others are found only where no letter or digit goes on with them.
+    They are also found as they stand in a URL, in JSON or in a repr. A value of fewer than `LEAST`
+    characters is not looked for, and others are found only where no letter or digit goes on with
+    them.
     """
     found: set[str] = set()
     for value in values:
-        found |= {
-            value,
-            quote(value, safe=""),
-            quote_plus(value),
-            json.dumps(value)[1:-1],
-            repr(value)[1:-1],
-        }
-    longest_first = sorted(
-        (text for text in found if len(text.strip()) >= LEAST), key=len, reverse=True
-    )
-    if not longest_first:
+        in_json = json.dumps(value)[1:-1]
+        in_repr = repr(value)[1:-1]
+        found |= {value, quote(value, safe=""), quote_plus(value), in_json, in_repr}
+    sought = [text for text in found if len(text.strip()) >= LEAST]
+    if not sought:
         yield
         return
-    pattern = re.compile("|".join(map(_whole, longest_first)))
+    # The longest first: a shorter one may be part of it.
+    sought.sort(key=len, reverse=True)
+    pattern = re.compile("|".join(map(_whole, sought)))
     _secrets.append(pattern)
     try:
         yield
@@ -71,7 +69,10 @@ def without_secrets(text: str) -> str:
 
 
 class _Patient(io.FileIO):
-    """A file that drops what cannot be written: a reader that is gone, a terminal that is closed, a full disk."""
+    """A file that drops what cannot be written.
+
+    Its reader may be gone, its terminal closed, its disk full.
+    """
 
     def write(self, data: Any) -> int:
         size = memoryview(data).nbytes
@@ -96,9 +97,10 @@ class _Stream(io.TextIOWrapper):
 
 @contextmanager
 def patient_output() -> Iterator[None]:
-    """Makes the process's own stdout and stderr such streams while it lasts. What a program has put in their place stays as it is.
+    """Makes the process's own stdout and stderr streams that never fail, while it lasts.
 
-    The descriptors 1 and 2 are taken by /dev/null where they are closed: else the next file or connection would get them, and what
+    What a program has put in their place stays as it is. The descriptors 1 and 2 are taken by
+    /dev/null where they are closed: else the next file or connection would get them, and what
     libraries print.
     """
     for descriptor in (1, 2):
@@ -145,7 +147,8 @@ def _beside(stream: io.TextIOWrapper) -> _Stream:
         stream.flush()
     is_unbuffered = isinstance(stream.buffer, io.RawIOBase)
     return _Stream(
-        raw if is_unbuffered else io.BufferedWriter(raw),  # as `python -u` has it
+        # Without a buffer as `python -u` has it.
+        raw if is_unbuffered else io.BufferedWriter(raw),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,
@@ -168,7 +171,10 @@ class _ToFile(logging.FileHandler):
 
 
 class _ToStdout(logging.StreamHandler[TextIO]):
-    """Looks stdout up at each line: a live progress line puts its own in place, above which a line must appear."""
+    """Looks stdout up at each line.
+
+    A live progress line puts its own in place, above which a line must appear.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stdout
@@ -177,21 +183,52 @@ class _ToStdout(logging.StreamHandler[TextIO]):
 
 @contextmanager
 def rank_log(folder: Path | None, *, rank: int) -> Iterator[logging.Logger]:
-    """Writes this rank's log into `folder` (None: nowhere), and info and warnings of rank 0 to the console too.
+    """Writes this rank's log while it lasts, and info and warnings of rank 0 to the console too.
 
     Python's warnings go to the log as well as where they went before.
+
+    Args: `folder` where the log goes; None: nowhere.
+    Yields: the logger `ddp_kit`.
+    Raises: OSError if the folder or the file in it cannot be made.
     """
+    handlers = _handlers(folder, rank=rank)
+    level = logger.level
+    propagates = logger.propagate
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        with _warnings_too(rank=rank):
+            yield logger
+    finally:
+        logger.setLevel(level)
+        logger.propagate = propagates
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _handlers(folder: Path | None, *, rank: int) -> list[logging.Handler]:
     handlers: list[logging.Handler] = []
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(_ToFile(folder / f"rank-{rank}.log"))
-        handlers[-1].setFormatter(_Formatter(FORMAT))
-        handlers[-1].setLevel(logging.DEBUG)
+        to_file = _ToFile(folder / f"rank-{rank}.log")
+        to_file.setFormatter(_Formatter(FORMAT))
+        to_file.setLevel(logging.DEBUG)
+        handlers.append(to_file)
     if rank == 0:
-        handlers.append(_ToStdout())
-        handlers[-1].setFormatter(_Formatter("%(message)s"))
-        handlers[-1].setLevel(logging.INFO)
-    level, propagates, shown = logger.level, logger.propagate, warnings.showwarning
+        to_stdout = _ToStdout()
+        to_stdout.setFormatter(_Formatter("%(message)s"))
+        to_stdout.setLevel(logging.INFO)
+        handlers.append(to_stdout)
+    return handlers
+
+
+@contextmanager
+def _warnings_too(*, rank: int) -> Iterator[None]:
+    """Logs Python's warnings while it lasts; they are shown by rank 0 only."""
+    shown = warnings.showwarning
 
     def show(
         message: Warning | str,
@@ -201,23 +238,14 @@ def rank_log(folder: Path | None, *, rank: int) -> Iterator[logging.Logger]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        logger.debug(
-            "%s", warnings.formatwarning(message, category, filename, lineno, line).rstrip()
-        )
-        if rank == 0 or file is not None:  # once, not once a rank
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        logger.debug("%s", text.rstrip())
+        # Once, not once a rank.
+        if rank == 0 or file is not None:
             shown(message, category, filename, lineno, file, line)
 
-    for handler in handlers:
-        logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
     warnings.showwarning = show
     try:
-        yield logger
+        yield
     finally:
         warnings.showwarning = shown
-        logger.setLevel(level)
-        logger.propagate = propagates
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()

@@ -5,13 +5,18 @@ from pathlib import Path
 
 
 def process_start(pid: int) -> str:
-    """Returns when a process on this host started, in its system's own words; "" if there is none or it is a zombie."""
+    """Returns when a process on this host started, in its system's own words.
+
+    It is "" if there is none, or only a zombie.
+    """
     if Path("/proc/self/stat").exists():
         try:
             state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             return ""
-        return "" if state in "ZX" else numbers[18]  # field 22: clock ticks since boot
+        if state in "ZX":
+            return ""
+        return numbers[18]  # field 22: clock ticks since boot
     found = subprocess.run(
         ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
     )
@@ -19,5 +24,6 @@ def process_start(pid: int) -> str:
 
 
 def pid_namespace() -> str:
+    """Returns in which namespace this process's number holds, "" where there are none."""
     path = Path("/proc/self/ns/pid")
     return str(path.readlink()) if path.is_symlink() else ""

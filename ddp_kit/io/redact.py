@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from ddp_kit.io.logs import REDACTED as REDACTED
 from ddp_kit.io.logs import without_secrets
 
-# A name is judged by its words: any of the first set, or a last word of the second set, as in `wandb_api_key` or `hfToken`.
-# Words before `token` and `key` that make them harmless are those of vocabularies and of sorting.
+# A name is judged by its words: any of these, or a last word of those below, as in
+# `wandb_api_key` or `hfToken`.
 SECRET_WORDS = {
     "password",
     "passwd",
@@ -19,11 +19,8 @@ SECRET_WORDS = {
     "apikey",
     "authorization",
 }
-
-
 SECRET_LAST_WORDS = {"key", "keys", "token", "tokens", "auth"}
-
-
+# Before `token` and `key`, words of vocabularies and of sorting.
 HARMLESS_BEFORE = {
     "pad",
     "eos",
@@ -40,8 +37,6 @@ HARMLESS_BEFORE = {
     "dict",
     "cache",
 }
-
-
 NAMES_OF_HASHES = {
     "revision",
     "commit",
@@ -53,34 +48,29 @@ NAMES_OF_HASHES = {
     "digest",
     "id",
 }
-
-
 SECRET_TEXTS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
-    r"|(?<![\w-])(?:sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
-    r"|wandb_v1_\w{20,}|xox[abposr]-[\w-]{10,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})"
+    r"|(?<![\w-])(?:sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}"
+    r"|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
+    r"|wandb_v1_\w{20,}|xox[abposr]-[\w-]{10,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})"
 )
-
-
 URL_LOGIN = re.compile(r"(?i)((?<!ssh)://)[^\s/?#]+@")
-
-
 BEARER = re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}")
-
-
 QUOTED = re.compile(
-    r"(?i)((?:password|passwd|passphrase|secret|api_?key|access_?token|auth_?token)['\"]?\s*[:=]\s*['\"]?)[^\s'\",;&]+"
+    r"(?i)((?:password|passwd|passphrase|secret|api_?key|access_?token|auth_?token)"
+    r"['\"]?\s*[:=]\s*['\"]?)[^\s'\",;&]+"
 )
-
-
 ASSIGNED = re.compile(r"([\w-]+)=([^\s,;&#'\"]+)")
 
 
 def redact(mapping: Mapping[str, object]) -> dict[str, object]:
-    """Returns a copy without secrets: values under names such as `hf_token`, texts that look like keys, logins inside URLs.
+    """Returns a copy without secrets.
 
-    Works through nested mappings and lists; in a list of arguments the value after `--hf-token` goes too. Numbers stay, except
-    under names like `password`. A full 40-digit hexadecimal text is taken for a W&B key unless its name is that of a hash.
+    Secrets are values under names such as `hf_token`, texts that look like keys, logins inside
+    URLs. Works through nested mappings and lists; in a list of arguments the value after
+    `--hf-token` goes too. Numbers stay, except under names like `password`. A full 40-digit
+    hexadecimal text is taken for a W&B key unless its name is that of a hash.
     """
     return {name: _value(value, name=name) for name, value in mapping.items()}
 
@@ -94,16 +84,7 @@ def _value(value: object, *, name: str) -> object:
     if isinstance(value, Mapping):
         return redact(value)
     if isinstance(value, list | tuple):
-        items = [_value(item, name=name) for item in value]
-        for index, flag in enumerate(items[:-1]):
-            if (
-                isinstance(flag, str)
-                and flag.startswith("-")
-                and "=" not in flag
-                and is_secret(flag)
-            ):
-                items[index + 1] = REDACTED
-        return items
+        return _after_secret_flags([_value(item, name=name) for item in value])
     if not isinstance(value, str):
         return value
     if re.fullmatch(r"[0-9a-f]{40}", value) and not NAMES_OF_HASHES.intersection(words):
@@ -111,15 +92,28 @@ def _value(value: object, *, name: str) -> object:
     return redact_text(value)
 
 
+def _after_secret_flags(arguments: list[object]) -> list[object]:
+    """Takes out of a command line what stands after `--hf-token`, in place, and returns it."""
+    for index, flag in enumerate(arguments[:-1]):
+        is_flag = isinstance(flag, str) and flag.startswith("-") and "=" not in flag
+        if is_flag and is_secret(str(flag)):
+            arguments[index + 1] = REDACTED
+    return arguments
+
+
 def redact_text(text: str) -> str:
-    """Returns the text with everything that looks like a secret, or is known to be one, replaced by `[redacted]`."""
+    """Returns the text with `[redacted]` for what looks like a secret, or is known to be one."""
     text = SECRET_TEXTS.sub(REDACTED, without_secrets(text))
     text = URL_LOGIN.sub(rf"\g<1>{REDACTED}@", text)
     text = BEARER.sub(rf"\g<1>{REDACTED}", text)
     text = QUOTED.sub(rf"\g<1>{REDACTED}", text)
-    return ASSIGNED.sub(
-        lambda match: f"{match[1]}={REDACTED}" if is_secret(match[1]) else match[0], text
-    )
+    return ASSIGNED.sub(_assigned, text)
+
+
+def _assigned(match: re.Match[str]) -> str:
+    if is_secret(match[1]):
+        return f"{match[1]}={REDACTED}"
+    return match[0]
 
 
 def _hidden(value: object, *, numbers: bool) -> object:
@@ -127,12 +121,9 @@ def _hidden(value: object, *, numbers: bool) -> object:
         return {name: _hidden(item, numbers=numbers) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_hidden(item, numbers=numbers) for item in value]
-    if (
-        value is None
-        or value == ""
-        or isinstance(value, bool)
-        or (not numbers and isinstance(value, int | float))
-    ):
+    if value is None or value == "" or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and not numbers:
         return value
     return REDACTED
 
@@ -146,8 +137,6 @@ def is_secret(name: str) -> bool:
     words = _words(name)
     if SECRET_WORDS.intersection(words) or words[-1:] in (["sig"], ["signature"]):
         return True
-    return (
-        bool(words)
-        and words[-1] in SECRET_LAST_WORDS
-        and not HARMLESS_BEFORE.intersection(words[:-1])
-    )
+    if not words or words[-1] not in SECRET_LAST_WORDS:
+        return False
+    return not HARMLESS_BEFORE.intersection(words[:-1])

@@ -10,7 +10,10 @@ from ddp_kit.io.logs import REDACTED as REDACTED
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What every tracker is told once, at start. `total_steps` is 0 if unknown; `settings` hold no secrets any more."""
+    """What every tracker is told once, at start.
+
+    `total_steps` is 0 if unknown; `settings` hold no secrets any more.
+    """
 
     run_dir: Path
     name: str
@@ -19,17 +22,24 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Receives the records of a run: on rank 0 only, on the training thread, so each call must be short.
+    """Receives the records of a run, on rank 0 only.
 
-    A network that is away for a while is no reason to raise. `finish` is called once, however the run ends.
+    It is called on the training thread, so each call must be short. A network that is away for a
+    while is no reason to raise. `finish` is called once, however the run ends.
     """
 
     def start(self, info: RunInfo) -> None:
-        """Opens whatever the tracker writes to. Called again by each later life of the same run directory."""
+        """Opens whatever the tracker writes to.
+
+        Called again by each later attempt in the same run directory.
+        """
         ...
 
     def log(self, record: Mapping[str, object]) -> None:
-        """Takes one record of metrics.jsonl: "kind" is "train", "eval" or "test", "step" counts optimizer steps."""
+        """Takes one record of metrics.jsonl.
+
+        Its "kind" is "train", "eval" or "test", its "step" counts optimizer steps.
+        """
         ...
 
     def event(self, event: Mapping[str, object]) -> None:
@@ -37,7 +47,10 @@ class Tracker(Protocol):
         ...
 
     def sample(self, name: str, value: object, *, step: int) -> None:
-        """Takes what the recipe's `samples` made: a text, or an image (C, H, W) or (H, W), float in 0..1 or uint8."""
+        """Takes what the recipe's `samples` made.
+
+        Args: `value` a text, or an image (C, H, W) or (H, W), float in 0..1 or uint8.
+        """
         ...
 
     def finish(self, status: Mapping[str, object]) -> None:
@@ -46,9 +59,11 @@ class Tracker(Protocol):
 
 
 def numbers(record: Mapping[str, object]) -> dict[str, int | float]:
-    """Returns the numbers of a record by name, `train/loss`; epoch and samples too, the step not."""
-    return {
-        f"{record['kind']}/{name}": value
-        for name, value in record.items()
-        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    """Returns the numbers of a record by name, `train/loss`; the step is none of them."""
+    found: dict[str, int | float] = {}
+    for name, value in record.items():
+        if name == "step" or isinstance(value, bool):
+            continue
+        if isinstance(value, int | float):
+            found[f"{record['kind']}/{name}"] = value
+    return found

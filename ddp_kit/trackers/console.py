@@ -1,7 +1,7 @@
-"""What rank 0 says while it trains: one live line on a terminal, plain lines into a file or a pipe.
+"""What rank 0 says while it trains: one live line on a terminal, plain lines elsewhere.
 
-Owns: how a record reads. Refuses: a drawing thread (it would take the interpreter lock from the training step), control
-characters anywhere but on a terminal, and importing rich where nothing is drawn.
+No thread draws: it would take the interpreter lock from the training step. Control characters go
+to a terminal only, and rich is imported only where something is drawn.
 """
 
 import math
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 REFRESH_S = 0.25
 BAR_WIDTH = 30
+# What of a record is no metric, or is said in words.
 BOOKKEEPING = {
     "kind",
     "step",
@@ -29,26 +30,29 @@ BOOKKEEPING = {
     "data_wait",
     "peak_memory_mib",
     "time",
-}  # not metrics, or said in words
+}
+# Events that others print: how a run starts, and how it ended.
+PRINTED_ELSEWHERE = ("start", "resume", "stop", "failure", "finish", "save", "grace")
 
 
 class Console:
-    """A tracker that prints. On a terminal `progress`, called at every step, keeps the line moving between records.
+    """A tracker that prints.
 
-    Whatever else is printed to stdout or stderr while the line is live appears above it.
+    On a terminal `progress`, called at every step, keeps the line moving between records. Whatever
+    else is printed to stdout or stderr while the line is live appears above it.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        """`stream`: where to print; stdout if not given."""
+        """Args: `stream` where to print; stdout if not given."""
         self._stream = stream
         self._live: Live | None = None
         self._total = 0
         self._step = 0
-        self._first: tuple[int, float] | None = (
-            None  # step and time of the first finished step, for the time left
-        )
+        # Step and time of the first finished step, for the time left.
+        self._first: tuple[int, float] | None = None
         self._train: Mapping[str, object] = {}
-        self._due = math.inf  # nothing is ever due while nothing is live
+        # Nothing is ever due while nothing is live.
+        self._due = math.inf
 
     def start(self, info: RunInfo) -> None:
         """Chooses between the live line and plain lines; prints nothing yet."""
@@ -59,7 +63,10 @@ class Console:
             self._due = 0.0
 
     def progress(self, step: int) -> None:
-        """Says that `step` optimizer steps are done. Costs a clock reading unless the live line is due."""
+        """Says that `step` optimizer steps are done.
+
+        Costs a clock reading unless the live line is due.
+        """
         if self._live is None:
             return
         now = time.monotonic()
@@ -74,21 +81,24 @@ class Console:
         if record.get("kind") != "train":
             self._print(evaluation_line(record))
         elif self._live is None:
-            self._print(
-                train_line(record, total=self._total, left_s=self._left_s(step, time.monotonic()))
-            )
+            left_s = self._left_s(step, time.monotonic())
+            self._print(train_line(record, total=self._total, left_s=left_s))
         else:
             self._train = record
             self.progress(step)
         self._step = step
 
     def event(self, event: Mapping[str, object]) -> None:
-        """Prints what happens on the way. How a run starts is printed by others, how it ended by `finish`."""
-        if event.get("event") in ("start", "resume", "stop", "failure", "finish", "save", "grace"):
+        """Prints what happens on the way."""
+        if event.get("event") in PRINTED_ELSEWHERE:
             return
-        where = "".join(f"  {name} {event[name]}" for name in ("step", "rank") if name in event)
-        message = f": {event['message']}" if event.get("message") else ""
-        self._print(f"{event.get('event')}{where}{message}")
+        line = str(event.get("event"))
+        for name in ("step", "rank"):
+            if name in event:
+                line += f"  {name} {event[name]}"
+        if event.get("message"):
+            line += f": {event['message']}"
+        self._print(line)
 
     def sample(self, name: str, value: object, *, step: int) -> None:
         """Prints a text; images go to the trackers that can show them."""
@@ -96,11 +106,12 @@ class Console:
             self._print(f"sample  step {step}  {name}: {value}")
 
     def finish(self, status: Mapping[str, object]) -> None:
-        """Draws the live line a last time, gives the terminal back and prints how the run ended."""
+        """Draws the live line a last time, gives the terminal back, prints how the run ended."""
         if self._live is not None:
             self._draw(_whole(status.get("step")) or self._step, time.monotonic())
             self._live.stop()
-        self._live, self._due = None, math.inf
+        self._live = None
+        self._due = math.inf
         self._print(final_line(status))
 
     def _print(self, text: str) -> None:
@@ -117,32 +128,45 @@ class Console:
     def _draw(self, step: int, now: float) -> None:
         assert self._live is not None
         self._first = self._first or (step, now)
-        width = self._live.console.width
-        text = train_line(
-            {**self._train, "step": step}, total=self._total, left_s=self._left_s(step, now)
-        )
-        self._live.update(
-            live_line(text, share=step / self._total if self._total else 0.0, width=width),
-            refresh=True,
-        )
+        record = {**self._train, "step": step}
+        text = train_line(record, total=self._total, left_s=self._left_s(step, now))
+        share = step / self._total if self._total else 0.0
+        line = live_line(text, share=share, width=self._live.console.width)
+        self._live.update(line, refresh=True)
         self._due = time.monotonic() + REFRESH_S
 
     def _left_s(self, step: int, now: float) -> float:
-        """Seconds to the last step at the mean rate since the first one, evaluations included; 0 if it cannot be known yet."""
-        if not self._total or self._first is None or step <= self._first[0]:
+        """Returns the seconds to the last step, 0 if they cannot be known yet.
+
+        They are taken at the mean rate since the first step, evaluations included.
+        """
+        if not self._total or self._first is None:
             return 0.0
-        return (now - self._first[1]) / (step - self._first[0]) * max(0, self._total - step)
+        first_step, first_time = self._first
+        if step <= first_step:
+            return 0.0
+        return (now - first_time) / (step - first_step) * max(0, self._total - step)
 
 
 def train_line(record: Mapping[str, object], *, total: int = 0, left_s: float = 0.0) -> str:
-    """Returns a train record as one line of text: position, loss, learning rate, other metrics, rate, time left."""
-    parts = [f"step {record['step']}/{total}" if total else f"step {record['step']}"]
+    """Returns a train record as one line of text.
+
+    It tells position, loss, learning rate, other metrics, rate, time left.
+
+    Args: `total` optimizer steps of the run, 0 if unknown; `left_s` seconds, 0 if unknown.
+    """
+    position = f"step {record['step']}"
+    if total:
+        position += f"/{total}"
+    parts = [position]
     if "epoch" in record:
         parts.append(f"epoch {record['epoch']}")
     parts += _metrics(record)
-    rate, wait = record.get("samples_per_s"), record.get("data_wait")
+    rate = record.get("samples_per_s")
     if isinstance(rate, int | float):
-        parts.append(f"{rate:,.0f} samples/s" if rate >= 100 else f"{rate:.3g} samples/s")
+        digits = ",.0f" if rate >= 100 else ".3g"
+        parts.append(f"{rate:{digits}} samples/s")
+    wait = record.get("data_wait")
     if isinstance(wait, int | float) and wait >= 0.05:
         parts.append(f"{wait:.0%} waiting for data")
     if left_s:
@@ -152,32 +176,40 @@ def train_line(record: Mapping[str, object], *, total: int = 0, left_s: float = 
 
 def evaluation_line(record: Mapping[str, object]) -> str:
     """Returns an evaluation or test record as one line of text."""
-    epoch = [f"epoch {record['epoch']}"] if "epoch" in record else []
-    return "  ".join([f"{record.get('kind')}  step {record['step']}", *epoch, *_metrics(record)])
+    parts = [f"{record.get('kind')}  step {record['step']}"]
+    if "epoch" in record:
+        parts.append(f"epoch {record['epoch']}")
+    return "  ".join(parts + _metrics(record))
 
 
 def final_line(status: Mapping[str, object]) -> str:
     """Returns how a run ended as one line of text."""
-    reason = f" ({status['reason']})" if status.get("reason") else ""
+    ending = str(status.get("status"))
+    if status.get("reason"):
+        ending += f" ({status['reason']})"
+    parts = [f"{ending} at step {status.get('step')}"]
     metrics = status.get("metrics")
-    found = _metrics(metrics) if isinstance(metrics, Mapping) else []
-    weights = (
-        [f"weights {str(status['weights_sha256'])[:12]}"] if status.get("weights_sha256") else []
-    )
-    return "  ".join(
-        [f"{status.get('status')}{reason} at step {status.get('step')}", *found, *weights]
-    )
+    if isinstance(metrics, Mapping):
+        parts += _metrics(metrics)
+    if status.get("weights_sha256"):
+        parts.append(f"weights {str(status['weights_sha256'])[:12]}")
+    return "  ".join(parts)
 
 
 def duration(seconds: float) -> str:
     """Returns h:mm:ss, or m:ss below an hour."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+    if hours:
+        return f"{hours}:{minute:02d}:{second:02d}"
+    return f"{minute}:{second:02d}"
 
 
 def printable(text: str) -> str:
-    """Returns the text without control characters; a newline inside becomes a space, as a record is one line."""
+    """Returns the text with a space for each control character.
+
+    A newline is one too, as a record is one line.
+    """
     return "".join(character if character.isprintable() else " " for character in text)
 
 
@@ -190,7 +222,9 @@ def _metrics(record: Mapping[str, object]) -> list[str]:
 
 def shown(value: object) -> str:
     """Returns a number in four figures, a text as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def _whole(value: object) -> int:
@@ -203,26 +237,26 @@ def _go_live(stream: TextIO) -> "Live":
 
     live = Live(console=RichConsole(file=stream, force_terminal=True), auto_refresh=False)
     live.start()
-    live.console.show_cursor(True)  # a killed run would leave the terminal without one
+    # A killed run would leave the terminal without one.
+    live.console.show_cursor(True)
     return live
 
 
 def live_line(text: str, *, share: float, width: int) -> "Text":
-    """Returns what fits of the text, cut between words, with a bar for the `share` that is done where there is room."""
+    """Returns what fits of the text, with a bar before it where there is room.
+
+    Args: `share` what is done, 0 to 1; `width` columns of the terminal. The text is cut between
+        its parts.
+    """
     from rich.text import Text
 
     while len(text) >= width and "  " in text:
         text = text.rpartition("  ")[0]
     line = Text(text, no_wrap=True, overflow="crop", end="")
     room = min(BAR_WIDTH, width - len(text) - 3)
-    if share and room >= 8:
-        done = min(room, int(share * room))
-        line = Text.assemble(
-            ("━" * done, "green"),
-            ("━" * (room - done), "bright_black"),
-            "  ",
-            line,
-            no_wrap=True,
-            end="",
-        )
-    return line
+    if not share or room < 8:
+        return line
+    done = min(room, int(share * room))
+    bar = ("━" * done, "green")
+    rest = ("━" * (room - done), "bright_black")
+    return Text.assemble(bar, rest, "  ", line, no_wrap=True, end="")

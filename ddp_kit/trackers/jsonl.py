@@ -1,7 +1,7 @@
 """The tracker that is always on: metrics.jsonl and events.jsonl in the run directory.
 
-Owns: how a record becomes one line of strict JSON, and reading such lines back.
-Refuses: bare NaN and Infinity, which strict JSON does not know: they are the texts "nan", "inf" and "-inf".
+Each record is one line of strict JSON, which knows no NaN and no infinity: they are the texts
+"nan", "inf" and "-inf".
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,12 @@ from ddp_kit.trackers.base import RunInfo
 
 @final
 class JsonlTracker:
-    """Appends records to metrics.jsonl and events.jsonl. Events and evaluations are flushed at once, training records when `flush` is
-    called, which `Reporter` does after each burst, so that a killed run keeps what it logged.
+    """Appends records to metrics.jsonl and events.jsonl.
 
-    Flushed means handed to the operating system: a dead process loses nothing of it, a dead machine the last seconds.
+    Events and evaluations are flushed at once, training records when `flush` is called, which
+    `Reporter` does after each burst, so that a killed run keeps what it logged. Flushed means
+    handed to the operating system: a dead process loses nothing of it, a dead machine the last
+    seconds.
     """
 
     def __init__(self) -> None:
@@ -25,11 +27,9 @@ class JsonlTracker:
         self._events: JsonLines | None = None
 
     def start(self, info: RunInfo) -> None:
-        """Opens both files for appending."""
-        self._metrics, self._events = (
-            JsonLines(info.run_dir / "metrics.jsonl"),
-            JsonLines(info.run_dir / "events.jsonl"),
-        )
+        """Opens both files for appending. Raises: OSError if one cannot be opened."""
+        self._metrics = JsonLines(info.run_dir / "metrics.jsonl")
+        self._events = JsonLines(info.run_dir / "events.jsonl")
 
     def log(self, record: Mapping[str, object]) -> None:
         """Adds one line to metrics.jsonl."""
@@ -46,7 +46,8 @@ class JsonlTracker:
     def event(self, event: Mapping[str, object]) -> None:
         """Adds one line to events.jsonl, without secrets: messages may quote what a user typed."""
         assert self._events is not None, "start first"
-        self.flush()  # in the order in which things happened
+        # First the records before it: in the order in which things happened.
+        self.flush()
         self._events.add(redact(event))
         self._events.flush()
 
@@ -58,4 +59,5 @@ class JsonlTracker:
         for file in (self._metrics, self._events):
             if file is not None:
                 file.close()
-        self._metrics = self._events = None
+        self._metrics = None
+        self._events = None

@@ -1,7 +1,7 @@
 """TensorBoard event files in the run directory's `tensorboard` folder.
 
-Owns: the names under which records appear there: train/loss, eval/accuracy.
-Refuses: anything but numbers, images and texts. Steps repeated by a later life overwrite nothing; TensorBoard shows both.
+Records appear there as train/loss or eval/accuracy. Steps repeated by a later attempt overwrite
+nothing; TensorBoard shows both.
 """
 
 import json
@@ -16,25 +16,28 @@ if TYPE_CHECKING:
 
 
 class TensorBoardTracker:
-    """Writes scalars, images and texts with torch's own writer. View them with: tensorboard --logdir runs"""
+    """Writes scalars, images and texts with torch's own writer.
+
+    View them with: tensorboard --logdir runs
+    """
 
     def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
 
     def start(self, info: RunInfo) -> None:
-        """Opens a new event file and writes the settings as a text. Raises: MissingPackageError without tensorboard."""
+        """Opens a new event file and writes the settings as a text.
+
+        Raises: MissingPackageError without tensorboard.
+        """
         require("tensorboard", extra="tensorboard")
-        self._writer = require("torch.utils.tensorboard", extra="tensorboard").SummaryWriter(
-            str(info.run_dir / "tensorboard")
-        )
-        self._text(
-            "settings",
-            "\n".join(
-                f"    {name} = {json.dumps(value, default=str)}"
-                for name, value in info.settings.items()
-            ),
-            step=0,
-        )
+        module = require("torch.utils.tensorboard", extra="tensorboard")
+        self._writer = module.SummaryWriter(str(info.run_dir / "tensorboard"))
+        # Four spaces: Markdown takes the lines as they are.
+        lines = [
+            f"    {name} = {json.dumps(value, default=str)}"
+            for name, value in info.settings.items()
+        ]
+        self._text("settings", "\n".join(lines), step=0)
 
     def log(self, record: Mapping[str, object]) -> None:
         """Writes every number of the record at its step."""

@@ -1,7 +1,8 @@
-"""Weights & Biases: one of its runs per training run, continued by every later life.
+"""Weights & Biases: one of its runs per training run, continued by every later attempt.
 
-Owns: the id (kept in the run directory), when to stay offline, and what W&B is not told (command line, git remote, code).
-Refuses: W&B's own step counter, which drops steps that a resumed life repeats: `step` is an axis of its own.
+The id is kept in the run directory. W&B is not told the command line, the git remote and the code,
+which may hold secrets. Its own step counter is not used, since it drops steps that a resumed
+attempt repeats: `step` is an axis of its own.
 """
 
 import html
@@ -23,15 +24,19 @@ if TYPE_CHECKING:
     from wandb import Run, Settings
 
 INIT_TIMEOUT_S = 30.0
-FINISH_TIMEOUT_S = 60.0  # what is not uploaded by then stays on disk for `wandb sync`; a grace period may be running
+# What is not uploaded by then stays on disk for `wandb sync`; a grace period may be running.
+FINISH_TIMEOUT_S = 60.0
 SERVER = "https://api.wandb.ai"
 
 
 class WandbTracker:
-    """Sends records to W&B, or keeps them in the run directory when offline, for `wandb sync` to send later."""
+    """Sends records to W&B.
+
+    Offline it keeps them in the run directory, for `wandb sync` to send later.
+    """
 
     def __init__(self, settings: Wandb) -> None:
-        """`settings`: project, entity, group, tags and mode, as the flags --wandb.* give them."""
+        """Args: `settings` project, entity, group, tags and mode, as --wandb.* give them."""
         self._settings = settings
         self._wandb: ModuleType | None = None
         self._run: Run | None = None
@@ -39,14 +44,11 @@ class WandbTracker:
     def start(self, info: RunInfo) -> None:
         """Opens the W&B run, offline if there is no key or no server.
 
-        Raises: MissingPackageError without wandb; ConfigError if the key is refused, or online was asked for and cannot be had.
+        Raises: MissingPackageError without wandb; ConfigError if the key is refused, or online was
+            asked for and cannot be had.
         """
         self._wandb = require("wandb", extra="wandb")
-        mode = (
-            self._settings.mode
-            or environment().get("WANDB_MODE")
-            or ("online" if has_key() else "offline")
-        )
+        mode = self._mode()
         try:
             self._run = self._init(info, mode=mode)
         except self._wandb.errors.AuthenticationError as error:
@@ -59,17 +61,17 @@ class WandbTracker:
                     f"W&B cannot be reached: {error}. Drop --wandb.mode online to log offline."
                 ) from error
             logger.warning("wandb: cannot be reached (%s); this life is logged offline", error)
-            self._wandb.teardown()  # its service still holds the id of the run that did not start
+            # Its service still holds the id of the run that did not start.
+            self._wandb.teardown()
             mode = "offline"
             self._run = self._init(info, mode=mode)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        logger.info(
-            "wandb: %s",
-            self._run.url
-            if mode == "online"
-            else f"{mode}; to upload: wandb sync {Path(self._run.dir).parent}",
-        )
+        if mode == "online":
+            logger.info("wandb: %s", self._run.url)
+        else:
+            folder = Path(self._run.dir).parent
+            logger.info("wandb: %s; to upload: wandb sync %s", mode, folder)
 
     def log(self, record: Mapping[str, object]) -> None:
         """Sends every number of the record, as train/loss, on the axis `step`."""
@@ -99,6 +101,12 @@ class WandbTracker:
         self._run.finish(exit_code=1 if status.get("status") == "failed" else 0)
         self._run = None
 
+    def _mode(self) -> str:
+        stated = self._settings.mode or environment().get("WANDB_MODE")
+        if stated:
+            return stated
+        return "online" if has_key() else "offline"
+
     def _init(self, info: RunInfo, *, mode: str) -> "Run":
         assert self._wandb is not None
         wanted = self._settings
@@ -110,9 +118,8 @@ class WandbTracker:
             name=info.run_dir.name,
             job_type=info.name,
             id=run_id(info.run_dir),
-            resume="allow"
-            if mode == "online"
-            else None,  # offline there is nothing to ask; `wandb sync` joins lives by the id
+            # Offline there is nothing to ask; `wandb sync` joins attempts by the id.
+            resume="allow" if mode == "online" else None,
             mode=mode,
             dir=str(info.run_dir),
             config=dict(info.settings),
@@ -122,7 +129,10 @@ class WandbTracker:
 
 
 def _quiet(wandb: ModuleType) -> "Settings":
-    """W&B without the command line and the git remote (both may hold secrets), and with the terminal left to the console."""
+    """Returns W&B's settings that leave the terminal to the console.
+
+    They send neither the command line nor the git remote: both may hold secrets.
+    """
     settings: Settings = wandb.Settings(
         silent=True,
         console="off",
@@ -138,25 +148,33 @@ def _quiet(wandb: ModuleType) -> "Settings":
 
 
 def run_id(run_dir: Path) -> str:
-    """Returns the W&B run's id, made by the first life and kept in `wandb_id` for the later ones."""
+    """Returns the W&B run's id.
+
+    The first attempt makes it and keeps it in `wandb_id` for the later ones.
+    """
     path = run_dir / "wandb_id"
-    if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
-        return kept
+    if path.exists():
+        kept = path.read_text(encoding="utf-8").strip()
+        if kept:
+            return kept
     made = uuid.uuid4().hex[:8]
     path.write_text(made + "\n", encoding="utf-8")
     return made
 
 
 def has_key() -> bool:
-    """Returns whether a W&B login is at hand: a key or token in the environment, or a netrc entry for the server."""
+    """Returns whether a W&B login is at hand.
+
+    That is a key or token in the environment, or a netrc entry for the server.
+    """
     environ = environment()
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(environ.get("WANDB_BASE_URL", SERVER)).hostname or ""
+    paths = [Path.home() / ".netrc", Path.home() / "_netrc"]
     given = environ.get("NETRC")
-    paths = (
-        [Path(given).expanduser()] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    )
+    if given:
+        paths = [Path(given).expanduser()]
     for path in paths:
         try:
             if path.is_file() and netrc.netrc(path).authenticators(host):
@@ -167,11 +185,16 @@ def has_key() -> bool:
 
 
 def _channels_last(value: object) -> object:
-    """(C, H, W) as (H, W, C), which W&B expects of arrays; uint8 and floats in 0..1 become uint8."""
+    """Returns an image (C, H, W) as a uint8 array (H, W, C), which W&B expects.
+
+    Floats are in 0..1; an image (H, W) keeps its shape.
+    """
     numpy = require("numpy", extra="wandb")
-    array = (
-        numpy.asarray(value.detach().cpu()) if hasattr(value, "detach") else numpy.asarray(value)
-    )
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+    array = numpy.asarray(value)
     if array.dtype != numpy.uint8:
         array = (numpy.clip(array, 0.0, 1.0) * 255).round().astype(numpy.uint8)
-    return array if array.ndim == 2 else array.transpose(1, 2, 0)
+    if array.ndim == 2:
+        return array
+    return array.transpose(1, 2, 0)
