@@ -1,8 +1,7 @@
 """Agreement between ranks on small values, over the gloo control group.
 
-Owns: every blocking collective of small values, those of a step included. All ranks call each function, in the same order.
-Refuses: objects (a peer's bytes are never unpickled), and collectives that some ranks enter only.
-In one process without a group each function returns what it was given.
+All ranks call each function, in the same order. What travels is numbers and bytes: a peer's bytes
+are never unpickled. In one process without a group each function returns what it was given.
 """
 
 import zlib
@@ -27,11 +26,15 @@ def max_over_ranks(group: Group, values: Sequence[int]) -> list[int]:
 
 def first_difference(group: Group, values: Sequence[int]) -> int | None:
     """Returns the index of the first value that is not equal on all ranks, or None."""
-    both = max_over_ranks(group, [*values, *(-value for value in values)])
-    highest, lowest = both[: len(values)], [-value for value in both[len(values) :]]
-    return next(
-        (i for i, (high, low) in enumerate(zip(highest, lowest, strict=True)) if high != low), None
-    )
+    # The smallest one is the negative of the largest negative.
+    negatives = [-value for value in values]
+    both = max_over_ranks(group, [*values, *negatives])
+    highest = both[: len(values)]
+    lowest = both[len(values) :]
+    for index, (high, negative_low) in enumerate(zip(highest, lowest, strict=True)):
+        if high != -negative_low:
+            return index
+    return None
 
 
 def sum_over_ranks(group: Group, values: torch.Tensor) -> torch.Tensor:
@@ -44,17 +47,21 @@ def sum_over_ranks(group: Group, values: torch.Tensor) -> torch.Tensor:
 def sum_by_name(
     group: Group, rows: torch.Tensor, *, names: Sequence[str], order: Sequence[int]
 ) -> dict[str, list[float]]:
-    """Adds up rows (k, len(names), values) of all ranks in float64, in an order that does not depend on who has which.
+    """Adds up rows of all ranks in float64, in an order that does not depend on who has which.
 
-    Args: `order` one number for each row, by which the rows of all ranks are sorted.
+    Args: `rows` (k, len(names), values) of this rank; `order` one number for each of its rows, by
+        which the rows of all ranks are sorted.
+    Returns: the sums of each name's values, after a host-device synchronisation.
     Raises: DdpKitError on every rank if the names differ between ranks.
     """
-    if first_difference(group, [zlib.crc32("\n".join(names).encode())]) is not None:
+    digest = zlib.crc32("\n".join(names).encode())
+    if first_difference(group, [digest]) is not None:
         raise DdpKitError(
             f"the ranks report different metrics; rank {group.rank} has {', '.join(names)}."
         )
-    at = torch.argsort(torch.cat(gather_rows(group, torch.tensor(order, dtype=torch.int64))))
-    sums = torch.cat(gather_rows(group, rows.cpu()))[at].sum(0)  # host-device synchronisation
+    numbers = torch.cat(gather_rows(group, torch.tensor(order, dtype=torch.int64)))
+    every_row = torch.cat(gather_rows(group, rows.cpu()))
+    sums = every_row[torch.argsort(numbers)].sum(0)
     return dict(zip(names, sums.tolist(), strict=True))
 
 
@@ -65,8 +72,8 @@ def from_rank(group: Group, data: bytes, *, source: int = 0) -> bytes:
     size = torch.tensor([len(data)], dtype=torch.int64)
     dist.broadcast(size, source, group=group.control)
     content = torch.zeros(int(size), dtype=torch.uint8)
-    if group.rank == source:
-        content = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else content
+    if data and group.rank == source:
+        content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     dist.broadcast(content, source, group=group.control)
     return bytes(content.numpy().tobytes())
 
@@ -75,26 +82,26 @@ def gather_bytes(group: Group, data: bytes) -> list[bytes]:
     """Returns every rank's bytes, in rank order."""
     if group.control is None:
         return [data]
-    sizes = max_over_ranks(
-        group, [len(data) if rank == group.rank else 0 for rank in range(group.world_size)]
-    )
+    sizes = _of_each_rank(group, len(data))
     own = torch.zeros(max(max(sizes), 1), dtype=torch.uint8)
     if data:
         own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     every = [torch.empty_like(own) for _ in range(group.world_size)]
     dist.all_gather(every, own, group=group.control)
-    return [
-        bytes(content.numpy().tobytes()[:size]) for content, size in zip(every, sizes, strict=True)
-    ]
+    found = []
+    for content, size in zip(every, sizes, strict=True):
+        found.append(bytes(content.numpy().tobytes()[:size]))
+    return found
 
 
 def gather_rows(group: Group, rows: torch.Tensor) -> list[torch.Tensor]:
-    """Returns every rank's rows (n_rank, ...) in rank order. The number of rows may differ; dtype and trailing shape may not."""
+    """Returns every rank's rows (n_rank, ...) in rank order.
+
+    The number of rows may differ; dtype and trailing shape may not.
+    """
     if group.control is None:
         return [rows]
-    counts = max_over_ranks(
-        group, [len(rows) if rank == group.rank else 0 for rank in range(group.world_size)]
-    )
+    counts = _of_each_rank(group, len(rows))
     own = torch.zeros((max(counts), *rows.shape[1:]), dtype=rows.dtype)
     own[: len(rows)] = rows
     every = [torch.empty_like(own) for _ in range(group.world_size)]
@@ -102,8 +109,19 @@ def gather_rows(group: Group, rows: torch.Tensor) -> list[torch.Tensor]:
     return [content[:count] for content, count in zip(every, counts, strict=True)]
 
 
+def _of_each_rank(group: Group, number: int) -> list[int]:
+    """Returns every rank's number, 0 or more, in rank order."""
+    numbers = [0] * group.world_size
+    numbers[group.rank] = number
+    return max_over_ranks(group, numbers)
+
+
 def over_shards(norm: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Returns the Euclidean norm over the parts of all ranks, given that of this rank's; None: the ranks hold no parts."""
+    """Returns the Euclidean norm over the parts of all ranks.
+
+    Args: `norm` that of this rank's parts, a scalar; `group` of those who hold parts, None: the
+        ranks hold no parts.
+    """
     if group is None:
         return norm
     square = norm.double().square()
@@ -112,6 +130,10 @@ def over_shards(norm: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Te
 
 
 def anywhere(found: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    """Sets a flag on all ranks if it is set on one that holds a part; None: the ranks hold no parts, and know it already."""
+    """Sets a flag on all ranks if it is set on one that holds a part.
+
+    Args: `found` the flag, changed in place; `group` of those who hold parts, None: the ranks hold
+        no parts, and know it already.
+    """
     if group is not None:
         dist.all_reduce(found, dist.ReduceOp.MAX, group=group)

@@ -1,12 +1,11 @@
 """One small packet by which all ranks decide at the same step.
 
-Owns: its layout, and when it is sent and read.
-Refuses: errors (a raising rank's peers sit in an all-reduce), objects, and waiting: it is launched at one step boundary and
-read at a later one.
+It is launched at one step boundary and read at a later one, so that nobody waits for it. Errors do
+not travel in it: the peers of a rank that raises sit in an all-reduce.
 
-The packet is an int64 vector reduced with MAX over a gloo group of its own. A field that names a rank is value x 2^16 + rank.
-For very short steps it is sent every few steps, at an interval that all ranks derive from the packet itself. An evaluation's micro-batches
-are such steps too.
+The packet is an int64 vector reduced with MAX over a gloo group of its own. A field that names a
+rank is value x 2^16 + rank. For very short steps it is sent every few steps, at an interval that
+all ranks derive from the packet itself. An evaluation's micro-batches are such steps too.
 """
 
 import math
@@ -19,8 +18,11 @@ import torch.distributed as dist
 
 from ddp_kit.distributed.process_group import Group
 
-INTERVAL_S = 0.1  # between packets where steps are shorter; decides how late a stop may be, so never above 1 s
+# Between packets where steps are shorter. It decides how late a stop may be, so never above 1 s.
+INTERVAL_S = 0.1
+MOST_STEPS = 1000  # between packets
 SHIFT = 16
+RANK_MASK = (1 << SHIFT) - 1
 
 
 class Field(IntEnum):
@@ -34,29 +36,37 @@ class Field(IntEnum):
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks know at this boundary. `stop` is a `preemption.Stop`, 0: none. Culprit rank -1: none."""
+    """What all ranks know at this boundary. Step and rank -1: none."""
 
-    stop: int = 0
+    stop: int = 0  # a `stopping.signals.Stop`, 0: none
     stop_rank: int = -1
-    culprit_step: int = -1
+    culprit_step: int = -1  # the step whose loss was not finite
     culprit_rank: int = -1
-    saves: bool = False
+    saves: bool = False  # a save is due
 
 
 NOTHING = Decision()
 
 
 class Control:
-    """Sends this rank's packet and reads what all ranks agreed. Every rank calls `boundary` after every step."""
+    """Sends this rank's packet and reads what all ranks agreed.
+
+    Every rank calls `boundary` after every step.
+    """
 
     def __init__(self, group: Group):
         self._group = group
         self._work: dist.Work | None = None
         self._packet = torch.zeros(len(Field), dtype=torch.int64)
-        self._position = self._next = 0  # in boundaries of this life
+        # In boundaries of this attempt: where we are, and where the next packet is due.
+        self._position = 0
+        self._next = 0
+        # Position and time of the last packet that was sent.
         self._last = (0, time.perf_counter())
-        self._kind, self._is_new_kind = "training", False
-        self._step_s: dict[str, float] = {}  # the last one of each kind, on the slowest rank
+        self._kind = "training"
+        self._is_new_kind = False
+        # The last one of each kind, on the slowest rank.
+        self._step_s: dict[str, float] = {}
         self._culprit_step = -1
 
     def name_culprit(self, step: int) -> None:
@@ -64,7 +74,11 @@ class Control:
         self._culprit_step = step
 
     def boundary(self, *, stop: int = 0, saves: bool = False) -> Decision:
-        """Reads the packet that is due and sends the next one. Returns an empty decision where nothing was due."""
+        """Reads the packet that is due and sends the next one.
+
+        Args: `stop` why this rank would stop, 0: it would not; `saves` a save is due on this rank.
+        Returns: an empty decision where nothing was due.
+        """
         self._position += 1
         if self._position < self._next:
             return NOTHING
@@ -74,25 +88,37 @@ class Control:
         if step_s and not self._is_new_kind:
             self._step_s[self._kind] = step_s
         self._is_new_kind = False
-        self._send(stop=stop, saves=saves and not decision.saves)  # which is about to be done
+        # A save that was just decided is about to be done.
+        self._send(stop=stop, saves=saves and not decision.saves)
         self._next = self._position + interval
         return decision
 
     def change_pace(self, kind: str) -> None:
-        """The boundaries to come are of another kind, whose length is not known yet. Every rank calls it."""
-        self._kind, self._is_new_kind, self._next = kind, True, 0
+        """Tells that the boundaries to come are of another kind, whose length is not known yet.
+
+        Every rank calls it.
+        """
+        self._kind = kind
+        self._is_new_kind = True
+        self._next = 0
         self._last = (self._position, time.perf_counter())
 
     def exchange(self, *, stop: int = 0) -> Decision:
-        """Sends and reads at once: for moments that all ranks reach together, such as a step that was not applied."""
+        """Sends and reads at once, and returns the decision.
+
+        It is for moments that all ranks reach together, such as a step that was not applied. Every
+        rank calls it.
+        """
         self._read()
         self._send(stop=stop)
         return self._read()
 
     @property
     def in_flight(self) -> dist.Work | None:
-        """The packet on its way, to be waited for before what was sent after it: once a sum has failed unread, because a peer is lost, gloo
-        lets later ones of the same group wait until their timeout.
+        """The packet on its way, to be waited for before what was sent after it.
+
+        Once a sum has failed unread, because a peer is lost, gloo lets later ones of the same group
+        wait until their timeout.
         """
         return self._work
 
@@ -101,44 +127,50 @@ class Control:
         self._read()
 
     def agreement_s(self) -> tuple[float, float]:
-        """Returns how long a stop waits at most for the end of a step, and then for all ranks to know of it: sent at the next packet,
-        read at the one after."""
-        return max(
-            ((step_s, 2 * _interval(step_s) * step_s) for step_s in self._step_s.values()),
-            key=sum,
-            default=(0.0, 0.0),
-        )
+        """Returns how long a stop waits at most, in seconds.
+
+        First for the end of a step, and then for all ranks to know of it: it is sent at the next
+        packet and read at the one after.
+        """
+        waits = [(step_s, 2 * _interval(step_s) * step_s) for step_s in self._step_s.values()]
+        return max(waits, key=sum, default=(0.0, 0.0))
 
     def _send(self, *, stop: int, saves: bool = False) -> None:
         now = time.perf_counter()
-        steps, since = self._position - self._last[0], now - self._last[1]
+        position, then = self._last
+        steps = self._position - position
         self._last = (self._position, now)
-        rank = self._group.rank
-        self._packet[Field.STOP] = (stop << SHIFT) + rank if stop else 0
-        self._packet[Field.CULPRIT] = (
-            ((self._culprit_step + 1) << SHIFT) + rank if self._culprit_step >= 0 else 0
-        )
-        self._packet[Field.STEP_US] = int(since / steps * 1e6) if steps > 0 else 0
+        self._packet[Field.STOP] = self._with_rank(stop)
+        self._packet[Field.CULPRIT] = self._with_rank(self._culprit_step + 1)
+        self._packet[Field.STEP_US] = int((now - then) / steps * 1e6) if steps > 0 else 0
         self._packet[Field.SAVE] = int(saves)
         if self._group.control is not None:
             self._work = dist.all_reduce(
                 self._packet, dist.ReduceOp.MAX, group=self._group.control, async_op=True
             )
 
+    def _with_rank(self, value: int) -> int:
+        """Returns the field that names this rank beside a value, 0 where the value is 0."""
+        if not value:
+            return 0
+        return (value << SHIFT) + self._group.rank
+
     def _read(self) -> Decision:
         if self._work is not None:
             self._work.wait()
             self._work = None
         stop, culprit, _, saves = self._packet.tolist()
-        mask = (1 << SHIFT) - 1
         return Decision(
             stop=stop >> SHIFT,
-            stop_rank=stop & mask if stop else -1,
+            stop_rank=stop & RANK_MASK if stop else -1,
             culprit_step=(culprit >> SHIFT) - 1,
-            culprit_rank=culprit & mask if culprit else -1,
+            culprit_rank=culprit & RANK_MASK if culprit else -1,
             saves=bool(saves),
         )
 
 
 def _interval(step_s: float) -> int:
-    return max(1, min(1000, math.floor(INTERVAL_S / step_s))) if step_s > 0 else 1
+    """Returns how many steps of this length lie between two packets."""
+    if step_s <= 0:
+        return 1
+    return max(1, min(MOST_STEPS, math.floor(INTERVAL_S / step_s)))

@@ -1,7 +1,7 @@
-"""Tensors of which each rank holds a part: FSDP2's, split by rows, and DeepSpeed's, split anywhere.
+"""Tensors of which each rank holds a part: FSDP2's, split by rows, and DeepSpeed's, anywhere.
 
-Owns: what of a named tensor is here, as plain memory, and gathering one of them whole.
-Refuses: knowing strategies. A tensor says itself how it is split; a plain one is whole on every rank.
+What of a tensor is here is given as plain memory. A tensor says itself how it is split, so that no
+strategy has to be known; a plain one is whole on every rank.
 """
 
 import math
@@ -16,12 +16,12 @@ from ddp_kit.errors import ConfigError
 
 @dataclass(frozen=True)
 class Held:
-    """Rows `start` and following of a tensor of `shape`, in this rank's memory. `writes`: this rank is the one that saves them."""
+    """Rows `start` and following of a tensor of `shape`, in this rank's memory."""
 
     rows: torch.Tensor
     start: int
     shape: tuple[int, ...]
-    writes: bool = True
+    writes: bool = True  # this rank is the one that saves them
 
     @property
     def stop(self) -> int:
@@ -31,7 +31,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` and following of a flattened tensor of `shape`, in this rank's memory; the ranks of `group` have all of them."""
+    """Elements `start` and following of a flattened tensor of `shape`, in this rank's memory.
+
+    The ranks of `group` have all of them.
+    """
 
     content: torch.Tensor
     start: int
@@ -43,24 +46,20 @@ class Fragment:
         """Returns the whole tensor. Every rank of the group calls it."""
         tensor = self.content.new_zeros(math.prod(self.shape))
         tensor[self.start : self.start + len(self.content)] = self.content
-        dist.all_reduce(
-            tensor.view(torch.uint8), group=self.group
-        )  # as bytes, of which all ranks but one have 0: -0.0 stays what it is
+        # As bytes, of which all ranks but one have 0: -0.0 stays what it is.
+        dist.all_reduce(tensor.view(torch.uint8), group=self.group)
         return tensor.view(self.shape)
 
     def rows(self) -> Held:
         """Returns new host memory for the rows in which the elements are."""
         size = math.prod(self.shape[1:])
-        first, last = (
-            (self.start // size, -(-(self.start + len(self.content)) // size))
-            if len(self.content)
-            else (0, 0)
-        )
-        return Held(
-            torch.empty((last - first, *self.shape[1:]), dtype=self.content.dtype),
-            first,
-            self.shape,
-        )
+        first = 0
+        last = 0
+        if len(self.content):
+            first = self.start // size
+            last = -(-(self.start + len(self.content)) // size)  # rounded up
+        memory = torch.empty((last - first, *self.shape[1:]), dtype=self.content.dtype)
+        return Held(memory, first, self.shape)
 
     @torch.no_grad()
     def take(self, held: Held) -> None:
@@ -76,22 +75,29 @@ def is_split(tensor: torch.Tensor) -> bool:
 
 def size(tensor: torch.Tensor) -> int:
     """Returns how many elements a tensor has on all ranks together."""
-    return int(
-        getattr(tensor, "ds_numel", tensor.numel())
-    )  # one of DeepSpeed's stage 3 is empty itself
+    # One of DeepSpeed's stage 3 is empty itself.
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns this rank's part of a tensor, without a copy and without gradients; a plain tensor is its own part."""
-    detached = getattr(tensor, "ds_tensor", tensor).detach()
-    part: torch.Tensor = (
-        detached.to_local() if hasattr(detached, "to_local") else detached
-    )  # a DTensor, whose import takes a second
+    """Returns this rank's part of a tensor, without a copy and without gradients.
+
+    A plain tensor is its own part.
+    """
+    part: torch.Tensor = getattr(tensor, "ds_tensor", tensor).detach()
+    # A DTensor has it; importing that class takes a second.
+    if hasattr(part, "to_local"):
+        part = part.to_local()
     return part
 
 
 def held(tensor: torch.Tensor, content: torch.Tensor | None = None) -> Held | Fragment:
-    """Returns this rank's part of a tensor; `content`: that of another one (an average, a moment) that is split alike."""
+    """Returns this rank's part of a tensor.
+
+    Args: `content` the part of another tensor (an average, a moment) that is split alike; None:
+        the tensor's own.
+    Raises: ConfigError if it is split in another way than by rows.
+    """
     rows = local(tensor) if content is None else content
     if not is_split(tensor):
         return Held(rows, 0, tuple(tensor.shape))
@@ -101,23 +107,28 @@ def held(tensor: torch.Tensor, content: torch.Tensor | None = None) -> Held | Fr
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     assert isinstance(tensor, DTensor)
-    mesh, place = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    mesh = tensor.device_mesh
+    place = mesh.get_coordinate()
     assert place is not None  # every rank is in the mesh
     if not all(isinstance(at, Replicate) or at.is_shard(0) for at in tensor.placements):
         raise ConfigError(
-            f"a tensor of shape {tuple(tensor.shape)} is split as {tensor.placements}; a checkpoint takes rows: Shard(0)."
+            f"a tensor of shape {tuple(tensor.shape)} is split as {tensor.placements};"
+            " a checkpoint takes rows: Shard(0)."
         )
     _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
-    is_first = all(
-        at == 0
-        for at, placement in zip(place, tensor.placements, strict=True)
-        if isinstance(placement, Replicate)
-    )
-    return Held(rows, offset[0] if offset else 0, tuple(tensor.shape), writes=is_first)
+    # Of the ranks that hold the same rows, the first one saves them.
+    writes = True
+    for at, placement in zip(place, tensor.placements, strict=True):
+        if isinstance(placement, Replicate) and at != 0:
+            writes = False
+    return Held(rows, offset[0] if offset else 0, tuple(tensor.shape), writes=writes)
 
 
 def _fragment(tensor: Any, content: torch.Tensor) -> Fragment:
-    """A parameter of DeepSpeed's stage 3, which is empty itself; what follows the last of its elements is padding."""
+    """Returns the part of a parameter of DeepSpeed's stage 3, which is empty itself.
+
+    What follows the last of its elements is padding.
+    """
     start = min(dist.get_rank(tensor.ds_process_group) * len(content), tensor.ds_numel)
     size = min(len(content), tensor.ds_numel - start)
     return Fragment(content[:size], start, tuple(tensor.ds_shape), tensor.ds_process_group)
@@ -125,14 +136,17 @@ def _fragment(tensor: Any, content: torch.Tensor) -> Fragment:
 
 @torch.no_grad()
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns all of a tensor. Every rank that holds a part calls it, tensor by tensor in the same order."""
+    """Returns all of a tensor.
+
+    Every rank that holds a part calls it, tensor by tensor in the same order.
+    """
     part = held(tensor) if hasattr(tensor, "ds_tensor") else None
     if isinstance(part, Fragment):
         return part.gather()
     detached: Any = tensor.detach()
     if not is_split(detached):
         return tensor.detach()
-    full: torch.Tensor = detached.to(
-        detached.device_mesh.device_type
-    ).full_tensor()  # one in host memory is where NCCL does not reach
+    # One in host memory is where NCCL does not reach.
+    on_device = detached.to(detached.device_mesh.device_type)
+    full: torch.Tensor = on_device.full_tensor()
     return full

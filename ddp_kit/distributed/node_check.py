@@ -1,15 +1,18 @@
-"""Before a run on several nodes begins: does every node answer in time, with the devices that its ranks need, and does a sum go through?
+"""Before a run on several nodes begins: is every node there, and does it work?
 
-Owns: that check, which a launcher asks for (`DDP_KIT_PREFLIGHT_S`), and the names of the nodes that failed it, for the next submission.
-Refuses: naming all of them: what fails everywhere is not a node's fault.
+Each has to answer in time, with the devices that its ranks need, and a sum has to go through. A
+launcher asks for this check (`DDP_KIT_PREFLIGHT_S`). The names of the nodes that failed it are left
+in the run directory for the next submission, but never those of all nodes: what fails everywhere is
+not a node's fault.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,10 +20,20 @@ import torch.distributed as dist
 
 from ddp_kit.distributed.topology import Topology, environment
 from ddp_kit.errors import ConfigError, DdpKitError
+from ddp_kit.io.atomic import write_text
+from ddp_kit.io.polling import wait_until
 
 FILE = "bad_nodes"
 PAUSE_S = 0.1
-LATER_S = 5.0  # by which others than rank 0 wait longer: its word counts, if it can give one
+# By which others than rank 0 wait longer: its word counts, if it can give one.
+LATER_S = 5.0
+# How far the ranks of a node come, and what is wrong with one that stays behind. The first is no
+# step forward: who does not even notice that something is wrong, hangs.
+STAGES = {
+    "out": "its ranks hang or are gone",
+    "met": "its ranks did not connect",
+    "reduced": "its ranks got through no sum",
+}
 
 
 class NodesError(DdpKitError):
@@ -28,15 +41,17 @@ class NodesError(DdpKitError):
 
 
 @dataclass(kw_only=True)
-class Preflight:
-    """One rank's part in the check. Where it is off (`within_s` is 0), nothing is asked and nothing said."""
+class NodeCheck:
+    """One rank's part in the check.
+
+    Where it is off (`within_s` is 0), nothing is asked and nothing said.
+    """
 
     topology: Topology
     folder: Path  # the run directory
     within_s: float
-    hosts: Mapping[int, str] = field(
-        default_factory=dict
-    )  # by node rank, where that follows the launcher's order
+    # The nodes' names by node rank, where that follows the launcher's order.
+    hosts: Mapping[int, str] = field(default_factory=dict)
     own_host: str = ""  # as the scheduler calls it; "" without one
     fault: str = ""  # of this rank's device
     begin: float = field(default_factory=time.monotonic)
@@ -49,54 +64,66 @@ class Preflight:
         return max(1.0, self.begin + self.within_s + later - time.monotonic())
 
     def timeout(self, usual: timedelta) -> timedelta:
-        """Returns how long to wait for peers: what is left of the check, or the usual time without one."""
-        return timedelta(seconds=self.left_s) if self.within_s else usual
+        """Returns how long to wait for peers: what is left of the check, or `usual` without one."""
+        if not self.within_s:
+            return usual
+        return timedelta(seconds=self.left_s)
 
     def roll_call(self, store: dist.Store, device: torch.device) -> None:
-        """Says that this rank is here and on which device, and hears from rank 0 whether all are. Every rank calls it.
+        """Says that this rank is here and on which device, and hears from rank 0 whether all are.
+
+        Every rank calls it.
 
         Raises: NodesError on every rank that is here if a node is not, or has too few devices.
         """
         if not self.within_s:
             return
-        self.store, own = dist.PrefixStore("ddp_kit_preflight", store), self.topology
-        self.store.set(f"size/{own.node_rank}", str(own.local_world_size))
-        if self.own_host:
-            self.store.set(f"host/{own.node_rank}", self.own_host)
-        self.store.set(
-            f"device/{own.node_rank}/{own.local_rank}",
-            f"no: {self.fault}" if self.fault else _identity(device),
-        )
-        if own.rank == 0:
-            faults = self._faults()
-            while faults and self.left_s > 1:
-                time.sleep(PAUSE_S)
-                faults = self._faults()
-            if faults:
-                self._write(faults)
-            self.store.set("verdict", self._words(faults) if faults else "")
-            if faults:
-                self._linger()
+        self.store = dist.PrefixStore("ddp_kit_preflight", store)
+        self._answer(self.store, device)
+        if self.topology.rank == 0:
+            self._call(self.store)
         self.store.wait(["verdict"], timedelta(seconds=self.left_s))
-        if verdict := self.store.get("verdict").decode():
+        verdict = self.store.get("verdict").decode()
+        if verdict:
             self.store.add("heard", 1)
             raise NodesError(verdict)
 
-    def _linger(self) -> None:
-        """Keeps the store until the others that are here have heard."""
-        assert self.store is not None
-        sizes = {node: self._size(node) for node in range(self.topology.nodes)}
-        here = sum(
-            self._has(f"device/{node}/{rank}")
-            for node, size in sizes.items()
-            for rank in range(size)
-        )
-        end = time.monotonic() + LATER_S
-        while self.store.add("heard", 0) < here - 1 and time.monotonic() < end:
+    def _answer(self, store: dist.Store, device: torch.device) -> None:
+        """Says who is here; `_faults` reads it."""
+        own = self.topology
+        store.set(f"size/{own.node_rank}", str(own.local_world_size))
+        if self.own_host:
+            store.set(f"host/{own.node_rank}", self.own_host)
+        identity = f"no: {self.fault}" if self.fault else _identity(device)
+        store.set(f"device/{own.node_rank}/{own.local_rank}", identity)
+
+    def _call(self, store: dist.Store) -> None:
+        """Waits for the answers of all ranks and tells them what came of it."""
+        faults = self._faults()
+        while faults and self.left_s > 1:
             time.sleep(PAUSE_S)
+            faults = self._faults()
+        if not faults:
+            store.set("verdict", "")
+            return
+        self._write(faults)
+        store.set("verdict", self._words(faults))
+        self._linger(store)
+
+    def _linger(self, store: dist.Store) -> None:
+        """Keeps the store until the others that are here have heard."""
+        others = -1
+        for node in range(self.topology.nodes):
+            others += len(self._here(node))
+        wait_until(lambda: store.add("heard", 0) >= others, within_s=LATER_S, pause_s=PAUSE_S)
 
     def device(self, choose: Callable[[], torch.device]) -> torch.device:
-        """Returns this rank's device. In a check one that is not to be had is told to rank 0 first, which knows the node's name."""
+        """Returns this rank's device.
+
+        In a check one that is not to be had is told to rank 0 first, which knows the node's name.
+
+        Args: `choose` returns the device, or raises ConfigError.
+        """
         try:
             return choose()
         except ConfigError as error:
@@ -106,21 +133,28 @@ class Preflight:
             return torch.device("cpu")
 
     def try_sum(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        """Adds up a number over the training group, in the time that is left. Every rank calls it."""
-        if self.within_s:
-            work = dist.all_reduce(torch.zeros(1, device=device), group=group, async_op=True)
-            assert work is not None
-            work.wait(timedelta(seconds=self.left_s))
-            self.passed("reduced")
+        """Adds up a number over the training group, in the time that is left.
+
+        Every rank calls it.
+        """
+        if not self.within_s:
+            return
+        work = dist.all_reduce(torch.zeros(1, device=device), group=group, async_op=True)
+        assert work is not None
+        work.wait(timedelta(seconds=self.left_s))
+        self.passed("reduced")
 
     def passed(self, stage: str) -> None:
-        """Notes that this rank has come so far."""
+        """Notes that this rank has come so far, to a stage of STAGES."""
         if self.store is not None:
             self.store.add(f"{stage}/{self.topology.node_rank}", 1)
 
     @contextmanager
     def judging(self) -> Iterator[None]:
-        """While the ranks join: says of a failure which nodes it was. Raises: NodesError in its place."""
+        """While the ranks join: says of a failure which nodes it was.
+
+        Raises: NodesError in its place.
+        """
         try:
             yield
         except NodesError:
@@ -131,36 +165,30 @@ class Preflight:
             raise NodesError(self._judge(error)) from error
 
     def _judge(self, error: BaseException) -> str:
-        faults = {0: "its store was not reached"} if self.store is None else {}
-        with contextlib.suppress(dist.DistError):
-            faults = faults or self._behind()
+        faults: dict[int, str] = {}
+        if self.store is None:
+            faults[0] = "its store was not reached"
+        else:
+            with contextlib.suppress(dist.DistError):
+                faults = self._behind()
         if self.topology.rank == 0 or not (self.folder / FILE).exists():
             self._write(faults)
-        return f"{self._words(faults)}{'; ' if faults else ''}{type(error).__name__}: {error}"
+        separator = "; " if faults else ""
+        return f"{self._words(faults)}{separator}{type(error).__name__}: {error}"
 
     def _behind(self) -> dict[int, str]:
-        """Returns the nodes that have not come as far as others: first those whose ranks have not even noticed that something is wrong."""
-        end = time.monotonic() + LATER_S
+        """Returns the nodes that have not come as far as others."""
         self.passed("out")
-        while self._short_of("out") and time.monotonic() < end:
-            time.sleep(PAUSE_S)
-        stages = {
-            "out": "its ranks hang or are gone",
-            "met": "its ranks did not connect",
-            "reduced": "its ranks got through no sum",
-        }
-        for stage, words in stages.items():
+        wait_until(lambda: not self._short_of("out"), within_s=LATER_S, pause_s=PAUSE_S)
+        for stage, words in STAGES.items():
             nodes = self._short_of(stage)
             if 0 < len(nodes) < self.topology.nodes:
                 return dict.fromkeys(nodes, words)
         return {}
 
     def _short_of(self, stage: str) -> list[int]:
-        return [
-            node
-            for node in range(self.topology.nodes)
-            if self._count(stage, node) < self._size(node)
-        ]
+        nodes = range(self.topology.nodes)
+        return [node for node in nodes if self._count(stage, node) < self._size(node)]
 
     def _faults(self) -> dict[int, str]:
         """Returns what is wrong with which node as far as ranks have come."""
@@ -168,36 +196,37 @@ class Preflight:
         devices: dict[int, list[str]] = {}
         for node in range(self.topology.nodes):
             size = self._size(node)
-            here = [rank for rank in range(size) if self._has(f"device/{node}/{rank}")]
+            here = self._here(node)
             devices[node] = [self._text(f"device/{node}/{rank}") for rank in here]
             if not here or len(here) < size:
                 faults[node] = f"{len(here)} of {size or 'its'} ranks came"
-        kinds = {name.partition(" ")[0] for names in devices.values() for name in names}
+        has_cuda = any(name.startswith("cuda ") for name in chain(*devices.values()))
         for node, names in devices.items():
-            lacks = [name for name in names if name.startswith("no: ")] or [
-                name for name in names if name == "cpu" and "cuda" in kinds
-            ]
-            gpus = [name for name in names if name.startswith("cuda ")]
-            if lacks:
-                faults[node] = f"no CUDA device is visible to {len(lacks)} of its ranks"
-            elif len(set(gpus)) < len(gpus):
-                faults[node] = f"{len(set(gpus))} CUDA devices for {len(gpus)} ranks"
+            wrong = _wrong_devices(names, others_have_cuda=has_cuda)
+            if wrong:
+                faults[node] = wrong
         return faults
 
+    def _here(self, node: int) -> list[int]:
+        """Returns the local ranks of a node that have answered."""
+        ranks = range(self._size(node))
+        return [rank for rank in ranks if self._has(f"device/{node}/{rank}")]
+
     def _words(self, faults: Mapping[int, str]) -> str:
-        named = "; ".join(
-            f"{self._host(node) or f'node {node}'}: {words}" for node, words in faults.items()
-        )
-        return f"the pre-flight check of {self.within_s:.0f} s was not passed. {named}"
+        named = []
+        for node, words in faults.items():
+            host = self._host(node) or f"node {node}"
+            named.append(f"{host}: {words}")
+        listed = "; ".join(named)
+        return f"the pre-flight check of {self.within_s:.0f} s was not passed. {listed}"
 
     def _write(self, nodes: Collection[int]) -> None:
+        """Leaves the nodes' names, a line each, unless all of them failed."""
         if not 0 < len(nodes) < self.topology.nodes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{FILE}.{self.topology.rank}"
-        names = [name for node in sorted(nodes) if (name := self._host(node))]
-        temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-        temporary.replace(self.folder / FILE)
+        names = [self._host(node) for node in sorted(nodes)]
+        write_text(self.folder / FILE, "".join(f"{name}\n" for name in names if name))
 
     def _host(self, node: int) -> str:
         """A node's name, as its own ranks or else the launcher has it; "" if nobody has said."""
@@ -207,7 +236,9 @@ class Preflight:
         return self.hosts.get(node, "")
 
     def _size(self, node: int) -> int:
-        return int(self._text(f"size/{node}")) if self._has(f"size/{node}") else 0
+        if not self._has(f"size/{node}"):
+            return 0
+        return int(self._text(f"size/{node}"))
 
     def _count(self, stage: str, node: int) -> int:
         assert self.store is not None
@@ -222,8 +253,10 @@ class Preflight:
         return self.store.get(key).decode()
 
 
-def preflight(topology: Topology, folder: Path | None) -> Preflight:
-    """Returns the check that the launcher asked for, off without one, on one node, and for commands without a run directory.
+def node_check(topology: Topology, folder: Path | None) -> NodeCheck:
+    """Returns the check that the launcher asked for.
+
+    It is off without that, on one node, and for commands without a run directory.
 
     Raises: ConfigError if DDP_KIT_PREFLIGHT_S is no number.
     """
@@ -232,28 +265,37 @@ def preflight(topology: Topology, folder: Path | None) -> Preflight:
         within_s = float(text or 0)
     except ValueError:
         raise ConfigError(f"DDP_KIT_PREFLIGHT_S={text!r} is not a number of seconds.") from None
-    is_torchruns = (
-        topology.launcher == "torchrun"
-    )  # it numbers its nodes in an order of its own, and those that are left anew
-    names = (
-        []
-        if is_torchruns
-        else [name for name in environment().get("DDP_KIT_HOSTS", "").split(",") if name]
-    )
-    host = environment().get("SLURMD_NODENAME", "")
-    is_on = topology.nodes > 1 and folder is not None
-    within_s = within_s if is_on else 0
-    return Preflight(
+    if topology.nodes == 1 or folder is None:
+        within_s = 0
+    names: list[str] = []
+    # Torchrun numbers its nodes in an order of its own, and those that are left anew.
+    if topology.launcher != "torchrun":
+        names = [name for name in environment().get("DDP_KIT_HOSTS", "").split(",") if name]
+    return NodeCheck(
         topology=topology,
         folder=folder or Path(),
         within_s=within_s,
         hosts=dict(enumerate(names)),
-        own_host=host,
+        own_host=environment().get("SLURMD_NODENAME", ""),
     )
 
 
 def _identity(device: torch.device) -> str:
-    """Which device this is, so that ranks on one and the same are seen."""
-    return (
-        f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else "cpu"
-    )
+    """Returns which device this is, so that ranks on one and the same are seen."""
+    if device.type != "cuda":
+        return "cpu"
+    return f"cuda {torch.cuda.get_device_properties(device).uuid}"
+
+
+def _wrong_devices(names: Sequence[str], *, others_have_cuda: bool) -> str:
+    """Returns what is wrong with the devices of a node's ranks, "" if nothing is."""
+    lacking = sum(name.startswith("no: ") for name in names)
+    if not lacking and others_have_cuda:
+        lacking = names.count("cpu")
+    if lacking:
+        return f"no CUDA device is visible to {lacking} of its ranks"
+    gpus = [name for name in names if name.startswith("cuda ")]
+    distinct = len(set(gpus))
+    if distinct < len(gpus):
+        return f"{distinct} CUDA devices for {len(gpus)} ranks"
+    return ""

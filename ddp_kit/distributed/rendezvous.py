@@ -1,8 +1,8 @@
 """Where the ranks of a run find each other: the store that everything else is agreed through.
 
-Owns: who holds the store and on which port. A port that was derived and is taken is no failure: rank 0 tells, at the first of some derived
-ports that is free, on which port the store is, and the others ask at all of them.
-Refuses: taking another run's store for ours: the answer begins with this job's sign.
+A port that was derived and is taken is no failure: rank 0 tells, at the first of some derived ports
+that is free, on which port the store is, and the others ask at all of them. The answer begins with
+this job's sign, so that no other run's store is taken for ours.
 """
 
 import contextlib
@@ -20,12 +20,11 @@ import torch.distributed as dist
 from ddp_kit.distributed.topology import Topology, environment
 from ddp_kit.errors import ConfigError, DdpKitError
 
-HERE, ALL = "ddp_kit_here", "ddp_kit_all"
-ANSWER_S, PAUSE_S, POLL_S = (
-    1.0,
-    0.2,
-    0.05,
-)  # for an answer at a port, between rounds, and to see that the telling is over
+HERE = "ddp_kit_here"
+ALL = "ddp_kit_all"
+ANSWER_S = 1.0  # for an answer at a port
+PAUSE_S = 0.2  # between rounds of asking
+POLL_S = 0.05  # to see that the telling is over
 LONGEST = 200  # bytes of an answer
 
 
@@ -35,21 +34,25 @@ def hosts_store(topology: Topology) -> bool:
 
 
 @contextmanager
-def meeting(
+def rendezvous(
     topology: Topology, *, timeout: timedelta, init_method: str | None = None
 ) -> Iterator[dist.Store]:
-    """Yields the store of all ranks, and while it lasts tells those that are still to come where it is. Every rank calls it.
+    """Yields the store of all ranks.
+
+    While it lasts, those that are still to come are told where it is. Every rank calls it.
 
     Args: `init_method` a `file://` address in place of the environment's.
-    Raises: ConfigError if no derived port is free, DdpKitError if rank 0 is not found in time, and what torch raises.
+    Raises: ConfigError if no derived port is free, DdpKitError if rank 0 is not found in time, and
+        what torch raises.
     """
     if init_method is not None:
-        yield next(
-            dist.rendezvous(init_method, topology.rank, topology.world_size, timeout=timeout)
-        )[0]
+        yield _torchs_store(init_method, topology, timeout=timeout)
         return
-    # the agent's store outlives the ranks, and keeps their addresses; rank 0's does not, and agents of several nodes may count differently
-    life = environment().get("TORCHELASTIC_RESTART_COUNT", "0") if _is_agents() else "0"
+    # The agent's store outlives the ranks, and keeps their addresses. Rank 0's does not, and agents
+    # of several nodes may count differently.
+    life = "0"
+    if _is_agents():
+        life = environment().get("TORCHELASTIC_RESTART_COUNT", "0")
     with _whole_store(topology, timeout=timeout) as store:
         yield dist.PrefixStore(f"ddp_kit_life_{life}", store)
 
@@ -57,18 +60,17 @@ def meeting(
 @contextmanager
 def _whole_store(topology: Topology, *, timeout: timedelta) -> Iterator[dist.Store]:
     if _is_agents():  # it listens where torchrun says
-        yield next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))[
-            0
-        ]
+        yield _torchs_store("env://", topology, timeout=timeout)
         return
-    host = "127.0.0.1" if topology.nodes == 1 or topology.rank == 0 else topology.master
     is_local = topology.nodes == 1
-    if topology.rank and not topology.meeting:
-        yield _store(host, topology.port, topology, timeout=timeout)
-    elif topology.rank:
-        yield _store(
-            host, _ask_for_port(host, topology, timeout=timeout), topology, timeout=timeout
-        )
+    host = topology.master
+    if is_local or topology.rank == 0:
+        host = "127.0.0.1"
+    if topology.rank:
+        port = topology.port
+        if topology.meeting:
+            port = _ask_for_port(host, topology, timeout=timeout)
+        yield _store(host, port, topology, timeout=timeout)
     elif not topology.meeting:
         listener = _given_listener(topology.port) or _listen(topology.ports, is_local=is_local)
         yield _store(host, topology.port, topology, timeout=timeout, listener=listener)
@@ -77,6 +79,12 @@ def _whole_store(topology: Topology, *, timeout: timedelta) -> Iterator[dist.Sto
         port = listener.getsockname()[1]
         with _telling(f"{topology.meeting} {port}\n", _listen(topology.ports, is_local=is_local)):
             yield _store(host, port, topology, timeout=timeout, listener=listener)
+
+
+def _torchs_store(address: str, topology: Topology, *, timeout: timedelta) -> dist.Store:
+    found = dist.rendezvous(address, topology.rank, topology.world_size, timeout=timeout)
+    store: dist.Store = next(found)[0]
+    return store
 
 
 def gather(store: dist.Store, topology: Topology, *, timeout: timedelta) -> None:
@@ -99,38 +107,46 @@ def _store(
     timeout: timedelta,
     listener: socket.socket | None = None,
 ) -> dist.TCPStore:
-    """`listener` makes this rank the one that holds it. Nobody waits for the others here: `gather` does."""
-    descriptor = listener.detach() if listener is not None else None
-    is_host = listener is not None
+    """Returns this rank's end of the store; nobody waits for the others here: `gather` does.
+
+    Args: `listener` makes this rank the one that holds the store.
+    """
     return dist.TCPStore(
         host,
         port,
         topology.world_size,
-        is_host,
+        listener is not None,
         timeout=timeout,
         wait_for_workers=False,
-        master_listen_fd=descriptor,
+        master_listen_fd=None if listener is None else listener.detach(),
     )
 
 
 def _listen(ports: Sequence[int], *, is_local: bool) -> socket.socket:
-    """Returns a listener on the first port that is free; torch's own would be open to every interface on one node too."""
+    """Returns a listener on the first port that is free.
+
+    Torch's own would be open to every interface on one node too.
+
+    Raises: ConfigError if every port is taken.
+    """
     for port in ports:
         try:
-            if is_local:
-                return socket.create_server(("127.0.0.1", port))
-            is_dual = socket.has_dualstack_ipv6()
-            return socket.create_server(
-                ("", port),
-                family=socket.AF_INET6 if is_dual else socket.AF_INET,
-                dualstack_ipv6=is_dual,
-            )
+            return _listen_at(port, is_local=is_local)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
     raise ConfigError(
-        f"every port for the ranks to meet is taken: {', '.join(map(str, ports))}. Set MASTER_PORT to a free one for all ranks."
+        f"every port for the ranks to meet is taken: {', '.join(map(str, ports))}."
+        " Set MASTER_PORT to a free one for all ranks."
     )
+
+
+def _listen_at(port: int, *, is_local: bool) -> socket.socket:
+    if is_local:
+        return socket.create_server(("127.0.0.1", port))
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port), family=socket.AF_INET)
 
 
 @contextmanager
@@ -140,10 +156,8 @@ def _telling(line: str, listener: socket.socket) -> Iterator[None]:
 
     def tell() -> None:
         while not is_over.is_set():
-            with (
-                contextlib.suppress(OSError),
-                listener.accept()[0] as peer,
-            ):  # nobody came for a while, or somebody has gone
+            # Nobody came for a while, or somebody has gone.
+            with contextlib.suppress(OSError), listener.accept()[0] as peer:
                 peer.sendall(line.encode())
 
     with listener:
@@ -158,21 +172,18 @@ def _telling(line: str, listener: socket.socket) -> Iterator[None]:
 
 
 def _ask_for_port(host: str, topology: Topology, *, timeout: timedelta) -> int:
-    """Returns the port of this job's store, asking at each port where rank 0 may tell it until it does."""
+    """Returns the port of this job's store.
+
+    It asks at each port where rank 0 may tell it, until it does.
+
+    Raises: DdpKitError if nobody has told it in time.
+    """
     end = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < end:
         for port in topology.ports:
-            with (
-                contextlib.suppress(OSError),
-                socket.create_connection((host, port), timeout=ANSWER_S) as peer,
-            ):
-                sign, _, found = (
-                    peer.makefile(encoding="ascii", errors="replace")
-                    .readline(LONGEST)
-                    .partition(" ")
-                )
-                if sign == topology.meeting and found.strip().isdigit():
-                    return int(found)
+            sign, _, found = _answer_at(host, port).partition(" ")
+            if sign == topology.meeting and found.strip().isdigit():
+                return int(found)
         time.sleep(PAUSE_S)
     ports = ", ".join(map(str, topology.ports))
     raise DdpKitError(
@@ -180,12 +191,27 @@ def _ask_for_port(host: str, topology: Topology, *, timeout: timedelta) -> int:
     )
 
 
+def _answer_at(host: str, port: int) -> str:
+    """Returns the line that is told at a port, "" where nobody tells anything."""
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((host, port), timeout=ANSWER_S) as peer,
+    ):
+        return peer.makefile(encoding="ascii", errors="replace").readline(LONGEST)
+    return ""
+
+
 def _given_listener(port: int) -> socket.socket | None:
-    """Returns the listener that `ddp-kit run` has opened for rank 0, so that nobody else could take the port; None if it was used."""
+    """Returns the listener that `ddp-kit run` has opened for rank 0, None if there is none.
+
+    It is opened so early that nobody else could take the port. Once used it is closed.
+    """
     given = environment().get("DDP_KIT_LISTENER", "")
+    if not given:
+        return None
     with contextlib.suppress(OSError):
-        listener = socket.socket(fileno=os.dup(int(given))) if given else None
-        if listener is not None and listener.getsockname()[1] == port:
+        listener = socket.socket(fileno=os.dup(int(given)))
+        if listener.getsockname()[1] == port:
             os.close(int(given))
             return listener
     return None

@@ -1,7 +1,7 @@
 """Where this process stands among the ranks, and the one place that reads the environment.
 
-Owns: the rank facts, each with the variable it came from.
-Refuses: guessing. A family of variables is complete or it is an error that lists what was found.
+Each fact has the variable it came from. Nothing is guessed: a family of variables is complete, or
+it is an error that lists what was found.
 """
 
 import os
@@ -21,10 +21,10 @@ SLURM = (
     "SLURM_STEP_TASKS_PER_NODE",
 )
 
-FIRST_PORT, PORTS = (
-    20000,
-    10000,
-)  # those that are derived from a job's id: below what systems hand out by themselves
+INTERACTIVE_STEP = "4294967290"  # SLURM_STEP_ID of an `sbatch` script's own shell, no rank
+# Those that are derived from a job's id: below what systems hand out by themselves.
+FIRST_PORT = 20000
+PORTS = 10000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,45 +40,47 @@ class Topology:
     launcher: str = "none"
     master: str = ""
     port: int = 0
-    meeting: str = (
-        ""  # this job's sign, where the port was derived: another job may have derived the same
-    )
+    # This job's sign, where the port was derived: another job may have derived the same.
+    meeting: str = ""
     source: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ports(self) -> list[int]:
-        """Where rank 0 may listen, in the order in which all ranks try: a given port only, or some that follow from a derived one."""
+        """Where rank 0 may listen, in the order in which all ranks try.
+
+        A given port only, or some that follow from a derived one.
+        """
         if not self.meeting:
             return [self.port]
         return [FIRST_PORT + (self.port - FIRST_PORT + 1009 * i) % PORTS for i in range(8)]
 
     def __post_init__(self) -> None:
-        if not (
-            0 <= self.rank < self.world_size
-            and 0 <= self.local_rank < self.local_world_size <= self.world_size
-        ):
+        is_rank = 0 <= self.rank < self.world_size
+        is_local = 0 <= self.local_rank < self.local_world_size <= self.world_size
+        if not (is_rank and is_local):
             raise ConfigError(
-                f"rank variables contradict each other: {facts(self)}. Start the ranks with torchrun or srun."
+                f"rank variables contradict each other: {facts(self)}."
+                " Start the ranks with torchrun or srun."
             )
 
 
 def facts(topology: Topology) -> str:
     """Returns the rank facts in one line for logs and errors, each with its source."""
-    names = ("rank", "local_rank", "world_size", "local_world_size", "node_rank", "nodes")
-    return ", ".join(
-        f"{name}={getattr(topology, name)} ({topology.source.get(name, 'default')})"
-        for name in names
-    )
+    found = []
+    for name in ("rank", "local_rank", "world_size", "local_world_size", "node_rank", "nodes"):
+        source = topology.source.get(name, "default")
+        found.append(f"{name}={getattr(topology, name)} ({source})")
+    return ", ".join(found)
 
 
 def environment() -> Mapping[str, str]:
-    """The process's environment. Everything in ddp_kit reads it through this function."""
+    """Returns the process's environment. Everything in ddp_kit reads it through this function."""
     return os.environ
 
 
 @contextmanager
 def environment_default(name: str, value: str) -> Iterator[None]:
-    """Sets a variable that is not set, and unsets it at the end."""
+    """Sets a variable that is not set while it lasts, and unsets it at the end."""
     if name in os.environ:
         yield
         return
@@ -90,23 +92,27 @@ def environment_default(name: str, value: str) -> Iterator[None]:
 
 
 def read_topology(environ: Mapping[str, str] | None = None) -> Topology:
-    """Reads the rank facts: torchrun's variables (accelerate sets the same), else SLURM step variables, else one process.
+    """Reads the rank facts.
 
+    They are torchrun's variables (accelerate sets the same), else SLURM step variables, else this
+    is one process.
+
+    Args: `environ` the process's own if not given.
     Raises: ConfigError if a family is half set or holds no integers; it lists what was found.
     """
-    environ = environment() if environ is None else environ
+    if environ is None:
+        environ = environment()
     if any(name in environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
         return _torchrun(environ)
-    if (
-        "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "0") != "4294967290"
-    ):  # an `sbatch` script's own shell is no rank
+    if "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID") != INTERACTIVE_STEP:
         return _slurm(environ)
     return Topology(source={"rank": "one process: neither RANK nor SLURM_PROCID is set"})
 
 
 def is_first_rank(environ: Mapping[str, str] | None = None) -> bool:
     """Whether this process speaks for all of them, however incomplete its variables are."""
-    environ = environment() if environ is None else environ
+    if environ is None:
+        environ = environment()
     return environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"
 
 
@@ -115,7 +121,8 @@ def _complete(environ: Mapping[str, str], family: tuple[str, ...], *, start: str
     if missing:
         found = ", ".join(f"{name}={environ[name]}" for name in family if name in environ)
         raise ConfigError(
-            f"the rank variables are half set. Found {found}; missing {', '.join(missing)}. {start}, or unset them for one process."
+            f"the rank variables are half set. Found {found}; missing {', '.join(missing)}."
+            f" {start}, or unset them for one process."
         )
 
 
@@ -132,37 +139,34 @@ def _torchrun(environ: Mapping[str, str]) -> Topology:
     _complete(environ, TORCHRUN, start="Start the ranks with torchrun, which sets all of them")
     world_size = _integer(environ, "WORLD_SIZE")
     source = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
-    local = next((name for name in LOCAL_SIZES if name in environ), "")
-    local_world_size = _integer(environ, local) if local else world_size
-    source["local_world_size"] = local or "WORLD_SIZE (LOCAL_WORLD_SIZE is not set: one node)"
-    node_rank = (
-        _integer(environ, "GROUP_RANK")
-        if "GROUP_RANK" in environ
-        else _integer(environ, "RANK") // max(local_world_size, 1)
-    )
-    source["node_rank"] = (
-        "GROUP_RANK" if "GROUP_RANK" in environ else f"RANK / {local or 'WORLD_SIZE'}"
-    )
-    nodes = (
-        _integer(environ, "GROUP_WORLD_SIZE")
-        if "GROUP_WORLD_SIZE" in environ
-        else -(-world_size // max(local_world_size, 1))
-    )
-    source["nodes"] = (
-        "GROUP_WORLD_SIZE"
-        if "GROUP_WORLD_SIZE" in environ
-        else f"WORLD_SIZE / {local or 'WORLD_SIZE'}"
-    )
+    # Without a local size all ranks are on one node.
+    local = next((name for name in LOCAL_SIZES if name in environ), "WORLD_SIZE")
+    local_world_size = _integer(environ, local)
+    source["local_world_size"] = local
+    if local == "WORLD_SIZE":
+        source["local_world_size"] = "WORLD_SIZE (LOCAL_WORLD_SIZE is not set: one node)"
+    rank = _integer(environ, "RANK")
+    node_rank = rank // max(local_world_size, 1)
+    source["node_rank"] = f"RANK / {local}"
+    if "GROUP_RANK" in environ:
+        node_rank = _integer(environ, "GROUP_RANK")
+        source["node_rank"] = "GROUP_RANK"
+    nodes = -(-world_size // max(local_world_size, 1))  # rounded up
+    source["nodes"] = f"WORLD_SIZE / {local}"
+    if "GROUP_WORLD_SIZE" in environ:
+        nodes = _integer(environ, "GROUP_WORLD_SIZE")
+        source["nodes"] = "GROUP_WORLD_SIZE"
+    launcher = environ.get("DDP_KIT_LAUNCHER", "environment")
+    if "TORCHELASTIC_RUN_ID" in environ:
+        launcher = "torchrun"
     return Topology(
-        rank=_integer(environ, "RANK"),
+        rank=rank,
         local_rank=_integer(environ, "LOCAL_RANK"),
         world_size=world_size,
         local_world_size=local_world_size,
         node_rank=node_rank,
         nodes=nodes,
-        launcher="torchrun"
-        if "TORCHELASTIC_RUN_ID" in environ
-        else environ.get("DDP_KIT_LAUNCHER", "environment"),
+        launcher=launcher,
         master=environ["MASTER_ADDR"],
         port=_integer(environ, "MASTER_PORT"),
         source=source,
@@ -175,11 +179,18 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
     node_rank = _integer(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
     if node_rank >= len(tasks):
         raise ConfigError(
-            f"SLURM_NODEID={node_rank} is outside SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']}."
+            f"SLURM_NODEID={node_rank} is outside"
+            f" SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']}."
         )
-    job, restarts, step = (
-        environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")
-    )
+    job = environ.get("SLURM_JOB_ID", "0")
+    restarts = environ.get("SLURM_RESTART_COUNT", "0")
+    step = environ.get("SLURM_STEP_ID", "0")
+    if "MASTER_PORT" in environ:
+        port = _integer(environ, "MASTER_PORT")
+        sign = ""
+    else:
+        port = _step_port(job, restarts, step)
+        sign = f"{job}.{restarts}.{step}"
     return Topology(
         rank=_integer(environ, "SLURM_PROCID"),
         local_rank=_integer(environ, "SLURM_LOCALID"),
@@ -189,10 +200,8 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
         nodes=len(tasks),
         launcher="slurm",
         master=environ.get("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"])),
-        port=_integer(environ, "MASTER_PORT")
-        if "MASTER_PORT" in environ
-        else _step_port(job, restarts, step),
-        meeting="" if "MASTER_PORT" in environ else f"{job}.{restarts}.{step}",
+        port=port,
+        meeting=sign,
         source={
             "rank": "SLURM_PROCID",
             "local_rank": "SLURM_LOCALID",
@@ -205,22 +214,30 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
 
 
 def _step_port(job: str, restarts: str, step: str) -> int:
-    """A port that all ranks of a step agree on and others do not take: other jobs, this job's last life, its other steps."""
+    """Returns a port that all ranks of a step agree on and others do not take.
+
+    Others are other jobs, this job's last attempt, its other steps.
+    """
     if not (job.isdigit() and restarts.isdigit() and step.isdigit()):
         return FIRST_PORT
     return FIRST_PORT + (int(job) * 7 + int(restarts) + int(step) * 613) % PORTS
 
 
 def expand_tasks(text: str) -> list[int]:
-    """Expands SLURM's tasks per node: "2(x2),1" is [2, 2, 1]."""
+    """Expands SLURM's tasks per node: "2(x2),1" is [2, 2, 1].
+
+    Raises: ConfigError for a text of another form.
+    """
     counts: list[int] = []
     for part in text.split(","):
-        count, _, times = part.partition("(x")
-        if not count.isdigit() or (times and not times.rstrip(")").isdigit()):
+        count, _, rest = part.partition("(x")
+        times = rest.rstrip(")") if rest else "1"
+        if not count.isdigit() or not times.isdigit():
             raise ConfigError(
-                f"SLURM_STEP_TASKS_PER_NODE={text!r} cannot be read; expected something like 2(x3),1."
+                f"SLURM_STEP_TASKS_PER_NODE={text!r} cannot be read;"
+                " expected something like 2(x3),1."
             )
-        counts += [int(count)] * (int(times.rstrip(")")) if times else 1)
+        counts += [int(count)] * int(times)
     return counts
 
 

@@ -1,14 +1,16 @@
-"""Summing along one fixed binary tree: the order of a sum does not depend on who holds which leaf.
+"""Summing along one fixed binary tree: the order does not depend on who holds which leaf.
 
-Owns: the order. Leaves are merged in pairs like the carries of a binary counter; what is left over at the end is folded from the right.
-Refuses: knowing what leaves are, and who else holds some.
+Leaves are merged in pairs like the carries of a binary counter; what is left over at the end is
+folded from the right.
 
-Who holds a power of two of consecutive leaves, and only as many as everybody else, holds a whole subtree: its sum is a node of the tree
-over all leaves, and the nodes of all ranks, folded by the same rule, give that tree's root bit for bit. Addition of two floats
-commutes, so it does not matter which of two is added to the other.
+Who holds a power of two of consecutive leaves, and only as many as everybody else, holds a whole
+subtree: its sum is a node of the tree over all leaves, and the nodes of all ranks, folded by the
+same rule, give that tree's root bit for bit. Addition of two floats commutes, so it does not matter
+which of two is added to the other.
 
-Source: EasyScale (SC'23) trains consistently on changing numbers of GPUs by simulating a fixed number of workers; tree-based invariant
-kernels (arXiv 2511.17826) have this tree for tensor parallelism.
+Source: EasyScale (SC'23) trains consistently on changing numbers of GPUs by simulating a fixed
+number of workers; tree-based invariant kernels (arXiv 2511.17826) have this tree for tensor
+parallelism.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,10 @@ Leaf = list[torch.Tensor]
 
 
 class Fold:
-    """A sum under way: log2(leaves) partial sums at most. A leaf is a list of tensors, and is owned and changed from then on."""
+    """A sum under way: log2(leaves) partial sums at most.
+
+    A leaf is a list of tensors, and is owned and changed from then on.
+    """
 
     def __init__(self) -> None:
         self._nodes: list[tuple[int, Leaf]] = []
@@ -31,12 +36,16 @@ class Fold:
         while self._nodes and self._nodes[-1][0] == size:
             _, left = self._nodes.pop()
             torch._foreach_add_(left, leaf)
-            leaf, size = left, 2 * size
+            leaf = left
+            size *= 2
         self._nodes.append((size, leaf))
 
     @torch.no_grad()
     def add_to(self, last: Leaf, *, at: Sequence[int]) -> None:
-        """Turns the last leaf, of which `last` are the tensors number `at`, into the sum of all. It may be called for a part at a time."""
+        """Turns the last leaf, or a part of it, into the sum of all leaves.
+
+        Args: `last` the tensors of the last leaf that have the numbers `at` in it.
+        """
         for _, node in reversed(self._nodes):
             torch._foreach_add_(last, [node[i] for i in at])
 

@@ -24,7 +24,7 @@ class Made:
 
 
 def as_on_cuda(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> Group:
-    """Returns a group as `_make_groups` makes it on CUDA: the sums' group is the training group."""
+    """Returns a group as `_join` makes it on CUDA: the sums' group is the training group."""
 
     def made(name: str, backend: str = "nccl") -> Any:
         return Made(name, backend, calls)
