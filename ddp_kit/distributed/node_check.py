@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -118,9 +117,7 @@ class NodeCheck:
         wait_until(lambda: store.add("heard", 0) >= others, within_s=LATER_S, pause_s=PAUSE_S)
 
     def device(self, choose: Callable[[], torch.device]) -> torch.device:
-        """Returns this rank's device.
-
-        In a check one that is not to be had is told to rank 0 first, which knows the node's name.
+        """Returns this rank's device; rank 0, which names nodes, is told if there is none.
 
         Args: `choose` returns the device, or raises ConfigError.
         """
@@ -194,13 +191,14 @@ class NodeCheck:
         """Returns what is wrong with which node as far as ranks have come."""
         faults: dict[int, str] = {}
         devices: dict[int, list[str]] = {}
+        has_cuda = False
         for node in range(self.topology.nodes):
             size = self._size(node)
             here = self._here(node)
             devices[node] = [self._text(f"device/{node}/{rank}") for rank in here]
+            has_cuda |= any(name.startswith("cuda ") for name in devices[node])
             if not here or len(here) < size:
                 faults[node] = f"{len(here)} of {size or 'its'} ranks came"
-        has_cuda = any(name.startswith("cuda ") for name in chain(*devices.values()))
         for node, names in devices.items():
             wrong = _wrong_devices(names, others_have_cuda=has_cuda)
             if wrong:
