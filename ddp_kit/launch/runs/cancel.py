@@ -34,23 +34,31 @@ def cancel(run: FoundRun, *, now: bool) -> str:
     if not living and not host:
         raise LaunchError(f"{run.folder}: nothing of it waits or runs (ddp-kit jobs).")
     if now and host != socket.gethostname():
-        raise LaunchError(f"{run.folder}: it runs on {host}, where `--now` can be typed; without --now it ends after a save from here too.")
+        raise LaunchError(
+            f"{run.folder}: it runs on {host}, where `--now` can be typed; without --now it ends after a save from here too."
+        )
     if now:
         pid = int(run.owner()["pid"])
         os.kill(pid, signal.SIGTERM)
         time.sleep(AGAIN_S)
         if run.holder():
-            os.kill(pid, signal.SIGINT)  # a second SIGTERM so soon is taken for the echo of the first
+            os.kill(
+                pid, signal.SIGINT
+            )  # a second SIGTERM so soon is taken for the echo of the first
         return "ended; the newest checkpoint is kept"
     try:
         (run.folder / "STOP").touch()
     except OSError as error:
-        raise LaunchError(f"{run.folder}/STOP: cannot be written ({error.strerror}). Whoever owns the run can end it.") from error
+        raise LaunchError(
+            f"{run.folder}/STOP: cannot be written ({error.strerror}). Whoever owns the run can end it."
+        ) from error
     return f"it stops after this step and a save: ddp-kit logs {run.quoted} -f; at once: ddp-kit cancel {run.quoted} --now"
 
 
 def _main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("ddp-kit cancel", description="Ends a run, after a save.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "ddp-kit cancel", description="Ends a run, after a save.", allow_abbrev=False
+    )
     parser.add_argument("run", help="its folder or a job id")
     parser.add_argument("--now", action="store_true", help="without a save")
     asked = parser.parse_args(argv)

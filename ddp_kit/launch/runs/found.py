@@ -51,9 +51,18 @@ class FoundRun:
     def without_bad_nodes(self, excluded: str) -> str:
         """Returns a list of nodes to leave out, as it was typed, with those added that failed the run's pre-flight check."""
         path = self.folder / "bad_nodes"
-        bad = path.read_text(encoding="utf-8").split() if path.exists() and "/" not in excluded else []  # with a / it names a file
+        bad = (
+            path.read_text(encoding="utf-8").split()
+            if path.exists() and "/" not in excluded
+            else []
+        )  # with a / it names a file
         named = set(cluster.hosts(excluded))
-        return ",".join([*([excluded] if excluded else []), *(name for name in dict.fromkeys(bad) if name not in named)])
+        return ",".join(
+            [
+                *([excluded] if excluded else []),
+                *(name for name in dict.fromkeys(bad) if name not in named),
+            ]
+        )
 
     def owner(self) -> Mapping[str, Any]:
         """Returns who holds the run's lock, {} if nobody does: {"host", "pid", "job" ("17@cluster"), ...}."""
@@ -80,27 +89,46 @@ class FoundRun:
 
     def require_free(self) -> None:
         """Raises: LaunchError if a job that waits or runs, or a live process, has the run."""
-        living = [f"job {job.id} ({job.state.lower()}) has it." for job in self.jobs() if job.is_living]
+        living = [
+            f"job {job.id} ({job.state.lower()}) has it." for job in self.jobs() if job.is_living
+        ]
         if not living and (host := self.holder()):
-            stale = "" if host == socket.gethostname() else f" If it was killed there, its lock is void after {STALE_S:g} s."
+            stale = (
+                ""
+                if host == socket.gethostname()
+                else f" If it was killed there, its lock is void after {STALE_S:g} s."
+            )
             living = [f"a live run on {host} has it.{stale}"]
         if living:
-            raise LaunchError(f"{self.folder}: {living[0]} Type another --run-dir, or: ddp-kit cancel {self.quoted}")
+            raise LaunchError(
+                f"{self.folder}: {living[0]} Type another --run-dir, or: ddp-kit cancel {self.quoted}"
+            )
 
     @property
     def changed(self) -> float:
         """When it last did something, in seconds of the epoch."""
         names = ("status.json", "metrics.jsonl", "launch/jobs.jsonl")
-        return max((path.stat().st_mtime for path in (self.folder / name for name in names) if path.exists()), default=0.0)
+        return max(
+            (
+                path.stat().st_mtime
+                for path in (self.folder / name for name in names)
+                if path.exists()
+            ),
+            default=0.0,
+        )
 
     def newest(self, name: str) -> Mapping[str, Any]:
         """Returns the newest of metrics.jsonl's records that holds a value of that name, {} without one."""
         path = self.folder / "metrics.jsonl"
-        return next((record for record in reversed(list(_lines(path, tail=TAIL))) if name in record), {})
+        return next(
+            (record for record in reversed(list(_lines(path, tail=TAIL))) if name in record), {}
+        )
 
     def events(self, *names: str) -> list[Mapping[str, Any]]:
         """Returns its events of those names, oldest first."""
-        return [event for event in _lines(self.folder / "events.jsonl") if event.get("event") in names]
+        return [
+            event for event in _lines(self.folder / "events.jsonl") if event.get("event") in names
+        ]
 
     def newest_checkpoint(self) -> int:
         """Returns the step of its newest checkpoint, -1 without one."""
@@ -114,7 +142,9 @@ def is_of(job: cluster.Job, submission: Mapping[str, Any]) -> bool:
 
     Its comment names the run, or the sweep, whose submission wrote it. The cluster counts where the submission has noted it down.
     """
-    if job.id != str(submission["job"]) or job.folder != str(Path(str(submission["folder"])).parent):
+    if job.id != str(submission["job"]) or job.folder != str(
+        Path(str(submission["folder"])).parent
+    ):
         return False
     return submission.get("cluster", "") in ("", job.cluster)
 
@@ -129,15 +159,27 @@ def find(name: str) -> FoundRun:
             return FoundRun(path.absolute())
     here = list(runs_in(Path("runs")))
     if name.replace("_", "").isdigit():
-        known_to_slurm = [job for job in cluster.jobs(ids=[name]) if job.folder] if has_slurm() else []
+        known_to_slurm = (
+            [job for job in cluster.jobs(ids=[name]) if job.folder] if has_slurm() else []
+        )
         folders = dict.fromkeys(job.folder for job in known_to_slurm)
         known = [*here, *(run for folder in folders for run in runs_of(Path(folder)))]
-        if found := [(submission, run) for run in known for submission in run.submissions() if str(submission["job"]) == name]:
+        if found := [
+            (submission, run)
+            for run in known
+            for submission in run.submissions()
+            if str(submission["job"]) == name
+        ]:
             for submission, run in found:
                 if any(is_of(job, submission) for job in known_to_slurm):
                     return run
             return max(found, key=lambda pair: float(pair[0].get("time", 0)))[1]
-        if points := [run for run in known if name in {str(submission["job"]).partition("_")[0] for submission in run.submissions()}]:
+        if points := [
+            run
+            for run in known
+            if name
+            in {str(submission["job"]).partition("_")[0] for submission in run.submissions()}
+        ]:
             _refuse_sweep(name, points)
     for path in (Path(name), Path("runs") / name):
         if (path / "sweep.json").exists():
@@ -153,7 +195,9 @@ def _refuse_sweep(name: str, points: Sequence[FoundRun]) -> NoReturn:
     """Raises: LaunchError that names a sweep's runs, and the array by which all of them end."""
     jobs = {str(submission["job"]) for run in points for submission in run.submissions()[-1:]}
     arrays = sorted({job.partition("_")[0] for job in jobs if "_" in job})
-    names = ", ".join(sorted(jobs, key=lambda job: [int(part) for part in job.split("_") if part.isdigit()]))
+    names = ", ".join(
+        sorted(jobs, key=lambda job: [int(part) for part in job.split("_") if part.isdigit()])
+    )
     raise LaunchError(
         f"{name}: a sweep; name one of its runs, by its folder or job: {names or 'see ddp-kit jobs ' + shlex.quote(name)}."
         + (f" To end all of them: scancel {' '.join(arrays)}" if arrays else "")
@@ -162,8 +206,16 @@ def _refuse_sweep(name: str, points: Sequence[FoundRun]) -> NoReturn:
 
 def runs_in(folder: Path) -> Iterator[FoundRun]:
     """Yields the runs in a folder, those of its sweeps too, oldest first."""
-    homes = {path.parent for pattern in ("*/settings.json", "*/*/settings.json") for path in folder.glob(pattern)}
-    homes |= {path.parents[1] for pattern in ("*/launch/plan.json", "*/*/launch/plan.json") for path in folder.glob(pattern)}
+    homes = {
+        path.parent
+        for pattern in ("*/settings.json", "*/*/settings.json")
+        for path in folder.glob(pattern)
+    }
+    homes |= {
+        path.parents[1]
+        for pattern in ("*/launch/plan.json", "*/*/launch/plan.json")
+        for path in folder.glob(pattern)
+    }
     for home in sorted(homes, key=lambda path: path.stat().st_ctime):
         yield FoundRun(home.absolute())
 
@@ -176,13 +228,20 @@ def runs_of(home: Path) -> list[FoundRun]:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).exists() for name in ("status.json", "settings.json", "launch/plan.json"))
+    return any(
+        (path / name).exists() for name in ("status.json", "settings.json", "launch/plan.json")
+    )
 
 
 def _start_of(pid: object) -> str | None:
     """When a process started, as its lock has it; None if there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        return (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()[19]
+        )
     except OSError:
         return None
 

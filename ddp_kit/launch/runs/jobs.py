@@ -39,7 +39,9 @@ def _row(run: FoundRun, jobs: Mapping[str, cluster.Job]) -> tuple[str, ...]:
     lives = len(run.events("start", "resume"))
     loss = train.get("loss")
     shown = (
-        run.folder.name if run.folder.parent.name == "runs" else f"{run.folder.parent.name}/{run.folder.name}",
+        run.folder.name
+        if run.folder.parent.name == "runs"
+        else f"{run.folder.parent.name}/{run.folder.name}",
         number,
         state,
         str(lives),
@@ -58,10 +60,19 @@ def _state(run: FoundRun, status: Mapping[str, Any], job: cluster.Job | None) ->
     if job is not None and job.is_living:
         return job.state.lower(), ""
     if own == "running" and not run.holder():
-        return "gone", f"no process has it any more; SLURM says {job.state.lower()}" if job else "no process has it any more"
+        return (
+            "gone",
+            f"no process has it any more; SLURM says {job.state.lower()}"
+            if job
+            else "no process has it any more",
+        )
     if own:
         return own, reason[0] if reason else ""
-    return (job.state.lower(), "it never began: ddp-kit logs tells") if job else ("unknown", "it never began")
+    return (
+        (job.state.lower(), "it never began: ddp-kit logs tells")
+        if job
+        else ("unknown", "it never began")
+    )
 
 
 def table(lines: Sequence[Sequence[str]], *, width: int) -> str:
@@ -69,14 +80,27 @@ def table(lines: Sequence[Sequence[str]], *, width: int) -> str:
     everything = [COLUMNS, *lines]
     widths = [max(len(line[column]) for line in everything) for column in range(len(COLUMNS) - 1)]
     left = max(width - sum(widths) - 2 * len(widths), SHORTEST)
-    shown = ("  ".join([*(cell.ljust(size) for cell, size in zip(line, widths, strict=False)), line[-1][:left]]) for line in everything)
+    shown = (
+        "  ".join(
+            [*(cell.ljust(size) for cell, size in zip(line, widths, strict=False)), line[-1][:left]]
+        )
+        for line in everything
+    )
     return "\n".join(line.rstrip() for line in shown)
 
 
 def _main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("ddp-kit jobs", description="My runs: those in a folder and those that SLURM has.", allow_abbrev=False)
-    parser.add_argument("folder", nargs="?", default="runs", help="where the runs are (default: runs)")
-    parser.add_argument("--hours", type=float, default=0, help="only runs that did something in that time; 0: all")
+    parser = argparse.ArgumentParser(
+        "ddp-kit jobs",
+        description="My runs: those in a folder and those that SLURM has.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "folder", nargs="?", default="runs", help="where the runs are (default: runs)"
+    )
+    parser.add_argument(
+        "--hours", type=float, default=0, help="only runs that did something in that time; 0: all"
+    )
     asked = parser.parse_args(argv)
     jobs: dict[str, cluster.Job] = {}
     try:
@@ -89,7 +113,9 @@ def _main(argv: Sequence[str]) -> int:
             found |= {run.folder: run for run in runs_of(Path(job.folder))}
     since = time.time() - 3600 * asked.hours if asked.hours else 0
     shown = [run for run in found.values() if run.changed >= since]
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize  # a pipe or a file has no end
+    width = (
+        shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    )  # a pipe or a file has no end
     print(table(rows(shown, jobs), width=width) if shown else f"no runs in {asked.folder}")
     return 0
 

@@ -23,7 +23,9 @@ ASK_S = 4.0  # between two looks at whether a run is over; it is when two say so
 ALIKE_S = 2.0  # between ranks that say the same
 RANK_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")  # of a rank's log, local time
 LEVEL = re.compile(r"[A-Z]+ ")  # after it
-SUBMITITS = re.compile(r"submitit [A-Z]+ \((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3})\) - ")  # its lines in a task's stdout
+SUBMITITS = re.compile(
+    r"submitit [A-Z]+ \((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3})\) - "
+)  # its lines in a task's stdout
 JOB_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} ")  # of a batch script
 
 
@@ -82,11 +84,18 @@ def sources(run: FoundRun, *, rank: int | None) -> list[tuple[Path, str]]:
         folder, job = Path(str(submission["folder"])), str(submission["job"])
         found.append((folder / f"{job}.log", "job"))
         for kind, name in (("err", "stderr"), ("out", "stdout")):
-            found += [(path, f"task {path.name.split('_')[-2]} {name}") for path in sorted(folder.glob(f"{job}_*_log.{kind}"))]
-    logs = sorted((run.folder / "logs").glob("rank-*.log"), key=lambda path: int(path.stem.split("-")[1]))
+            found += [
+                (path, f"task {path.name.split('_')[-2]} {name}")
+                for path in sorted(folder.glob(f"{job}_*_log.{kind}"))
+            ]
+    logs = sorted(
+        (run.folder / "logs").glob("rank-*.log"), key=lambda path: int(path.stem.split("-")[1])
+    )
     found += [(path, f"rank {path.stem.split('-')[1]}") for path in logs]
     asked = (f"rank {rank}", f"task {rank} stderr", f"task {rank} stdout")
-    return [(path, label) for path, label in found if path.exists() and (rank is None or label in asked)]
+    return [
+        (path, label) for path, label in found if path.exists() and (rank is None or label in asked)
+    ]
 
 
 class Reader:
@@ -97,7 +106,9 @@ class Reader:
         self.rank = rank
         self._known: dict[Path, Source] = {}
         self._said: dict[str, list[float]] = {}  # in the ranks' logs: when, by text
-        self._clocks: dict[str, float] = {}  # of each stdout: when its last line that a log has too was written
+        self._clocks: dict[
+            str, float
+        ] = {}  # of each stdout: when its last line that a log has too was written
 
     def added(self) -> list[Line]:
         """Returns the lines that are new since the last call."""
@@ -106,13 +117,19 @@ class Reader:
         lines = [line for source in self._known.values() for line in source.lines()]
         for line in lines:
             if line.label.startswith("rank "):
-                self._said.setdefault(LEVEL.sub("", RANK_TIME.sub("", line.text), count=1), []).append(line.time)
-        printed = [own for line in lines if line.label.endswith("stdout") for own in self._own(line)]
+                self._said.setdefault(
+                    LEVEL.sub("", RANK_TIME.sub("", line.text), count=1), []
+                ).append(line.time)
+        printed = [
+            own for line in lines if line.label.endswith("stdout") for own in self._own(line)
+        ]
         return [*(line for line in lines if not line.label.endswith("stdout")), *printed]
 
     def _own(self, line: Line) -> list[Line]:
         """A line of a task's stdout, dated by those around it, or nothing: submitit has said it, or a rank's log has it."""
-        clock = max(self._clocks.get(line.label, 0.0), line.time if SUBMITITS.match(line.text) else 0.0)
+        clock = max(
+            self._clocks.get(line.label, 0.0), line.time if SUBMITITS.match(line.text) else 0.0
+        )
         again = next((time for time in self._said.get(line.text, []) if time >= clock), None)
         self._clocks[line.label] = clock if again is None else again
         is_said = again is not None or SUBMITITS.match(line.text)
@@ -128,7 +145,10 @@ def merged(lines: Sequence[Line]) -> Iterator[str]:
         text = RANK_TIME.sub("", line.text)
         at, first = newest.get(text, (0.0, number))
         is_said = (
-            line.label.startswith("rank ") and text != line.text and line.time - at < ALIKE_S and line.label not in labels.get(first, [])
+            line.label.startswith("rank ")
+            and text != line.text
+            and line.time - at < ALIKE_S
+            and line.label not in labels.get(first, [])
         )
         newest[text] = (at, first) if is_said else (line.time, number)
         labels.setdefault(first if is_said else number, []).append(line.label)
@@ -136,15 +156,24 @@ def merged(lines: Sequence[Line]) -> Iterator[str]:
         if len(names) > 1:
             ranks = sorted(int(name.removeprefix("rank ")) for name in names)
             whole = ranks == list(range(ranks[0], ranks[-1] + 1))
-            names = [f"ranks {ranks[0]}-{ranks[-1]}" if whole else "ranks " + ",".join(map(str, ranks))]
+            names = [
+                f"ranks {ranks[0]}-{ranks[-1]}" if whole else "ranks " + ",".join(map(str, ranks))
+            ]
         yield f"[{names[0]}] {ordered[number].text}"
 
 
 def _main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("ddp-kit logs", description="What a run has said, over all its lives.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "ddp-kit logs", description="What a run has said, over all its lives.", allow_abbrev=False
+    )
     parser.add_argument("run", help="its folder or a job id")
     parser.add_argument("--rank", type=int, metavar="K", help="only that rank's")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is added, until the run is over or Ctrl-C")
+    parser.add_argument(
+        "-f",
+        "--follow",
+        action="store_true",
+        help="go on with what is added, until the run is over or Ctrl-C",
+    )
     asked = parser.parse_args(argv)
     run = find(asked.run)
     reader = Reader(run, rank=asked.rank)
