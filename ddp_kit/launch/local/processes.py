@@ -1,9 +1,11 @@
 """Our own launcher for one machine: it imports no torch, so that the ranks do not wait for it.
 
-Owns: the ranks' processes from start to end, signals on their way to them, and the exit code of the one that failed first.
-Refuses: restarting. What a life lost is in its checkpoints, and the next command goes on from there.
+It keeps the ranks' processes from start to end, hands signals on to them, and ends with the exit
+code of the one that failed first. It does not restart them: what is lost is since the newest
+checkpoint, and the next command goes on from there.
 
-The ranks' store is reached through a listener that is opened here and handed to rank 0: no other process can take the port in between.
+The ranks' store is reached through a listener that is opened here and handed to rank 0: no other
+process can take the port in between.
 """
 
 import contextlib
@@ -14,22 +16,31 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from ddp_kit.io.logs import patient_output
 from ddp_kit.launch.environment import environment, inside_job
 from ddp_kit.launch.plan import Plan
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-PEERS_S, TERM_S, POLL_S = 15.0, 10.0, 0.02  # peers of a failed rank end within 10 s by themselves
+# peers of a failed rank end within 10 s by themselves
+PEERS_S = 15.0
+TERM_S = 10.0
+POLL_S = 0.02
 USAGE = 2
-PR_SET_PDEATHSIG = 1  # prctl.h
+# of prctl.h
+PR_SET_PDEATHSIG = 1
+Rank = subprocess.Popen[bytes]
 
 
 def run(plan: Plan) -> int:
-    """Starts the ranks and waits for their end. Returns: the exit code of the first rank that failed (128 + the signal), else 0."""
-    with contextlib.ExitStack() as stack:
+    """Starts the ranks and waits for their end.
+
+    Returns: the exit code of the first rank that failed (128 + the signal), else 0.
+    """
+    with patient_output(), contextlib.ExitStack() as stack:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             ranks = [
                 stack.enter_context(_start(plan, rank, listener=listener))
@@ -42,36 +53,41 @@ def run(plan: Plan) -> int:
             _end(ranks)
 
 
-def _start(plan: Plan, rank: int, *, listener: socket.socket) -> "subprocess.Popen[bytes]":
+def _start(plan: Plan, rank: int, *, listener: socket.socket) -> Rank:
+    handed_on = [listener.fileno()] if rank == 0 else []
+    return subprocess.Popen(
+        plan.command,
+        env=_facts(plan, rank, listener=listener),
+        stdin=None if rank == 0 else subprocess.DEVNULL,
+        pass_fds=handed_on,
+        # Ctrl-C reaches the launcher alone, which hands it on: twice would mean "leave at once"
+        start_new_session=True,
+        preexec_fn=_dies_with(os.getpid()),
+    )
+
+
+def _facts(plan: Plan, rank: int, *, listener: socket.socket) -> Mapping[str, str]:
+    """Returns a rank's environment."""
     facts = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": plan.processes,
-        "LOCAL_WORLD_SIZE": plan.processes,
-    }
-    own = {
+        **inside_job(environment()),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(plan.processes),
+        "LOCAL_WORLD_SIZE": str(plan.processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(listener.getsockname()[1]),
         "DDP_KIT_LAUNCHER": "ddp-kit run",
     }
     if rank == 0:
-        own["DDP_KIT_LISTENER"] = str(listener.fileno())
-    return subprocess.Popen(
-        plan.command,
-        env={
-            **inside_job(environment()),
-            **{name: str(value) for name, value in facts.items()},
-            **own,
-        },
-        stdin=None if rank == 0 else subprocess.DEVNULL,
-        pass_fds=[listener.fileno()] if rank == 0 else [],
-        start_new_session=True,  # Ctrl-C reaches the launcher alone, which hands it on: twice would mean "leave at once"
-        preexec_fn=_dies_with(os.getpid()),
-    )
+        facts["DDP_KIT_LISTENER"] = str(listener.fileno())
+    return facts
 
 
 def _dies_with(parent: int) -> Callable[[], None] | None:
-    """Returns what a rank does before it becomes one: it asks for a SIGTERM, which saves, when the launcher dies."""
+    """Returns what a process does before it becomes a rank.
+
+    It asks for a SIGTERM, which saves, when the launcher dies.
+    """
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl
@@ -85,19 +101,19 @@ def _dies_with(parent: int) -> Callable[[], None] | None:
 
 
 @contextmanager
-def _forwarded(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
+def _forwarded(ranks: Sequence[Rank]) -> Iterator[None]:
     """Hands signals on to every rank while it lasts."""
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         for rank in ranks:
             rank.send_signal(number)
 
-    heard = [
-        number
-        for number in SIGNALS
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-    ]  # as nohup has it
-    before = {number: signal.signal(number, hand_on) for number in heard}
+    before = {}
+    for number in SIGNALS:
+        # as nohup has it
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue
+        before[number] = signal.signal(number, hand_on)
     try:
         yield
     finally:
@@ -105,47 +121,49 @@ def _forwarded(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _watch(ranks: Sequence["subprocess.Popen[bytes]"]) -> int:
-    """Waits for all ranks, after a failure not for long. Returns the exit code of the rank that failed first, or 0."""
+def _watch(ranks: Sequence[Rank]) -> int:
+    """Waits for all ranks, after a failure not for long.
+
+    Returns: the exit code of the rank that failed first, or 0.
+    """
     end = float("inf")
     first: dict[int, int] = {}
     while _are_living(ranks) and time.monotonic() < end:
-        first = first or _failed(ranks)
-        if (
-            first
-        ):  # what one rank refuses as usage all refuse, and the others would only say it again
-            patience_s = 0 if USAGE in _failed(ranks).values() else PEERS_S
+        if not first:
+            first = _failed(ranks)
+        if first:
+            # what one rank refuses as usage all refuse, and the others would only say it again
+            patience_s = 0.0 if USAGE in _failed(ranks).values() else PEERS_S
             end = min(end, time.monotonic() + patience_s)
         time.sleep(POLL_S)
-    first = first or _failed(ranks)
+    if not first:
+        first = _failed(ranks)
     for number, code in first.items():
-        if code < 0:  # it could not say so itself, and its peers have failed after it, if only just
-            print(
-                f"rank {number} was ended by {signal.Signals(-code).name}",
-                file=sys.stderr,
-                flush=True,
-            )
+        # it could not say so itself, and its peers have failed after it, if only just
+        if code < 0:
+            name = signal.Signals(-code).name
+            print(f"rank {number} was ended by {name}", file=sys.stderr, flush=True)
             return 128 - code
     return next(iter(first.values()), 0)
 
 
-def _are_living(ranks: Sequence["subprocess.Popen[bytes]"]) -> bool:
-    """Whether a rank lives. Every one is asked: without that, one that has ended has no exit code."""
+def _are_living(ranks: Sequence[Rank]) -> bool:
+    """Whether a rank lives. Every one is asked: else one that has ended has no exit code."""
     codes = [rank.poll() for rank in ranks]
     return None in codes
 
 
-def _failed(ranks: Sequence["subprocess.Popen[bytes]"]) -> dict[int, int]:
+def _failed(ranks: Sequence[Rank]) -> dict[int, int]:
     """The exit codes of the ranks that are known to have failed, by rank."""
     return {number: rank.returncode for number, rank in enumerate(ranks) if rank.returncode}
 
 
-def _end(ranks: Sequence["subprocess.Popen[bytes]"]) -> None:
+def _end(ranks: Sequence[Rank]) -> None:
     """Ends the ranks that are left: they get time for a last save."""
-    for number, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, TERM_S)):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         left = [rank for rank in ranks if rank.poll() is None]
         for rank in left:
             rank.send_signal(number)
-        end = time.monotonic() + wait_s
+        end = time.monotonic() + TERM_S
         while _are_living(left) and time.monotonic() < end:
             time.sleep(POLL_S)

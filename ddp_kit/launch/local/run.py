@@ -1,6 +1,6 @@
-"""`ddp-kit run [launcher flags] RECIPE.py [recipe flags]`: the ranks of one machine, by a launcher of choice.
+"""`ddp-kit run [launcher flags] RECIPE.py [recipe flags]`: a recipe's ranks on this machine.
 
-Owns: the command line up to the recipe. Refuses: the recipe's flags; `ddp_kit.train` reads and checks them.
+It reads the command line up to the recipe. The flags after it are read by `ddp_kit.train`.
 """
 
 import argparse
@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 from ddp_kit.launch.environment import visible_gpus
 from ddp_kit.launch.local import accelerate, processes, torchrun
-from ddp_kit.launch.plan import Plan, answered, processes_of
+from ddp_kit.launch.plan import Plan, processes_of
+from ddp_kit.launch.verbs import verb
 
 LAUNCHERS: dict[str, Callable[[Plan], int]] = {
     "local": processes.run,
@@ -50,26 +51,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan_of(asked: argparse.Namespace) -> Plan:
-    """Returns what the flags ask for. Raises: LaunchError."""
-    text, gpus = asked.nproc_per_node, visible_gpus()
+    """Returns what the flags ask for. Raises: LaunchError with what is wrong with them."""
+    text = asked.nproc_per_node
+    gpus = visible_gpus()
     if asked.launcher == "accelerate" or asked.accelerate_config:
-        given = None if text is None else processes_of(text, gpus=gpus)
-        _, counted = accelerate.agreed(
-            given,
-            nodes=1,
-            config=accelerate.config_of(asked.accelerate_config, launcher=asked.launcher),
-        )
-        text = text if counted is None else str(counted)
+        given = None
+        if text is not None:
+            given = processes_of(text, gpus=gpus)
+        config = accelerate.config_of(asked.accelerate_config, launcher=asked.launcher)
+        _, counted = accelerate.agreed(given, nodes=1, config=config)
+        if counted is not None:
+            text = str(counted)
     return Plan(words=tuple(asked.words), processes=processes_of(text or "auto", gpus=gpus))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@verb("run")
+def main(argv: Sequence[str]) -> int:
     """The command. Returns: the exit code of the first rank that failed, 2 for usage, else 0."""
-    return answered(
-        "run",
-        lambda words: LAUNCHERS[(asked := parser().parse_args(words)).launcher](plan_of(asked)),
-        argv,
-    )
+    asked = parser().parse_args(argv)
+    return LAUNCHERS[asked.launcher](plan_of(asked))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""`ddp-kit jobs`: a line for each run of mine that waits, runs or has ended here.
-
-Owns: what is worth a column. Refuses: changing anything.
-"""
+"""`ddp-kit jobs`: a line for each run of mine that waits, runs or has ended here."""
 
 import argparse
 import shutil
@@ -11,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_kit.launch.slurm import cluster
 from ddp_kit.launch.environment import has_slurm
-from ddp_kit.launch.plan import LaunchError, answered
-from ddp_kit.launch.runs.found import FoundRun, is_of, runs_in, runs_of
+from ddp_kit.launch.plan import LaunchError
+from ddp_kit.launch.runs.found import FoundRun, is_of
+from ddp_kit.launch.runs.lookup import runs_in, runs_of
+from ddp_kit.launch.slurm import cluster
+from ddp_kit.launch.verbs import verb
 
 COLUMNS = ("run", "job", "state", "lives", "step", "loss", "saved", "why")
-SHORTEST = 20  # characters of the last column that are always shown
+# characters of the last column that are always shown
+SHORTEST = 20
 
 
 def rows(runs: Sequence[FoundRun], jobs: Mapping[str, cluster.Job]) -> list[tuple[str, ...]]:
@@ -35,44 +35,43 @@ def _row(run: FoundRun, jobs: Mapping[str, cluster.Job]) -> tuple[str, ...]:
     state, why = _state(run, status, job)
     train = run.newest("loss")
     step = max(int(status.get("step") or 0), int(train.get("step", 0)))
-    saved = run.newest_checkpoint()
-    lives = len(run.events("start", "resume"))
-    loss = train.get("loss")
-    shown = (
-        run.folder.name
-        if run.folder.parent.name == "runs"
-        else f"{run.folder.parent.name}/{run.folder.name}",
-        number,
-        state,
-        str(lives),
-        str(step),
-        f"{loss:.4g}" if isinstance(loss, float) else "-",
-        f"step {saved}" if saved >= 0 else "-",
-    )
-    return (*shown, why)
+    name = run.folder.name
+    if run.folder.parent.name != "runs":
+        name = f"{run.folder.parent.name}/{name}"
+    loss = "-"
+    if isinstance(train.get("loss"), float):
+        loss = f"{train['loss']:.4g}"
+    saved = "-"
+    if run.newest_checkpoint() >= 0:
+        saved = f"step {run.newest_checkpoint()}"
+    attempts = len(run.events("start", "resume"))
+    return (name, number, state, str(attempts), str(step), loss, saved, why)
 
 
 def _state(run: FoundRun, status: Mapping[str, Any], job: cluster.Job | None) -> tuple[str, str]:
-    """What the run is doing, and why it is not doing more: SLURM's word while it has the job, then the run's own."""
-    own, reason = str(status.get("status", "")), str(status.get("reason", "")).splitlines()
+    """What the run is doing, and why it is not doing more.
+
+    That is SLURM's word while it has the job, then the run's own.
+    """
     if job is not None and job.is_waiting:
-        return "waiting", job.reason if job.reason != "None" else "SLURM has not looked at it yet"
+        reason = job.reason
+        if reason == "None":
+            reason = "SLURM has not looked at it yet"
+        return "waiting", reason
     if job is not None and job.is_living:
         return job.state.lower(), ""
+    own = str(status.get("status", ""))
     if own == "running" and not run.holder():
-        return (
-            "gone",
-            f"no process has it any more; SLURM says {job.state.lower()}"
-            if job
-            else "no process has it any more",
-        )
+        why = "no process has it any more"
+        if job is not None:
+            why += f"; SLURM says {job.state.lower()}"
+        return "gone", why
     if own:
-        return own, reason[0] if reason else ""
-    return (
-        (job.state.lower(), "it never began: ddp-kit logs tells")
-        if job
-        else ("unknown", "it never began")
-    )
+        reasons = str(status.get("reason", "")).splitlines()
+        return own, next(iter(reasons), "")
+    if job is not None:
+        return job.state.lower(), "it never began: ddp-kit logs tells"
+    return "unknown", "it never began"
 
 
 def table(lines: Sequence[Sequence[str]], *, width: int) -> str:
@@ -80,16 +79,44 @@ def table(lines: Sequence[Sequence[str]], *, width: int) -> str:
     everything = [COLUMNS, *lines]
     widths = [max(len(line[column]) for line in everything) for column in range(len(COLUMNS) - 1)]
     left = max(width - sum(widths) - 2 * len(widths), SHORTEST)
-    shown = (
-        "  ".join(
-            [*(cell.ljust(size) for cell, size in zip(line, widths, strict=False)), line[-1][:left]]
-        )
-        for line in everything
-    )
-    return "\n".join(line.rstrip() for line in shown)
+    shown = []
+    for line in everything:
+        cells = [cell.ljust(size) for cell, size in zip(line, widths, strict=False)]
+        shown.append("  ".join([*cells, line[-1][:left]]).rstrip())
+    return "\n".join(shown)
 
 
-def _main(argv: Sequence[str]) -> int:
+@verb("jobs")
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns: 0."""
+    asked = _parser().parse_args(argv)
+    jobs: dict[str, cluster.Job] = {}
+    try:
+        if has_slurm():
+            jobs = {job.id: job for job in cluster.jobs()}
+    except LaunchError as error:
+        print(f"{error}\nWithout its answer, as the run directories have it:", file=sys.stderr)
+    found = {run.folder: run for run in runs_in(Path(asked.folder))}
+    # those of other folders
+    for job in jobs.values():
+        if job.folder and job.is_living:
+            found |= {run.folder: run for run in runs_of(Path(job.folder))}
+    shown = list(found.values())
+    if asked.hours:
+        since = time.time() - 3600 * asked.hours
+        shown = [run for run in shown if run.changed >= since]
+    if not shown:
+        print(f"no runs in {asked.folder}")
+        return 0
+    # a pipe or a file has no end
+    width = sys.maxsize
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+    print(table(rows(shown, jobs), width=width))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "ddp-kit jobs",
         description="My runs: those in a folder and those that SLURM has.",
@@ -101,28 +128,7 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--hours", type=float, default=0, help="only runs that did something in that time; 0: all"
     )
-    asked = parser.parse_args(argv)
-    jobs: dict[str, cluster.Job] = {}
-    try:
-        jobs = {job.id: job for job in cluster.jobs()} if has_slurm() else {}
-    except LaunchError as error:
-        print(f"{error}\nWithout its answer, as the run directories have it:", file=sys.stderr)
-    found = {run.folder: run for run in runs_in(Path(asked.folder))}
-    for job in jobs.values():  # of other folders
-        if job.folder and job.is_living:
-            found |= {run.folder: run for run in runs_of(Path(job.folder))}
-    since = time.time() - 3600 * asked.hours if asked.hours else 0
-    shown = [run for run in found.values() if run.changed >= since]
-    width = (
-        shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-    )  # a pipe or a file has no end
-    print(table(rows(shown, jobs), width=width) if shown else f"no runs in {asked.folder}")
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns: 0."""
-    return answered("jobs", _main, argv)
+    return parser
 
 
 if __name__ == "__main__":

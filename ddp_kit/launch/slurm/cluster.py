@@ -1,19 +1,21 @@
-"""SLURM's own commands, asked and answered in text.
+"""SLURM's own commands, asked and answered in text: squeue, sinfo, scancel and scontrol.
 
-Owns: squeue, sinfo, scancel and scontrol as ddp_kit uses them. Refuses: accounting; not every site has it.
+Accounting (sacct) is not asked: not every site has it.
 """
 
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ddp_kit.launch.environment import environment, has_slurm
 from ddp_kit.launch.plan import LaunchError
-from ddp_kit.launch.slurm.plan import SlurmPlan, minutes, options
+from ddp_kit.launch.slurm.plan import SlurmPlan
+from ddp_kit.launch.slurm.values import minutes, options
 
 TIMEOUT_S = 60.0
-# every other state lives, those that a newer SLURM may add too: a job that is taken for dead would share its run directory with the next
+# Every other state lives, those that a newer SLURM may add too: a job that is taken for dead would
+# share its run directory with the next one.
 ENDED = (
     "BOOT_FAIL",
     "CANCELLED",
@@ -35,13 +37,17 @@ WAITING = (
     "RESV_DEL_HOLD",
     "SPECIAL_EXIT",
 )
-MARK = "ddp_kit:"  # before the run's folder, in a job's comment
+# before the run's folder, in a job's comment
+MARK = "ddp_kit:"
+# what SLURM says of a job that has ended some time ago
+FORGOTTEN = "Invalid job id specified"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as squeue shows it. `id` is JOB or JOB_TASK; `folder` is the run's, of an array the sweep's; "" if it is not ours.
+    """A job as squeue shows it.
 
+    `id` is JOB or JOB_TASK; `folder` is the run's, of an array the sweep's, "" if it is not ours.
     `cluster` is the name of the one that was asked: another may have a job of the same number.
     """
 
@@ -69,23 +75,26 @@ class Partition:
     name: str
     limit_min: float
     nodes: int
-    gpus: int  # on its largest node
-
-
-FORGOTTEN = "Invalid job id specified"  # a job that has ended some time ago
+    # on its largest node
+    gpus: int
 
 
 def ask(*words: str) -> str:
-    """Runs one of SLURM's commands. Returns: its output. Raises: LaunchError with what it said, or if there is no SLURM here."""
+    """Runs one of SLURM's commands, and returns its output.
+
+    Raises: LaunchError with what it said, or if there is no SLURM here.
+    """
     if not has_slurm():
         raise LaunchError(
-            "there is no SLURM client here (sbatch, squeue). On this machine alone: ddp-kit run RECIPE.py"
+            "there is no SLURM client here (sbatch, squeue). "
+            "On this machine alone: ddp-kit run RECIPE.py"
         )
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise LaunchError(
-            f"{words[0]} has not answered within {TIMEOUT_S:g} s: the cluster's controller may be down."
+            f"{words[0]} has not answered within {TIMEOUT_S:g} s: "
+            "the cluster's controller may be down."
         ) from error
     if done.returncode and FORGOTTEN not in done.stderr:
         raise LaunchError(f"{words[0]}: {(done.stderr or done.stdout).strip()}")
@@ -93,16 +102,23 @@ def ask(*words: str) -> str:
 
 
 def jobs(*, ids: Sequence[str] = ()) -> list[Job]:
-    """Returns this user's jobs that wait, run or have just ended; with `ids` only those. A job that SLURM has forgotten is left out."""
-    only = [f"--jobs={','.join(ids)}"] if ids else []
-    text = ask(
-        "squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%k", *only
-    )
-    here = name() if text else ""
+    """Returns this user's jobs that wait, run or have just ended; with `ids` only those.
+
+    A job that SLURM has forgotten is left out. Raises: LaunchError as `ask`.
+    """
+    words = ["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%k"]
+    if ids:
+        words.append(f"--jobs={','.join(ids)}")
+    text = ask(*words)
+    if not text:
+        return []
+    here = name()
     found = []
     for line in text.splitlines():
         number, state, reason, comment = line.split("|", 3)
-        folder = comment.removeprefix(MARK) if comment.startswith(MARK) else ""
+        folder = ""
+        if comment.startswith(MARK):
+            folder = comment.removeprefix(MARK)
         found.append(Job(id=number, state=state, reason=reason, folder=folder, cluster=here))
     return found
 
@@ -117,7 +133,10 @@ def name() -> str:
 
 
 def submitted_to(plan: SlurmPlan) -> str:
-    """Returns the name of the cluster that sbatch hands a plan to; "" if the user's own choice sends it to another one than this."""
+    """Returns the name of the cluster that sbatch hands a plan to.
+
+    "" if the user's own choice sends it to another one than this.
+    """
     is_elsewhere = "clusters" in options(plan.sbatch) or "SBATCH_CLUSTERS" in environment()
     if is_elsewhere:
         return ""
@@ -125,25 +144,28 @@ def submitted_to(plan: SlurmPlan) -> str:
 
 
 def partitions() -> list[Partition]:
-    """Returns the cluster's partitions, the default one first."""
+    """Returns the cluster's partitions, the default one first. Raises: LaunchError as `ask`."""
     rows: dict[str, Partition] = {}
     default = ""
     for line in ask("sinfo", "--all", "--noheader", "--format=%P|%l|%D|%G").splitlines():
-        name, limit, nodes, gres = line.split("|", 3)
-        default = name.rstrip("*") if name.endswith("*") else default
-        gpus = _gpus_in(gres)
-        earlier = rows.get(name.rstrip("*"))
-        rows[name.rstrip("*")] = Partition(
-            name=name.rstrip("*"),
-            limit_min=minutes(limit),
-            nodes=int(nodes) + (earlier.nodes if earlier else 0),
-            gpus=max(gpus, earlier.gpus if earlier else 0),
-        )
+        marked, limit, nodes, gres = line.split("|", 3)
+        name = marked.rstrip("*")
+        if marked.endswith("*"):
+            default = name
+        row = Partition(name=name, limit_min=minutes(limit), nodes=int(nodes), gpus=_gpus_in(gres))
+        # a line for each kind of nodes
+        earlier = rows.get(name)
+        if earlier is not None:
+            row = replace(row, nodes=row.nodes + earlier.nodes, gpus=max(row.gpus, earlier.gpus))
+        rows[name] = row
     return sorted(rows.values(), key=lambda row: row.name != default)
 
 
 def hosts(text: str) -> Iterator[str]:
-    """Yields the names in a list of nodes as SLURM writes it: "n[1,08-10],m" is n1, n08, n09, n10 and m."""
+    """Yields the names in a list of nodes as SLURM writes it.
+
+    "n[1,08-10],m" is n1, n08, n09, n10 and m.
+    """
     for name in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
         head, bracket, rest = name.partition("[")
         if not bracket:
@@ -163,21 +185,26 @@ def _gpus_in(gres: str) -> int:
 def _asked_gpus(plan: SlurmPlan) -> Mapping[str, int]:
     """How many GPUs of a node a plan asks for, by the flag that does."""
     passed = options(plan.sbatch)
-    each, gres = passed.get("gpus-per-node") or "", passed.get("gres") or ""
-    return {
-        f"--gpus-per-node {plan.gpus_per_node}": plan.gpus_per_node if not each else 0,
-        f"--sbatch gpus-per-node={each}": _gpus_in(f"gpu:{each.replace(',', ',gpu:')}"),
-        f"--sbatch gres={gres}": _gpus_in(gres),
-    }
+    gres = passed.get("gres") or ""
+    asked = {}
+    each = passed.get("gpus-per-node")
+    if each:
+        # "a100:4,2" without the "gpu:" that stands before each in a list of resources
+        asked[f"--sbatch gpus-per-node={each}"] = _gpus_in(f"gpu:{each.replace(',', ',gpu:')}")
+    else:
+        asked[f"--gpus-per-node {plan.gpus_per_node}"] = plan.gpus_per_node
+    asked[f"--sbatch gres={gres}"] = _gpus_in(gres)
+    return asked
 
 
 def require_fits(plan: SlurmPlan) -> None:
-    """Raises: LaunchError with everything that the plan's partition cannot give; SLURM would let such a job wait for ever."""
+    """Checks a plan against the limits of its partition: SLURM would let it wait for ever.
+
+    Raises: LaunchError with everything that the partition cannot give.
+    """
     known = partitions()
     named = {partition.name: partition for partition in known}
-    passed = options(plan.sbatch)
-    asked = passed.get("partition") or plan.partition or environment().get("SBATCH_PARTITION", "")
-    names = asked.split(",") if asked else [known[0].name] if known else []
+    names = _chosen_partitions(plan, known=known)
     faults = [
         f"--partition {name}: there is none of that name; there are {', '.join(named)}"
         for name in names
@@ -185,18 +212,36 @@ def require_fits(plan: SlurmPlan) -> None:
     ]
     chosen = [named[name] for name in names if name in named]
     if chosen:
-        nodes, gpus = max(row.nodes for row in chosen), max(row.gpus for row in chosen)
-        limit = max(row.limit_min for row in chosen)
-        where = f"partition {', '.join(row.name for row in chosen)}"
-        if plan.nodes > nodes:
-            faults.append(f"--nodes {plan.nodes}: {where} has {nodes}")
-        faults += [
-            f"{flag}: a node of {where} has {gpus}"
-            for flag, number in _asked_gpus(plan).items()
-            if number > gpus
-        ]
-        flag, time = plan.limit
-        if time and minutes(time) > limit:
-            faults.append(f"{flag}: {where} allows {limit:g} minutes")
+        faults += _excesses(plan, chosen=chosen)
     if faults:
         raise LaunchError("; ".join(faults) + ".")
+
+
+def _chosen_partitions(plan: SlurmPlan, *, known: Sequence[Partition]) -> list[str]:
+    """The names of the partitions of which SLURM may take any for a plan."""
+    asked = options(plan.sbatch).get("partition") or plan.partition
+    if not asked:
+        asked = environment().get("SBATCH_PARTITION", "")
+    if asked:
+        return asked.split(",")
+    return [partition.name for partition in known[:1]]
+
+
+def _excesses(plan: SlurmPlan, *, chosen: Sequence[Partition]) -> list[str]:
+    """What a plan asks for and none of the chosen partitions has."""
+    faults = []
+    where = f"partition {', '.join(row.name for row in chosen)}"
+    nodes = max(row.nodes for row in chosen)
+    if plan.nodes > nodes:
+        faults.append(f"--nodes {plan.nodes}: {where} has {nodes}")
+    gpus = max(row.gpus for row in chosen)
+    faults += [
+        f"{flag}: a node of {where} has {gpus}"
+        for flag, number in _asked_gpus(plan).items()
+        if number > gpus
+    ]
+    limit_min = max(row.limit_min for row in chosen)
+    flag, time = plan.limit
+    if time and minutes(time) > limit_min:
+        faults.append(f"{flag}: {where} allows {limit_min:g} minutes")
+    return faults

@@ -1,6 +1,7 @@
-"""The code as it is submitted, copied into the run directory: a queued job does not see later edits.
+"""The code as it is submitted, copied into the run directory: a queued job sees no later edits.
 
-Owns: which files are the code (the recipe's repository, or its folder without one) and their copy. Refuses: data and installed packages.
+The code is the recipe's repository, or its folder where there is none. Data and installed
+packages are not copied.
 """
 
 import json
@@ -15,12 +16,16 @@ from ddp_kit.launch.environment import environment
 from ddp_kit.launch.plan import LaunchError
 
 GIT_TIMEOUT_S = 30.0
-OUTSIDE = "not a git repository"  # what git says where there is none; of one that belongs to somebody else it says another thing
+# what git says where there is none; of one that belongs to somebody else it says another thing
+OUTSIDE = "not a git repository"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Code:
-    """Where a recipe's code lives and where its copy goes. `is_tracked`: the root is that of a git repository."""
+    """Where a recipe's code lives and where its copy goes.
+
+    `is_tracked`: the root is that of a git repository.
+    """
 
     recipe: Path
     root: Path
@@ -33,19 +38,21 @@ class Code:
         return self.copy / self.recipe.relative_to(self.root)
 
     def folders(self, chdir: Path, *, paths: Sequence[str] = ()) -> tuple[str, ...]:
-        """Returns the copy's folders that Python looks into: for modules beside where the user stands, for those of `paths` that are in the
+        """Returns the copy's folders that Python looks into.
+
+        First for modules beside where the user stands, then for those of `paths` that are in the
         repository (`src` on PYTHONPATH, an editable install), then at the root.
         """
         looked = [chdir, *(Path(path).resolve() for path in paths)]
-        inside = [
-            self.copy / path.relative_to(self.root)
-            for path in looked
-            if path.is_relative_to(self.root)
-        ]
-        return tuple(dict.fromkeys(str(path) for path in [*inside, self.copy]))
+        inside = [path for path in looked if path.is_relative_to(self.root)]
+        copies = [str(self.copy / path.relative_to(self.root)) for path in inside]
+        return tuple(dict.fromkeys([*copies, str(self.copy)]))
 
     def take(self) -> None:
-        """Copies the code; an earlier copy gives way once the new one is whole. Raises: LaunchError if it cannot be written."""
+        """Copies the code; an earlier copy gives way once the new one is whole.
+
+        Raises: LaunchError if it cannot be written, or git refuses to list the files.
+        """
         unfinished = self.copy.with_name(f".{self.copy.name}.tmp")
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -59,78 +66,79 @@ class Code:
             unfinished.rename(self.copy)
         except OSError as error:
             raise LaunchError(
-                f"{self.copy}: the code cannot be copied there ({error.strerror}). Type another --run-dir."
+                f"{self.copy}: the code cannot be copied there ({error.strerror}). "
+                "Type another --run-dir."
             ) from error
         if self.is_tracked:
-            revision = (
-                _git(self.root, "rev-parse", "--verify", "--quiet", "HEAD", check=False)
-                .decode()
-                .strip()
-            )
-            about = {"revision": revision, "root": str(self.root)}
-            self.copy.with_name("code.json").write_text(
-                json.dumps(about, indent=2) + "\n", encoding="utf-8"
-            )
-            self.copy.with_name("code.diff").write_bytes(
-                _git(self.root, "diff", "HEAD", check=False)
-            )
+            self._tell_revision()
+
+    def _tell_revision(self) -> None:
+        """Writes down beside the copy which commit it is, and how it differs from that."""
+        head = _git(self.root, "rev-parse", "--verify", "--quiet", "HEAD", check=False)
+        about = {"revision": head.decode().strip(), "root": str(self.root)}
+        text = json.dumps(about, indent=2) + "\n"
+        self.copy.with_name("code.json").write_text(text, encoding="utf-8")
+        difference = _git(self.root, "diff", "HEAD", check=False)
+        self.copy.with_name("code.diff").write_bytes(difference)
 
     def _files(self) -> Iterator[Path]:
-        """The files of the code, relative to the root: what git tracks, and Python files beside the recipe that it does not yet."""
-        beside = self.recipe.parent.relative_to(self.root)
+        """The files of the code, relative to the root.
+
+        In a repository what git tracks, and Python files beside the recipe that it does not yet.
+        """
         if self.is_tracked:
-            tracked = _git(self.root, "ls-files", "-z").split(b"\0")
-            new = _git(
-                self.root,
-                "ls-files",
-                "-z",
-                "--others",
-                "--",
-                f":(glob,top){(beside / '*.py').as_posix()}",
-            ).split(b"\0")
-            found: Sequence[Path] = [
-                Path(os.fsdecode(name)) for name in dict.fromkeys([*tracked, *new]) if name
-            ]
+            beside = self.recipe.parent.relative_to(self.root) / "*.py"
+            new = ("--others", "--", f":(glob,top){beside.as_posix()}")
+            listed = _git(self.root, "ls-files", "-z").split(b"\0")
+            listed += _git(self.root, "ls-files", "-z", *new).split(b"\0")
+            found = [Path(os.fsdecode(name)) for name in dict.fromkeys(listed) if name]
         else:
             found = [path.relative_to(self.root) for path in sorted(self.root.glob("*.py"))]
         for path in found:
             whole = self.root / path
-            if whole.is_symlink() or whole.is_file():  # not: deleted, or a repository of its own
+            # else it is deleted, or a repository of its own
+            if whole.is_symlink() or whole.is_file():
                 yield path
 
 
 def code_of(recipe: Path, *, copy: Path) -> Code:
-    """Returns the code that a recipe belongs to. Reads only. Raises: LaunchError if git refuses to read the repository around it."""
+    """Returns the code that a recipe belongs to, and changes nothing.
+
+    Raises: LaunchError if git refuses to read the repository around it.
+    """
     recipe = recipe.resolve()
-    top = (
-        _git(recipe.parent, "rev-parse", "--show-toplevel", allows=OUTSIDE).rstrip(b"\n")
-        if recipe.parent.is_dir()
-        else b""
-    )
-    return Code(
-        recipe=recipe,
-        root=Path(os.fsdecode(top)).resolve() if top else recipe.parent,
-        copy=copy,
-        is_tracked=bool(top),
-    )
+    top = b""
+    if recipe.parent.is_dir():
+        top = _git(recipe.parent, "rev-parse", "--show-toplevel", allows=OUTSIDE).rstrip(b"\n")
+    root = recipe.parent
+    if top:
+        root = Path(os.fsdecode(top)).resolve()
+    return Code(recipe=recipe, root=root, copy=copy, is_tracked=bool(top))
 
 
 def code_of_module(name: str, *, copy: Path, paths: Sequence[str]) -> Code | None:
-    """Returns the code that a module (`package.module`) belongs to, found in `paths` and not imported.
+    """Returns the code that a module (`package.module`) belongs to, found in `paths`.
 
-    None if it is not there, or the repository that it is in does not hold that folder of `paths` too. Raises: as `code_of`.
+    The module is not imported. None if it is not there, or if the repository that it is in does
+    not hold that folder of `paths` too. Raises: LaunchError as `code_of`.
     """
     parts = Path(*name.split("."))
     for folder in (Path(path).resolve() for path in paths):
         for path in (folder / parts / "__init__.py", folder / f"{parts}.py"):
-            if path.is_file():
-                code = code_of(path, copy=copy)
-                return code if code.is_tracked and folder.is_relative_to(code.root) else None
+            if not path.is_file():
+                continue
+            code = code_of(path, copy=copy)
+            if code.is_tracked and folder.is_relative_to(code.root):
+                return code
+            return None
     return None
 
 
 def _git(folder: Path, *arguments: str, check: bool = True, allows: str = "\0") -> bytes:
-    """What git says, in any encoding; b"" without git, with `check` off where git refuses, or where it refuses with what is allowed."""
+    """What git says, in any encoding.
+
+    b"" without git, with `check` off where git refuses, or where it refuses with what is allowed.
+    """
     command = ["git", "-C", str(folder), *arguments]
     environ = {**environment(), "LC_ALL": "C"}
     try:
@@ -141,11 +149,14 @@ def _git(folder: Path, *arguments: str, check: bool = True, allows: str = "\0") 
         return b""
     except subprocess.TimeoutExpired as error:
         raise LaunchError(
-            f"git {arguments[0]} in {folder} takes more than {GIT_TIMEOUT_S:g} s. --no-snapshot goes without a copy."
+            f"git {arguments[0]} in {folder} takes more than {GIT_TIMEOUT_S:g} s. "
+            "--no-snapshot goes without a copy."
         ) from error
+    if done.returncode == 0:
+        return done.stdout
     said = done.stderr.decode(errors="replace").strip()
-    if check and done.returncode and allows not in said:
+    if check and allows not in said:
         raise LaunchError(
             f"git {arguments[0]} in {folder}: {said}. --no-snapshot goes without a copy."
         )
-    return done.stdout if done.returncode == 0 else b""
+    return b""
