@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from clusters import Cluster
-from paths import ROOT
+from paths import KIT, ROOT
 
 from ddp_kit.launch.runs.found import FoundRun
 from ddp_kit.launch.slurm.plan import SlurmPlan
 from ddp_kit.launch.slurm.submit import planned, submit
 
-PACED = str(ROOT / "tests" / "paced.py")
+PACED = str(KIT / "paced.py")
 POLL_S = 0.1
 
 
@@ -93,7 +93,7 @@ def train(
     default += [] if "--no-snapshot" in slurm else ["--no-snapshot"]
     common = [
         "--env",
-        f"PYTHONPATH={ROOT}:{ROOT / 'tests'}",
+        f"PYTHONPATH={ROOT}:{KIT}",
         "--env",
         "OMP_NUM_THREADS=1",
         "--warn-s",

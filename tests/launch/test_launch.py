@@ -41,7 +41,7 @@ class Started:
             str(run_dir),
         ]
         environ = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(KIT)]),
             "OMP_NUM_THREADS": "1",
             "EVERY_STEP": "1",
         }
@@ -108,8 +108,8 @@ def are_gone(pids: list[int], *, within_s: float) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_the_launchers_import_neither_torch_nor_ddp_kit() -> None:
-    code = "import ddp_kit.launch.local.run, sys; print([name for name in ('torch', 'ddp_kit', 'numpy', 'tyro') if name in sys.modules])"
+def test_our_own_launcher_imports_nothing_that_ranks_would_wait_for() -> None:
+    code = "import ddp_kit.launch.local.run, sys; print([name for name in ('torch', 'numpy', 'tyro') if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -362,6 +362,20 @@ def test_the_first_failure_is_named_and_of_those_found_at_once_the_one_by_a_sign
     for rank in at_once:
         rank.wait()
     assert processes._watch(at_once) == 137
+
+
+@pytest.mark.parametrize("terminal", ["full", "closed"])
+def test_a_terminal_that_takes_no_line_costs_no_exit_code(terminal: str, tmp_path: Path) -> None:
+    """The launcher has a line to say of a rank that was killed, and nobody can read it."""
+    rank = tmp_path / "rank"
+    rank.write_text("#!/bin/sh\nkill -9 $$\n")
+    rank.chmod(0o755)
+    code = "import sys; from ddp_kit.launch.local import processes; from ddp_kit.launch.plan import Plan; "
+    code += f"sys.exit(processes.run(Plan(words=({DIGITS!r},), python={str(rank)!r})))"
+    redirected = {"full": ">/dev/full 2>/dev/full", "closed": ">&- 2>&-"}[terminal]
+    words = ["sh", "-c", f'exec "$@" {redirected}', "sh", sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, check=False, timeout=LIMIT_S)
+    assert done.returncode == 128 + signal.SIGKILL
 
 
 def test_ranks_whose_launcher_is_killed_save_and_leave(started: Any) -> None:

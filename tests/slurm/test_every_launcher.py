@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 from clusters import PROGRAM, Cluster
-from slurm_jobs import PACED, ROOT, train
+from paths import KIT, ROOT
+from slurm_jobs import PACED, train
 
 FLAGS = ("--max-steps", "12", "--exact")
-HERE = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+HERE = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(KIT)]), "OMP_NUM_THREADS": "1"}
 WITHIN_S = 240
 AGENTS = {
     "torchrun": [

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from clusters import Cluster
-from slurm_jobs import PACED, ROOT, Submitted, train
+from paths import KIT, ROOT
+from slurm_jobs import PACED, Submitted, train
+from users_folders import make_users_folder
 
 from ddp_kit.launch.plan import LaunchError
 from ddp_kit.launch.runs import cancel, jobs, logs, resubmit, sweep
@@ -132,12 +134,9 @@ def test_a_queued_job_runs_the_code_as_it_was_submitted_and_its_result_is_submit
     project = tmp_path / "project"
     project.mkdir()
     for name in ("paced.py", "cases.py"):
-        shutil.copy(ROOT / "tests" / name, project)
+        shutil.copy(KIT / name, project)
     shutil.copytree(
         ROOT / "ddp_kit", project / "ddp_kit", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    shutil.copytree(
-        ROOT / "launch", project / "launch", ignore=shutil.ignore_patterns("__pycache__")
     )
     for words in (
         ["init", "-q"],
@@ -357,6 +356,29 @@ def test_a_job_submitted_from_a_job_is_none_of_its_own(
     assert found["SLURM_JOB_ID"] == job
     assert "SLURM_MEM_PER_CPU" not in found
     assert "RANK" not in found
+
+
+@pytest.mark.parametrize(("launch", "flags"), [("launch.py", []), ("launch", ["--no-snapshot"])])
+def test_a_job_beside_a_users_own_launch_recipes_and_tests(
+    launch: str, flags: list[str], cluster: Cluster, tmp_path: Path
+) -> None:
+    """From `ddp-kit slurm`, typed in that folder, to the ranks, which submitit unpickles there."""
+    folder = make_users_folder(tmp_path / "mine", launch=launch)
+    own = ["--nproc-per-node", "2", "--env", "OMP_NUM_THREADS=1", *flags]
+    words = [*own, "recipe.py", "--max-steps", "2", "--run-dir", "run"]
+    submitted = subprocess.run(
+        [Path(sys.executable).with_name("ddp-kit"), "slurm", *words],
+        cwd=folder,
+        env=cluster.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.split()[1].rstrip(":")
+    cluster.wait(job, state="COMPLETED", within_s=90)
+    assert FoundRun(folder / "run").status["status"] == "finished"
+    assert FoundRun(folder / "run").status["step"] == 2
 
 
 def test_a_wrong_flag_of_the_recipe_ends_the_job_with_2(trained: Trained) -> None:
@@ -709,7 +731,7 @@ def test_a_sweep_is_one_array_and_one_failing_point_is_its_own_affair(
     monkeypatch.chdir(tmp_path)
     common = [
         "--env",
-        f"PYTHONPATH={ROOT}:{ROOT / 'tests'}",
+        f"PYTHONPATH={ROOT}:{KIT}",
         "--env",
         "OMP_NUM_THREADS=1",
         "--no-snapshot",

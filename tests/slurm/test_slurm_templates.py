@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from clusters import Cluster
-from paths import ROOT
+from paths import KIT, ROOT
 
 TEMPLATES = ["train", "train_accelerate"]
 # In place of `python -m ddp_kit.train` and of `accelerate launch`: as ddp_kit does, it saves on a signal, and rank 0 says that it has.
@@ -252,11 +252,11 @@ def test_a_real_recipe_that_is_warned_goes_on_in_another_life(
     ]
     path = {
         "PATH": f"{Path(sys.executable).parent}:{cluster.environ['PATH']}",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PYTHONPATH": f"{ROOT}:{KIT}",
     }
     words = [
         str(ROOT / "slurm" / f"{name}.sbatch"),
-        str(ROOT / "tests" / "paced.py"),
+        str(KIT / "paced.py"),
         "--max-steps",
         "60",
         "--pace-s",

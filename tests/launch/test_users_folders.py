@@ -1,0 +1,46 @@
+"""A user's own `launch`, `recipes` and `tests` beside their recipe hide nothing of ours."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from users_folders import make_users_folder
+
+
+def ddp_kit(*words: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """The command as it is installed, typed in that folder."""
+    program = Path(sys.executable).with_name("ddp-kit")
+    return subprocess.run(
+        [program, *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def status(run: Path) -> Any:
+    return json.loads((run / "status.json").read_text())["status"]
+
+
+@pytest.mark.parametrize("launch", ["launch.py", "launch"])
+def test_a_run_beside_a_users_own_launch_recipes_and_tests(launch: str, tmp_path: Path) -> None:
+    folder = make_users_folder(tmp_path / "mine", launch=launch)
+    words = ["run", "--nproc-per-node", "2", "recipe.py", "--max-steps", "2", "--run-dir", "run"]
+    done = ddp_kit(*words, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert status(folder / "run") == "finished"
+
+
+def test_a_sweep_beside_a_users_own_launch_recipes_and_tests(tmp_path: Path) -> None:
+    folder = make_users_folder(tmp_path / "mine", launch="launch.py")
+    words = ["sweep", "--here", "--grid", "lr=0.1,0.2", "--name", "s", "--nproc-per-node", "1"]
+    done = ddp_kit(*words, "recipe.py", "--max-steps", "2", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert [status(folder / "runs" / "s" / f"lr={lr}") for lr in (0.1, 0.2)] == ["finished"] * 2
