@@ -1,4 +1,4 @@
 """What `slurm/dev_cluster` is made of: a real SLURM of several nodes on one machine, in one folder.
 
-Owns: the folder, the daemons started from it, and the nodes' network. Refuses: system services, system files, fixed ports.
+It takes no system service, no file of the system's and no fixed port: several live side by side.
 """

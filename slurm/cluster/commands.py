@@ -1,7 +1,4 @@
-"""The command line of `slurm/dev_cluster`.
-
-Owns: flags, and what is said to people. Refuses: nothing is done here but calling the parts.
-"""
+"""The command line of `slurm/dev_cluster`: its flags, and what is said to people."""
 
 import argparse
 import os
@@ -11,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from cluster import lifecycle, network, nodes
 from cluster.config import Plan
@@ -35,7 +33,19 @@ A throw-away SLURM cluster of several nodes on this machine, in one folder, for 
 
 Any user may do that. Root's nodes have host names and addresses of their own, in network namespaces. Partitions: low (default; jobs are
 preempted and requeued), short (the same, one hour at most) and high (preempts). Exit code 85 of a batch script requeues it.
-"""
+"""  # noqa: E501  (people read it as it is)
+# flags of `up` that are fields of a plan
+NUMBERS = {
+    "nodes": "how many",
+    "cpus": "CPUs that each node claims; the machine need not have them",
+    "gpus": "fake GPUs of each node: device numbers to hand out",
+    "memory_mib": "memory that each node claims",
+    "grace_s": "seconds between SIGTERM and SIGKILL of a preempted job",
+    "kill_wait_s": "seconds between SIGTERM and SIGKILL of a job that is cancelled or out of time",
+    "slurmd_timeout_s": "seconds of silence after which a node counts as down; "
+    "small values trip on a loaded machine",
+    "requeue_delay_s": "seconds that a requeued job waits before it may start again",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,50 +57,13 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
-    start = verbs.add_parser(
-        "up",
-        help="start a cluster",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    start.add_argument("folder", metavar="DIR", type=_folder)
-    for name, text in (
-        ("nodes", "how many"),
-        ("cpus", "CPUs that each node claims; the machine need not have them"),
-        ("gpus", "fake GPUs of each node: device numbers to hand out"),
-        ("memory-mib", "memory that each node claims"),
-        ("grace-s", "seconds between SIGTERM and SIGKILL of a preempted job"),
-        (
-            "kill-wait-s",
-            "seconds between SIGTERM and SIGKILL of a job that is cancelled or out of time",
-        ),
-        (
-            "slurmd-timeout-s",
-            "seconds of silence after which a node counts as down; small values trip on a loaded machine",
-        ),
-        ("requeue-delay-s", "seconds that a requeued job waits before it may start again"),
-    ):
-        start.add_argument(
-            f"--{name}",
-            type=int,
-            default=getattr(Plan, name.replace("-", "_")),
-            metavar="N",
-            help=text,
+    _add_up_flags(
+        verbs.add_parser(
+            "up",
+            help="start a cluster",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
         )
-    start.add_argument("--prefix", default=Plan.prefix, help="of the nodes' names")
-    start.add_argument(
-        "--conf",
-        dest="extra",
-        action="append",
-        default=[],
-        metavar="LINE",
-        help="one more line for slurm.conf",
-    )
-    start.add_argument(
-        "--netns",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="namespaces with host names and addresses; default: if allowed",
     )
     for verb in ("env", "ps", "down"):
         verbs.add_parser(verb).add_argument("folder", metavar="DIR", type=_folder)
@@ -109,6 +82,33 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _add_up_flags(start: argparse.ArgumentParser) -> None:
+    start.add_argument("folder", metavar="DIR", type=_folder)
+    for name, text in NUMBERS.items():
+        start.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=getattr(Plan, name),
+            metavar="N",
+            help=text,
+        )
+    start.add_argument("--prefix", default=Plan.prefix, help="of the nodes' names")
+    start.add_argument(
+        "--conf",
+        dest="extra",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="one more line for slurm.conf",
+    )
+    start.add_argument(
+        "--netns",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="namespaces with host names and addresses; default: if allowed",
+    )
+
+
 def _folder(text: str) -> Path:
     return Path(text).resolve()
 
@@ -117,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns: 0, 1 if the cluster cannot do it, 2 for usage."""
     try:
         asked = parser().parse_args(sys.argv[1:] if argv is None else argv)
-    except SystemExit as end:  # argparse has said what is wrong
+    except SystemExit as end:
+        # argparse has said what is wrong
         return int(end.code or 0)
     try:
         VERBS.get(asked.verb, _on_node)(asked)
@@ -130,27 +131,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _up(asked: argparse.Namespace) -> None:
-    names = (
-        "nodes",
-        "cpus",
-        "gpus",
-        "memory_mib",
-        "prefix",
-        "grace_s",
-        "kill_wait_s",
-        "slurmd_timeout_s",
-        "requeue_delay_s",
-    )
-    plan = Plan(
-        folder=asked.folder,
-        extra=tuple(asked.extra),
-        **{name: getattr(asked, name) for name in names},
-    )
+    numbers = {name: getattr(asked, name) for name in NUMBERS}
+    plan = Plan(folder=asked.folder, prefix=asked.prefix, extra=tuple(asked.extra), **numbers)
     check_installed()
-    obstacle = "" if asked.netns is False else network.why_not()
+    obstacle = ""
+    if asked.netns is not False:
+        obstacle = network.why_not()
     if obstacle and asked.netns:
         raise ClusterError(
-            f"--netns: this user may not make network namespaces here ({obstacle}). Be root, or leave it out."
+            f"--netns: this user may not make network namespaces here ({obstacle}). "
+            "Be root, or leave it out."
         )
     begin = time.monotonic()
     lifecycle.claim(plan.folder)
@@ -159,8 +149,10 @@ def _up(asked: argparse.Namespace) -> None:
     if obstacle:
         same = f"all nodes share this machine's name and address; {plan.names[0]} does not resolve"
         say(f"no network namespaces here ({obstacle}): {same}.")
+    took_s = time.monotonic() - begin
     say(
-        f'{" ".join(plan.names)} up in {time.monotonic() - begin:.1f} s. Next: eval "$(slurm/dev_cluster env {plan.folder})"'
+        f"{' '.join(plan.names)} up in {took_s:.1f} s. "
+        f'Next: eval "$(slurm/dev_cluster env {plan.folder})"'
     )
 
 
@@ -206,23 +198,30 @@ def _on_node(asked: argparse.Namespace) -> None:
     state = _state(asked.folder)
     _require_node(state, asked.node)
     if asked.verb == "exec":
-        words = asked.words[1:] if asked.words[:1] == ["--"] else asked.words
-        if not words:
-            raise ClusterError(
-                f"exec: the command is missing: slurm/dev_cluster exec {asked.folder} {asked.node} -- COMMAND"
-            )
-        command = [*network.entry(state, asked.node), *words]
-        os.execvpe(command[0], command, state.environ | {"SLURMD_NODENAME": asked.node})
+        _become(state, asked)
     with locked(asked.folder):
-        state = _state(asked.folder)  # as the command before has left it
-        if asked.verb in ("cut", "join"):
+        # as the command before has left it
+        state = _state(asked.folder)
+        if asked.verb in CABLES:
             if asked.peer is not None:
                 _require_node(state, asked.peer)
-            (network.cut if asked.verb == "cut" else network.join)(
-                state, asked.node, peer=asked.peer
-            )
+            CABLES[asked.verb](state, asked.node, peer=asked.peer)
         else:
             FAULTS[asked.verb](state, asked.node)
+
+
+def _become(state: State, asked: argparse.Namespace) -> NoReturn:
+    """Replaces this process by the command that is to run on the node."""
+    words = asked.words
+    if words[:1] == ["--"]:
+        words = words[1:]
+    if not words:
+        raise ClusterError(
+            "exec: the command is missing: "
+            f"slurm/dev_cluster exec {asked.folder} {asked.node} -- COMMAND"
+        )
+    command = [*network.entry(state, asked.node), *words]
+    os.execvpe(command[0], command, state.environ | {"SLURMD_NODENAME": asked.node})
 
 
 def _start_node(state: State, node: str) -> None:
@@ -249,6 +248,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "down": _down,
     "check": _check,
 }
+CABLES = {"cut": network.cut, "join": network.join}
 FAULTS: dict[str, Callable[[State, str], None]] = {
     "kill-node": nodes.kill,
     "start-node": _start_node,

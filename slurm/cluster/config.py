@@ -1,6 +1,6 @@
 """What is asked of a cluster, and SLURM's configuration files as text: pure functions.
 
-Owns: which of SLURM's many settings make it start anywhere and answer quickly. Refuses: starting anything.
+Of SLURM's many settings these make it start anywhere and answer quickly.
 """
 
 import os
@@ -12,12 +12,14 @@ from pathlib import Path
 
 from cluster.tools import ClusterError
 
-SOCKET_PATH = 107  # bytes in the path of a unix socket
-LONGEST = "/spool/{name}/{name}_99999999.4294967290.0"  # a step daemon's socket
-MOST_NODES = 250  # addresses of a /24 network, one of them the controller's
-NETWORK = (198 << 24) + (
-    18 << 16
-)  # 198.18.0.0/15 is set aside for test networks (RFC 2544): nobody's own
+# bytes in the path of a unix socket
+SOCKET_PATH = 107
+# a step daemon's socket
+LONGEST = "/spool/{name}/{name}_99999999.4294967290.0"
+# addresses of a /24 network, one of them the controller's
+MOST_NODES = 250
+# 198.18.0.0/15 is set aside for test networks (RFC 2544): nobody's own
+NETWORK = (198 << 24) + (18 << 16)
 NETWORKS = 512
 LEAST = {
     "cpus": 1,
@@ -26,11 +28,13 @@ LEAST = {
     "grace_s": 0,
     "kill_wait_s": 0,
     "slurmd_timeout_s": 1,
-    "requeue_delay_s": 5,  # SLURM takes less for its default, 120
+    # SLURM takes less for its default, 120
+    "requeue_delay_s": 5,
 }
 
-# Without accounting sacct only fails, and submitit then never sees that a job has died. This answers the one question that submitit asks,
-# from the controller's memory, and others from the job completion log.
+# Without accounting sacct only fails, and submitit then never sees that a job has died. This
+# answers the one question that submitit asks, from the controller's memory, and others from the
+# job completion log.
 SACCT = """\
 #!/bin/sh
 case "$*" in
@@ -46,7 +50,10 @@ esac
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A cluster as asked for. CPUs, memory and GPUs are claims: the machine need not have them."""
+    """A cluster as asked for. CPUs, memory and GPUs are claims: the machine need not have them.
+
+    Raises: ClusterError with all that is wrong with it.
+    """
 
     folder: Path
     nodes: int = 2
@@ -71,23 +78,29 @@ class Plan:
                 )
         if not re.fullmatch(r"[a-z][a-z-]{0,19}", self.prefix):
             faults.append(
-                f"--prefix {self.prefix!r}: expected a few lower-case letters, the start of a host name"
+                f"--prefix {self.prefix!r}: "
+                "expected a few lower-case letters, the start of a host name"
             )
         if re.search(r"[\s#%,=\"'\\\[\]]", str(self.folder)):
             faults.append(
-                f"DIR {str(self.folder)!r}: SLURM's configuration cannot say a path with spaces or any of #%,=\"'\\[]"
+                f"DIR {str(self.folder)!r}: SLURM's configuration cannot say a path with spaces "
+                "or any of #%,=\"'\\[]"
             )
-        excess = (
-            len(os.fsencode(self.folder)) + len(LONGEST.format(name=self.names[-1])) - SOCKET_PATH
-            if self.names
-            else 0
-        )
-        if excess > 0:
+        if self._excess > 0:
             faults.append(
-                f"DIR {self.folder} is {excess} characters too long for the path of a unix socket: take a shorter one, as /tmp/c"
+                f"DIR {self.folder} is {self._excess} characters too long "
+                "for the path of a unix socket: take a shorter one, as /tmp/c"
             )
         if faults:
             raise ClusterError("; ".join(faults) + ".")
+
+    @property
+    def _excess(self) -> int:
+        """By how many characters the path of the longest socket is too long."""
+        if not self.names:
+            return 0
+        longest = len(os.fsencode(self.folder)) + len(LONGEST.format(name=self.names[-1]))
+        return longest - SOCKET_PATH
 
     @property
     def names(self) -> list[str]:
@@ -99,7 +112,8 @@ def user_name() -> str:
     """Returns the user that daemons and jobs run as: whoever starts the cluster."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # containers run as numbers without a name
+    except KeyError:
+        # containers run as numbers without a name
         return str(os.geteuid())
 
 
@@ -110,11 +124,9 @@ def host_name() -> str:
 
 def address(network: int | None, *, place: int) -> str:
     """Returns an address in a cluster's own network, or the loopback address if it has none."""
-    return (
-        "127.0.0.1"
-        if network is None
-        else socket.inet_ntoa((NETWORK + 256 * network + place).to_bytes(4, "big"))
-    )
+    if network is None:
+        return "127.0.0.1"
+    return socket.inet_ntoa((NETWORK + 256 * network + place).to_bytes(4, "big"))
 
 
 def controller_address(network: int | None) -> str:
@@ -130,32 +142,35 @@ def node_addresses(plan: Plan, *, network: int | None) -> dict[str, str]:
 def slurm_conf(plan: Plan, *, network: int | None, ports: list[int]) -> str:
     """Returns slurm.conf: the controller's port first, then one for each node."""
     lines = [*_paths(plan, network=network, port=ports[0]), *_behaviour(plan)]
-    gres = f" Gres=gpu:{plan.gpus}" if plan.gpus else ""
-    for (name, at), port in zip(
-        node_addresses(plan, network=network).items(), ports[1:], strict=True
-    ):
+    claims = f"CPUs={plan.cpus} RealMemory={plan.memory_mib}"
+    if plan.gpus:
+        claims += f" Gres=gpu:{plan.gpus}"
+    addresses = node_addresses(plan, network=network)
+    for (name, at), port in zip(addresses.items(), ports[1:], strict=True):
         host = host_name() if network is None else name
-        claims = f"CPUs={plan.cpus} RealMemory={plan.memory_mib}{gres}"
         lines.append(
             f"NodeName={name} NodeHostname={host} NodeAddr={at} Port={port} {claims} State=UNKNOWN"
         )
-    requeue = f"PreemptMode=REQUEUE GraceTime={plan.grace_s}"
+    preempted = f"State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={plan.grace_s}"
     lines += [
-        f"PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 {requeue}",
-        f"PartitionName=short Nodes=ALL MaxTime=60 State=UP PriorityTier=1 {requeue}",
+        f"PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE {preempted}",
+        f"PartitionName=short Nodes=ALL MaxTime=60 {preempted}",
         "PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF",
     ]
     return "\n".join([*lines, *plan.extra, ""])
 
 
 def _paths(plan: Plan, *, network: int | None, port: int) -> list[str]:
-    folder, user = plan.folder, user_name()
+    folder = plan.folder
+    user = user_name()
     return [
         "ClusterName=dev_cluster",
-        f"SlurmctldHost={host_name()}({controller_address(network)})",  # it compares this name with the host's, which need not resolve
+        # it compares this name with the host's, which need not resolve
+        f"SlurmctldHost={host_name()}({controller_address(network)})",
         f"SlurmctldPort={port}",
         "AuthType=auth/munge",
-        # cred_expire, 120 s if left alone, is also how long a requeued job waits before it may start again
+        # cred_expire, 120 s if left alone, is also how long a requeued job waits before it may
+        # start again
         f"AuthInfo=socket={folder}/munge/socket,cred_expire={plan.requeue_delay_s}",
         f"SlurmUser={user}",
         f"SlurmdUser={user}",
@@ -172,21 +187,25 @@ def _paths(plan: Plan, *, network: int | None, port: int) -> list[str]:
 
 def _behaviour(plan: Plan) -> list[str]:
     return [
-        "ProctrackType=proctrack/linuxproc",  # needs no cgroups of its own
+        # needs no cgroups of its own
+        "ProctrackType=proctrack/linuxproc",
         "TaskPlugin=task/none",
         "MpiDefault=none",
         "PropagateResourceLimits=NONE",
         "SelectType=select/cons_tres",
         "SelectTypeParameters=CR_CPU",
-        "SlurmdParameters=config_overrides",  # nodes may claim more than the machine has
+        # nodes may claim more than the machine has
+        "SlurmdParameters=config_overrides",
         "SchedulerType=sched/backfill",
-        "SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sched_delay=0,sched_max_job_start=0",
+        "SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,"
+        "batch_sched_delay=0,sched_max_job_start=0",
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
         "JobRequeue=1",
         "RequeueExit=85",
         "ReturnToService=2",
-        "MinJobAge=3600",  # squeue still knows a job that has ended
+        # squeue still knows a job that has ended
+        "MinJobAge=3600",
         f"KillWait={plan.kill_wait_s}",
         f"SlurmdTimeout={plan.slurmd_timeout_s}",
         "SlurmctldTimeout=30",
@@ -199,12 +218,14 @@ def _behaviour(plan: Plan) -> list[str]:
 
 def gres_conf(plan: Plan) -> str:
     """Returns gres.conf: the fake GPUs' device files."""
-    lines = [
-        f"NodeName={name} Name=gpu File={plan.folder}/dev/{name}-gpu[0-{plan.gpus - 1}]"
-        for name in plan.names
-        if plan.gpus
-    ]
-    return "\n".join(["AutoDetect=off", *lines, ""])
+    lines = ["AutoDetect=off"]
+    if plan.gpus:
+        last = plan.gpus - 1
+        lines += [
+            f"NodeName={name} Name=gpu File={plan.folder}/dev/{name}-gpu[0-{last}]"
+            for name in plan.names
+        ]
+    return "\n".join([*lines, ""])
 
 
 def hosts(plan: Plan, *, network: int | None) -> str:
@@ -216,8 +237,6 @@ def hosts(plan: Plan, *, network: int | None) -> str:
     }
     lines = ["::1 localhost"]
     for name, at in known.items():
-        lines += [
-            f"{at} {name}",
-            f"::ffff:{at} {name}",
-        ]  # torch's store asks for the name of the mapped form
+        # torch's store asks for the name of the mapped form
+        lines += [f"{at} {name}", f"::ffff:{at} {name}"]
     return "\n".join([*lines, ""])

@@ -1,7 +1,4 @@
-"""A cluster's start and end.
-
-Owns: the order of both, and that a start that fails leaves nothing. Refuses: a folder in which a cluster is up.
-"""
+"""A cluster's start and end, each in its order; a start that fails leaves nothing but logs."""
 
 import contextlib
 import os
@@ -18,12 +15,18 @@ from cluster.processes import end
 from cluster.state import State, prepare, read_state
 from cluster.tools import ClusterError, output_of, tool, wait_until
 
-START_S, STOP_S = 30.0, 1.0  # a controller asked to stop waits for nodes that will not answer
-TAIL = 5  # lines of each log that a failed start shows
+START_S = 30.0
+# a controller asked to stop waits for nodes that will not answer
+STOP_S = 1.0
+# lines of each log that a failed start shows
+TAIL = 5
 
 
 def up(plan: Plan, *, has_network: bool) -> State:
-    """Starts a cluster and waits until each node is idle. Raises: ClusterError after taking everything down again."""
+    """Starts a cluster and waits until each node is idle.
+
+    Raises: ClusterError if it does not come up, after taking everything down again.
+    """
     folder = plan.folder
     state = State(folder=folder, addresses={})
     try:
@@ -34,26 +37,28 @@ def up(plan: Plan, *, has_network: bool) -> State:
         state.save()
         _write(plan, state=state, ports=ports)
         _start(state)
-    except BaseException as error:  # also Ctrl-C: nothing is left running
+    except BaseException as error:
+        # also Ctrl-C: nothing is left running
         tails = _tails(folder)
         down(state)
         if isinstance(error, ClusterError):
             raise ClusterError(
-                f"{error} The cluster is down again; its logs are in {folder / 'log'}.\n{tails}".rstrip()
+                f"{error} The cluster is down again; "
+                f"its logs are in {folder / 'log'}.\n{tails}".rstrip()
             ) from None
         raise
     return state
 
 
 def down(state: State) -> None:
-    """Ends everything that was started from the folder, frozen or not, and removes its network. Logs stay.
+    """Ends everything that was started from the folder, frozen or not, and removes its network.
 
-    Raises: ClusterError for what would not end. The folder still knows of it, so that another `down` tries again.
+    Logs stay. Raises: ClusterError for what would not end. The folder still knows of it, so that
+    another `down` tries again.
     """
     if state.is_alive("slurmctld"):
-        with contextlib.suppress(
-            subprocess.TimeoutExpired
-        ):  # whoever waits for a job outside (srun) learns that it is over
+        # whoever waits for a job outside (srun) learns that it is over
+        with contextlib.suppress(subprocess.TimeoutExpired):
             words = [tool("scancel"), "--full", f"--user={config.user_name()}"]
             subprocess.run(words, env=state.environ, capture_output=True, timeout=5 * STOP_S)
     faults = []
@@ -63,9 +68,8 @@ def down(state: State) -> None:
         except ClusterError as error:
             faults.append(f"{node}: {error}")
     daemons = ["slurmctld", "munged", *(network.holder_of(node) for node in state.addresses)]
-    for pid, started in nodes.clients_of(
-        state
-    ):  # they would wait for steps that cannot answer any more
+    # they would wait for steps that cannot answer any more
+    for pid, started in nodes.clients_of(state):
         end(pid, started=started, within_s=0)
     for pid, started in [state.pids[name] for name in daemons if name in state.pids]:
         end(pid, started=started, within_s=STOP_S)
@@ -77,13 +81,18 @@ def down(state: State) -> None:
 
 
 def claim(folder: Path) -> None:
-    """Makes the folder ready for a new cluster. Raises: ClusterError if one is up there, or it is somebody else's folder."""
+    """Makes the folder ready for a new cluster.
+
+    Raises: ClusterError if one is up there, or it is somebody else's folder.
+    """
     old = read_state(folder)
     if old is not None and any(old.is_alive(name) for name in old.pids):
         raise ClusterError(
-            f"{folder}: a cluster is up here. Use it, or end it first: slurm/dev_cluster down {folder}"
+            f"{folder}: a cluster is up here. "
+            f"Use it, or end it first: slurm/dev_cluster down {folder}"
         )
-    if old is not None:  # the machine went down under it
+    if old is not None:
+        # the machine went down under it
         down(old)
     prepare(folder)
 
@@ -93,17 +102,15 @@ def _write(plan: Plan, *, state: State, ports: list[int]) -> None:
     state.config.write_text(
         config.slurm_conf(plan, network=state.network, ports=[state.port, *ports])
     )
-    if not Path(
-        "/sys/fs/cgroup"
-    ).is_mount():  # in some containers; looking there for the version would end slurmd
+    # in some containers; looking there for the version would end slurmd
+    if not Path("/sys/fs/cgroup").is_mount():
         (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (etc / "gres.conf").write_text(config.gres_conf(plan))
     (etc / "hosts").write_text(config.hosts(plan, network=state.network))
     (etc / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+    # SLURM takes nothing but a device for a GPU, but any device
     for name in plan.names:
-        for number in range(
-            plan.gpus
-        ):  # SLURM takes nothing but a device for a GPU, but any device
+        for number in range(plan.gpus):
             (plan.folder / "dev" / f"{name}-gpu{number}").symlink_to("/dev/null")
     sacct = plan.folder / "bin" / "sacct"
     sacct.write_text(config.SACCT)
@@ -117,17 +124,8 @@ def _start(state: State) -> None:
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
     files = [f"--{name}-file={folder / name}" for name in ("key", "pid", "seed", "log")]
-    state.start(
-        "munged",
-        [
-            tool("munged"),
-            "--foreground",
-            "--force",
-            "--num-threads=2",
-            f"--socket={folder / 'socket'}",
-            *files,
-        ],
-    )
+    flags = ["--foreground", "--force", "--num-threads=2", f"--socket={folder / 'socket'}"]
+    state.start("munged", [tool("munged"), *flags, *files])
     _wait(state, "munged", is_up=(folder / "socket").exists)
     if state.network is not None:
         network.connect_bridge(state.network)
@@ -161,13 +159,18 @@ def _is_ready(state: State) -> bool:
     words = [tool("sinfo"), "--noheader", "--Node", "--partition=low", "--format=%t"]
     try:
         found = output_of(words, environ=state.environ).split()
-    except ClusterError:  # the controller does not answer yet
+    except ClusterError:
+        # the controller does not answer yet
         return False
     return found == ["idle"] * len(state.addresses)
 
 
 def _free_ports(number: int) -> list[int]:
-    """Returns ports that nobody listens on, below those that the kernel hands out for outgoing connections."""
+    """Returns ports that nobody listens on.
+
+    They are below those that the kernel hands out for outgoing connections. Raises: ClusterError
+    if there are too few.
+    """
     try:
         top = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except OSError:
@@ -187,7 +190,8 @@ def _free_ports(number: int) -> list[int]:
 def _tails(folder: Path) -> str:
     parts = []
     for path in sorted((folder / "log").iterdir()):
-        if lines := path.read_text(errors="replace").splitlines()[-TAIL:]:
+        lines = path.read_text(errors="replace").splitlines()[-TAIL:]
+        if lines:
             parts += [f"== {path.name}", *lines]
     return "\n".join(parts)
 

@@ -1,8 +1,8 @@
-"""The nodes' network: a namespace for each, with a host name, an address, and a cable to one bridge.
+"""The nodes' network: a namespace for each, with a host name, an address, a cable to one bridge.
 
-Owns: bridge, cables, cutting and joining them. Refuses: named namespaces and the machine's own addresses and routes.
-
-A namespace lives as long as a process in it, the node's *holder*: when that ends, nothing is left of the node but the bridge.
+A namespace lives as long as a process in it, the node's *holder*: when that ends, nothing is left
+of the node but the bridge. Namespaces with names, and the machine's own addresses and routes, are
+left alone: they would stay after a crash.
 """
 
 import random
@@ -12,18 +12,20 @@ from cluster.config import NETWORKS, controller_address
 from cluster.state import State
 from cluster.tools import ClusterError, output_of, tool, wait_until
 
-LOST = "02:00:00:00:00:01"  # nobody's hardware address
+# nobody's hardware address
+LOST = "02:00:00:00:00:01"
 PROBE = """\
 PATH=$PATH:/usr/sbin:/sbin
 ip link add probe type bridge && ip link add name probe0 type veth peer name probe1 && hostname probe && mount --bind /dev/null /dev/null
-"""
-# In a node's namespaces: its names, and no name server, which could not be reached; unanswered, each reverse look-up takes 10 s.
+"""  # noqa: E501  (bash reads it)
+# In a node's namespaces: its names, and no name server, which could not be reached; unanswered,
+# each reverse look-up takes 10 s.
 HOLD = """\
 PATH=$PATH:/usr/sbin:/sbin
 hostname "$1" && ip link set lo up || exit 1
 for file in hosts resolv.conf; do [ ! -e /etc/$file ] || mount --bind "$2/etc/$file" "$(readlink -f /etc/$file)" || exit 1; done
 : >"$2/run/$1.held" && exec sleep infinity
-"""
+"""  # noqa: E501  (bash reads it)
 
 
 def why_not() -> str:
@@ -41,17 +43,21 @@ def bridge_of(number: int) -> str:
 
 
 def make_bridge(taken_before: int | None = None) -> int:
-    """Makes the bridge of a network that no other cluster has. Returns the network's number. Raises: ClusterError if all are taken."""
-    begin = random.randrange(NETWORKS) if taken_before is None else taken_before
-    for number in ((begin + offset) % NETWORKS for offset in range(NETWORKS)):
-        if controller_address(number).rpartition(".")[0] in output_of(
-            [tool("ip"), "-4", "addr", "show"]
-        ):
+    """Makes the bridge of a network that no other cluster has.
+
+    Returns: the network's number. Raises: ClusterError if all are taken.
+    """
+    begin = taken_before
+    if begin is None:
+        begin = random.randrange(NETWORKS)
+    for offset in range(NETWORKS):
+        number = (begin + offset) % NETWORKS
+        prefix = controller_address(number).rpartition(".")[0]
+        if prefix in output_of([tool("ip"), "-4", "addr", "show"]):
             continue
         try:
-            output_of(
-                [tool("ip"), "link", "add", bridge_of(number), "type", "bridge"]
-            )  # its name is the lock: a second one is refused
+            # its name is the lock: a second one is refused
+            output_of([tool("ip"), "link", "add", bridge_of(number), "type", "bridge"])
         except ClusterError as error:
             if "File exists" not in str(error):
                 raise
@@ -72,31 +78,16 @@ def connect_bridge(number: int) -> None:
 
 def remove_bridge(number: int) -> None:
     """Removes a network's bridge, if it is still there."""
-    if (
-        bridge_of(number)
-        in output_of([tool("ip"), "-o", "link", "show", "type", "bridge"]).replace(":", " ").split()
-    ):
+    known = output_of([tool("ip"), "-o", "link", "show", "type", "bridge"])
+    if bridge_of(number) in known.replace(":", " ").split():
         output_of([tool("ip"), "link", "delete", bridge_of(number)])
 
 
 def hold(state: State, node: str) -> None:
     """Starts the node's holder and plugs the node in."""
     assert state.network is not None
-    state.start(
-        holder_of(node),
-        [
-            tool("unshare"),
-            "--net",
-            "--uts",
-            "--mount",
-            "sh",
-            "-c",
-            HOLD,
-            "sh",
-            node,
-            str(state.folder),
-        ],
-    )
+    unshared = [tool("unshare"), "--net", "--uts", "--mount"]
+    state.start(holder_of(node), [*unshared, "sh", "-c", HOLD, "sh", node, str(state.folder)])
     held = state.folder / "run" / f"{node}.held"
     wait_until(
         lambda: held.exists() or not state.is_alive(holder_of(node)),
@@ -104,9 +95,8 @@ def hold(state: State, node: str) -> None:
         what=f"the namespaces of {node}",
     )
     if not held.exists():
-        raise ClusterError(
-            f"{node} has no namespaces: {(state.folder / 'log' / f'{holder_of(node)}.out').read_text().strip()}"
-        )
+        said = (state.folder / "log" / f"{holder_of(node)}.out").read_text().strip()
+        raise ClusterError(f"{node} has no namespaces: {said}")
     cable = _cable(state, node)
     pid = str(state.pids[holder_of(node)][0])
     output_of(
@@ -145,23 +135,10 @@ def cut(state: State, node: str, *, peer: str | None) -> None:
     if peer is None:
         output_of([tool("ip"), "link", "set", _cable(state, node), "down"])
         return
-    for one, other in (
-        (node, peer),
-        (peer, node),
-    ):  # a route to nowhere would be reported as an error; a wrong neighbour is not
-        _inside(
-            state,
-            one,
-            "neigh",
-            "replace",
-            state.addresses[other],
-            "lladdr",
-            LOST,
-            "dev",
-            "eth0",
-            "nud",
-            "permanent",
-        )
+    # a route to nowhere would be reported as an error; a wrong neighbour is not
+    for one, other in ((node, peer), (peer, node)):
+        neighbour = ("neigh", "replace", state.addresses[other], "lladdr", LOST)
+        _inside(state, one, *neighbour, "dev", "eth0", "nud", "permanent")
 
 
 def join(state: State, node: str, *, peer: str | None) -> None:
@@ -171,16 +148,16 @@ def join(state: State, node: str, *, peer: str | None) -> None:
         output_of([tool("ip"), "link", "set", _cable(state, node), "up"])
         return
     for one, other in ((node, peer), (peer, node)):
-        if LOST in output_of(
-            [*entry(state, one), tool("ip"), "neigh", "show", state.addresses[other]]
-        ):
+        show = [tool("ip"), "neigh", "show", state.addresses[other]]
+        if LOST in output_of([*entry(state, one), *show]):
             _inside(state, one, "neigh", "delete", state.addresses[other], "dev", "eth0")
 
 
 def _require(state: State) -> None:
     if state.network is None:
         raise ClusterError(
-            "cut and join need nodes with a network of their own: start the cluster without --no-netns, as root."
+            "cut and join need nodes with a network of their own: "
+            "start the cluster without --no-netns, as root."
         )
 
 

@@ -1,6 +1,6 @@
-"""One node's life: started, killed, frozen, thawed, and what runs on it.
+"""One node: started, killed, frozen, thawed, and what runs on it.
 
-Owns: which processes are a node's. Refuses: telling SLURM. It has to notice by itself, as it would a real fault.
+SLURM is not told. It has to notice by itself, as it would a real fault.
 """
 
 import os
@@ -42,13 +42,13 @@ def start(state: State, node: str) -> None:
 
 
 def kill(state: State, node: str) -> None:
-    """Ends all that runs on a node with SIGKILL, its daemons first, so that nobody can report it."""
-    settle(
-        lambda: daemons_on(state, node), signal.SIGKILL, is_done=lambda pid: start_time(pid) is None
-    )
-    settle(
-        lambda: running_on(state, node), signal.SIGKILL, is_done=lambda pid: start_time(pid) is None
-    )
+    """Ends all that runs on a node with SIGKILL, its daemons first: so nobody can report it."""
+    settle(lambda: daemons_on(state, node), signal.SIGKILL, is_done=_is_gone)
+    settle(lambda: running_on(state, node), signal.SIGKILL, is_done=_is_gone)
+
+
+def _is_gone(pid: int) -> bool:
+    return start_time(pid) is None
 
 
 def freeze(state: State, node: str) -> None:
@@ -61,57 +61,65 @@ def thaw(state: State, node: str) -> None:
     settle(
         lambda: running_on(state, node),
         signal.SIGCONT,
-        is_done=lambda pid: not is_stopped(pid) or start_time(pid) is None,
+        is_done=lambda pid: not is_stopped(pid) or _is_gone(pid),
     )
 
 
 def daemons_on(state: State, node: str) -> set[int]:
     """Returns the ids of a node's slurmd and step daemons."""
-    own = {state.pids[daemon_of(node)][0]} if state.is_alive(daemon_of(node)) else set()
-    return own | {
-        pid for pid in running_on(state, node) if command_of(pid).startswith("slurmstepd:")
-    }
+    steps = {pid for pid in running_on(state, node) if _is_step_daemon(pid)}
+    return steps | _living(state, daemon_of(node))
+
+
+def _living(state: State, name: str) -> set[int]:
+    """The id of a process of ours, if it is alive."""
+    if not state.is_alive(name):
+        return set()
+    return {state.pids[name][0]}
+
+
+def _is_step_daemon(pid: int) -> bool:
+    return command_of(pid).startswith("slurmstepd:")
 
 
 def jobs_on(state: State, node: str) -> set[int]:
-    """Returns the ids of all that runs on a node beside its slurmd: jobs, and what they have left behind."""
-    return running_on(state, node) - (
-        {state.pids[daemon_of(node)][0]} if state.is_alive(daemon_of(node)) else set()
-    )
+    """Returns the ids of all that runs on a node beside its slurmd: jobs, and what they left."""
+    return running_on(state, node) - _living(state, daemon_of(node))
 
 
 def clients_of(state: State) -> list[tuple[int, int]]:
-    """Returns (id, start time) of the commands that wait for this cluster's jobs outside its nodes."""
-    found = [
-        pid
-        for pid in everyone()
-        if program_of(pid) in CLIENTS and has_variables(pid, [f"SLURM_CONF={state.config}"])
-    ]
-    return [(pid, started) for pid in found if (started := start_time(pid)) is not None]
+    """Returns (id, start time) of the commands that wait for this cluster's jobs elsewhere."""
+    mark = [f"SLURM_CONF={state.config}"]
+    found = []
+    for pid in everyone():
+        if program_of(pid) in CLIENTS and has_variables(pid, mark):
+            started = start_time(pid)
+            if started is not None:
+                found.append((pid, started))
+    return found
 
 
 def running_on(state: State, node: str) -> set[int]:
     """Returns the ids of all processes on a node but its holder."""
-    apart = {os.getpid()} | (
-        {state.pids[holder_of(node)][0]} if state.is_alive(holder_of(node)) else set()
-    )
-    if state.network is not None:
-        network = (
-            network_of(state.pids[holder_of(node)][0]) if state.is_alive(holder_of(node)) else None
-        )
-        return (
-            set()
-            if network is None
-            else {pid for pid in everyone() if network_of(pid) == network} - apart
-        )
-    roots = {state.pids[daemon_of(node)][0]} if state.is_alive(daemon_of(node)) else set()
+    holder = _living(state, holder_of(node))
+    if state.network is None:
+        found = with_descendants(_roots(state, node))
+    else:
+        networks = {network_of(pid) for pid in holder} - {None}
+        found = {pid for pid in everyone() if network_of(pid) in networks}
+    return found - holder - {os.getpid()}
+
+
+def _roots(state: State, node: str) -> set[int]:
+    """The daemons of a node without a network of its own, and what knows that it runs there."""
+    roots = _living(state, daemon_of(node))
     log = state.folder / "log" / f"{node}.log"
     mark = (f"SLURM_CONF={state.config}", f"SLURMD_NODENAME={node}")
     for pid in everyone():
-        if (
-            has_open(pid, log)
-            if command_of(pid).startswith("slurmstepd:")
-            else has_variables(pid, mark)
-        ):
+        if _is_step_daemon(pid):
+            is_on_node = has_open(pid, log)
+        else:
+            is_on_node = has_variables(pid, mark)
+        if is_on_node:
             roots.add(pid)
-    return with_descendants(roots) - apart
+    return roots

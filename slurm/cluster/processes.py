@@ -1,7 +1,7 @@
 """Processes of the cluster: which are ours, what they have started, and their end.
 
-Owns: telling a process from a later one with the same id, and ending them all the same when they are stopped or fork meanwhile.
-Refuses: names. A process is ours by its id and start time, its network, its environment or its parent.
+A process is ours by its id and start time, its network, its environment or its parent, and never
+by its name: there are other clusters, and later processes of the same number.
 """
 
 import contextlib
@@ -17,23 +17,23 @@ PROC = Path("/proc")
 
 
 def start_time(pid: int) -> int | None:
-    """Returns when a process started, in ticks since boot; None for one that is not there or is a zombie."""
+    """Returns when a process started, in ticks since boot.
+
+    None for one that is not there or is a zombie.
+    """
     fields = _stat(pid)
-    return None if fields is None or fields[0] == "Z" else int(fields[19])
+    if fields is None or fields[0] == "Z":
+        return None
+    return int(fields[19])
 
 
 def command_of(pid: int) -> str:
-    """Returns a process's command line, "" for one that is not there."""
+    """Returns a process's command line as one line, "" for one that is not there."""
     try:
-        return " ".join(
-            (PROC / str(pid) / "cmdline")
-            .read_bytes()
-            .replace(b"\0", b" ")
-            .decode(errors="replace")
-            .split()
-        )  # one line
+        words = (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ")
     except OSError:
         return ""
+    return " ".join(words.decode(errors="replace").split())
 
 
 def program_of(pid: int) -> str:
@@ -46,7 +46,8 @@ def program_of(pid: int) -> str:
 
 def everyone() -> Iterator[int]:
     """Yields the ids of all processes."""
-    return (int(name) for name in os.listdir(PROC) if name.isdigit())  # noqa: PTH208  # a tenth of Path.iterdir's time
+    # a tenth of Path.iterdir's time
+    return (int(name) for name in os.listdir(PROC) if name.isdigit())  # noqa: PTH208
 
 
 def network_of(pid: int) -> int | None:
@@ -107,16 +108,16 @@ def settle(
     is_done: Callable[[int], bool],
     within_s: float = 10,
 ) -> None:
-    """Sends a signal to what `found` returns until it is done with all, so that what they fork meanwhile gets it too.
+    """Sends a signal to what `found` returns until it is done with all.
 
-    Raises: ClusterError after `within_s` seconds, with what is left.
+    So what they fork meanwhile gets it too. Raises: ClusterError after `within_s` seconds, with
+    what is left.
     """
     end = time.monotonic() + within_s
     while left := {pid for pid in found() if not is_done(pid)}:
         if time.monotonic() > end:
-            raise ClusterError(
-                f"{number.name} had no effect on {', '.join(f'{pid} ({command_of(pid)})' for pid in sorted(left))}."
-            )
+            named = ", ".join(f"{pid} ({command_of(pid)})" for pid in sorted(left))
+            raise ClusterError(f"{number.name} had no effect on {named}.")
         send(left, number)
         time.sleep(POLL_S)
 
@@ -128,15 +129,18 @@ def is_stopped(pid: int) -> bool:
 
 
 def end(pid: int, *, started: int, within_s: float) -> None:
-    """Ends a process with SIGTERM, after `within_s` seconds with SIGKILL. One that has ended is no matter."""
+    """Ends a process with SIGTERM, after `within_s` seconds with SIGKILL.
+
+    One that has ended is no matter.
+    """
     limit = time.monotonic() + within_s
     if start_time(pid) == started:
         send([pid], signal.SIGTERM)
-        send([pid], signal.SIGCONT)  # a stopped one wakes for its SIGTERM
+        # a stopped one wakes for its SIGTERM
+        send([pid], signal.SIGCONT)
     while start_time(pid) == started:
-        with contextlib.suppress(
-            ChildProcessError
-        ):  # `up` is still the parent of daemons that it ends after a failure
+        # `up` is still the parent of daemons that it ends after a failure
+        with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
         if time.monotonic() > limit:
             send([pid], signal.SIGKILL)

@@ -1,7 +1,7 @@
 """What a cluster's folder knows: its nodes, its network, and the processes started from it.
 
-Owns: `cluster.json`, written before each thing it names is made, so that `down` finds all of it; and the folder's lock.
-Refuses: sharing a folder with anything else.
+`cluster.json` is written before each thing it names is made, so that `down` finds all of it. The
+folder is shared with nothing else: what is in it is emptied.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ from pathlib import Path
 from cluster.processes import start_time
 from cluster.tools import ClusterError
 
-MARK = ".dev_cluster"  # in every folder that was made by `up`: nothing else is ever emptied
+# in every folder that was made by `up`: nothing else is ever emptied
+MARK = ".dev_cluster"
 FOLDERS = ("bin", "ctld", "dev", "etc", "log", "munge", "run", "spool")
 
 
@@ -24,7 +25,8 @@ FOLDERS = ("bin", "ctld", "dev", "etc", "log", "munge", "run", "spool")
 class State:
     """A cluster that is up, or half so.
 
-    `network` numbers its bridge and addresses, `port` is the controller's, and `pids` has (id, start time) by name.
+    `network` numbers its bridge and addresses, `port` is the controller's, and `pids` has
+    (id, start time) by name.
     """
 
     folder: Path
@@ -40,7 +42,10 @@ class State:
 
     @property
     def environ(self) -> dict[str, str]:
-        """The environment with which commands reach this cluster: none of another cluster's, or of a job's."""
+        """The environment with which commands reach this cluster.
+
+        Nothing in it is another cluster's, or a job's.
+        """
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -69,7 +74,10 @@ class State:
         return bool(pid) and start_time(pid) == started
 
     def start(self, name: str, command: Sequence[str]) -> None:
-        """Starts a daemon that outlives this process, in a session of its own, its output in log/NAME.out."""
+        """Starts a daemon in a session of its own, which outlives this process.
+
+        Its output goes to log/NAME.out.
+        """
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             process = subprocess.Popen(
                 command,
@@ -81,7 +89,8 @@ class State:
                 start_new_session=True,
             )
         started = start_time(process.pid)
-        process.returncode = 0  # nobody waits for it: it is not this object's business any more
+        # nobody waits for it: it is not this object's business any more
+        process.returncode = 0
         if started is not None:
             self.pids[name] = (process.pid, started)
             self.save()
@@ -103,7 +112,10 @@ def read_state(folder: Path) -> State | None:
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folder, or empties what an earlier cluster has left there. Raises: ClusterError if it is somebody else's."""
+    """Makes the folder, or empties what an earlier cluster has left there.
+
+    Raises: ClusterError if it is somebody else's, or cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARK).exists() and any(folder.iterdir()):
@@ -114,12 +126,16 @@ def prepare(folder: Path) -> None:
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ClusterError(
-            f"{folder} cannot be the cluster's folder: {error.strerror}. Take one that you may write to."
+            f"{folder} cannot be the cluster's folder: {error.strerror}. "
+            "Take one that you may write to."
         ) from None
 
 
 def _empty(folder: Path) -> None:
-    """Removes what is in a folder. By hand: the fake GPUs are links to a device, which must not be followed."""
+    """Removes what is in a folder.
+
+    By hand: the fake GPUs are links to a device, which must not be followed.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in folder.iterdir():

@@ -1,7 +1,4 @@
-"""Programs that the cluster is made of, and waiting for them.
-
-Owns: finding programs, and which package has the ones that are missing. Refuses: installing them.
-"""
+"""Programs that the cluster is made of: where they are, which package has them, what they say."""
 
 import os
 import shutil
@@ -27,7 +24,10 @@ class ClusterError(Exception):
 
 
 def find(name: str) -> str | None:
-    """Returns a program's path, or None. Daemons lie in folders that an ordinary user's PATH leaves out."""
+    """Returns a program's path, or None.
+
+    Daemons lie in folders that an ordinary user's PATH leaves out.
+    """
     return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
@@ -47,7 +47,8 @@ def check_installed() -> None:
     if missing:
         packages = " ".join(dict.fromkeys(PACKAGES[name] for name in missing))
         raise ClusterError(
-            f"SLURM is not (wholly) installed here: no {', '.join(missing)}. On Debian or Ubuntu, as root: "
+            f"SLURM is not (wholly) installed here: no {', '.join(missing)}. "
+            "On Debian or Ubuntu, as root: "
             f"apt-get install -y --no-install-recommends {packages}"
         )
 
@@ -55,7 +56,10 @@ def check_installed() -> None:
 def output_of(
     command: Sequence[str], *, environ: dict[str, str] | None = None, limit_s: float = 20
 ) -> str:
-    """Returns what a program printed. Raises: ClusterError with its last words if it fails or takes longer."""
+    """Returns what a program printed.
+
+    Raises: ClusterError with its last words if it fails or takes longer.
+    """
     try:
         done = subprocess.run(
             command,
