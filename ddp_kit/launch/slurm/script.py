@@ -11,7 +11,7 @@ from ddp_kit.launch.slurm.plan import SlurmPlan
 from ddp_kit.launch.slurm.script_text import BEGAN, END, FILES, SAY, STEP, TASK, TOLD, WAIT
 from ddp_kit.launch.slurm.values import options
 
-PREFLIGHT_S = 60
+NODE_CHECK_S = 60
 # what sbatch's reader of #SBATCH lines takes unquoted, beside letters and digits
 PLAIN = "-_./:,=%@+"
 # the variables of sbatch's options that are not named like them
@@ -145,7 +145,7 @@ def _variables(plan: SlurmPlan) -> str:
     if plan.max_requeues:
         own["DDP_KIT_REQUEUE"] = "1"
     own["DDP_KIT_GRACE_S"] = str(plan.warn_s)
-    own["DDP_KIT_PREFLIGHT_S"] = str(PREFLIGHT_S)
+    own["DDP_KIT_PREFLIGHT_S"] = str(NODE_CHECK_S)
     if plan.code:
         # else a program's own folder would come before the copied code
         own["PYTHONSAFEPATH"] = "1"
