@@ -15,6 +15,8 @@ from ddp_kit.launch.slurm.plan import SlurmPlan
 from ddp_kit.launch.slurm.submit import planned, submit
 
 PACED = str(KIT / "paced.py")
+LONG = ("--max-steps", "400", "--pace-s", "0.2")
+SHORT = ("--max-steps", "3")
 POLL_S = 0.1
 
 
@@ -101,3 +103,15 @@ def train(
     ]
     made = planned([*default, *common, *slurm, recipe, *flags, "--run-dir", str(folder)])[0]
     return Submitted(cluster=cluster, plan=made, job=submit(made), folder=folder)
+
+
+Trained = Callable[..., Submitted]
+
+
+def pids(run: Submitted, word: str, *, but: str = "\0") -> list[int]:
+    """The processes on the cluster whose command line has a word, and not another one."""
+    return [
+        int(line.split()[1])
+        for line in run.cluster.control("ps").splitlines()
+        if word in line and but not in line
+    ]
