@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.utils.data import TensorDataset
 
 from ddp_kit import LossSum, build_loader, wrap
-from ddp_kit.checkpoint.checkpointer import About, Checkpoints, restore
+from ddp_kit.checkpoint.checkpointer import About, Checkpointer, restore
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import Keep
 from ddp_kit.checkpoint.state_dict import state_of
@@ -69,7 +69,7 @@ def trained(group: Group) -> Training:
 
 def ours(training: Training, folder: Path) -> Contender:
     ended: list[Any] = []
-    checkpoints = Checkpoints(
+    checkpoints = Checkpointer(
         training,
         LocalDisk(folder),
         about=About(run_id="benchmark"),

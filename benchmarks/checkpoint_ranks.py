@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from ddp_kit.checkpoint.format.commit import Ranks, commit
-from ddp_kit.checkpoint.format.layout import MANIFEST, Manifest, folder_of, shard_header
+from ddp_kit.checkpoint.format.layout import MANIFEST, Manifest, folder_of
+from ddp_kit.checkpoint.format.shard import shard_header
 from ddp_kit.checkpoint.format.sharding import Shape, cut
 from ddp_kit.checkpoint.format.storage import LocalDisk
 

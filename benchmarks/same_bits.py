@@ -199,7 +199,9 @@ def run(case: Case, place: Place, *, keeps: bool) -> dict[str, Any]:
     return record
 
 
-def run_all(cases: Iterable[Case], place: Place, *, keeps: bool) -> Iterator[tuple[Case, dict[str, Any]]]:
+def run_all(
+    cases: Iterable[Case], place: Place, *, keeps: bool
+) -> Iterator[tuple[Case, dict[str, Any]]]:
     """Yields cases with their records, in order; as many at a time as have a core a process."""
     cores = len(os.sched_getaffinity(0))
     for (ranks, _), group in groupby(cases, key=lambda case: (case.ranks, bool(case.kept))):
@@ -240,8 +242,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("verb", choices=("record", "compare"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="names of cases: 'run/digits*'")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="where all data sets are")
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERN", help="names of cases: 'run/digits*'"
+    )
+    parser.add_argument(
+        "--data-root", type=Path, default=Path("data"), help="where all data sets are"
+    )
     given = parser.parse_args()
     cases = [case for case in [*proper_uses(), *mistakes()] if fnmatch(case.name, given.only)]
     if not cases:

@@ -46,7 +46,9 @@ FILES = {
     "bare.py": GOOD.replace("@dataclass(frozen=True, kw_only=True)\n", ""),
     "two.py": GOOD.replace("recipe(settings)", "recipe(settings, model)"),
     "raises.py": GOOD.replace("    return", RAISES, 1),
-    "infinite.py": GOOD.replace("model(batch[0])", "model(batch[0]) * FACTOR").replace("@dataclass", INFINITE + "@dataclass"),
+    "infinite.py": GOOD.replace("model(batch[0])", "model(batch[0]) * FACTOR").replace(
+        "@dataclass", INFINITE + "@dataclass"
+    ),
     "nothing.py": GOOD.replace("model.parameters()", "[torch.nn.Parameter(torch.zeros(1))]"),
     "no_data.py": GOOD.replace("inputs = torch.randn(64,", "inputs = torch.randn(7,"),
     "torn.toml": "lr = = 3\n",
@@ -164,6 +166,16 @@ def mistakes() -> Iterator[Case]:
         yield Case(name=f"mistake/recipe {name}", words=(*TRAIN, f"{name}.py", "--run-dir", "run"))
     for name, line in TWO_RANKS.items():
         ranks = 3 if "3 ranks" in name else 2
-        words = ("ddp-kit", "run", "--nproc-per-node", str(ranks), *line.split(), "--run-dir", "run")
+        words = (
+            "ddp-kit",
+            "run",
+            "--nproc-per-node",
+            str(ranks),
+            *line.split(),
+            "--run-dir",
+            "run",
+        )
         yield Case(name=f"mistake/{name}", words=words, ranks=ranks)
-    yield Case(name="mistake/half set", words=(*TRAIN, "good.py"), env={"RANK": "0", "WORLD_SIZE": "2"})
+    yield Case(
+        name="mistake/half set", words=(*TRAIN, "good.py"), env={"RANK": "0", "WORLD_SIZE": "2"}
+    )

@@ -1,4 +1,5 @@
-"""`python -m ddp_kit.evaluate RECIPE.py --from RUN [--best] [--field value ...]`: evaluation alone, at any world size.
+"""`python -m ddp_kit.evaluate RECIPE.py --from RUN [--best] [--field value ...]`: evaluation alone,
+at any world size.
 
 Owns: that command; `ddp-kit evaluate` is the same in one process.
 Refuses: optimizers and training data: they are not built.
@@ -27,7 +28,9 @@ from ddp_kit.training.evaluator import Evaluator, data_sets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Prints one line a set, and with a last line of JSON what a script wants. Returns the exit code."""
+    """The command. Prints one line a set, and with a last line of JSON what a script wants. Returns
+    the exit code.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
@@ -42,16 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if not settings.init_from:
             raise ConfigError(
-                "evaluation needs weights: type --from runs/NAME (and --best for its best checkpoint), or --from FILE."
+                "evaluation needs weights: type --from runs/NAME (and --best for its best "
+                "checkpoint), or --from FILE."
             )
         if "--best" in args:
             settings = replace(
                 settings,
                 init_from=str(path_of(Path(settings.init_from), is_best=True, flag_text="--from")),
             )
-        settings = replace(
-            settings, strategy="ddp", fsdp=Fsdp(), deepspeed=DeepSpeed()
-        )  # each rank has the whole model
+        # Each rank has the whole model.
+        settings = replace(settings, strategy="ddp", fsdp=Fsdp(), deepspeed=DeepSpeed())
         with session(settings) as group, rank_log(None, rank=group.rank):
             require_same_settings(group, settings, text=source.text)
             _evaluate(source, settings, group)

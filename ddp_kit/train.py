@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddp_kit.checkpoint.checkpointer import About, Checkpoints, best_weights
-from ddp_kit.checkpoint.format.reader import Opened
+from ddp_kit.checkpoint.best_weights import best_weights
+from ddp_kit.checkpoint.checkpointer import About, Checkpointer
+from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.resume import binding, resume, resume_data
 from ddp_kit.checkpoint.retention import keep_of
@@ -65,7 +66,8 @@ from ddp_kit.training.reporter import Reporter
 def run(recipe: Recipe, settings: Settings, *, name: str = "run") -> Outcome:
     """Trains a recipe. Every rank calls it; in a process that is no rank it trains alone.
 
-    Raises: ConfigError, DataError, NonFiniteError or whatever the recipe's own code raises; the run directory then says "failed".
+    Raises: ConfigError, DataError, NonFiniteError or whatever the recipe's own code raises; the run
+    directory then says "failed".
     """
     check(settings)
     return _live(lambda: recipe, Life(settings=settings, name=name))
@@ -92,18 +94,22 @@ def _live(build: Callable[[], Recipe], life: Life) -> Outcome:
         try:
             outcome = _train(build, life, group, stack)
             stack.close()
-            from_rank(
-                group, b""
-            )  # srun may end the others at the first exit code: nobody leaves before rank 0 is done
+            # Srun may end the others at the first exit code: nobody leaves before rank
+            # 0 is done.
+            from_rank(group, b"")
             return outcome
         except BaseException:
-            stop.deferring = True  # torchrun sends SIGTERM to the survivors of a rank: what failed is to be written down first
+            # Torchrun sends SIGTERM to the survivors of a rank: what failed is to be
+            # written down first.
+            stop.deferring = True
             raise
 
 
 @contextmanager
 def _warnings_requeue(stop: StopFlag, path: Path) -> Iterator[None]:
-    """After a warning before the first step, rank 0 asks for another life, also where there is no run directory yet, or no group."""
+    """After a warning before the first step, rank 0 asks for another life, also where there is no
+    run directory yet, or no group.
+    """
     try:
         yield
     except Stopped as early:
@@ -119,7 +125,8 @@ def _train(build: Callable[[], Recipe], life: Life, group: Group, stack: ExitSta
     recipe = build()
     if not isinstance(recipe, Recipe):
         raise ConfigError(
-            f"the function `recipe` must return a ddp_kit.Recipe; it returned {type(recipe).__name__}."
+            "the function `recipe` must return a ddp_kit.Recipe; it returned "
+            f"{type(recipe).__name__}."
         )
 
     def claimed(directory: RunDir) -> None:
@@ -159,9 +166,8 @@ def _train(build: Callable[[], Recipe], life: Life, group: Group, stack: ExitSta
             life.metrics = _evaluate(composition, reporter, epoch=epoch, stop=life.stop)
         return life.metrics
 
-    is_over = (
-        opened is not None and not changed and stopping.is_over
-    )  # but its test data are still to be evaluated
+    # But its test data are still to be evaluated.
+    is_over = opened is not None and not changed and stopping.is_over
     with closing(
         composition.feed.batches(start=training.step, end=training.step if is_over else pace.end)
     ) as batches:
@@ -186,11 +192,13 @@ def _take_over(
     reporter: Reporter,
     stopping: EarlyStopping,
 ) -> list[str]:
-    """Sets saving up, and goes on from a checkpoint if there is one. Returns the settings that were changed on purpose."""
+    """Sets saving up, and goes on from a checkpoint if there is one. Returns the settings that were
+    changed on purpose.
+    """
     settings, place, training = life.settings, life.place, composition.training
     assert place is not None
     new = binding(settings, recipe=life.source.sha256 if life.source else "")
-    training.checkpoints = Checkpoints(
+    training.checkpoints = Checkpointer(
         training,
         LocalDisk(place.checkpoints),
         about=About(
@@ -223,7 +231,9 @@ def _begin(
     is_first: bool,
     owes_evaluation: bool,
 ) -> None:
-    """Writes down that this life begins, and tells everybody. Raises: DdpKitError if this job goes round in circles."""
+    """Writes down that this life begins, and tells everybody. Raises: DdpKitError if this job goes
+    round in circles.
+    """
     training = composition.training
     if life.directory is not None:
         supersede(place.path / "metrics.jsonl", step=training.step, owes_evaluation=owes_evaluation)
@@ -273,15 +283,18 @@ def _end(
     training = composition.training
     assert training.checkpoints is not None
     if ending.stop:
-        life.stop.ask(ending.stop)  # now, on ranks that saw no sign of it
-    training.checkpoints.finish(failures=1)  # the last one holds the result
+        # Now, on ranks that saw no sign of it.
+        life.stop.ask(ending.stop)
+    # The last one holds the result.
+    training.checkpoints.finish(failures=1)
     if ending.stop:
         logger.info(
             "%s: the stop took %.1f s until everything was saved",
             ending.reason,
             time.monotonic() - life.stop.since,
         )
-    has_time = ending.status != "preempted"  # hashing belongs into no grace period
+    # Hashing belongs into no grace period.
+    has_time = ending.status != "preempted"
     hashes = training.group.rank == 0 or training.strategy.shards is not None
     digest = weights_sha256(training.model) if has_time and hashes else ""
     digest = from_rank(training.group, digest.encode()).decode()
@@ -299,7 +312,9 @@ def _end(
 def _test(
     recipe: Recipe, life: Life, place: Place, composition: Composition, reporter: Reporter
 ) -> dict[str, float]:
-    """Evaluates the test data once, on the weights of the best checkpoint (the last ones without one)."""
+    """Evaluates the test data once, on the weights of the best checkpoint (the last ones without
+    one).
+    """
     assert recipe.test_data is not None
     training, evaluator = composition.training, composition.evaluator
     sets = data_sets(recipe.test_data(), what="test")
@@ -322,8 +337,10 @@ def _finished_before(life: Life, place: Place) -> Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 finished or stopped on request, 1 error, 2 usage, 75 saved, please requeue, 130 SIGINT,
-    143 SIGTERM or SIGHUP; 0 also after a stop that torchrun's agent would take for a failure and undo."""
+    """The command. Returns the exit code: 0 finished or stopped on request, 1 error, 2 usage, 75
+    saved, please requeue, 130 SIGINT, 143 SIGTERM or SIGHUP; 0 also after a stop that torchrun's
+    agent would take for a failure and undo.
+    """
     args, began = list(sys.argv[1:] if argv is None else argv), time.monotonic() - process_age_s()
 
     def command() -> int:

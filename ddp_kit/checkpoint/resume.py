@@ -1,16 +1,16 @@
-"""Going on where an earlier life of a run stopped.
+"""Going on where an earlier attempt of a run stopped: what may differ from it, and what may not.
 
-Owns: which checkpoint a life begins from, and what may differ from the life before.
-Refuses: a difference nobody named. What is free to change changes nothing about the experiment.
+A difference that nobody named would make one run of two experiments: it is refused, with a table.
+What is free to change changes nothing about the experiment.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ddp_kit.checkpoint.checkpointer import Checkpoints
+from ddp_kit.checkpoint.checkpointer import Checkpointer
 from ddp_kit.checkpoint.format.encoding import decode
-from ddp_kit.checkpoint.format.reader import Opened
+from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.state_dict import restore_state
 from ddp_kit.config.secrets import is_secret_setting
 from ddp_kit.data.iterable import Place
@@ -29,22 +29,23 @@ ROUNDS = 100_000  # 0.05 s: a short password should not be found by trying
 
 
 def binding(settings: Settings, *, recipe: str) -> dict[str, str]:
-    """Returns what a later life must share, as {name: JSON text}: all settings but the free ones, and the recipe's hash.
+    """Returns what a later attempt must share, as {name: JSON text}: all settings but the free
+    ones, and the recipe's hash.
 
     Checkpoints hold it and may be given away: a secret's text is replaced by a hash.
     """
-    free = FREE | ({"max_steps"} if settings.epochs else set())
-    free -= {"threads"} if getattr(settings, "exact", False) else set()
-    fields = {
-        name: text
-        for name, text in flatten(settings).items()
-        if name.split(".")[0] not in free
-    }
-    bound = {
-        name: _sealed(name, text) if is_secret_setting(name, text) else text
-        for name, text in fields.items()
-    }
-    return bound | {RECIPE: recipe}
+    free = set(FREE)
+    if settings.epochs:
+        free.add("max_steps")
+    if getattr(settings, "exact", False):
+        free.discard("threads")
+    bound = {}
+    for name, text in flatten(settings).items():
+        if name.split(".")[0] in free:
+            continue
+        bound[name] = _sealed(name, text) if is_secret_setting(name, text) else text
+    bound[RECIPE] = recipe
+    return bound
 
 
 def _sealed(name: str, text: str) -> str:
@@ -52,7 +53,9 @@ def _sealed(name: str, text: str) -> str:
 
 
 def _is_same(name: str, old: str | None, new: str | None) -> bool:
-    """Whether two texts of a setting are equal, either of which may be sealed: checkpoints of before hold secrets as they are."""
+    """Whether two texts of a setting are equal, either of which may be sealed: checkpoints of
+    before hold secrets as they are.
+    """
     if old == new or old is None or new is None:
         return old == new
     if new.startswith(SEALED) and not old.startswith(SEALED):
@@ -63,7 +66,9 @@ def _is_same(name: str, old: str | None, new: str | None) -> bool:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, str]) -> list[str]:
-    """Returns the names of what differs. A setting that the old life did not know had today's default."""
+    """Returns the names of what differs. A setting that the old attempt did not know had today's
+    default.
+    """
     defaults = flatten(Settings())
     return [
         name
@@ -75,48 +80,53 @@ def differences(old: Mapping[str, Any], new: Mapping[str, str]) -> list[str]:
 def require_unchanged(
     opened: Opened, new: Mapping[str, str], *, change: tuple[str, ...]
 ) -> list[str]:
-    """Returns the names that differ and were named. Raises: ConfigError with a table of those that were not."""
+    """Returns the names that differ and were named.
+
+    Raises: ConfigError with a table of those that were not.
+    """
     old = opened.values["settings"]
     names = {name.lstrip("-").replace("-", "_") for name in change}
-    changed = differences(old, new)
-    allowed = [name for name in changed if name in names or (name == RECIPE and "recipe" in names)]
-    refused = [name for name in changed if name not in allowed]
-    if refused:
-        rows = [
-            ("setting", "checkpoint", "now"),
-            *(
-                (flag(name), _shown(name, old.get(name)), _shown(name, new.get(name)))
-                for name in refused
-            ),
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        table = "\n".join(
-            "  "
-            + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
-        words = " ".join("recipe" if name == RECIPE else name for name in refused)
-        raise ConfigError(
-            f"the run in {opened.folder} was started with other settings:\n{table}\n"
-            f"Type them as they were, or --change {words} to go on with the new ones, or another --run-dir."
-        )
-    return allowed
+    allowed = []
+    refused = []
+    for name in differences(old, new):
+        if name in names or (name == RECIPE and "recipe" in names):
+            allowed.append(name)
+        else:
+            refused.append(name)
+    if not refused:
+        return allowed
+    rows = [("setting", "checkpoint", "now")]
+    for name in refused:
+        was = _shown(name, old.get(name))
+        rows.append((flag(name), was, _shown(name, new.get(name))))
+    words = " ".join("recipe" if name == RECIPE else name for name in refused)
+    raise ConfigError(
+        f"the run in {opened.folder} was started with other settings:\n{_table(rows)}\n"
+        f"Type them as they were, or --change {words} to go on with the new ones, or another "
+        "--run-dir."
+    )
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _shown(name: str, text: Any) -> str:
-    if (
-        isinstance(text, str)
-        and name != RECIPE
-        and (text.startswith(SEALED) or is_secret_setting(name, text))
-    ):
+    """Returns a setting's text for a table: no secret, and no more than a line."""
+    if text is None:
+        return "-"
+    if not isinstance(text, str):
+        return str(text)[:40]
+    is_secret = text.startswith(SEALED) or is_secret_setting(name, text)
+    if is_secret and name != RECIPE:
         return REDACTED
-    return (
-        "-"
-        if text is None
-        else text[:12]
-        if isinstance(text, str) and len(text) == 64
-        else str(text)[:40]
-    )
+    is_hash = len(text) == 64
+    return text[:12] if is_hash else text[:40]
 
 
 def resume(
@@ -127,7 +137,8 @@ def resume(
     new: Mapping[str, str],
     early_stopping: EarlyStopping,
 ) -> list[str]:
-    """Puts a life into the state of a checkpoint. Every rank calls it. Returns the settings that were changed on purpose.
+    """Puts an attempt into the state of a checkpoint. Every rank calls it. Returns the settings
+    that were changed on purpose.
 
     Raises: ConfigError for a checkpoint that does not fit, with nothing changed.
     """
@@ -135,15 +146,17 @@ def resume(
     restore_state(
         opened, training, early_stopping=early_stopping, keeps_hyperparameters=not changed
     )
-    assert isinstance(training.checkpoints, Checkpoints)
+    assert isinstance(training.checkpoints, Checkpointer)
     training.checkpoints.resumed(opened)
     return changed
 
 
 def resume_data(opened: Opened, feed: Feed, *, world_size: int, restarts: bool) -> None:
-    """Puts a data set with a state of its own where the checkpoint's ranks had it. Every rank calls it.
+    """Puts a data set with a state of its own where the checkpoint's ranks had it. Every rank calls
+    it.
 
-    Raises: ConfigError at another number of ranks, unless the stream may begin again from its start.
+    Raises: ConfigError at another number of ranks, unless the data may be read again from their
+        start (`restarts`).
     """
     if feed.course is None:
         return
@@ -152,8 +165,10 @@ def resume_data(opened: Opened, feed: Feed, *, world_size: int, restarts: bool) 
         return
     if len(places) != world_size:
         raise ConfigError(
-            f"{opened.folder} holds the training data's own state on {len(places)} ranks, and there are {world_size} now. "
-            f"Start {len(places)} ranks, or type --resume-data restart to read the data from its start."
+            f"{opened.folder} holds the training data's own state on {len(places)} ranks, and "
+            f"there are {world_size} now. "
+            f"Start {len(places)} ranks, or type --resume-data restart to read the data from its "
+            "start."
         )
     place = places[feed.rank]
     feed.course.begin = Place(place["epoch"], place["position"], decode(place["state"], {}))

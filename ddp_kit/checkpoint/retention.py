@@ -1,7 +1,7 @@
 """Which checkpoints stay.
 
-Owns: the rule, the best one by its metric, and clearing away what killed lives left.
-Refuses: deleting the newest or the best one, and anything that is no checkpoint of ours. Rank 0 calls these.
+The newest and the best one are never deleted, nor anything that is no checkpoint of ours. Only rank
+0 calls what changes a folder.
 """
 
 import contextlib
@@ -27,7 +27,9 @@ from ddp_kit.settings import EarlyStop, Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """`newest` stay beside the best by `metric` (`mode` min or max; empty: none is best); multiples of `every` steps stay for ever."""
+    """`newest` stay beside the best by `metric` (`mode` min or max; empty: none is best); multiples
+    of `every` steps stay for ever.
+    """
 
     newest: int = 3
     every: int = 0
@@ -36,11 +38,11 @@ class Keep:
 
 
 def steps(storage: Storage) -> list[int]:
-    """Returns the steps of committed checkpoints, newest first. Whether they are whole is not looked at."""
-    return sorted(
-        (int(match[1]) for name in storage.list("") if (match := FOLDER.fullmatch(name))),
-        reverse=True,
-    )
+    """Returns the steps of committed checkpoints, newest first. Whether they are whole is not
+    looked at.
+    """
+    matches = [FOLDER.fullmatch(name) for name in storage.list("")]
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
 def read_manifest(storage: Storage, step: int) -> Manifest:
@@ -54,17 +56,18 @@ def read_manifest(storage: Storage, step: int) -> Manifest:
 
 
 def best(manifests: list[Manifest], *, metric: str, mode: str) -> Manifest | None:
-    """Returns the checkpoint with the best value of a metric, the earliest of equals; None if none has it."""
-    valued = [
-        (float(manifest.metrics[metric]), manifest)
-        for manifest in manifests
-        if metric in manifest.metrics
-    ]
-    valued = [(value, manifest) for value, manifest in valued if not math.isnan(value)]
-    if not valued:
-        return None
+    """Returns the checkpoint with the best value of a metric, the earliest of equals; None if none
+    has it.
+    """
     sign = 1 if mode == "min" else -1
-    return min(valued, key=lambda pair: (sign * pair[0], pair[1].step))[1]
+    ranked = []
+    for manifest in manifests:
+        value = float(manifest.metrics.get(metric, math.nan))
+        if not math.isnan(value):
+            ranked.append((sign * value, manifest.step, manifest))
+    if not ranked:
+        return None
+    return min(ranked, key=lambda entry: entry[:2])[2]
 
 
 def manifests_of(storage: Storage) -> list[Manifest]:
@@ -77,35 +80,43 @@ def manifests_of(storage: Storage) -> list[Manifest]:
 
 
 def retire(storage: Storage, keep: Keep) -> None:
-    """Deletes the checkpoints that the rule lets go: renamed first, so that none is ever seen half-deleted."""
+    """Deletes the checkpoints that the rule lets go: renamed first, so that none is ever seen
+    half-deleted.
+    """
     found = manifests_of(storage)
     stay = {manifest.step for manifest in found[: max(keep.newest, 1)]}
-    chosen = best(found, metric=keep.metric, mode=keep.mode) if keep.metric else None
-    if chosen is not None:
-        stay.add(chosen.step)
+    if keep.metric:
+        chosen = best(found, metric=keep.metric, mode=keep.mode)
+        if chosen is not None:
+            stay.add(chosen.step)
     for manifest in found:
-        if manifest.step not in stay and not (keep.every and manifest.step % keep.every == 0):
-            folder = folder_of(manifest.step)
-            storage.rename(folder, f"{folder}.deleted")
-            storage.sync("")
-            storage.remove(f"{folder}.deleted")
+        is_milestone = keep.every != 0 and manifest.step % keep.every == 0
+        if manifest.step in stay or is_milestone:
+            continue
+        folder = folder_of(manifest.step)
+        storage.rename(folder, f"{folder}.deleted")
+        storage.sync("")
+        storage.remove(f"{folder}.deleted")
 
 
 def clear(storage: Storage) -> None:
-    """Removes what killed lives left: temporary folders, half-deleted and replaced ones. At start, before anything is read or saved."""
+    """Removes what killed attempts left: temporary folders, half-deleted and replaced ones. At
+    start, before anything is read or saved.
+    """
     names = storage.list("")
     for name in names:
         step, _, rest = name.partition(".")
+        is_leftover = rest.startswith("tmp-") or rest in ("deleted", "replaced")
         if rest == "replaced" and step not in names:
             storage.rename(name, step)
-        elif FOLDER.fullmatch(step) and (
-            rest.startswith("tmp-") or rest in ("deleted", "replaced")
-        ):
+        elif FOLDER.fullmatch(step) and is_leftover:
             storage.remove(name)
 
 
 def set_aside_newer(storage: Storage, step: int) -> None:
-    """Renames the checkpoints after `step` to `*.superseded`: the run goes back, and will write these steps again."""
+    """Renames the checkpoints after `step` to `*.superseded`: the run goes back, and will write
+    these steps again.
+    """
     for newer in steps(storage):
         if newer > step:
             storage.rename(folder_of(newer), free_name(storage, f"{folder_of(newer)}.superseded"))
@@ -113,7 +124,8 @@ def set_aside_newer(storage: Storage, step: int) -> None:
 
 def free_name(storage: Storage, name: str) -> str:
     """Returns `name`, or with a number behind it if it is taken."""
-    taken, number = storage.list(""), 1
+    taken = storage.list("")
+    number = 1
     free = name
     while free in taken:
         number += 1
@@ -122,10 +134,13 @@ def free_name(storage: Storage, name: str) -> str:
 
 
 def best_metric(rule: EarlyStop, names: Iterable[str]) -> str:
-    """Returns the evaluation metric that decides: the early-stopping one, else the (first) loss; "" if there is neither."""
-    return rule.metric or next(
-        (name for name in names if name == "loss" or name.endswith("/loss")), ""
-    )
+    """Returns the evaluation metric that decides: the early-stopping one, else the (first) loss; ""
+    if there is neither.
+    """
+    if rule.metric:
+        return rule.metric
+    losses = (name for name in names if name == "loss" or name.endswith("/loss"))
+    return next(losses, "")
 
 
 def keep_of(settings: Settings, names: Iterable[str]) -> Keep:
@@ -144,11 +159,13 @@ def best_notes(rule: EarlyStop, names: Collection[str], *, has_test: bool) -> li
     notes = []
     if rule.mode == "min" and re.search(r"acc|auc|auroc|f1|top[-_]?\d", rule.metric):
         notes.append(
-            f"a smaller {rule.metric} counts as the better one: if it is the larger one, type --early-stop.mode max"
+            f"a smaller {rule.metric} counts as the better one: if it is the larger one, type "
+            "--early-stop.mode max"
         )
     if has_test and names and not best_metric(rule, names):
         notes.append(
-            "the last weights are the ones tested, not the best, since evaluation reports no loss: let it report one, or type "
+            "the last weights are the ones tested, not the best, since evaluation reports no loss: "
+            "let it report one, or type "
             f"--early-stop.metric with one of {', '.join(names)}"
         )
     return notes

@@ -19,7 +19,8 @@ from ddp_kit.checkpoint.format.layout import (
     Manifest,
     folder_of,
 )
-from ddp_kit.checkpoint.format.reader import Opened, describe, retried, verify_file
+from ddp_kit.checkpoint.format.opened import Opened
+from ddp_kit.checkpoint.format.reader import describe, retried, verify_file
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import read_manifest
 from ddp_kit.distributed.failures import Blame

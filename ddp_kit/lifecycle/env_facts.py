@@ -1,7 +1,8 @@
 """What a run ran on: the facts of env.json and of `ddp-kit env`.
 
-Owns: versions, devices, git revision, launcher, topology with the source of each fact.
-Refuses: the environment as a whole (it holds secrets) and anything that costs a start more than some milliseconds.
+Owns: versions, devices, git revision, launcher, topology with the source of each fact. Refuses: the
+environment as a whole (it holds secrets) and anything that costs a start more than some
+milliseconds.
 """
 
 import dataclasses
@@ -35,7 +36,9 @@ TOLD_PREFIXES = (
 def describe(
     topology: Topology, device: torch.device, *, recipe_folder: Path | None = None
 ) -> dict[str, object]:
-    """Returns the facts as JSON values. Called by rank 0 alone; `recipe_folder` is where the git revision is looked up."""
+    """Returns the facts as JSON values. Called by rank 0 alone; `recipe_folder` is where the git
+    revision is looked up.
+    """
     return {
         "versions": versions(),
         "host": host(),
@@ -98,7 +101,9 @@ def devices(device: torch.device) -> dict[str, object]:
 
 
 def git_revision(folder: Path) -> dict[str, object]:
-    """Returns the revision of the folder's repository and whether tracked files differ from it; nothing where git has no answer."""
+    """Returns the revision of the folder's repository and whether tracked files differ from it;
+    nothing where git has no answer.
+    """
     revision = _git(folder, "rev-parse", "HEAD")
     if not revision:
         return {}

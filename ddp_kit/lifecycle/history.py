@@ -1,7 +1,8 @@
 """What earlier lives of a run left: how far they came, and whether this job goes round in circles.
 
-Owns: reading that from status.json, metrics.jsonl and events.jsonl. Rank 0 reads, the others are told.
-Refuses: a job that SLURM starts again and again without a new step. A start by hand is never refused: it is another job.
+Owns: reading that from status.json, metrics.jsonl and events.jsonl. Rank 0 reads, the others are
+told. Refuses: a job that SLURM starts again and again without a new step. A start by hand is never
+refused: it is another job.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,9 @@ def job_facts() -> dict[str, object]:
 
 
 def whole_name_of_job() -> str:
-    """Returns this SLURM job as no other cluster has one, for instance "17@cluster"; the number alone without its name, "" outside jobs."""
+    """Returns this SLURM job as no other cluster has one, for instance "17@cluster"; the number
+    alone without its name, "" outside jobs.
+    """
     job = environment().get("SLURM_JOB_ID", "")
     cluster = environment().get("SLURM_CLUSTER_NAME", "")
     if job and cluster:
@@ -56,9 +59,11 @@ def last_step(path: Path, status: Mapping[str, object]) -> int:
 
 
 def starts_of_job(path: Path) -> list[int]:
-    """Returns the steps at which this job's earlier lives began, in their order; [] unless SLURM has started the job again.
+    """Returns the steps at which this job's earlier lives began, in their order; [] unless SLURM
+    has started the job again.
 
-    Another job of that number is none of it: one of another cluster, or one from before the cluster's count began anew.
+    Another job of that number is none of it: one of another cluster, or one from before the
+    cluster's count began anew.
     """
     own = job_facts()
     if not own or not restart_count():
@@ -85,6 +90,8 @@ def require_progress(starts: Sequence[int], *, step: int) -> None:
     """Raises: DdpKitError if the last three lives of this job began at `step`, as this one would."""
     if list(starts[-FRUITLESS_LIVES:]) == [step] * FRUITLESS_LIVES:
         raise DdpKitError(
-            f"{FRUITLESS_LIVES} lives of this job have begun at step {step} and none has left a later checkpoint, so this one ends here. "
-            "events.jsonl and logs/ say how they ended; a smaller --save-every or --save-minutes keeps more. Another job may go on."
+            f"{FRUITLESS_LIVES} lives of this job have begun at step {step} and none has left a "
+            "later checkpoint, so this one ends here. "
+            "events.jsonl and logs/ say how they ended; a smaller --save-every or --save-minutes "
+            "keeps more. Another job may go on."
         )

@@ -1,7 +1,7 @@
 """What one life of a run leaves behind, however it ends.
 
-Owns: what was asked for, the parts of the run as they come to be, and status.json at the end; a failure finds here what to write down.
-Refuses: running anything.
+Owns: what was asked for, the parts of the run as they come to be, and status.json at the end; a
+failure finds here what to write down. Refuses: running anything.
 """
 
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ddp_kit.checkpoint.checkpointer import Checkpoints
+from ddp_kit.checkpoint.checkpointer import Checkpointer
 from ddp_kit.checkpoint.format.writer import Saved
 from ddp_kit.distributed.failures import Verdict
 from ddp_kit.io.json_lines import read_json
@@ -36,7 +36,9 @@ STATUS_S = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended, the same on every rank; `model` holds the last weights (with fsdp and deepspeed 3 this rank's part of them)."""
+    """How a run ended, the same on every rank; `model` holds the last weights (with fsdp and
+    deepspeed 3 this rank's part of them).
+    """
 
     status: str
     reason: str
@@ -50,7 +52,9 @@ class Outcome:
 
 @dataclass(kw_only=True)
 class Life:
-    """A life of a run on this rank. `source` and `args` are those of a command; there are none from Python."""
+    """A life of a run on this rank. `source` and `args` are those of a command; there are none from
+    Python.
+    """
 
     settings: Settings
     name: str
@@ -66,7 +70,8 @@ class Life:
     grace: Grace | None = None
     watch: Watch | None = None  # rank 0 only
     told: Mapping[str, object] | None = (
-        None  # the content of status.json after a failure, where this rank has written it
+        # The content of status.json after a failure, where this rank has written it.
+        None
     )
 
     def watches(self, training: Training) -> None:
@@ -75,7 +80,7 @@ class Life:
             Grace(training.control, training.group.topology),
             training.checkpoints,
         )
-        assert isinstance(checkpoints, Checkpoints)
+        assert isinstance(checkpoints, Checkpointer)
         if self.directory is not None:
             hours = self.settings.max_hours
             end = self.began + 3600 * hours if hours else math.inf
@@ -114,8 +119,9 @@ class Life:
         return f"to go on from step {saved}: {command}" if saved > 0 else ""
 
     def failed(self, verdict: Verdict) -> None:
-        """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its peers does. What an earlier life left
-        stays until this one has begun."""
+        """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its
+        peers does. What an earlier life left stays until this one has begun.
+        """
         if self.place is not None and self.place.earlier and self.reporter is None:
             return
         if self.directory is not None:
@@ -129,7 +135,9 @@ class Life:
                     self._write(directory, verdict)
 
     def _await_status(self, path: Path) -> None:
-        """A launcher may end rank 0 for this rank's exit code: it gets the time to write down how the run ended."""
+        """A launcher may end rank 0 for this rank's exit code: it gets the time to write down how
+        the run ended.
+        """
         end = time.monotonic() + STATUS_S
         while read_json(path / "status.json").get("status") == "running" and time.monotonic() < end:
             time.sleep(0.05)

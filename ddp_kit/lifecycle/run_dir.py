@@ -49,7 +49,9 @@ class Owner:
 
 
 class RunDir:
-    """A run's directory, opened by rank 0 only. Between `claim` and `release` no other run can claim it."""
+    """A run's directory, opened by rank 0 only. Between `claim` and `release` no other run can
+    claim it.
+    """
 
     def __init__(self, path: Path) -> None:
         """`path` need not exist. Nothing is touched before `claim`."""
@@ -62,8 +64,9 @@ class RunDir:
     def claim(self) -> None:
         """Makes the directory, takes its lock and keeps it fresh from a thread.
 
-        Raises: ConfigError if the directory cannot be written or is in use by a live run. After the loss of a node, agents of the same
-        job may start the ranks again before the lock of a rank 0 on the lost one is stale: that is waited for.
+        Raises: ConfigError if the directory cannot be written or is in use by a live run. After the
+        loss of a node, agents of the same job may start the ranks again before the lock of a rank 0
+        on the lost one is stale: that is waited for.
         """
         end = time.monotonic() + STALE_S + BEAT_S
         try:
@@ -75,20 +78,23 @@ class RunDir:
             ):
                 time.sleep(1.0)
             self._take_lock()
-            (self.path / "requeue").unlink(missing_ok=True)  # of a life that is over
+            # Of a life that is over.
+            (self.path / "requeue").unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"--run-dir {self.path}: cannot be written ({error.strerror}). Type another --run-dir."
+                f"--run-dir {self.path}: cannot be written ({error.strerror}). Type another "
+                "--run-dir."
             ) from error
         self._stop.clear()
         self._heart = threading.Thread(target=self._beat, name="run-dir-heartbeat", daemon=True)
         self._heart.start()
 
     def ask_requeue(self, reason: str) -> None:
-        """Leaves the file `requeue`: the launcher's batch script starts the job again if it is there at the end."""
-        self.path.mkdir(
-            parents=True, exist_ok=True
-        )  # a warning may come before there is anything else
+        """Leaves the file `requeue`: the launcher's batch script starts the job again if it is
+        there at the end.
+        """
+        # A warning may come before there is anything else.
+        self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "requeue").write_text(f"{' '.join(reason.split())}\n", encoding="utf-8")
 
     def release(self) -> None:
@@ -111,7 +117,9 @@ class RunDir:
 
     @contextlib.contextmanager
     def inherited(self) -> Iterator[bool]:
-        """Holds the lock of an owner that has just died, and removes it at the end. Yields whether it was there for this process."""
+        """Holds the lock of an owner that has just died, and removes it at the end. Yields whether
+        it was there for this process.
+        """
         end = time.monotonic() + DEATH_S
         while is_in_use(self.path) and time.monotonic() < end:
             time.sleep(0.05)
@@ -126,7 +134,9 @@ class RunDir:
                 self._lock.unlink()
 
     def write_json(self, name: str, value: object) -> None:
-        """Writes a JSON file so that a reader finds the old or the new content whole, whenever this process dies."""
+        """Writes a JSON file so that a reader finds the old or the new content whole, whenever this
+        process dies.
+        """
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
         try:
             with temporary.open("w", encoding="utf-8") as file:
@@ -138,7 +148,8 @@ class RunDir:
             temporary.unlink(missing_ok=True)
         folder = os.open(self.path, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name is durable only after this
+            # The new name is durable only after this.
+            os.fsync(folder)
         finally:
             os.close(folder)
 
@@ -153,7 +164,9 @@ class RunDir:
         weights_sha256: str = "",
         exit_code: int | None = None,
     ) -> dict[str, object]:
-        """Writes status.json. Returns: its content, which trackers get at the end. `exit_code` is None while running."""
+        """Writes status.json. Returns: its content, which trackers get at the end. `exit_code` is
+        None while running.
+        """
         assert status in get_args(Status), status
         content: dict[str, object] = {
             "status": status,
@@ -180,7 +193,8 @@ class RunDir:
             if owner is not None and _lives(owner, lock=self._lock):
                 job = f", job {owner.job}" if owner.job else ""
                 raise ConfigError(
-                    f"--run-dir {self.path}: in use by a live run: host {owner.host}, pid {owner.pid}{job}. "
+                    f"--run-dir {self.path}: in use by a live run: host {owner.host}, pid "
+                    f"{owner.pid}{job}. "
                     "Type another --run-dir, or end that run first."
                 )
             self._owner = _this_process()
@@ -191,14 +205,15 @@ class RunDir:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
-            with contextlib.suppress(
-                OSError
-            ):  # a file server that is away for a while; the next beat tries again
+            # A file server that is away for a while; the next beat tries again.
+            with contextlib.suppress(OSError):
                 os.utime(self._lock)
 
 
 def require_shared(path: Path, run_id: str, *, group: Group) -> None:
-    """Raises: ConfigError on every rank if one of them does not see the settings.json that rank 0 has written."""
+    """Raises: ConfigError on every rank if one of them does not see the settings.json that rank 0
+    has written.
+    """
     end = time.monotonic() + SEEN_S
     while (
         is_missing := read_json(path / "settings.json").get("run_id") != run_id
@@ -207,7 +222,8 @@ def require_shared(path: Path, run_id: str, *, group: Group) -> None:
     missing = max_over_ranks(group, [group.rank + 1 if is_missing else 0])[0]
     if missing:
         raise ConfigError(
-            f"rank {missing - 1} does not see --run-dir {path} as rank 0 wrote it. All nodes must share that file system."
+            f"rank {missing - 1} does not see --run-dir {path} as rank 0 wrote it. All nodes must "
+            "share that file system."
         )
 
 
@@ -219,7 +235,8 @@ def is_in_use(path: Path) -> bool:
 def default_name(recipe: str, environ: Mapping[str, str] | None = None) -> Path:
     """Returns `runs/<recipe>-<UTC time>`, under SLURM `runs/<recipe>-<job id>[_<array task>]`.
 
-    A time that is taken gets a suffix. A job's name does not: its later lives must come to the same directory.
+    A time that is taken gets a suffix. A job's name does not: its later lives must come to the same
+    directory.
     """
     environ = environment() if environ is None else environ
     name = re.sub(r"[^\w.-]+", "-", recipe)
@@ -262,14 +279,16 @@ def _this_process() -> Owner:
 
 def _lives(owner: Owner, *, lock: Path) -> bool:
     if owner.job and owner.job == whole_name_of_job() and owner.restart < restart_count():
-        return False  # SLURM starts a job again only once its last life is over
+        # SLURM starts a job again only once its last life is over.
+        return False
     if (owner.host, owner.namespace) == (socket.gethostname(), pid_namespace()):
         return process_start(owner.pid) == owner.start
     now = time.time()
+    # A reader may not write here.
     with (
         contextlib.suppress(OSError),
         tempfile.TemporaryFile(dir=lock.parent) as clock,
-    ):  # a reader may not write here
+    ):
         now = os.fstat(
             clock.fileno()
         ).st_mtime  # the file server's clock, by which the beats are dated
@@ -277,7 +296,9 @@ def _lives(owner: Owner, *, lock: Path) -> bool:
 
 
 def _is_lost_peer(owner: Owner) -> bool:
-    """Whether the owner was a rank of this very life of the job, on another node, and torchrun's agents have begun anew since."""
+    """Whether the owner was a rank of this very life of the job, on another node, and torchrun's
+    agents have begun anew since.
+    """
     restarts = environment().get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
     here = _this_process()
     return (

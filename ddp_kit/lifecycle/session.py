@@ -1,4 +1,5 @@
-"""What every command has around its work: the ranks' group, the arithmetic, and saying once what failed.
+"""What every command has around its work: the ranks' group, the arithmetic, and saying once what
+failed.
 
 Owns: exit codes, and who speaks on stderr.
 Refuses: knowing what a command does.
@@ -32,15 +33,15 @@ def session(
     after_failure: OnFailure | None = None,
     run_dir: Path | None = None,
 ) -> Iterator[Group]:
-    """Enters the group that the settings ask for. Every rank calls it. A pre-flight check leaves its findings in `run_dir`.
+    """Enters the group that the settings ask for. Every rank calls it. A pre-flight check leaves
+    its findings in `run_dir`.
 
-    On an error each rank finds out who the culprit is, `on_failure(verdict)` may write it down, and with `speaks` the culprit's
-    message goes to stderr, first and once, and the error becomes a SystemExit with its exit code. `after_failure(verdict)` does what
-    may take its time.
+    On an error each rank finds out who the culprit is, `on_failure(verdict)` may write it down, and
+    with `speaks` the culprit's message goes to stderr, first and once, and the error becomes a
+    SystemExit with its exit code. `after_failure(verdict)` does what may take its time.
     """
-    threads = settings.threads or int(
-        settings.exact
-    )  # a convolution's gradient has other bits on two threads than on one
+    # A convolution's gradient has other bits on two threads than on one.
+    threads = settings.threads or int(settings.exact)
     with process_group(
         device=settings.device, threads=threads, tuning=settings.tuning, run_dir=run_dir
     ) as group:
@@ -81,9 +82,11 @@ def exit_code(error: BaseException) -> int:
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Runs a command. Returns its exit code; what is refused before the group is entered is said here, once if all ranks are refused.
+    """Runs a command. Returns its exit code; what is refused before the group is entered is said
+    here, once if all ranks are refused.
 
-    Only the first rank speaks at once. Where all are refused the launcher ends the others meanwhile; where it does not, they speak too.
+    Only the first rank speaks at once. Where all are refused the launcher ends the others
+    meanwhile; where it does not, they speak too.
     """
     try:
         return command()
@@ -97,7 +100,9 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def recipe_path(args: Sequence[str], *, command: str) -> str:
-    """Returns the recipe of a command line. Raises: ConfigError with the usage if there is none; SystemExit after `--help`."""
+    """Returns the recipe of a command line. Raises: ConfigError with the usage if there is none;
+    SystemExit after `--help`.
+    """
     if args and not args[0].startswith("-"):
         return args[0]
     usage = f"usage: {command} RECIPE.py [--field value ...]\n       {command} RECIPE.py --help lists the recipe's flags"

@@ -1,7 +1,8 @@
 """Where a life of a run begins: its directory, and the checkpoint it goes on from.
 
-Owns: claiming the run directory, what is written there at start, and the choice between a new run, the next life and a copy of another run.
-Refuses: going on from a checkpoint of another run by accident.
+Owns: claiming the run directory, what is written there at start, and the choice between a new run,
+the next life and a copy of another run. Refuses: going on from a checkpoint of another run by
+accident.
 """
 
 import json
@@ -17,7 +18,8 @@ from pathlib import Path
 import torch
 
 from ddp_kit.checkpoint.find import Origin, find, origin_of
-from ddp_kit.checkpoint.format.reader import Opened, candidates
+from ddp_kit.checkpoint.format.opened import Opened
+from ddp_kit.checkpoint.format.reader import candidates
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import clear
 from ddp_kit.data import batch_plan
@@ -77,7 +79,9 @@ def open_directory(
     source: RecipeSource | None,
     claimed: Callable[[RunDir], None],
 ) -> Place:
-    """Rank 0 chooses and claims the run directory, hands it to `claimed`, and writes the facts of a new run; all ranks learn the path."""
+    """Rank 0 chooses and claims the run directory, hands it to `claimed`, and writes the facts of a
+    new run; all ranks learn the path.
+    """
     path = Path(settings.run_dir) if settings.run_dir else default_path(name)
     place = Place(name=name, path=path, run_id=uuid.uuid4().hex[:16], earlier={})
     if group.rank == 0:
@@ -87,8 +91,10 @@ def open_directory(
         if earlier and settings.resume == "never":
             directory.release()
             raise ConfigError(
-                f"--run-dir {path}: already holds a run (status {earlier.get('status')}, step {earlier.get('step')}), and "
-                "--resume never forbids to go on with it. Type another --run-dir, or leave --resume out."
+                f"--run-dir {path}: already holds a run (status {earlier.get('status')}, step "
+                f"{earlier.get('step')}), and "
+                "--resume never forbids to go on with it. Type another --run-dir, or leave --resume "
+                "out."
             )
         claimed(directory)
         run_id = str(read_json(path / "settings.json").get("run_id", "")) if earlier else ""
@@ -142,7 +148,8 @@ def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None
         is_here = origin.folder.resolve() == place.checkpoints.resolve()
         if not is_here and candidates(LocalDisk(place.checkpoints), group=group):
             raise ConfigError(
-                f"--resume {settings.resume}: --run-dir {place.path} has checkpoints of its own. Type another --run-dir."
+                f"--resume {settings.resume}: --run-dir {place.path} has checkpoints of its own. "
+                "Type another --run-dir."
             )
         return opened
     opened = (
@@ -152,8 +159,10 @@ def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None
     )
     if opened is not None and opened.manifest.run_id != place.run_id:
         raise ConfigError(
-            f"--run-dir {place.path}: its {opened.folder} belongs to another run ({opened.manifest.run_id}, not {place.run_id}). "
-            f"Type --resume {place.path / 'checkpoints' / opened.folder} to go on from it all the same."
+            f"--run-dir {place.path}: its {opened.folder} belongs to another run "
+            f"({opened.manifest.run_id}, not {place.run_id}). "
+            f"Type --resume {place.path / 'checkpoints' / opened.folder} to go on from it all the "
+            "same."
         )
     if opened is None and place.earlier.get("step"):
         logger.warning("no good checkpoint is in %s: the run begins again at step 0", place.path)
@@ -161,7 +170,9 @@ def begins_from(settings: Settings, group: Group, place: Place) -> Opened | None
 
 
 def resume_command(args: Sequence[str], path: Path, topology: Topology) -> str:
-    """Returns what to type to go on with a run: this life's command with the run directory named, and `<token>` for a secret."""
+    """Returns what to type to go on with a run: this life's command with the run directory named,
+    and `<token>` for a secret.
+    """
     kept = completable(args)
     while any(arg.split("=")[0] == "--run-dir" for arg in kept):
         at = next(i for i, arg in enumerate(kept) if arg.split("=")[0] == "--run-dir")
@@ -175,7 +186,9 @@ def resume_command(args: Sequence[str], path: Path, topology: Topology) -> str:
 
 
 def completable(args: Sequence[str]) -> list[str]:
-    """Returns the words of a command without secrets: a person types them in place of the flag's name in angle brackets."""
+    """Returns the words of a command without secrets: a person types them in place of the flag's
+    name in angle brackets.
+    """
     shown = []
     blank = ""
     for arg in args:
@@ -189,7 +202,9 @@ def completable(args: Sequence[str]) -> list[str]:
 
 
 def default_path(name: str) -> Path:
-    """Returns the run directory of a run that names none: that of its first life, if torchrun's agent has restarted the ranks."""
+    """Returns the run directory of a run that names none: that of its first life, if torchrun's
+    agent has restarted the ranks.
+    """
     environ = environment()
     if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         for path in sorted(Path("runs").glob("*/settings.json"), reverse=True):
@@ -229,7 +244,9 @@ def reporter_of(recipe: Recipe, settings: Settings, group: Group) -> Reporter:
 
 
 def peak_rate(recipe: Recipe, settings: Settings, group: Group) -> float:
-    """Returns the samples/s of a recipe if every rank's device, taken to be alike, ran at its peak; 0 if that is not known."""
+    """Returns the samples/s of a recipe if every rank's device, taken to be alike, ran at its peak;
+    0 if that is not known.
+    """
     if not recipe.flops_per_sample or group.device.type != "cuda":
         return 0.0
     return (

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ddp_kit.checkpoint.weights import load_weights
+from ddp_kit.checkpoint.init_from import load_weights
 from ddp_kit.data.seeding import Purpose, generators_put_back, key
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group

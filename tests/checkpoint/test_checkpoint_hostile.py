@@ -296,7 +296,7 @@ def test_nothing_that_reads_checkpoints_can_unpickle() -> None:
         "ddp_kit.checkpoint.find",
         "ddp_kit.checkpoint.state_dict",
         "ddp_kit.cli.ckpt",
-        "ddp_kit.checkpoint.weights",
+        "ddp_kit.checkpoint.init_from",
     ]
     while todo:
         module = todo.pop()

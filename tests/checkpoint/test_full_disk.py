@@ -12,7 +12,7 @@ from small_runs import MORTAL, SMALL
 from stored import write
 
 import ddp_kit
-from ddp_kit.checkpoint.checkpointer import best_weights
+from ddp_kit.checkpoint.best_weights import best_weights
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import Keep
 from ddp_kit.checkpoint.state_dict import model_tensors

@@ -12,7 +12,7 @@ from lives import alone
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ddp_kit.checkpoint.weights import load_weights
+from ddp_kit.checkpoint.init_from import load_weights
 from ddp_kit.config.validation import check
 from ddp_kit.errors import ConfigError
 

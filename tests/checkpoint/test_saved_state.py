@@ -10,7 +10,8 @@ from cases import Settings, classify, plain, vectors
 from torch import nn
 
 import ddp_kit
-from ddp_kit.checkpoint.format.layout import DamagedError, read_header
+from ddp_kit.checkpoint.format.layout import DamagedError
+from ddp_kit.checkpoint.format.shard import read_header
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.config.validation import check
 from ddp_kit.distributed.process_group import Group

@@ -22,7 +22,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ddp_kit import LossSum, Recipe
-from ddp_kit.checkpoint.checkpointer import About, Checkpoints, best_weights
+from ddp_kit.checkpoint.best_weights import best_weights
+from ddp_kit.checkpoint.checkpointer import About, Checkpointer
 from ddp_kit.checkpoint.format.reader import open_checkpoint
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import Keep
@@ -248,7 +249,7 @@ def saved(
 ) -> tuple[list[float], str]:
     """Runs steps from a checkpoint on and saves; returns losses and the weights' hash."""
     with life(group, made, settings) as (training, feed):
-        checkpoints = Checkpoints(
+        checkpoints = Checkpointer(
             training, storage, about=About(run_id="test"), keep=Keep(metric="loss")
         )
         if start:

@@ -1,1 +1,1 @@
-"""The bytes of a checkpoint: who writes what, when it is whole, and reading it without trust. Knows nothing of training."""
+"""The bytes of a checkpoint: who writes what, when it is whole, and reading it without trust."""

@@ -1,7 +1,7 @@
 """State as JSON and named tensors: the only two forms in which a checkpoint holds anything.
 
-Owns: taking the tensors out of a state dict, numbers that JSON does not know, and putting both back.
-Refuses: objects. What is neither a tensor nor plain data is an error at start; nothing is ever unpickled.
+An object of any other class would have to be pickled, and loading a pickle may run code: it is an
+error when the first step is done, not when the run is to go on.
 """
 
 import math
@@ -12,16 +12,16 @@ import torch
 
 from ddp_kit.errors import ConfigError
 
-TENSOR, FLOAT, TUPLE, PAIRS = (
-    "$tensor",
-    "$float",
-    "$tuple",
-    "$pairs",
-)  # the one key of an object that stands for something else
+# The one key of an object that stands for something else.
+TENSOR = "$tensor"
+FLOAT = "$float"
+TUPLE = "$tuple"
+PAIRS = "$pairs"
 
 
 def encode(value: Any, tensors: dict[str, torch.Tensor], *, name: str) -> Any:
-    """Returns plain JSON data. Tensors go into `tensors` under `name` and their path; inf, nan, tuples and int keys are marked.
+    """Returns plain JSON data. Tensors go into `tensors` under `name` and their path; inf, nan,
+    tuples and int keys are marked.
 
     Raises: ConfigError for anything else, naming it.
     """
@@ -31,7 +31,9 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], *, name: str) -> Any:
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else {FLOAT: repr(value)}
+        if math.isfinite(value):
+            return value
+        return {FLOAT: repr(value)}
     if isinstance(value, tuple):
         return {TUPLE: [encode(item, tensors, name=f"{name}.{i}") for i, item in enumerate(value)]}
     if isinstance(value, list):
@@ -42,10 +44,12 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], *, name: str) -> Any:
             return dict(items)
         if all(isinstance(key, str | int) for key, _ in items):
             return {PAIRS: [list(item) for item in items]}
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a scalar of NumPy
+    # A scalar of NumPy.
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return encode(value.item(), tensors, name=name)
     raise ConfigError(
-        f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: expected tensors, numbers, texts, and lists or dicts of "
+        f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: expected tensors, "
+        "numbers, texts, and lists or dicts of "
         "them. Keep it out of the state dict, or as one of these."
     )
 

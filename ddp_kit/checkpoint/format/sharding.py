@@ -1,7 +1,7 @@
 """Who writes what: an even cut of all tensors over the ranks, by bytes, along rows.
 
-Owns: the cut, as arithmetic on names, shapes and sizes.
-Refuses: communication. Every rank computes its own part from what all ranks know, at a cost that does not grow with their number.
+The cut is arithmetic on names, shapes and sizes. The ranks do not talk: each computes its own part
+from what all know, at a cost that does not grow with their number.
 """
 
 from bisect import bisect_left, bisect_right
@@ -39,21 +39,28 @@ class Piece:
 
 
 def cut(shapes: Mapping[str, Shape], *, rank: int, world_size: int) -> list[Piece]:
-    """Returns a rank's pieces: together all rows of all tensors, each once, and as many bytes on each rank as rows allow.
+    """Returns a rank's pieces: together all rows of all tensors, each once, and as many bytes on
+    each rank as rows allow.
 
-    The tensors lie one after the other on a line of bytes, which is cut into equal parts; each cut moves to the nearest row.
+    The tensors lie one after the other on a line of bytes, which is cut into equal parts; each cut
+    moves to the nearest row.
     """
     names = list(shapes)
     ends = list(accumulate(shapes[name].nbytes for name in names))
     total = ends[-1] if ends else 0
-    begin, finish = total * rank // world_size, total * (rank + 1) // world_size
-    first, last = bisect_right(ends, begin), bisect_left(ends, finish)
+    begin = total * rank // world_size
+    finish = total * (rank + 1) // world_size
+    first = bisect_right(ends, begin)
+    last = bisect_left(ends, finish)
     if rank == 0:
-        first = 0  # tensors without elements
+        # Tensors without elements at the beginning of the line.
+        first = 0
     pieces = []
     for i in range(max(first - 1, 0), min(last + 1, len(names))):
         shape = shapes[names[i]]
-        start, stop = (_row(shape, at - (ends[i] - shape.nbytes)) for at in (begin, finish))
+        offset = ends[i] - shape.nbytes
+        start = _row(shape, begin - offset)
+        stop = _row(shape, finish - offset)
         if start < stop:
             pieces.append(Piece(names[i], start, stop))
     return pieces
@@ -70,15 +77,20 @@ def _row(shape: Shape, position: int) -> int:
 
 
 def covers(pieces: Sequence[Piece], shapes: Mapping[str, Shape]) -> list[str]:
-    """Returns the names of tensors that the pieces do not cover exactly once, and of pieces of no tensor."""
+    """Returns the names of tensors that the pieces do not cover exactly once, and of pieces of no
+    tensor.
+    """
     by_name: dict[str, list[Piece]] = {name: [] for name in shapes}
     for piece in pieces:
         by_name.setdefault(piece.name, []).append(piece)
     wrong = []
     for name, own in by_name.items():
-        at = 0
+        at = 0  # the row up to which they cover it, -1 after a gap or an overlap
         for piece in sorted(own, key=lambda piece: piece.start):
-            at = piece.stop if piece.start == at < piece.stop else -1
+            if piece.start == at < piece.stop:
+                at = piece.stop
+            else:
+                at = -1
         if name not in shapes or (at != shapes[name].rows and shapes[name].nbytes):
             wrong.append(name)
     return wrong

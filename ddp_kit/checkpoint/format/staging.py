@@ -1,7 +1,7 @@
 """The copy of a rank's own shard: all that training waits for.
 
-Owns: one buffer that is reused, page-aligned and touched beforehand, laid out as the file will be.
-Refuses: growing while training waits where that can be foreseen: call `reserve` once the optimizer has its state.
+One buffer is reused, page-aligned and touched beforehand, laid out as the file will be. Call
+`reserve` once the optimizer has its state: then it need not grow while training waits.
 """
 
 import mmap
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ddp_kit.checkpoint.format.layout import shard_header
+from ddp_kit.checkpoint.format.shard import shard_header
 from ddp_kit.checkpoint.format.sharding import Piece, Shape, cut
 from ddp_kit.distributed.local_shard import Held
 
@@ -29,7 +29,9 @@ class Staging:
     """A rank's buffer for its shard."""
 
     def __init__(self, *, rank: int, world_size: int, device: torch.device):
-        self._rank, self._world_size, self._device = rank, world_size, device
+        self._rank = rank
+        self._world_size = world_size
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._kinds: list[tuple[object, ...]] = []  # of the tensors that the buffer is laid out for
@@ -37,55 +39,45 @@ class Staging:
         self._size = 0
 
     def reserve(self, tensors: Mapping[str, torch.Tensor], own: Mapping[str, Held] = NONE) -> None:
-        """Lays the buffer out for this rank's part of `tensors` and what it has of its `own`, unless it is, and touches it: fresh memory is
-        six times slower to write.
+        """Lays the buffer out for this rank's part of `tensors` and what it has of its `own`,
+        unless it is, and touches it: fresh memory is six times slower to write.
 
-        The header takes longer than the copy where tensors are many and small: training waits for neither if this was called before.
+        The header takes longer than the copy where tensors are many and small: training waits for
+        neither if this was called before.
         """
-        kinds: list[tuple[object, ...]] = [
-            (name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()
-        ]
-        kinds += [
-            (name, item.shape, item.rows.dtype, item.start, len(item.rows) if item.shape else 1)
-            for name, item in own.items()
-        ]
+        kinds = _kinds_of(tensors, own)
         if kinds == self._kinds:
             return
-        self._kinds = []  # until the new layout is whole
-        shapes = {
-            name: Shape(tuple(tensor.shape), tensor.dtype.itemsize)
-            for name, tensor in tensors.items()
-        }
+        # Until the new layout is whole there is none.
+        self._kinds = []
+        shapes = {}
+        dtypes = {}
+        for name, tensor in tensors.items():
+            shapes[name] = Shape(tuple(tensor.shape), tensor.dtype.itemsize)
+            dtypes[name] = tensor.dtype
         pieces = cut(shapes, rank=self._rank, world_size=self._world_size)
-        pieces += [
-            Piece(name, item.start, item.stop)
-            for name, item in own.items()
-            if item.writes and item.start < item.stop
-        ]
-        shapes |= {name: Shape(item.shape, item.rows.dtype.itemsize) for name, item in own.items()}
-        dtypes = {name: tensor.dtype for name, tensor in tensors.items()} | {
-            name: item.rows.dtype for name, item in own.items()
-        }
+        for name, part in own.items():
+            shapes[name] = Shape(part.shape, part.rows.dtype.itemsize)
+            dtypes[name] = part.rows.dtype
+            if part.writes and part.start < part.stop:
+                pieces.append(Piece(name, part.start, part.stop))
         header, stored = shard_header(pieces, shapes, dtypes)
         self._size = len(header) + sum(item.nbytes for item in stored)
         self._make_room(self._size)
         self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        views = [
-            self._buffer[item.offset : item.offset + item.nbytes].view(item.dtype).view(item.shape)
-            for item in stored
-        ]
-        self._kinds, self._places = (
-            kinds,
-            list(zip((item.piece for item in stored), views, strict=True)),
-        )
+        places = []
+        for item in stored:
+            content = self._buffer[item.offset : item.offset + item.nbytes]
+            places.append((item.piece, content.view(item.dtype).view(item.shape)))
+        self._kinds = kinds
+        self._places = places
 
     def _make_room(self, size: int) -> None:
         if self._buffer.numel() >= size:
             return
-        self._places, self._buffer = (
-            [],
-            torch.empty(0, dtype=torch.uint8),
-        )  # the old one goes first: there is room for one
+        # The old one goes first: there is room for one.
+        self._places = []
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         if self._stream is not None:
             self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             return
@@ -103,11 +95,14 @@ class Staging:
         *,
         first: Mapping[str, torch.Tensor],
     ) -> Copied:
-        """Copies this rank's part of `tensors`, and its `own`. On CUDA it only starts the copies, after what the current stream has
-        still to do, and makes that stream wait for those of `first` (buffers, which the next forward pass changes).
+        """Copies this rank's part of `tensors`, and its `own`. On CUDA it only starts the copies,
+        after what the current stream has still to do, and makes that stream wait for those of
+        `first` (buffers, which the next forward pass changes).
         """
         self.reserve(tensors, own)
-        content = memoryview(self._buffer.numpy())[: self._size]  # type: ignore[arg-type]  # NumPy's stubs lack the buffer protocol before Python 3.12
+        # NumPy's stubs lack the buffer protocol before Python 3.12.
+        whole = memoryview(self._buffer.numpy())  # type: ignore[arg-type]
+        content = whole[: self._size]
         early = [place for place in self._places if place[0].name in first]
         late = [place for place in self._places if place[0].name not in first]
         if self._stream is None:
@@ -122,6 +117,19 @@ class Staging:
             return Copied(content, self._stream.record_event())
 
 
+def _kinds_of(
+    tensors: Mapping[str, torch.Tensor], own: Mapping[str, Held]
+) -> list[tuple[object, ...]]:
+    """Returns what the layout of a buffer depends on."""
+    kinds: list[tuple[object, ...]] = []
+    for name, tensor in tensors.items():
+        kinds.append((name, tensor.shape, tensor.dtype))
+    for name, item in own.items():
+        rows = len(item.rows) if item.shape else 1
+        kinds.append((name, item.shape, item.rows.dtype, item.start, rows))
+    return kinds
+
+
 def _copy_all(
     places: Sequence[tuple[Piece, torch.Tensor]],
     tensors: Mapping[str, torch.Tensor],
@@ -131,5 +139,7 @@ def _copy_all(
         if piece.name in own:
             place.copy_(own[piece.name].rows, non_blocking=True)
             continue
-        tensor = tensors[piece.name]
-        place.copy_(tensor[piece.start : piece.stop] if tensor.dim() else tensor, non_blocking=True)
+        rows = tensors[piece.name]
+        if rows.dim():
+            rows = rows[piece.start : piece.stop]
+        place.copy_(rows, non_blocking=True)

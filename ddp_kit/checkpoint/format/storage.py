@@ -1,7 +1,7 @@
 """Where checkpoints live: the `Storage` seam, on local or shared disks and in memory.
 
-Owns: the file operations of a checkpoint, and what each of them promises after a power loss.
-Refuses: formats and protocols. A file is durable once `write` has returned *and* its folder was synced; a rename once its parent was.
+What its operations promise after a power loss: a file is durable once `write` has returned *and*
+its folder was synced; a rename once its parent was.
 """
 
 import errno
@@ -18,17 +18,18 @@ from typing import BinaryIO, Protocol, final
 import numpy as np
 
 PAGE = 4096
-CHUNK = (
-    16 << 20
-)  # bytes in one write: large enough to keep a disk busy, small enough to notice an error soon
+# Bytes in one write: large enough to keep a disk busy, small enough to notice an error soon.
+CHUNK = 16 << 20
 NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP}  # tmpfs, some network file systems
 
 
 class Storage(Protocol):
-    """File operations by path, relative to one root. Errors are OSError, as the system gives them."""
+    """File operations by path, relative to one root. Errors are the system's own OSError."""
 
     def write(self, path: str, content: memoryview) -> None:
-        """Creates a file (its folder too), writes it whole and makes its content durable. Raises: FileExistsError if it is there."""
+        """Creates a file (its folder too), writes it whole and makes its content durable. Raises:
+        FileExistsError if it is there.
+        """
 
     def open(self, path: str) -> BinaryIO:
         """Opens a file for reading."""
@@ -49,8 +50,9 @@ class Storage(Protocol):
 @final
 @dataclass(frozen=True)
 class LocalDisk:
-    """A folder of this machine or of a shared file system. Large files bypass the page cache where the file system allows it: copying
-    through it would take the CPU from training, and flushing it would stall.
+    """A folder of this machine or of a shared file system. Large files bypass the page cache where
+    the file system allows it: copying through it would take the CPU from training, and flushing it
+    would stall.
     """
 
     root: Path
@@ -67,16 +69,20 @@ class LocalDisk:
         if not target.parent.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)
         with _created(target, direct=_is_direct(content)) as (file, is_direct):
-            whole = len(content) // PAGE * PAGE if is_direct else len(content)
+            whole = len(content)
+            if is_direct:
+                whole = len(content) // PAGE * PAGE
             _write_all(file, content[:whole])
-            if whole < len(content):  # the tail fills no page
+            # The tail fills no page.
+            if whole < len(content):
                 _write_all(file, memoryview(_page(content[whole:])))
                 os.ftruncate(file, len(content))
             os.fsync(file)
 
     def open(self, path: str) -> BinaryIO:
         """See Storage."""
-        if not (self.root / path).is_file():  # a pipe would wait for ever
+        # A pipe would wait for ever.
+        if not (self.root / path).is_file():
             raise FileNotFoundError(errno.ENOENT, "no regular file", path)
         return (self.root / path).open("rb", buffering=0)
 
@@ -109,7 +115,7 @@ class LocalDisk:
 
 
 def _is_direct(content: memoryview) -> bool:
-    """Whether content is worth bypassing the page cache, and lies in memory as O_DIRECT wants it."""
+    """Whether content is worth bypassing the page cache, and lies in memory as O_DIRECT asks."""
     return len(content) >= CHUNK and np.frombuffer(content, dtype=np.uint8).ctypes.data % PAGE == 0
 
 
@@ -119,12 +125,14 @@ def _created(target: Path, *, direct: bool) -> Iterator[tuple[int, bool]]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     is_direct = direct and hasattr(os, "O_DIRECT")
     try:
-        file = os.open(target, flags | (os.O_DIRECT if is_direct else 0), 0o644)
+        file = os.open(target, flags | os.O_DIRECT if is_direct else flags, 0o644)
     except OSError as error:
         if not is_direct or error.errno not in NO_DIRECT:
             raise
-        target.unlink(missing_ok=True)  # some file systems create the file and then refuse the flag
-        file, is_direct = os.open(target, flags, 0o644), False
+        # Some file systems create the file and then refuse the flag.
+        target.unlink(missing_ok=True)
+        file = os.open(target, flags, 0o644)
+        is_direct = False
     try:
         yield file, is_direct
     finally:
@@ -139,7 +147,8 @@ def _write_all(file: int, content: memoryview) -> None:
 
 def _page(tail: memoryview) -> memoryview:
     """Returns the tail of a file in a page of its own, aligned as O_DIRECT wants it."""
-    page = mmap.mmap(-1, PAGE)  # begins on a page boundary
+    # Begins on a page boundary.
+    page = mmap.mmap(-1, PAGE)
     page[: len(tail)] = tail
     return memoryview(page)
 
@@ -166,9 +175,8 @@ class Memory:
     def list(self, folder: str) -> list[str]:
         """See Storage."""
         prefix = f"{folder}/" if folder else ""
-        return sorted(
-            {path[len(prefix) :].split("/")[0] for path in self.files if path.startswith(prefix)}
-        )
+        inside = [path.removeprefix(prefix) for path in self.files if path.startswith(prefix)]
+        return sorted({path.split("/")[0] for path in inside})
 
     def sync(self, folder: str) -> None:
         """Nothing is lost here but all of it."""
@@ -177,10 +185,13 @@ class Memory:
         """See Storage."""
         if self.list(new):
             raise OSError(errno.ENOTEMPTY, "not empty", new)
-        self.files = {
-            new + path[len(old) :] if path.startswith(f"{old}/") else path: content
-            for path, content in self.files.items()
-        }
+        files = {}
+        for path, content in self.files.items():
+            if path.startswith(f"{old}/"):
+                files[new + path.removeprefix(old)] = content
+            else:
+                files[path] = content
+        self.files = files
 
     def remove(self, path: str) -> None:
         """See Storage."""

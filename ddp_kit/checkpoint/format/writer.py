@@ -1,7 +1,7 @@
 """Saving beside training: one checkpoint in flight, written by a thread of this rank.
 
-Owns: the snapshot at a step boundary, the thread, and what is known of the saves so far.
-Refuses: collectives of the training thread while a save runs, and two saves at once. All ranks call `save` at the same steps.
+All ranks call `save` at the same steps. While a save runs, its collectives are the thread's, in a
+group of their own: those of training would come between them in another order on each rank.
 """
 
 import contextlib
@@ -26,11 +26,14 @@ from ddp_kit.distributed.local_shard import Held
 
 FAILURES = 3  # in a row, after which the run stops
 ABANDON_S = 3.0  # for the save in flight when the run fails: its peers may be gone
+MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A save that has ended, the same on all ranks: `error` is empty if it was committed. Rank 0's may have a `note`."""
+    """A save that has ended, the same on all ranks: `error` is empty if it was committed. Rank 0's
+    may have a `note`.
+    """
 
     step: int
     nbytes: int
@@ -39,14 +42,21 @@ class Saved:
     note: str = ""
 
 
-class Saver:
-    """Writes checkpoints of one run. Every rank has one and makes the same calls, `save` at the same steps."""
+class Writer:
+    """Writes checkpoints of one run. Every rank has one and makes the same calls, `save` at the
+    same steps.
+    """
 
     def __init__(
         self, storage: Storage, ranks: Ranks, *, device: torch.device, token: str, keep: Keep
     ):
-        """Args: `ranks` with a gloo group that nothing else uses; `token` the same on all ranks, new in each life of a run."""
-        self._storage, self._ranks, self._token, self._keep = storage, ranks, token, keep
+        """Args: `ranks` with a gloo group that nothing else uses; `token` the same on all ranks,
+        new in each attempt of a run.
+        """
+        self._storage = storage
+        self._ranks = ranks
+        self._token = token
+        self._keep = keep
         self._staging = Staging(rank=ranks.rank, world_size=ranks.world_size, device=device)
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._idle = threading.Event()
@@ -70,8 +80,10 @@ class Saver:
         manifest: Manifest,
         first: Mapping[str, torch.Tensor],
     ) -> Copied:
-        """Copies this rank's part of `tensors`, which all ranks have, and its `own`, and begins to write them with `values`. Waits for the
-        save before, if there is one.
+        """Copies this rank's part of `tensors`, which all ranks have, and its `own`, and begins to
+        write them with `values`. Waits for the save before, if there is one.
+
+        Returns: the copy, which on CUDA may not be made yet. See `Staging.copy` for `first`.
         """
         self.wait()
         begin = time.monotonic()
@@ -85,8 +97,12 @@ class Saver:
         self._idle.wait()
 
     def ended(self) -> Saved | None:
-        """Returns the save that has ended since the last call, if one has. Raises: what ended the thread's work otherwise."""
-        outcome, self._outcome = self._outcome, None
+        """Returns the save that has ended since the last call, if one has.
+
+        Raises: what ended the thread's work otherwise.
+        """
+        outcome = self._outcome
+        self._outcome = None
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -98,7 +114,9 @@ class Saver:
             raise SaveError(f"{what} could not be written. The last error: {self._failures[-1]}")
 
     def close(self, *, abandon: bool = False) -> None:
-        """Ends the thread, after the save in flight unless that is to be abandoned (peers may be gone)."""
+        """Ends the thread, after the save in flight unless that is to be abandoned (peers may be
+        gone).
+        """
         self._jobs.put(None)
         self._thread.join(timeout=ABANDON_S if abandon else None)
 
@@ -110,7 +128,8 @@ class Saver:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except BaseException as error:  # the training thread raises it: `ended`
+            except BaseException as error:
+                # The training thread raises it: `ended`.
                 self._outcome = error
             finally:
                 self._idle.set()
@@ -118,7 +137,9 @@ class Saver:
     def _commit(self, copied: Copied, state: bytes, manifest: Manifest, *, begin: float) -> None:
         if copied.ready is not None:
             copied.ready.synchronize()
-        nbytes, error, note = 0, "", ""
+        nbytes = 0
+        error = ""
+        note = ""
         try:
             nbytes = commit(
                 self._storage,
@@ -135,7 +156,8 @@ class Saver:
         if self._ranks.rank == 0 and not error:
             try:
                 retire(self._storage, self._keep)
-            except OSError as failure:  # too many checkpoints are no reason to lose one
+            except OSError as failure:
+                # Too many checkpoints are no reason to lose one.
                 note = f"an old checkpoint could not be deleted: {failure}"
         self._outcome = Saved(manifest.step, nbytes, time.monotonic() - begin, error, note)
 
@@ -144,6 +166,7 @@ class Saver:
         if not isinstance(self._storage, LocalDisk):
             return ""
         with contextlib.suppress(OSError):
-            free = shutil.disk_usage(self._storage.root).free
-            return f" (need {need / 2**20:.1f} MiB a rank, have {free / 2**20:.1f} MiB in {os.fspath(self._storage.root)})"
+            folder = os.fspath(self._storage.root)
+            free = shutil.disk_usage(folder).free
+            return f" (need {need / MIB:.1f} MiB a rank, have {free / MIB:.1f} MiB in {folder})"
         return ""

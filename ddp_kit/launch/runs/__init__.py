@@ -1,0 +1,1 @@
+"""Runs as their directories show them, and the verbs about them."""
