@@ -1,8 +1,7 @@
 """`python -m ddp_kit.evaluate RECIPE.py --from RUN [--best] [--field value ...]`: evaluation alone,
 at any world size.
 
-Owns: that command; `ddp-kit evaluate` is the same in one process.
-Refuses: optimizers and training data: they are not built.
+Optimizers and training data are not built. `ddp-kit evaluate` is the same in one process.
 """
 
 import sys
@@ -35,13 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         source = load_recipe(recipe_path(args, command="python -m ddp_kit.evaluate"))
-        flags = [
-            "--init-from" + flag[6:] if flag.split("=")[0] == "--from" else flag
-            for flag in args[1:]
-            if flag != "--best"
-        ]
         settings = parse(
-            source.settings, flags, prog=f"ddp_kit.evaluate {args[0]}", rank=read_topology().rank
+            source.settings,
+            _flags(args[1:]),
+            prog=f"ddp_kit.evaluate {args[0]}",
+            rank=read_topology().rank,
         )
         if not settings.init_from:
             raise ConfigError(
@@ -49,10 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "checkpoint), or --from FILE."
             )
         if "--best" in args:
-            settings = replace(
-                settings,
-                init_from=str(path_of(Path(settings.init_from), is_best=True, flag_text="--from")),
-            )
+            path = path_of(Path(settings.init_from), is_best=True, flag_text="--from")
+            settings = replace(settings, init_from=str(path))
         # Each rank has the whole model.
         settings = replace(settings, strategy="ddp", fsdp=Fsdp(), deepspeed=DeepSpeed())
         with session(settings) as group, rank_log(None, rank=group.rank):
@@ -63,17 +58,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(command)
 
 
+def _flags(words: Sequence[str]) -> list[str]:
+    """Returns a recipe's flags: --from is --init-from here, and --best is no flag of a recipe."""
+    flags = []
+    for word in words:
+        if word == "--best":
+            continue
+        if word.split("=")[0] == "--from":
+            word = "--init-from" + word.removeprefix("--from")
+        flags.append(word)
+    return flags
+
+
 def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
+    """Evaluates each set of the recipe. Every rank calls it; rank 0 prints."""
     recipe: Recipe = source.build(settings)
     kinds = {"eval": recipe.eval_data, "test": recipe.test_data}
     if not any(kinds.values()):
         raise ConfigError(f"{source.path.name} has neither eval_data nor test_data to evaluate.")
     model = build_model(recipe, settings, group)
-    micro_batch = (
-        settings.micro_batch
-        if isinstance(settings.micro_batch, int) and settings.micro_batch
-        else settings.global_batch
-    )
+    # Neither "auto" nor 0 says how many samples a micro-batch has.
+    micro_batch = settings.global_batch
+    if isinstance(settings.micro_batch, int) and settings.micro_batch:
+        micro_batch = settings.micro_batch
     for kind, make in kinds.items():
         if make is None:
             continue

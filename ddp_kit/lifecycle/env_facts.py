@@ -1,7 +1,7 @@
 """What a run ran on: the facts of env.json and of `ddp-kit env`.
 
-Owns: versions, devices, git revision, launcher, topology with the source of each fact. Refuses: the
-environment as a whole (it holds secrets) and anything that costs a start more than some
+Versions, devices, git revision, launcher, and the topology with the source of each fact. Not the
+environment as a whole, which holds secrets, and nothing that costs a start more than some
 milliseconds.
 """
 
@@ -57,28 +57,30 @@ def describe(
 
 
 def versions() -> dict[str, str]:
-    """Returns the version of everything that numbers may depend on; an absent package is left out."""
+    """Returns the version of all that numbers may depend on; an absent package is left out."""
     found = {
         "ddp_kit": _package("ddp_kit") or "from a folder, not installed",
         "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
     }
-    found |= {"torch": torch.__version__, "numpy": np.__version__}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     if torch.cuda.is_available():
         found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
         found["cudnn"] = str(torch.backends.cudnn.version())
     for package in ("torchvision", "wandb", "tensorboard", "tyro", "rich", "safetensors"):
-        if version := _package(package):
+        version = _package(package)
+        if version:
             found[package] = version
     return found
 
 
 def host() -> dict[str, object]:
     """Returns name, operating system, CPU model, and the cores that this process may use."""
-    usable = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    usable = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        usable = len(os.sched_getaffinity(0))
     return {
         "name": socket.gethostname(),
         "os": platform.platform(),
@@ -91,12 +93,11 @@ def devices(device: torch.device) -> dict[str, object]:
     """Returns where this rank trains and which GPUs are visible; torch's threads on a CPU."""
     facts: dict[str, object] = {"device": str(device), "threads": torch.get_num_threads()}
     if device.type == "cuda":
-        seen = [
-            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
-        ]
-        facts["gpus"] = [
-            {"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in seen
-        ]
+        gpus = []
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            gpus.append({"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)})
+        facts["gpus"] = gpus
     return facts
 
 

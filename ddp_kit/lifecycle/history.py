@@ -1,8 +1,8 @@
-"""What earlier lives of a run left: how far they came, and whether this job goes round in circles.
+"""What earlier attempts of a run left: how far they came, and whether this job goes in circles.
 
-Owns: reading that from status.json, metrics.jsonl and events.jsonl. Rank 0 reads, the others are
-told. Refuses: a job that SLURM starts again and again without a new step. A start by hand is never
-refused: it is another job.
+It is read from status.json, metrics.jsonl and events.jsonl, by rank 0; the others are told. A job
+that SLURM starts again and again without a new step would use up its hours for nothing, so it ends.
+A start by hand is never refused: it is another job.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import DdpKitError
 from ddp_kit.io.json_lines import read_lines
 
-FRUITLESS_LIVES = 3
+MOST_FRUITLESS = 3
 BEGINNINGS = ("start", "resume")
 
 
 def job_facts() -> dict[str, object]:
-    """Returns what the event at a life's beginning says of its SLURM job: {} outside one."""
+    """Returns what the event at an attempt's beginning says of its SLURM job: {} outside one."""
     job = environment().get("SLURM_JOB_ID", "")
     if not job:
         return {}
@@ -46,20 +46,29 @@ def restart_count() -> int:
 
 
 def last_step(path: Path, status: Mapping[str, object]) -> int:
-    """Returns the last step that the life before is known to have done."""
-    events: list[dict[str, object]] = []
+    """Returns the last step that the attempt before is known to have done.
+
+    Args: `status` is the content of its status.json.
+    """
+    records: list[Mapping[str, object]] = []
     for event in read_lines(path / "events.jsonl"):
-        events = [event] if event.get("event") in BEGINNINGS else [*events, event]
-    records = [
-        status,
-        *events,
-        *(record for record in read_lines(path / "metrics.jsonl") if record.get("kind") == "train"),
-    ]
-    return max(step for record in records if isinstance(step := record.get("step", 0), int))
+        # Of the last attempt only.
+        if event.get("event") in BEGINNINGS:
+            records = []
+        records.append(event)
+    for record in read_lines(path / "metrics.jsonl"):
+        if record.get("kind") == "train":
+            records.append(record)
+    steps = []
+    for entry in [status, *records]:
+        step = entry.get("step", 0)
+        if isinstance(step, int):
+            steps.append(step)
+    return max(steps)
 
 
 def starts_of_job(path: Path) -> list[int]:
-    """Returns the steps at which this job's earlier lives began, in their order; [] unless SLURM
+    """Returns the steps at which this job's earlier attempts began, in their order; [] unless SLURM
     has started the job again.
 
     Another job of that number is none of it: one of another cluster, or one from before the
@@ -68,29 +77,36 @@ def starts_of_job(path: Path) -> list[int]:
     own = job_facts()
     if not own or not restart_count():
         return []
-    lives: list[dict[str, object]] = []
+    beginnings: list[dict[str, object]] = []
     for event in read_lines(path / "events.jsonl"):
         is_beginning = event.get("event") in BEGINNINGS and event.get("job") == own["job"]
         if not is_beginning or event.get("cluster", own["cluster"]) != own["cluster"]:
             continue
-        if lives and _restart_of(event) < _restart_of(lives[-1]):
-            lives = []
-        lives.append(event)
-    if lives and _restart_of(lives[-1]) > restart_count():
+        if beginnings and _restart_of(event) < _restart_of(beginnings[-1]):
+            beginnings = []
+        beginnings.append(event)
+    if beginnings and _restart_of(beginnings[-1]) > restart_count():
         return []
-    return [step for life in lives if isinstance(step := life.get("step"), int)]
+    starts = []
+    for event in beginnings:
+        step = event.get("step")
+        if isinstance(step, int):
+            starts.append(step)
+    return starts
 
 
-def _restart_of(life: Mapping[str, object]) -> int:
-    found = life.get("restart")
+def _restart_of(beginning: Mapping[str, object]) -> int:
+    found = beginning.get("restart")
     return found if isinstance(found, int) else 0
 
 
 def require_progress(starts: Sequence[int], *, step: int) -> None:
-    """Raises: DdpKitError if the last three lives of this job began at `step`, as this one would."""
-    if list(starts[-FRUITLESS_LIVES:]) == [step] * FRUITLESS_LIVES:
+    """Raises: DdpKitError if the last three attempts of this job began at `step`, as this one
+    would.
+    """
+    if list(starts[-MOST_FRUITLESS:]) == [step] * MOST_FRUITLESS:
         raise DdpKitError(
-            f"{FRUITLESS_LIVES} lives of this job have begun at step {step} and none has left a "
+            f"{MOST_FRUITLESS} lives of this job have begun at step {step} and none has left a "
             "later checkpoint, so this one ends here. "
             "events.jsonl and logs/ say how they ended; a smaller --save-every or --save-minutes "
             "keeps more. Another job may go on."

@@ -1,25 +1,21 @@
 """The run directory: whose it is while a run lives, and writing its small files whole.
 
-Owns: the lock with its heartbeat, status.json, atomic JSON files, the default name of a run.
-Refuses: other ranks than 0 (they are told the path).
+Only rank 0 opens it; the others are told the path. Its lock has a heartbeat, by which another host
+sees that the owner lives.
 """
 
 import contextlib
 import json
 import os
-import re
 import socket
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Literal, get_args
 
-from ddp_kit.distributed.collectives import max_over_ranks
-from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.json_lines import json_text, read_json
@@ -33,7 +29,6 @@ Status = Literal["running", "finished", "stopped", "preempted", "failed"]
 BEAT_S = 15.0
 DEATH_S = 2.0  # from the loss of a killed process's connections to its end
 STALE_S = 60.0  # without a beat, where the owner cannot be looked up: it ran on another host
-SEEN_S = 10.0  # until another host sees a new file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +59,18 @@ class RunDir:
     def claim(self) -> None:
         """Makes the directory, takes its lock and keeps it fresh from a thread.
 
-        Raises: ConfigError if the directory cannot be written or is in use by a live run. After the
-        loss of a node, agents of the same job may start the ranks again before the lock of a rank 0
-        on the lost one is stale: that is waited for.
+        After the loss of a node, agents of the same job may start the ranks again before the lock
+        of a rank 0 on the lost one is stale: that is waited for.
+
+        Raises: ConfigError if the directory cannot be written or is in use by a live run.
         """
         end = time.monotonic() + STALE_S + BEAT_S
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            while (
-                (owner := self.holder()) is not None
-                and _is_lost_peer(owner)
-                and time.monotonic() < end
-            ):
+            while _is_lost_peer(self.holder()) and time.monotonic() < end:
                 time.sleep(1.0)
             self._take_lock()
-            # Of a life that is over.
+            # Of an attempt that is over.
             (self.path / "requeue").unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
@@ -110,10 +102,12 @@ class RunDir:
         self._owner = None
 
     def earlier(self) -> dict[str, object]:
-        """Returns the status that an earlier life left, {} if none did anything that could be lost."""
+        """Returns the status that an earlier attempt left, {} if none did what could be lost."""
         status = read_json(self.path / "status.json")
         never_began = status.get("status") == "failed" and status.get("step") == 0
-        return {} if never_began and not (self.path / "checkpoints").is_dir() else status
+        if never_began and not (self.path / "checkpoints").is_dir():
+            return {}
+        return status
 
     @contextlib.contextmanager
     def inherited(self) -> Iterator[bool]:
@@ -184,7 +178,8 @@ class RunDir:
         """Returns whose lock is in force, None if it is nobody's. Takes nothing."""
         with contextlib.suppress(FileNotFoundError), self._lock.open(encoding="utf-8") as file:
             owner = _read_owner(file)
-            return owner if owner is not None and _lives(owner, lock=self._lock) else None
+            if owner is not None and _lives(owner, lock=self._lock):
+                return owner
         return None
 
     def _take_lock(self) -> None:
@@ -193,9 +188,8 @@ class RunDir:
             if owner is not None and _lives(owner, lock=self._lock):
                 job = f", job {owner.job}" if owner.job else ""
                 raise ConfigError(
-                    f"--run-dir {self.path}: in use by a live run: host {owner.host}, pid "
-                    f"{owner.pid}{job}. "
-                    "Type another --run-dir, or end that run first."
+                    f"--run-dir {self.path}: in use by a live run: host {owner.host}, "
+                    f"pid {owner.pid}{job}. Type another --run-dir, or end that run first."
                 )
             self._owner = _this_process()
             file.seek(0)
@@ -210,52 +204,13 @@ class RunDir:
                 os.utime(self._lock)
 
 
-def require_shared(path: Path, run_id: str, *, group: Group) -> None:
-    """Raises: ConfigError on every rank if one of them does not see the settings.json that rank 0
-    has written.
-    """
-    end = time.monotonic() + SEEN_S
-    while (
-        is_missing := read_json(path / "settings.json").get("run_id") != run_id
-    ) and time.monotonic() < end:
-        time.sleep(0.1)
-    missing = max_over_ranks(group, [group.rank + 1 if is_missing else 0])[0]
-    if missing:
-        raise ConfigError(
-            f"rank {missing - 1} does not see --run-dir {path} as rank 0 wrote it. All nodes must "
-            "share that file system."
-        )
-
-
 def is_in_use(path: Path) -> bool:
     """Returns whether a live run holds the directory. Changes nothing; anyone may ask."""
     return RunDir(path).holder() is not None
 
 
-def default_name(recipe: str, environ: Mapping[str, str] | None = None) -> Path:
-    """Returns `runs/<recipe>-<UTC time>`, under SLURM `runs/<recipe>-<job id>[_<array task>]`.
-
-    A time that is taken gets a suffix. A job's name does not: its later lives must come to the same
-    directory.
-    """
-    environ = environment() if environ is None else environ
-    name = re.sub(r"[^\w.-]+", "-", recipe)
-    if "SLURM_JOB_ID" in environ:
-        job, task = (
-            environ.get("SLURM_ARRAY_JOB_ID", environ["SLURM_JOB_ID"]),
-            environ.get("SLURM_ARRAY_TASK_ID", ""),
-        )
-        return Path("runs") / (f"{name}-{job}_{task}" if task else f"{name}-{job}")
-    first = Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    path, suffix = first, 1
-    while path.exists():
-        suffix += 1
-        path = first.with_name(f"{first.name}-{suffix}")
-    return path
-
-
 def _read_owner(file: IO[str]) -> Owner | None:
-    """The owner in an open lock file; None if it is empty or not ours to understand."""
+    """Returns the owner in an open lock file; None if it is empty or not ours to understand."""
     file.seek(0)
     try:
         found = json.loads(file.read())
@@ -278,32 +233,27 @@ def _this_process() -> Owner:
 
 
 def _lives(owner: Owner, *, lock: Path) -> bool:
+    """Whether the process that holds a lock is alive, as far as can be told from here."""
     if owner.job and owner.job == whole_name_of_job() and owner.restart < restart_count():
-        # SLURM starts a job again only once its last life is over.
+        # SLURM starts a job again only once its last attempt is over.
         return False
     if (owner.host, owner.namespace) == (socket.gethostname(), pid_namespace()):
         return process_start(owner.pid) == owner.start
     now = time.time()
-    # A reader may not write here.
-    with (
-        contextlib.suppress(OSError),
-        tempfile.TemporaryFile(dir=lock.parent) as clock,
-    ):
-        now = os.fstat(
-            clock.fileno()
-        ).st_mtime  # the file server's clock, by which the beats are dated
+    # The file server's clock dates the beats. A reader may not write here, and takes its own.
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=lock.parent) as clock:
+        now = os.fstat(clock.fileno()).st_mtime
     return now - lock.stat().st_mtime < STALE_S
 
 
-def _is_lost_peer(owner: Owner) -> bool:
-    """Whether the owner was a rank of this very life of the job, on another node, and torchrun's
+def _is_lost_peer(owner: Owner | None) -> bool:
+    """Whether the owner was a rank of this very attempt of the job, on another node, and torchrun's
     agents have begun anew since.
     """
-    restarts = environment().get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
+    if owner is None or not owner.job:
+        return False
+    if environment().get("TORCHELASTIC_MAX_RESTARTS", "0") in ("", "0"):
+        return False
     here = _this_process()
-    return (
-        restarts
-        and owner.host != here.host
-        and bool(owner.job)
-        and (owner.job, owner.restart) == (here.job, here.restart)
-    )
+    is_same_attempt = owner.job == here.job and owner.restart == here.restart
+    return is_same_attempt and owner.host != here.host

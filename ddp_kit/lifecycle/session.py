@@ -1,8 +1,7 @@
 """What every command has around its work: the ranks' group, the arithmetic, and saying once what
 failed.
 
-Owns: exit codes, and who speaks on stderr.
-Refuses: knowing what a command does.
+Exit codes are decided here, and which rank speaks on stderr; what a command does is its own.
 """
 
 import sys
@@ -21,6 +20,7 @@ from ddp_kit.settings import Settings
 from ddp_kit.strategies.precision import arithmetic, deterministic
 
 OTHERS_SPEAK_S = 5.0  # a busy machine starts the first rank that much later than the others
+INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 OnFailure = Callable[[Verdict], None]
 
 
@@ -33,8 +33,8 @@ def session(
     after_failure: OnFailure | None = None,
     run_dir: Path | None = None,
 ) -> Iterator[Group]:
-    """Enters the group that the settings ask for. Every rank calls it. A pre-flight check leaves
-    its findings in `run_dir`.
+    """Enters the group that the settings ask for. Every rank calls it. A node check leaves its
+    findings in `run_dir`.
 
     On an error each rank finds out who the culprit is, `on_failure(verdict)` may write it down, and
     with `speaks` the culprit's message goes to stderr, first and once, and the error becomes a
@@ -69,16 +69,16 @@ def session(
 
 
 def exit_code(error: BaseException) -> int:
-    """Returns the exit code of a failure: 2 usage, 130 SIGINT, a SystemExit's own, 1 anything else."""
+    """Returns the exit code of a failure: 2 usage, 130 SIGINT, a SystemExit's own, else 1."""
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-    return (
-        error.exit_code
-        if isinstance(error, DdpKitError)
-        else 130
-        if isinstance(error, KeyboardInterrupt)
-        else 1
-    )
+        if error.code is None:
+            return 0
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, DdpKitError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return 1
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -105,7 +105,10 @@ def recipe_path(args: Sequence[str], *, command: str) -> str:
     """
     if args and not args[0].startswith("-"):
         return args[0]
-    usage = f"usage: {command} RECIPE.py [--field value ...]\n       {command} RECIPE.py --help lists the recipe's flags"
+    usage = (
+        f"usage: {command} RECIPE.py [--field value ...]\n"
+        f"       {command} RECIPE.py --help lists the recipe's flags"
+    )
     if args and args[0] in ("-h", "--help"):
         if is_first_rank():
             print(usage)

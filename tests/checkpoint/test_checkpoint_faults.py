@@ -66,16 +66,11 @@ def all_good(ended: Ended) -> None:
 # (4-6), manifest.json (7-9), the folder (10, 11), the rename (12), the parent (13, 14); --keep 1 then deletes step 4 (15-23).
 LAST = {0: 23, 1: 3}
 EVERY_PUSH = {(0, 6), (0, 12), (0, 20), (1, 2)}
-POSITIONS = [
-    pytest.param(
-        rank,
-        at,
-        marks=[] if (rank, at) in EVERY_PUSH else pytest.mark.slow,
-        id=f"rank {rank} at {at}",
-    )
-    for rank in LAST
-    for at in range(1, LAST[rank] + 1)
-]
+POSITIONS = []
+for rank in LAST:
+    for at in range(1, LAST[rank] + 1):
+        marks = [] if (rank, at) in EVERY_PUSH else pytest.mark.slow
+        POSITIONS.append(pytest.param(rank, at, marks=marks, id=f"rank {rank} at {at}"))
 
 
 @pytest.mark.parametrize(("rank", "at"), POSITIONS)

@@ -79,9 +79,12 @@ def test_a_shard_loads_with_safetensors_alone(tmp_path: Path) -> None:
                 )
     for name, tensor in state(4).items():
         parts = [part for _, part in sorted(rows.get(name, []), key=lambda pair: pair[0])]
-        whole = (
-            torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty(tensor.shape)
-        )
+        if len(parts) > 1:
+            whole = torch.cat(parts)
+        elif parts:
+            whole = parts[0]
+        else:
+            whole = torch.empty(tensor.shape)
         assert torch.equal(whole, tensor), name
 
 

@@ -105,12 +105,10 @@ class Disk:
             if at < survives[folder]:
                 self._apply(folder, change, contents, draw, keeps_all)
         memory = Memory()
-        memory.files = {
-            f"{name}/{file}": content
-            for name, number in self.names.items()
-            for (owner, file), content in self.files.items()
-            if owner == number
-        }
+        for name, number in self.names.items():
+            for (owner, file), content in self.files.items():
+                if owner == number:
+                    memory.files[f"{name}/{file}"] = content
         return memory
 
     @staticmethod
@@ -121,13 +119,11 @@ class Disk:
         draw: random.Random | None,
         keeps_all: bool,
     ) -> int:
-        return (
-            len(changes)
-            if keeps_all
-            else synced
-            if draw is None
-            else draw.randint(synced, len(changes))
-        )
+        if keeps_all:
+            return len(changes)
+        if draw is None:
+            return synced
+        return draw.randint(synced, len(changes))
 
     def _apply(
         self, folder: int, change: Any, contents: Any, draw: random.Random | None, keeps_all: bool

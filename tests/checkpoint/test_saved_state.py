@@ -80,11 +80,9 @@ def test_a_restore_into_a_life_that_has_trained_fills_the_optimizers_own_memory(
     """New memory takes longer to come by than its content."""
 
     def memory(training: Training) -> dict[int, int]:
-        moments = [
-            state
-            for own in training.objectives[0].optimizer.state.values()
-            for state in own.values()
-        ]
+        moments = []
+        for own in training.objectives[0].optimizer.state.values():
+            moments += own.values()
         return {moment.data_ptr(): i for i, moment in enumerate(moments)}
 
     model, feed = plain(), ddp_kit.build_loader(vectors(), group=group, global_batch=8)

@@ -16,11 +16,9 @@ def transformer(layers: int = 12, width: int = 768, words: int = 50304) -> dict[
             f"{i}.down": (width, 4 * width),
         }
         shapes |= {f"{i}.{name}": (width,) for name in ("norm1", "norm2", "bias1", "bias2")}
-    every = {
-        f"{kind}/{name}": Shape(shape, 4)
-        for kind in ("model", "exp_avg", "exp_avg_sq")
-        for name, shape in shapes.items()
-    }
+    every = {}
+    for kind in ("model", "exp_avg", "exp_avg_sq"):
+        every |= {f"{kind}/{name}": Shape(shape, 4) for name, shape in shapes.items()}
     return every | {f"step/{name}": Shape((), 4) for name in shapes}
 
 

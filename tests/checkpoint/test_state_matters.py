@@ -101,16 +101,14 @@ CASES = [
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yields every single value of nested JSON data with its path."""
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else None
-    )
-    if items is None:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
         yield path, value
-    for key, item in items or ():
+        return
+    for key, item in items:
         yield from leaves(item, f"{path}/{key}" if path else str(key))
 
 

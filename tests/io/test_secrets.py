@@ -17,7 +17,7 @@ from ddp_kit.checkpoint.resume import RECIPE, SEALED, binding, require_unchanged
 from ddp_kit.config.secrets import secrets_of
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import hiding, without_secrets
-from ddp_kit.lifecycle.start import completable
+from ddp_kit.lifecycle.resume_command import completable
 from ddp_kit.settings import flatten
 
 TALKATIVE = str(KIT / "talkative.py")

@@ -17,7 +17,8 @@ from paths import ROOT
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.process import process_start
 from ddp_kit.lifecycle import run_dir as module
-from ddp_kit.lifecycle.run_dir import Owner, RunDir, default_name, is_in_use
+from ddp_kit.lifecycle.run_dir import Owner, RunDir, is_in_use
+from ddp_kit.lifecycle.start import default_name
 
 OTHERS = """
 import os, sys, time
@@ -171,10 +172,10 @@ def test_who_waited_for_a_lock_file_that_was_then_removed_locks_the_new_one(tmp_
     found = []
 
     def waits():
-        with module._exclusive(lock) as file:
+        with module.exclusive(lock) as file:
             found.append(os.path.samestat(os.fstat(file.fileno()), lock.stat()))
 
-    with module._exclusive(lock):
+    with module.exclusive(lock):
         waiting = threading.Thread(target=waits)
         waiting.start()
         time.sleep(

@@ -10,7 +10,7 @@ from cases import Settings, recipe
 
 import ddp_kit
 from ddp_kit import Recipe
-from ddp_kit.lifecycle import start
+from ddp_kit.lifecycle import reporters
 from ddp_kit.training.peak_flops import peak_flops
 
 
@@ -43,13 +43,13 @@ def test_a_run_on_known_devices_is_told_the_rate_of_their_peak(
         model=torch.nn.Identity, train_data=list, loss=len, optimizer=len, flops_per_sample=flops
     )
     group = SimpleNamespace(device=torch.device(device), world_size=4, rank=0)
-    assert start.peak_rate(made, Settings(precision="bf16"), group) == rate
+    assert reporters.peak_rate(made, Settings(precision="bf16"), group) == rate
 
 
 def test_train_records_have_the_share_of_the_peak(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "peak_rate", lambda *given: 1e6)
+    monkeypatch.setattr(reporters, "peak_rate", lambda *given: 1e6)
     settings = Settings(global_batch=4, max_steps=2, log_every=1, run_dir=str(tmp_path / "run"))
     ddp_kit.run(recipe(settings), settings)
     records = [

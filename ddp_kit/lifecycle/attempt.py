@@ -1,0 +1,211 @@
+"""One attempt of a run on this rank: what was asked for, how far it has come, and what a failure
+leaves behind.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ddp_kit.checkpoint.checkpointer import Checkpointer
+from ddp_kit.checkpoint.format.writer import Saved
+from ddp_kit.distributed.failures import Verdict
+from ddp_kit.io.json_lines import read_json
+from ddp_kit.io.logs import logger
+from ddp_kit.lifecycle.resume_command import resume_command
+from ddp_kit.lifecycle.run_dir import RunDir, Status
+from ddp_kit.lifecycle.session import exit_code
+from ddp_kit.lifecycle.start import RunPlace
+from ddp_kit.recipe import Recipe, RecipeSource
+from ddp_kit.settings import Settings
+from ddp_kit.setup.build import Composition
+from ddp_kit.stopping.early_stopping import EarlyStopping
+from ddp_kit.stopping.grace_period import Grace
+from ddp_kit.stopping.signals import StopFlag, Stopped
+from ddp_kit.stopping.stop_watcher import Watch
+from ddp_kit.training.reporter import Reporter
+
+STATUS_S = 3.0
+POLL_S = 0.05
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked for. `source` and `args` are those of a command; there are none from Python.
+    `began` is when the process did, by `time.monotonic()`.
+    """
+
+    settings: Settings
+    name: str
+    source: RecipeSource | None = None
+    args: Sequence[str] = ()
+    began: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """The parts of an attempt, made once, before a checkpoint is read into them."""
+
+    request: Request
+    stop: StopFlag
+    directory: RunDir | None  # rank 0 only
+    place: RunPlace
+    recipe: Recipe
+    composition: Composition
+    reporter: Reporter
+    early_stopping: EarlyStopping
+
+
+class Attempt:
+    """How far an attempt has come: a failure at any time finds here what to write, and where."""
+
+    def __init__(self, request: Request, stop: StopFlag) -> None:
+        self.request = request
+        self.stop = stop
+        self.directory: RunDir | None = None  # rank 0 only
+        self.place: RunPlace | None = None
+        self.context: RunContext | None = None
+        self.has_begun = False  # from then on the run directory tells of this attempt
+        self.metrics: dict[str, float] = {}  # of the last evaluation
+        self.watch: Watch | None = None  # rank 0 only
+        self._grace: Grace | None = None
+        # The content of status.json after a failure, where this rank has written it.
+        self._told: Mapping[str, object] | None = None
+
+    def watch_for_stops(self, context: RunContext) -> None:
+        """From now on a stop is looked for, and measured. Whoever calls it calls `close`.
+
+        Raises: ConfigError if the environment's grace period is no number.
+        """
+        training = context.composition.training
+        checkpointer = training.checkpoints
+        assert isinstance(checkpointer, Checkpointer)
+        self._grace = Grace(training.control, training.group.topology)
+        if context.directory is None:
+            return
+        end = math.inf
+        if self.request.settings.max_hours:
+            end = self.request.began + 3600 * self.request.settings.max_hours
+        self.watch = Watch(
+            context.directory.path, self.stop, checkpoints=checkpointer, grace=self._grace, end=end
+        )
+
+    def close(self) -> None:
+        """Ends the watch."""
+        if self.watch is not None:
+            self.watch.close()
+
+    def saved(self, save: Saved) -> None:
+        """Takes a save that has ended: tells of it, and what a stop needs now."""
+        assert self.context is not None
+        reporter = self.context.reporter
+        _tell_of_save(reporter, save)
+        if save.error or self._grace is None:
+            return
+        self._grace.saved(save.seconds)
+        statement = self._grace.statement()
+        if statement:
+            logger.info("%s", statement)
+            reporter.event("grace", step=save.step, message=statement)
+        warning = self._grace.warning()
+        if warning:
+            logger.warning("%s", warning)
+        if self.watch is not None and self.watch.saved():
+            reporter.event("acknowledged", step=save.step, message="the file SAVE")
+
+    @property
+    def step(self) -> int:
+        """The steps that are done."""
+        if self.context is None:
+            return 0
+        return self.context.composition.training.step
+
+    @property
+    def advice(self) -> str:
+        """What to type to go on with the run; "" if there is nothing to go on from."""
+        if self.context is None or not self.request.args:
+            return ""
+        training = self.context.composition.training
+        if training.checkpoints is None or training.checkpoints.committed_step <= 0:
+            return ""
+        command = resume_command(
+            self.request.args, self.context.place.path, training.group.topology
+        )
+        return f"to go on from step {training.checkpoints.committed_step}: {command}"
+
+    def failed(self, verdict: Verdict) -> None:
+        """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its
+        peers does. What an earlier attempt left stays until this one has begun.
+        """
+        if self.place is not None and self.place.earlier and not self.has_begun:
+            return
+        if self.directory is not None:
+            self._write(self.directory, verdict)
+        elif isinstance(verdict.error, Stopped) and self.place is not None:
+            _await_status(self.place.path)
+        elif verdict.is_silent and self.place is not None:
+            directory = RunDir(self.place.path)
+            with directory.inherited() as is_heir:
+                if is_heir and _status_of(directory.path) == "running":
+                    self._write(directory, verdict)
+
+    def _write(self, directory: RunDir, verdict: Verdict) -> None:
+        error = verdict.error
+        reason = verdict.reason
+        status: Status = "failed"
+        if isinstance(error, Stopped) and verdict.is_own:
+            status = "preempted" if error.stop.is_preemption else "stopped"
+        self._told = {"status": status, "reason": reason, "step": self.step}
+        try:
+            self._told = directory.status(
+                status,
+                reason=reason,
+                step=self.step,
+                metrics=self.metrics,
+                exit_code=exit_code(error),
+            )
+        except OSError as failure:
+            # A full disk, which may be why this attempt failed.
+            logger.warning("status.json could not be written: %s", failure)
+
+    def after_failure(self, verdict: Verdict) -> None:
+        """Tells the trackers of a failure that has been written down, and a person how to go on."""
+        if self._told is None:
+            return
+        if self.has_begun and self.context is not None:
+            reporter = self.context.reporter
+            kind = "failure" if self._told["status"] == "failed" else "stop"
+            reporter.event(kind, step=self.step, rank=verdict.culprit, message=verdict.reason)
+            reporter.finish(self._told)
+        if self.advice:
+            sys.stderr.write(f"{self.advice}\n")
+
+
+def _status_of(path: Path) -> object:
+    return read_json(path / "status.json").get("status")
+
+
+def _await_status(path: Path) -> None:
+    """A launcher may end rank 0 for this rank's exit code: it gets the time to write down how the
+    run ended.
+    """
+    end = time.monotonic() + STATUS_S
+    while _status_of(path) == "running" and time.monotonic() < end:
+        time.sleep(POLL_S)
+
+
+def _tell_of_save(reporter: Reporter, save: Saved) -> None:
+    """Writes down a save that has ended. A failed one is a warning, and training goes on."""
+    said = save.error or save.note
+    if said:
+        logger.warning("checkpoint of step %s: %s", save.step, said)
+    if save.error:
+        reporter.event("save_failed", step=save.step, message=save.error)
+        return
+    words = f"{save.nbytes / MIB:.1f} MiB in {save.seconds:.2f} s"
+    if save.note:
+        words = f"{words}; {save.note}"
+    reporter.event("save", step=save.step, message=words)
