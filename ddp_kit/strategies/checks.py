@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ddp_kit.errors import ConfigError, require, some
 from ddp_kit.settings import Settings
 from ddp_kit.strategies.deepspeed.config import config_of
+from ddp_kit.strategies.fsdp_modules import modules_to_wrap
 from ddp_kit.strategies.whole import arguments_of
 
 READS = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__format__"}
@@ -39,8 +40,6 @@ def require_splittable(model: nn.Module, settings: Settings, *, objectives: int)
         if not settings.deepspeed.stage:
             return
     else:
-        from ddp_kit.strategies.fsdp import modules_to_wrap
-
         modules_to_wrap(model, settings.fsdp)
     named = list(model.named_parameters())
     if scalars := [name for name, parameter in named if not parameter.dim()]:

@@ -7,8 +7,7 @@ The root is a module of ours around the model, whose forward calls any function:
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
@@ -23,15 +22,15 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from ddp_kit.distributed.local_shard import local
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.errors import ConfigError, nearest
+from ddp_kit.errors import ConfigError
 from ddp_kit.settings import Fsdp, Precision
 from ddp_kit.strategies.checks import Unread
+from ddp_kit.strategies.fsdp_modules import modules_to_wrap
 from ddp_kit.strategies.optimizers import step_quietly
 from ddp_kit.strategies.precision import AUTOCAST
 from ddp_kit.strategies.root import Root, Through
@@ -42,11 +41,6 @@ OUTSIDE = (
     "--fsdp.wrap, --fsdp.wrap-size: the loss or `evaluate` uses weights of a wrapped module outside its forward pass, where each rank has "
     "its rows only. Let the optimizer decay weights, wrap fewer modules, or type --strategy zero1."
 )
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-NEVER_CALLED = (
-    *CONTAINERS,
-    NonDynamicallyQuantizableLinear,
-)  # the latter is attention's, which reads its weight
 
 
 @final
@@ -185,55 +179,3 @@ def gathered_dtype(model: nn.Module, precision: Precision) -> torch.dtype | None
         isinstance(module, _NormBase) and module.track_running_stats for module in model.modules()
     )
     return None if has_statistics else AUTOCAST.get(precision)
-
-
-def modules_to_wrap(model: nn.Module, settings: Fsdp) -> list[nn.Module]:
-    """Returns the modules that are split as one, inner ones first; one that shares a parameter with a module outside it stays with those
-    around it: FSDP2 would make two of a tied parameter. Raises: ConfigError if a class is not in the model.
-    """
-    kinds = sorted({type(module).__name__ for module in model.modules()})
-    for name in settings.wrap:
-        if name not in kinds:
-            near = nearest(name, kinds)
-            hint = f"Did you mean {near}?" if near else f"It has {', '.join(kinds)}."
-            raise ConfigError(f"--fsdp.wrap {name}: the model has no module of that class. {hint}")
-        if name in (kind.__name__ for kind in CONTAINERS):
-            raise ConfigError(
-                f"--fsdp.wrap {name}: it is never called itself, so nothing would be gathered. Name the class of what it holds."
-            )
-    inner = [module for module in model.modules() if module is not model]
-    chosen = [module for module in inner if type(module).__name__ in settings.wrap]
-    if settings.wrap_size:
-        chosen += [module for module in _of_size(model, settings.wrap_size) if module not in chosen]
-    order = {id(module): i for i, module in enumerate(inner)}
-    chosen = [module for module in chosen if not isinstance(module, NEVER_CALLED)]
-    places = _places(model)
-    closed = [
-        module
-        for module in chosen
-        if all(count == places[identity] for identity, count in _places(module).items())
-    ]
-    if (settings.wrap or settings.wrap_size) and not closed:
-        raise ConfigError(
-            "--fsdp.wrap, --fsdp.wrap-size: nothing is left to split by itself: no module that is called is so large, or it shares "
-            "parameters with the rest. Name another class, type a smaller size, or leave it out."
-        )
-    return sorted(closed, key=lambda module: -order[id(module)])
-
-
-def _places(model: nn.Module) -> Counter[int]:
-    """Returns of each parameter, by its identity, in how many places of the model it is."""
-    return Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-
-
-def _of_size(model: nn.Module, size: int) -> Iterator[nn.Module]:
-    """Yields the smallest modules that have at least `size` parameters, and are called."""
-    for child in model.children():
-        if sum(parameter.numel() for parameter in child.parameters()) >= size:
-            inner = list(_of_size(child, size))
-            yield from inner or ([] if isinstance(child, NEVER_CALLED) else [child])

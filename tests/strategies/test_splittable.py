@@ -20,7 +20,7 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.settings import DeepSpeed, Fsdp
 from ddp_kit.setup.build import compose
 from ddp_kit.strategies.checks import require_elementwise, require_separate
-from ddp_kit.strategies.fsdp import modules_to_wrap
+from ddp_kit.strategies.fsdp_modules import modules_to_wrap
 from ddp_kit.training.step import train_step
 
 needs_deepspeed = pytest.mark.skipif(

@@ -30,7 +30,8 @@ from ddp_kit.setup.wrap import part_of
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.checks import require_elementwise, require_splittable
 from ddp_kit.strategies.deepspeed.config import config_of
-from ddp_kit.strategies.fsdp import gathered_dtype, modules_to_wrap
+from ddp_kit.strategies.fsdp import gathered_dtype
+from ddp_kit.strategies.fsdp_modules import modules_to_wrap
 from ddp_kit.strategies.precision import placed, weight_dtype
 from ddp_kit.strategies.zero1 import rebuilt
 from ddp_kit.training.ema import is_weight
