@@ -1,8 +1,4 @@
-"""How training is spread over ranks: the `Strategy` seam, and the choice of one by a flag.
-
-Owns: what is wrapped around the loss call, when gradients are summed over ranks, and who holds which part of the state.
-Refuses: batches, precision, what an optimizer does. Another strategy changes none of the numbers but by rounding.
-"""
+"""How training is spread over ranks: the choice of a strategy by a flag."""
 
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.settings import Settings
@@ -27,9 +23,9 @@ def choose_strategy(group: Group, settings: Settings) -> Strategy:
 
         return FullyShardedDataParallel(group, settings.fsdp, precision=settings.precision)
     if settings.strategy == "deepspeed":
-        from ddp_kit.strategies.deepspeed.engine import Zero
+        from ddp_kit.strategies.deepspeed.engine import DeepSpeedZero
 
-        return Zero(group, settings.deepspeed)
+        return DeepSpeedZero(group, settings.deepspeed)
     ddp = DataParallel(
         group, find_unused_parameters=settings.find_unused_parameters, comm=settings.comm
     )

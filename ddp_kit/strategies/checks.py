@@ -1,16 +1,15 @@
-"""What cannot be split over ranks is refused before training starts: by one process as by many, and by `ddp-kit plan`.
+"""What models, optimizers and settings must be like for fsdp, deepspeed and zero1.
 
-Owns: what models, optimizers and settings must be like for `fsdp`, `deepspeed` and `zero1`.
-Refuses: nothing that whole copies on each rank can do.
+What cannot be split over ranks is refused before training starts: by one process as by many, and by
+`ddp-kit plan`. Whole copies on each rank (ddp) can do anything.
 """
 
 import importlib.util
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from ddp_kit.errors import ConfigError, require, some
 from ddp_kit.settings import Settings
@@ -18,107 +17,127 @@ from ddp_kit.strategies.deepspeed.config import config_of
 from ddp_kit.strategies.fsdp_modules import modules_to_wrap
 from ddp_kit.strategies.whole import arguments_of
 
-READS = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__format__"}
-
 
 def require_splittable(model: nn.Module, settings: Settings, *, objectives: int) -> None:
-    """Raises: ConfigError for what `--strategy` cannot split, or if its package or file is missing. Another strategy takes anything."""
+    """Checks that the chosen strategy can split a model that is trained by so many objectives.
+
+    Raises: ConfigError for what `--strategy` cannot split, or if its package or file is missing.
+        Another strategy takes anything.
+    """
     chosen = settings.strategy
     _require_real(model, settings)
     if chosen not in ("fsdp", "deepspeed"):
         return
     if objectives > 1:
         raise ConfigError(
-            f"--strategy {chosen}: it trains one objective, the recipe has {objectives}. Type --strategy zero1."
+            f"--strategy {chosen}: it trains one objective, the recipe has {objectives}. "
+            "Type --strategy zero1."
         )
-    if chosen == "deepspeed":
+    if chosen == "fsdp":
+        modules_to_wrap(model, settings.fsdp)
+    else:
         config_of(settings.deepspeed)
-        if (
-            importlib.util.find_spec("deepspeed") is None
-        ):  # it is imported where its environment is set
+        # Looked for before it is imported: that is to happen where its environment is set.
+        if importlib.util.find_spec("deepspeed") is None:
             require("deepspeed", extra="deepspeed")
         if not settings.deepspeed.stage:
             return
-    else:
-        modules_to_wrap(model, settings.fsdp)
+    _require_contiguous_tensors(model, chosen)
+
+
+def _require_contiguous_tensors(model: nn.Module, chosen: str) -> None:
+    """Raises: ConfigError for parameters of no dimension, or of other strides."""
     named = list(model.named_parameters())
-    if scalars := [name for name, parameter in named if not parameter.dim()]:
+    scalars = [name for name, parameter in named if not parameter.dim()]
+    if scalars:
         raise ConfigError(
-            f"--strategy {chosen} cannot split a scalar: give {some(scalars)} the shape (1,), or type --strategy zero1."
+            f"--strategy {chosen} cannot split a scalar: give {some(scalars)} the shape (1,), or "
+            "type --strategy zero1."
         )
-    if strided := [name for name, parameter in named if not parameter.is_contiguous()]:
+    strided = [name for name, parameter in named if not parameter.is_contiguous()]
+    if strided:
         raise ConfigError(
-            f"--strategy {chosen} splits memory that is contiguous: {some(strided)} is a view of other strides. Make it contiguous(), "
-            "or type --strategy zero1."
+            f"--strategy {chosen} splits memory that is contiguous: {some(strided)} is a view of "
+            "other strides. Make it contiguous(), or type --strategy zero1."
         )
 
 
 def _require_real(model: nn.Module, settings: Settings) -> None:
-    """Raises: ConfigError for complex parameters where their imaginary parts would be lost, or cannot be laid beside real ones. Complex
-    buffers are left as they are by all strategies.
+    """Refuses complex parameters whose imaginary parts would be lost, or cannot be laid beside
+    real ones. Complex buffers are left as they are by all strategies.
+
+    Raises: ConfigError for such a parameter.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.is_complex()]
-    if names and settings.strategy != "ddp":
+    if not names:
+        return
+    if settings.strategy != "ddp":
         raise ConfigError(
-            f"--strategy {settings.strategy} cannot split complex parameters: {some(names)}. Type --strategy ddp."
+            f"--strategy {settings.strategy} cannot split complex parameters: {some(names)}. "
+            "Type --strategy ddp."
         )
-    if names and settings.comm != "fp32":
+    if settings.comm != "fp32":
         raise ConfigError(
-            f"--comm {settings.comm} would send the real parts alone of {some(names)}, which are complex. Leave it out."
+            f"--comm {settings.comm} would send the real parts alone of {some(names)}, which are "
+            "complex. Leave it out."
         )
 
 
 def require_elementwise(optimizer: Optimizer, *, stage: int) -> None:
-    """Tries out on small tensors whether an optimizer steps many parameters laid into one as it steps each: DeepSpeed does that.
+    """Tries out whether an optimizer steps many parameters laid into one as it steps each.
 
-    Raises: ConfigError if it does not, has state before its first step, or a group with nothing to train.
+    DeepSpeed lays them so. The trial is on small tensors.
+
+    Raises: ConfigError if it does not, has state before its first step, or a group with nothing to
+        train.
     """
     kind = type(optimizer).__name__
     if stage and optimizer.state:
         raise ConfigError(
-            f"--strategy deepspeed: the optimizer ({kind}) has state before the first step, which DeepSpeed cannot split. "
-            "Type --strategy fsdp, or --deepspeed.stage 0."
+            f"--strategy deepspeed: the optimizer ({kind}) has state before the first step, which "
+            "DeepSpeed cannot split. Type --strategy fsdp, or --deepspeed.stage 0."
         )
-    empty = [
-        i
-        for i, group in enumerate(optimizer.param_groups)
-        if not any(parameter.requires_grad for parameter in group["params"])
-    ]
-    if empty:
-        raise ConfigError(
-            f"--strategy deepspeed: parameter group {empty[0]} of the optimizer ({kind}) has nothing to train: leave it out."
-        )
+    for i, group in enumerate(optimizer.param_groups):
+        if not any(parameter.requires_grad for parameter in group["params"]):
+            raise ConfigError(
+                f"--strategy deepspeed: parameter group {i} of the optimizer ({kind}) has "
+                "nothing to train: leave it out."
+            )
     if not stage:
         return
     why = "DeepSpeed lays parameters into one, and it would step them otherwise than each by itself"
+    laid_into_one = torch.cat([tensor.flatten() for tensor in _small_and_large()])
     try:
-        together = _stepped(
-            optimizer, [torch.cat([tensor.flatten() for tensor in _small_and_large()])]
-        )
+        together = _stepped(optimizer, [laid_into_one])
         if torch.allclose(_stepped_alone(optimizer), together, rtol=1e-5):
             return
     except Exception as error:  # whatever an optimizer raises
         why = f"it cannot be tried out on a tensor of one dimension ({error})"
     raise ConfigError(
-        f"--strategy deepspeed: the optimizer is {kind}: {why}. Type --strategy zero1 or ddp, or --deepspeed.stage 0."
+        f"--strategy deepspeed: the optimizer is {kind}: {why}. "
+        "Type --strategy zero1 or ddp, or --deepspeed.stage 0."
     )
 
 
 def require_separate(optimizer: Optimizer) -> None:
-    """Tries out on small tensors whether an optimizer steps each parameter by itself: with zero1 a rank steps some of them.
+    """Tries out on small tensors whether an optimizer steps each parameter by itself.
 
-    Raises: ConfigError if it takes something over all of them, a norm for instance, which would be another on each rank.
+    With zero1 a rank steps some of them.
+
+    Raises: ConfigError if it takes something over all of them, a norm for instance, which would be
+        another on each rank.
     """
     try:
-        is_separate = torch.allclose(
-            _stepped_alone(optimizer), _stepped(optimizer, _small_and_large()), rtol=1e-5
-        )
-    except Exception:  # whatever an optimizer raises: what it needs to be built and stepped is for its first step to say
+        together = _stepped(optimizer, _small_and_large())
+        is_separate = torch.allclose(_stepped_alone(optimizer), together, rtol=1e-5)
+    except Exception:
+        # Whatever an optimizer raises: what it needs to be built and stepped is for its first step
+        # to say.
         return
     if not is_separate:
         raise ConfigError(
-            f"--strategy zero1: {type(optimizer).__name__} takes something over all parameters at once, of which each rank steps some. "
-            "Type --strategy ddp, or fsdp."
+            f"--strategy zero1: {type(optimizer).__name__} takes something over all parameters at "
+            "once, of which each rank steps some. Type --strategy ddp, or fsdp."
         )
 
 
@@ -137,23 +156,7 @@ def _stepped(optimizer: Optimizer, tensors: list[torch.Tensor]) -> torch.Tensor:
     made: Any = type(optimizer)(parameters, **arguments_of(optimizer))
     for _ in range(2):
         for parameter in parameters:
-            parameter.grad = parameter.detach().cos()  # of no fixed ratio to the parameter
+            # A gradient of no fixed ratio to the parameter.
+            parameter.grad = parameter.detach().cos()
         made.step()
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
-
-
-@final
-class Unread(TorchFunctionMode):
-    """Watches for numbers that are read off tensors of which this rank has a part: torch gives those of the part, and says nothing."""
-
-    def __init__(self, message: str):
-        super().__init__()
-        self._message = message
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the function. Raises: ConfigError with the message if it would read such a number."""
-        if getattr(func, "__name__", "") in READS and any(
-            not at.is_replicate() for at in getattr(args[0], "placements", ())
-        ):
-            raise ConfigError(self._message)
-        return func(*args, **(kwargs or {}))

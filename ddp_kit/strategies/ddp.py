@@ -1,7 +1,7 @@
-"""DistributedDataParallel around the call of the loss.
+"""DistributedDataParallel around the call of the loss: its options, and what travels compressed.
 
-Owns: DDP's options, compression of what travels, and letting go of the wrapper before the group is destroyed.
-Refuses: DDP's own buffer broadcasts (running statistics would be thrown away on all ranks but one: see `buffers`).
+DDP's own buffer broadcasts stay off: they would throw away the running statistics of all ranks but
+one (see `training.running_stats`).
 """
 
 import inspect
@@ -22,7 +22,10 @@ from ddp_kit.strategies.whole import Whole, Wrapped
 
 @final
 class DataParallel(Whole):
-    """One all-reduce per optimizer step, in buckets that overlap backward; gradients are views of the buckets."""
+    """One all-reduce per optimizer step, in buckets that overlap backward.
+
+    Gradients are views of the buckets.
+    """
 
     def __init__(self, group: Group, *, find_unused_parameters: bool = False, comm: Comm = "fp32"):
         self._group = group
@@ -67,31 +70,36 @@ class DataParallel(Whole):
 
 
 def _require_all(wrapped: DistributedDataParallel) -> None:
-    """Asks DDP, which would itself complain in the next forward pass only, and with indices in place of names."""
+    """Asks DDP whether all parameters got a gradient.
+
+    DDP itself would complain in the next forward pass only, with indices in place of names.
+
+    Raises: DdpKitError with the names.
+    """
     try:
         wrapped._check_reducer_finalized()
     except RuntimeError as error:
         indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
         if indices is None:
             raise
-        names = [
-            name.removeprefix("module.model.")
-            for name, p in wrapped.named_parameters()
-            if p.requires_grad
-        ]
-        raise DdpKitError(
-            no_gradient([names[int(index)] for index in indices[1].split()], is_split=False)
-        ) from None
+        names = []
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                names.append(name.removeprefix("module.model."))
+        without = [names[int(index)] for index in indices[1].split()]
+        raise DdpKitError(no_gradient(without, is_split=False)) from None
 
 
 def _no_buffer_sync() -> dict[str, Any]:
-    """The option's name changed in torch 2.15, where the old one warns."""
-    names = inspect.signature(DistributedDataParallel.__init__).parameters
-    return {
-        "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False
-    }
+    """Returns the option by the name that this torch knows: in 2.15 it changed, and the old one
+    warns."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    if "forward_sync_buffers" in known:
+        return {"forward_sync_buffers": False}
+    return {"broadcast_buffers": False}
 
 
 def _release(wrapped: DistributedDataParallel) -> None:
-    """Drops what holds the process group: a gloo group that outlives its destruction aborts the process at exit."""
+    """Drops what holds the process group: a gloo group that outlives its destruction aborts the
+    process at exit."""
     del wrapped.reducer, wrapped.logger, wrapped.process_group

@@ -1,10 +1,10 @@
 """`--exact`: gradients whose bits do not depend on the number of ranks.
 
-Owns: each micro-batch's gradients as leaves of the fixed tree, kept per parameter: DDP's buckets may change.
-Refuses: averaging; the leaves must have the same bits at any world size, so nothing is divided.
+Each micro-batch's gradients are a leaf of the fixed tree, kept per parameter, since DDP's buckets
+may change. Nothing is averaged: the leaves must have the same bits at any world size.
 
-A parameter that a micro-batch does not use is a leaf of -0.0, which added to any number leaves its bits; one that no micro-batch of the
-step uses has no gradient, as in one process.
+A parameter that a micro-batch does not use is a leaf of -0.0, which added to any number leaves its
+bits; one that no micro-batch of the step uses has no gradient, as in one process.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,15 @@ from torch.optim import Optimizer
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.tree_sum import Fold, Leaf
 from ddp_kit.strategies.ddp import DataParallel
-from ddp_kit.strategies.ordered_allreduce import Exchange, Future
+from ddp_kit.strategies.ordered_allreduce import Future, OrderedAllReduce
 from ddp_kit.strategies.whole import Whole, Wrapped
 
 NOTHING = -0.0
 
 
 def _blank(tensor: torch.Tensor) -> torch.Tensor:
-    """Fills a tensor with what changes no bit of a sum, in both parts of complex numbers, and returns it."""
+    """Fills a tensor with what changes no bit of a sum, in both parts of complex numbers, and
+    returns it."""
     numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     numbers.fill_(NOTHING)
     return tensor
@@ -59,6 +60,12 @@ class _Leaves:
             self.parameters[i].grad = total if i in self.used else None
         self.used.clear()
 
+    def blank_used(self) -> None:
+        """Gives the parameters that a micro-batch before has used a gradient that adds nothing."""
+        for i in self.used:
+            parameter = self.parameters[i]
+            parameter.grad = _blank(torch.empty_like(parameter, requires_grad=False))
+
 
 @final
 class ExactSingle(Whole):
@@ -86,60 +93,68 @@ class ExactSingle(Whole):
 
 @final
 class ExactDataParallel(Whole):
-    """DDP with a hook in place of its all-reduce. A rank holds a whole subtree, and the hook sums those of all ranks."""
+    """DDP with a hook in place of its all-reduce.
+
+    A rank holds a whole subtree, and the hook sums those of all ranks.
+    """
 
     divisor = 1
 
     def __init__(self, group: Group, *, find_unused_parameters: bool = False):
         self._find_unused = find_unused_parameters
         self._ddp = DataParallel(group, find_unused_parameters=find_unused_parameters)
-        self._exchange = Exchange(group)
+        self._all_reduce = OrderedAllReduce(group)
         self._leaves: dict[nn.Module, _Leaves] = {}
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` in a DDP wrapper with the hook."""
         wrapped = self._ddp.ddp(call)
-        leaves = self._leaves[wrapped] = _Leaves(call)
+        leaves = _Leaves(call)
+        self._leaves[wrapped] = leaves
 
-        def hook(exchange: Exchange, bucket: dist.GradBucket) -> Future:
+        def hook(all_reduce: OrderedAllReduce, bucket: dist.GradBucket) -> Future:
             parameters = bucket.parameters()
-            at = [leaves.number[id(parameter)] for parameter in parameters]
-            gradients = []
-            flat = bucket.buffer()
-            if parameters[
-                0
-            ].is_complex():  # as real numbers, twice as many, of which torch 2.15 makes wrong views
-                flat = torch.view_as_complex(flat.view(-1, 2))
-            for view, own in zip(bucket.gradients(), parameters, strict=True):
-                gradient = flat.as_strided(
-                    own.shape, own.stride(), view.storage_offset()
-                )  # as DDP lays it into the bucket
-                gradients.append(gradient)
-                if own.grad is None:
-                    _blank(gradient)
-            return exchange.sum(
-                bucket.buffer(), before=lambda: leaves.fold.add_to(gradients, at=at)
+            numbers = [leaves.number[id(parameter)] for parameter in parameters]
+            gradients = _gradients_in(bucket)
+            return all_reduce.sum(
+                bucket.buffer(), before=lambda: leaves.fold.add_to(gradients, at=numbers)
             )
 
-        wrapped.register_comm_hook(self._exchange, hook)
+        wrapped.register_comm_hook(self._all_reduce, hook)
         return Wrapped(call=wrapped)
 
     @contextmanager
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:
-        """Takes the gradients as a leaf; those of the last one are summed with all leaves of all ranks beside backward."""
+        """Takes the gradients as a leaf; those of the last one are summed with all leaves of all
+        ranks beside backward."""
         leaves = self._leaves[wrapped]
         if not is_last:
             with self._ddp.micro_batch(wrapped, is_last=False):
                 yield
             leaves.take()
             return
-        if self._find_unused:  # DDP has seen them used, and expects a gradient; it gives one to all that any rank has used
-            for i in leaves.used:
-                leaves.parameters[i].grad = _blank(
-                    torch.empty_like(leaves.parameters[i], requires_grad=False)
-                )
+        if self._find_unused:
+            # DDP has seen them used and expects a gradient; it gives one to all that any rank has
+            # used.
+            leaves.blank_used()
         with self._ddp.micro_batch(wrapped, is_last=True):
             yield
-        self._exchange.check()
+        self._all_reduce.check()
         leaves.fold.clear()
         leaves.used.clear()
+
+
+def _gradients_in(bucket: dist.GradBucket) -> list[torch.Tensor]:
+    """Returns a bucket's gradients as DDP lays them into it; unused ones are blanked."""
+    parameters = bucket.parameters()
+    flat = bucket.buffer()
+    if parameters[0].is_complex():
+        # The buffer has them as real numbers, twice as many, of which torch 2.15 makes wrong views.
+        flat = torch.view_as_complex(flat.view(-1, 2))
+    gradients = []
+    for view, parameter in zip(bucket.gradients(), parameters, strict=True):
+        gradient = flat.as_strided(parameter.shape, parameter.stride(), view.storage_offset())
+        gradients.append(gradient)
+        if parameter.grad is None:
+            _blank(gradient)
+    return gradients

@@ -8,41 +8,51 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 
 def wants_channels_last(model: nn.Module) -> bool:
-    """Whether the model has two-dimensional convolutions, which run faster in that memory format."""
+    """Whether the model has two-dimensional convolutions, which run faster in that format."""
     return any(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
 def fuse(optimizer: Optimizer) -> bool:
-    """Switches one of torch's optimizers to its fused kernel, unless it was built with another or has run. Returns whether it did."""
-    groups = optimizer.param_groups
-    if type(optimizer) not in (SGD, Adam, AdamW) or optimizer.state:
+    """Switches one of torch's optimizers to its fused kernel. Returns whether it did.
+
+    One that was built with another kernel or has run is left as it is.
+    """
+    if not _can_be_fused(optimizer):
         return False
-    is_chosen = any(group.get(key) is not None for group in groups for key in ("foreach", "fused"))
-    is_special = any(
-        group.get("capturable")
-        or group.get("differentiable")
-        or isinstance(group["lr"], torch.Tensor)
-        for group in groups
-    )
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    if type(optimizer) is SGD and any(
-        hasattr(parameter, "to_local") for parameter in parameters
-    ):  # no rule for DTensors in 2.15
-        return False
-    if (
-        is_chosen
-        or is_special
-        or not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    ):
-        return False
-    for group in groups:
+    for group in optimizer.param_groups:
         group["fused"] = True
-    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # as its constructor has it for fused=True
+    # As its constructor has it for fused=True.
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     return True
 
 
+def _can_be_fused(optimizer: Optimizer) -> bool:
+    if type(optimizer) not in (SGD, Adam, AdamW) or optimizer.state:
+        return False
+    for group in optimizer.param_groups:
+        if group.get("foreach") is not None or group.get("fused") is not None:
+            return False
+        if group.get("capturable") or group.get("differentiable"):
+            return False
+        if isinstance(group["lr"], torch.Tensor):
+            return False
+        if not all(_is_fusable(optimizer, parameter) for parameter in group["params"]):
+            return False
+    return True
+
+
+def _is_fusable(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
+    # Fused SGD has no rule for DTensors in torch 2.15.
+    if type(optimizer) is SGD and hasattr(parameter, "to_local"):
+        return False
+    return parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
+
+
 def step_quietly(optimizer: Optimizer) -> None:
-    """Steps an optimizer without the wrapper in which torch announces it to profiler and hooks, if neither is there: 20 to 30 us less."""
+    """Steps an optimizer without the wrapper in which torch announces it to profiler and hooks.
+
+    That is done only if neither is there, and saves 20 to 30 us.
+    """
     announced = type(optimizer).step
     own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     is_heard = (
@@ -54,5 +64,7 @@ def step_quietly(optimizer: Optimizer) -> None:
     if is_heard or not getattr(announced, "hooked", False):
         optimizer.step()
         return
-    optimizer._opt_called = True  # type: ignore[attr-defined]  # as torch's schedulers note a step
-    announced.__wrapped__(optimizer)  # type: ignore[attr-defined]  # functools.wraps sets it
+    # As torch's schedulers note a step.
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+    # The step itself: functools.wraps has set it.
+    announced.__wrapped__(optimizer)  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """Arithmetic of the forward pass, and the loss scale of fp16.
 
-Owns: autocast, the dtype of weights and the cast to it, TF32 switches, when fp16 is refused, and the scale's rule.
-Refuses: deciding whether a step is applied: that is seen in the reduced gradients, which are the same on all ranks.
+Here are autocast, the dtype of weights and the cast to it, the TF32 switches, where a precision is
+refused, and the rule by which the scale moves. Whether a step is applied is not decided here: that
+is seen in the reduced gradients, which are the same on all ranks.
 """
 
 from collections.abc import Iterator
@@ -16,13 +17,15 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.settings import Precision
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLEST_SCALE = 2.0**-24
 
 
 @dataclass
 class LossScale:
-    """The scale of fp16 losses: halved when gradients overflow, doubled after 2,000 good steps. Off: always 1.
+    """The scale of fp16 losses: halved when gradients overflow, doubled after 2,000 good steps.
 
-    Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740. The state is two numbers.
+    Off: always 1. Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740. The
+    state is two numbers.
     """
 
     is_on: bool
@@ -33,18 +36,22 @@ class LossScale:
     @classmethod
     def of(cls, precision: Precision) -> "LossScale":
         """Returns the scale that a precision needs."""
-        return cls(is_on=True, scale=2.0**16) if precision == "fp16" else cls(is_on=False)
+        if precision == "fp16":
+            return cls(is_on=True, scale=2.0**16)
+        return cls(is_on=False)
 
     def update(self, *, overflowed: bool) -> None:
         """Takes the outcome of a step; the same on all ranks."""
         if not self.is_on:
             return
         if overflowed:
-            self.scale, self.good_steps = max(self.scale / 2, 2.0**-24), 0
+            self.scale = max(self.scale / 2, SMALLEST_SCALE)
+            self.good_steps = 0
             return
         self.good_steps += 1
         if self.good_steps >= self.growth_interval:
-            self.scale, self.good_steps = self.scale * 2, 0
+            self.scale *= 2
+            self.good_steps = 0
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
@@ -60,22 +67,23 @@ def weight_dtype(precision: Precision) -> torch.dtype:
 
 
 def placed(model: nn.Module, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """Returns a model on a device, its floating-point tensors cast to a dtype and its complex ones to the complex dtype of that width."""
+    """Returns a model on a device, its floating-point tensors cast to a dtype and its complex ones
+    to the complex dtype of that width."""
     if not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
         return model.to(device, dtype)
-    wide = dtype.to_complex()
+    complex_dtype = dtype.to_complex()
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_complex():
-            return tensor.to(
-                wide
-            ).resolve_conj()  # a view that is conjugated lazily has no bytes of its own
+            # Resolved: a view that is conjugated lazily has no bytes of its own.
+            return tensor.to(complex_dtype).resolve_conj()
         if tensor.is_floating_point():
             return tensor.to(dtype)
         return tensor
 
     model.to(device)
-    cast_model: nn.Module = model._apply(cast)  # model.to(dtype) would drop the imaginary parts
+    # model.to(dtype) would drop the imaginary parts.
+    cast_model: nn.Module = model._apply(cast)
     return cast_model
 
 
@@ -89,42 +97,48 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    matmul = torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
+    matmul_before = matmul.allow_tf32
+    cudnn_before = cudnn.allow_tf32
+    matmul.allow_tf32 = precision == "tf32"
+    cudnn.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        matmul.allow_tf32 = matmul_before
+        cudnn.allow_tf32 = cudnn_before
 
 
 @contextmanager
 def deterministic(is_on: bool, device: torch.device) -> Iterator[None]:
-    """Switches CUDA's deterministic algorithms on, and puts the switches back. On a CPU one thread is enough."""
+    """Switches CUDA's deterministic algorithms on, and puts the switches back.
+
+    On a CPU one thread is enough.
+    """
     if not is_on or device.type != "cuda":
         yield
         return
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark_before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
     try:
-        with environment_default(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        ):  # which cuBLAS wants to see in this mode
+        # cuBLAS wants to see it in this mode.
+        with environment_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8"):
             yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warn_only)
+        torch.backends.cudnn.benchmark = benchmark_before
 
 
 def _refuse_unsupported(precision: Precision, device: torch.device) -> None:
-    if precision == "tf32" and (
-        device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)
-    ):
+    """Raises: ConfigError where the device cannot run the precision."""
+    if precision == "tf32" and not _has_tf32(device):
         raise ConfigError(
-            f"--precision tf32 needs a CUDA device of the Ampere generation or later; this rank runs on {device}. Type --precision fp32."
+            "--precision tf32 needs a CUDA device of the Ampere generation or later; this rank "
+            f"runs on {device}. Type --precision fp32."
         )
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError(
@@ -132,8 +146,13 @@ def _refuse_unsupported(precision: Precision, device: torch.device) -> None:
         )
     if precision == "fp16" and device.type == "cpu" and not has_fp16(device):
         raise ConfigError(
-            "--precision fp16: torch has no float16 kernels for this CPU. Type --precision bf16, or fp32."
+            "--precision fp16: torch has no float16 kernels for this CPU. "
+            "Type --precision bf16, or fp32."
         )
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def has_fp16(device: torch.device) -> bool:

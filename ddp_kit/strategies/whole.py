@@ -1,4 +1,4 @@
-"""What a strategy makes of a loss call, and what strategies have in common that leave the model whole on each rank."""
+"""What a strategy makes of a loss call, and what strategies share that leave the model whole."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -11,26 +11,31 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from ddp_kit.strategies.deepspeed.partitions import Moments
+from ddp_kit.strategies.deepspeed.partitions import PartitionedState
 
 Function = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapped:
-    """`call` stands for the loss call. `step` steps the optimizer (None: the optimizer itself does); `owns` says of which parameters
-    this rank keeps the optimizer's state (None: of all, whole or split as the parameter is). Where the optimizer steps partitions,
-    `moments` knows its state by parameter, and `refresh` takes weights that were read into the model into the partitions."""
+    """A loss call as a strategy has it, and how its optimizer's state is kept."""
 
     call: nn.Module
+    """stands for the loss call"""
     step: Callable[[], None] | None = None
+    """steps the optimizer; None: the optimizer itself does"""
     owns: Callable[[nn.Parameter], bool] | None = None
-    moments: Moments | None = None
+    """of which parameters this rank keeps the optimizer's state; None: of all, whole or split as
+    the parameter is"""
+    moments: PartitionedState | None = None
+    """the optimizer's state by parameter, where it steps partitions"""
     refresh: Callable[[], None] | None = None
+    """takes weights that were read into the model into those partitions"""
 
 
 def arguments_of(optimizer: Optimizer) -> dict[str, Any]:
-    """Returns what an optimizer of the same kind is built with again: its defaults, without what it adds to them itself."""
+    """Returns what an optimizer of the same kind is built with again: its defaults, without what
+    it adds to them itself."""
     known = inspect.signature(type(optimizer).__init__).parameters
     return {key: value for key, value in optimizer.defaults.items() if key in known}
 

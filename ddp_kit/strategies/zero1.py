@@ -1,10 +1,12 @@
 """ZeRO stage 1: DDP, with the optimizer's state split over the ranks by whole parameters.
 
-Owns: torch's ZeroRedundancyOptimizer around the recipe's own optimizer, whose class and parameter groups it takes over.
-Refuses: its checkpoints: `consolidate_state_dict` gathers everything on one rank and unpickles a peer's bytes, `state_dict` may be stale,
-`load_state_dict` changes its argument. Each rank saves what it owns under parameter names, and a restore takes what it owns then.
+torch's ZeroRedundancyOptimizer stands around the recipe's own optimizer, whose class and parameter
+groups it takes over. Its checkpoints are not used: `consolidate_state_dict` gathers everything on
+one rank and unpickles a peer's bytes, `state_dict` may be stale, `load_state_dict` changes its
+argument. Each rank saves what it owns under parameter names, and a restore takes what it owns then.
 
-Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv 1910.02054.
+Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models,
+arXiv 1910.02054.
 """
 
 import inspect
@@ -21,7 +23,8 @@ from ddp_kit.strategies.checks import require_separate
 from ddp_kit.strategies.ddp import DataParallel
 from ddp_kit.strategies.whole import Whole, Wrapped, arguments_of
 
-PLAIN = (bool, int, float, str, tuple)  # what is compared of an optimizer's own attributes
+# Types of an optimizer's own attributes that are compared with those of the one built again.
+PLAIN = (bool, int, float, str, tuple)
 
 
 @final
@@ -29,31 +32,31 @@ class ZeroOne(Whole):
     """Each rank steps its own parameters, and sends them to the others."""
 
     def __init__(self, group: Group, ddp: DataParallel):
-        self._group, self._ddp = group, ddp
-        self._bucketed: set[int] = (
-            set()
-        )  # parameters that lie in an optimizer's buckets; one that two objectives train can be in one only
+        self._group = group
+        self._ddp = ddp
+        # Parameters that lie in an optimizer's buckets. One that two objectives train can be in
+        # one only.
+        self._bucketed: set[int] = set()
         self.divisor = ddp.divisor
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
-        """Returns `call` in DDP's wrapper. The recipe's optimizer keeps its parameter groups, which schedulers move, and its `state`
+        """Returns `call` in DDP's wrapper.
+
+        The recipe's optimizer keeps its parameter groups, which schedulers move, and its `state`
         becomes that of this rank's parameters.
 
         Raises: ConfigError for an optimizer that cannot be built again from its groups.
         """
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = {id(parameter) for parameter in _parameters_of(optimizer)}
         zero = rebuilt(optimizer, self._group, in_buckets=not held & self._bucketed)
         self._bucketed |= held
-        zero.param_groups = (
-            optimizer.param_groups
-        )  # not copies: schedulers hold the recipe's optimizer
+        # No copies of the groups, nor of the hooks that the recipe has registered and will:
+        # schedulers hold the recipe's optimizer.
+        zero.param_groups = optimizer.param_groups
         optimizer.state = zero.optim.state
-        for name in (
-            "_optimizer_step_pre_hooks",
-            "_optimizer_step_post_hooks",
-        ):  # what the recipe has registered, and will
+        for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             setattr(zero.optim, name, getattr(optimizer, name))
-        own = {id(parameter) for group in zero.optim.param_groups for parameter in group["params"]}
+        own = {id(parameter) for parameter in _parameters_of(zero.optim)}
         self._group.closing.callback(_release, zero)
         return Wrapped(
             call=self._ddp.ddp(call), step=zero.step, owns=lambda parameter: id(parameter) in own
@@ -65,59 +68,84 @@ class ZeroOne(Whole):
 
 
 def rebuilt(optimizer: Optimizer, group: Group, *, in_buckets: bool = True) -> Any:
-    """Returns the ZeroRedundancyOptimizer that steps what an optimizer would; `in_buckets` sends one message a rank, not one a parameter.
+    """Returns the ZeroRedundancyOptimizer that steps what an optimizer would.
+
+    `in_buckets` sends one message a rank, not one a parameter.
 
     Raises: ConfigError if there is none.
     """
-    kind, parameters = (
-        type(optimizer),
-        [parameter for own in optimizer.param_groups for parameter in own["params"]],
-    )
-    known = inspect.signature(kind.__init__).parameters
-    groups = [
-        {key: value for key, value in own.items() if key == "params" or key in known}
-        for own in optimizer.param_groups
-    ]
+    kind = type(optimizer)
     if optimizer.state:
         raise ConfigError(
-            f"--strategy zero1: the optimizer ({kind.__name__}) has state before the first step, which cannot be split."
+            f"--strategy zero1: the optimizer ({kind.__name__}) has state before the first step, "
+            "which cannot be split."
         )
     require_separate(optimizer)
+    are_contiguous = all(parameter.is_contiguous() for parameter in _parameters_of(optimizer))
     try:
         zero = ZeroRedundancyOptimizer(
-            groups,
+            _groups_for(optimizer),
             optimizer_class=kind,
             process_group=group.training,
-            parameters_as_bucket_view=in_buckets
-            and all(parameter.is_contiguous() for parameter in parameters),
+            parameters_as_bucket_view=in_buckets and are_contiguous,
             **arguments_of(optimizer),
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"--strategy zero1: torch's ZeroRedundancyOptimizer cannot build {kind.__name__} for a rank's own parameters: {error}. "
-            "Type --strategy ddp, or fsdp."
+            f"--strategy zero1: torch's ZeroRedundancyOptimizer cannot build {kind.__name__} for "
+            f"a rank's own parameters: {error}. Type --strategy ddp, or fsdp."
         ) from error
-    unlike = [
-        name
-        for name, value in vars(optimizer).items()
-        if isinstance(value, PLAIN) and vars(zero.optim).get(name, value) != value
-    ]
-    if unlike := [name for name in unlike if not name.startswith("_")]:
-        raise ConfigError(
-            f"--strategy zero1: {kind.__name__} is built again for a rank's own parameters, from what is in its groups, and {some(unlike)} "
-            f"would not be {some([repr(getattr(optimizer, name)) for name in unlike])}. Type --strategy ddp, or fsdp."
-        )
-    lost = [
-        key
-        for own in optimizer.param_groups
-        for key in own
-        if key not in (*zero.optim.param_groups[0], "params", "param_names")
-    ]
-    if lost and not all(key.startswith("initial_") for key in lost):
-        raise ConfigError(
-            f"--strategy zero1: {kind.__name__} does not take {some(sorted(set(lost)))}, which its groups have, as arguments."
-        )
+    _require_same_attributes(optimizer, zero)
+    _require_same_keys(optimizer, zero)
     return zero
+
+
+def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
+
+
+def _groups_for(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Returns an optimizer's groups with what its constructor knows."""
+    known = {"params", *inspect.signature(type(optimizer).__init__).parameters}
+
+    def restricted(group: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in group.items() if key in known}
+
+    return [restricted(group) for group in optimizer.param_groups]
+
+
+def _require_same_attributes(optimizer: Optimizer, zero: Any) -> None:
+    """Raises: ConfigError for numbers and the like that the optimizer has outside its groups."""
+    again = vars(zero.optim)
+    unlike = []
+    for name, value in vars(optimizer).items():
+        if name.startswith("_") or not isinstance(value, PLAIN):
+            continue
+        if again.get(name, value) != value:
+            unlike.append(name)
+    if unlike:
+        values = [repr(getattr(optimizer, name)) for name in unlike]
+        raise ConfigError(
+            f"--strategy zero1: {type(optimizer).__name__} is built again for a rank's own "
+            f"parameters, from what is in its groups, and {some(unlike)} would not be "
+            f"{some(values)}. Type --strategy ddp, or fsdp."
+        )
+
+
+def _require_same_keys(optimizer: Optimizer, zero: Any) -> None:
+    """Raises: ConfigError for keys of groups that would be lost, but for those of schedulers."""
+    kept = {*zero.optim.param_groups[0], "params", "param_names"}
+    lost: set[str] = set()
+    for group in optimizer.param_groups:
+        lost |= group.keys() - kept
+    if not all(key.startswith("initial_") for key in lost):
+        raise ConfigError(
+            f"--strategy zero1: {type(optimizer).__name__} does not take {some(sorted(lost))}, "
+            "which its groups have, as arguments."
+        )
 
 
 def _release(zero: Any) -> None:

@@ -21,7 +21,7 @@ from ddp_kit.errors import DdpKitError
 from ddp_kit.metrics import LossSum, Number, Totals
 from ddp_kit.settings import Precision
 from ddp_kit.strategies.base import Strategy
-from ddp_kit.strategies.deepspeed.partitions import Moments
+from ddp_kit.strategies.deepspeed.partitions import PartitionedState
 from ddp_kit.strategies.precision import LossScale, autocast
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.loss_count import Count
@@ -123,7 +123,7 @@ class ObjectiveState:
     owns: Callable[[nn.Parameter], bool] | None = (
         None  # whose optimizer state this rank alone keeps; None: all ranks do
     )
-    moments: Moments | None = None  # the optimizer's state by parameter, where it steps partitions
+    moments: PartitionedState | None = None  # the optimizer's state by parameter, where it steps partitions
     refresh: Callable[[], None] | None = None  # takes restored weights into those partitions
     weight: tuple[float, torch.Tensor] = field(
         default_factory=lambda: (0.0, torch.zeros(()))

@@ -482,14 +482,14 @@ def test_a_configuration_that_cannot_be_read_is_named(
 
 
 def test_without_the_package_the_install_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_kit.strategies.deepspeed.engine import Zero
+    from ddp_kit.strategies.deepspeed.engine import DeepSpeedZero
 
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with (
         process_group(topology=Topology(), device="cpu") as group,
         pytest.raises(MissingPackageError, match=r"pip install 'ddp_kit\[deepspeed\]'"),
     ):
-        Zero(group, DeepSpeed())
+        DeepSpeedZero(group, DeepSpeed())
 
 
 # The command

@@ -1,7 +1,7 @@
 """DeepSpeed's configuration: what follows from our flags, and a file for the rest.
 
-Owns: which of DeepSpeed's keys flags and recipe decide already, or have no effect here.
-Refuses: a second source of truth, and keys that DeepSpeed does not know and would pass over. Both are named.
+Keys of the file that flags or the recipe decide already are refused: there is one source of truth.
+So are keys that DeepSpeed does not know, which it would pass over in silence.
 """
 
 import json
@@ -12,7 +12,18 @@ from typing import Any, final
 from ddp_kit.errors import ConfigError, nearest, some
 from ddp_kit.settings import DeepSpeed
 
-DECIDED = {  # key in the file -> what decides it
+GATHERED_WEIGHTS = "ddp_kit: averaged and restored weights must be the ones that are gathered"
+ONE_ROOT = "ddp_kit, whose root it would make one. Name leaf_module"
+CLIPS_ON_DEVICE = (
+    "ddp_kit: it clips gradients on the device. For less memory type --deepspeed.stage 3"
+)
+READS_ON_DEVICE = (
+    "ddp_kit: checkpoints read weights on the device. Type --strategy fsdp --fsdp.cpu-offload"
+)
+FROZEN_AS_THEY_ARE = "ddp_kit: checkpoints hold weights as they are, frozen ones too"
+ONE_SET = "ddp_kit: all ranks share one set of partitions. Type --strategy fsdp --fsdp.hybrid"
+# Key in the file -> what decides it.
+DECIDED = {
     "train_batch_size": "--global-batch",
     "train_micro_batch_size_per_gpu": "--micro-batch",
     "gradient_accumulation_steps": "--global-batch and --micro-batch",
@@ -54,28 +65,29 @@ DECIDED = {  # key in the file -> what decides it
     "autotuning": "the flags themselves",
     "zero_optimization.stage": "--deepspeed.stage",
     "zero_optimization.compute_grad_norm": "--grad-clip",
-    "zero_optimization.stage3_param_persistence_threshold": "ddp_kit: averaged and restored weights must be the ones that are gathered",
-    "zero_optimization.param_persistence_threshold": "ddp_kit: averaged and restored weights must be the ones that are gathered",
-    "zero_optimization.stage3_module_granularity_threshold": "ddp_kit, whose root it would make one. Name leaf_module",
-    "zero_optimization.module_granularity_threshold": "ddp_kit, whose root it would make one. Name leaf_module",
+    "zero_optimization.stage3_param_persistence_threshold": GATHERED_WEIGHTS,
+    "zero_optimization.param_persistence_threshold": GATHERED_WEIGHTS,
+    "zero_optimization.stage3_module_granularity_threshold": ONE_ROOT,
+    "zero_optimization.module_granularity_threshold": ONE_ROOT,
     "zero_optimization.parameter_alignment": "ddp_kit: checkpoints hold no padding",
-    "zero_optimization.offload_optimizer": "ddp_kit: it clips gradients on the device. For less memory type --deepspeed.stage 3",
-    "zero_optimization.offload_param": "ddp_kit: checkpoints read weights on the device. Type --strategy fsdp --fsdp.cpu-offload",
-    "zero_optimization.cpu_offload": "ddp_kit: it clips gradients on the device. For less memory type --deepspeed.stage 3",
-    "zero_optimization.cpu_offload_param": "ddp_kit: checkpoints read weights on the device. Type --strategy fsdp --fsdp.cpu-offload",
-    "zero_optimization.zero_quantized_nontrainable_weights": "ddp_kit: checkpoints hold weights as they are, frozen ones too",
-    "zero_optimization.mics_shard_size": "ddp_kit: all ranks share one set of partitions. Type --strategy fsdp --fsdp.hybrid",
+    "zero_optimization.offload_optimizer": CLIPS_ON_DEVICE,
+    "zero_optimization.offload_param": READS_ON_DEVICE,
+    "zero_optimization.cpu_offload": CLIPS_ON_DEVICE,
+    "zero_optimization.cpu_offload_param": READS_ON_DEVICE,
+    "zero_optimization.zero_quantized_nontrainable_weights": FROZEN_AS_THEY_ARE,
+    "zero_optimization.mics_shard_size": ONE_SET,
     "zero_optimization.zenflow": "ddp_kit: every step takes the whole gradient",
 }
 
 
 @final
-class Noted(dict[str, Any]):
-    """A configuration that notes what DeepSpeed looks for in it, from which follows what it knows."""
+class WatchedConfig(dict[str, Any]):
+    """A configuration that notes what DeepSpeed looks for in it, from which follows what it
+    knows."""
 
     def __init__(self, content: Mapping[str, Any]):
         super().__init__(content)
-        self._sought = set[object]()
+        self._sought: set[object] = set()
 
     def __getitem__(self, key: str) -> Any:
         self._sought.add(key)
@@ -93,73 +105,89 @@ class Noted(dict[str, Any]):
     def require_known(self, path: str) -> None:
         """Raises: ConfigError for keys of the file at `path` that were never looked for."""
         known = {*map(str, self._sought), *DECIDED}
-        unknown = [(key, nearest(key, known)) for key in self if key not in known]
+        unknown = []
+        for key in self:
+            if key in known:
+                continue
+            near = nearest(key, known)
+            hint = f" (did you mean {near!r}?)" if near else ""
+            unknown.append(f"{key!r}{hint}")
         if unknown:
-            named = ", ".join(
-                f"{key!r}{f' (did you mean {near!r}?)' if near else ''}" for key, near in unknown
-            )
             raise ConfigError(
-                f"--deepspeed.config {path}: DeepSpeed knows no {named} and would pass over it. Take it out, or mend it."
+                f"--deepspeed.config {path}: DeepSpeed knows no {', '.join(unknown)} and would "
+                "pass over it. Take it out, or mend it."
             )
 
 
 def config_of(settings: DeepSpeed) -> dict[str, Any]:
     """Returns what `deepspeed.initialize` is given.
 
-    Raises: ConfigError for a file that cannot be read, and for all of its keys that something else decides.
+    Raises: ConfigError for a file that cannot be read, and for all of its keys that something else
+        decides.
     """
     config = _read(settings.config) if settings.config else {}
-    faults = [
-        f"  {key}: {json.dumps(value)[:60]}   decided by {DECIDED[key]}"
-        for key, value in _flat(config).items()
-        if key in DECIDED
-    ]
-    unset = [key for key, value in _flat(config).items() if value == "auto" and key not in DECIDED]
-    if faults:
-        raise ConfigError(
-            "\n".join(
-                [
-                    f"--deepspeed.config {settings.config}: take these out, which something else decides:",
-                    *faults,
-                ]
-            )
-        )
-    if unset:
-        raise ConfigError(
-            f'--deepspeed.config {settings.config}: {some(unset)}: "auto" is for others to fill in. Type a value, or leave it out.'
-        )
+    _refuse_decided(config, settings.config)
     zero: dict[str, Any] = {"stage": settings.stage}
     if settings.stage in (1, 2):
-        zero["compute_grad_norm"] = False  # it is taken before
+        # The norm is taken before.
+        zero["compute_grad_norm"] = False
     if settings.stage == 3:
         zero["stage3_param_persistence_threshold"] = 0
     return {
         **config,
-        "train_micro_batch_size_per_gpu": 1,  # of no effect: the boundary between steps is set by hand
-        "gradient_accumulation_steps": 1,  # else it would divide the loss
-        "gradient_clipping": 0.0,  # the default is 1
+        # Of no effect: the boundary between steps is set by hand.
+        "train_micro_batch_size_per_gpu": 1,
+        # Else it would divide the loss.
+        "gradient_accumulation_steps": 1,
+        # The default is 1.
+        "gradient_clipping": 0.0,
         "zero_optimization": {**config.get("zero_optimization", {}), **zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
 
 
+def _refuse_decided(config: Mapping[str, Any], path: str) -> None:
+    """Raises: ConfigError for keys that something else decides, or that are left to others."""
+    decided = []
+    automatic = []
+    for key, value in _flat(config).items():
+        if key in DECIDED:
+            decided.append(f"  {key}: {json.dumps(value)[:60]}   decided by {DECIDED[key]}")
+        elif value == "auto":
+            automatic.append(key)
+    if decided:
+        head = f"--deepspeed.config {path}: take these out, which something else decides:"
+        raise ConfigError("\n".join([head, *decided]))
+    if automatic:
+        raise ConfigError(
+            f'--deepspeed.config {path}: {some(automatic)}: "auto" is for others to fill in. '
+            "Type a value, or leave it out."
+        )
+
+
 def _read(path: str) -> dict[str, Any]:
+    """Raises: ConfigError for a file that cannot be read, or is no JSON object."""
     try:
         config = json.loads(Path(path).read_text())
     except OSError as error:
         raise ConfigError(
-            f"--deepspeed.config {path}: {error.strerror}. Expected a JSON file with DeepSpeed's settings."
+            f"--deepspeed.config {path}: {error.strerror}. Expected a JSON file with DeepSpeed's "
+            "settings."
         ) from error
     except ValueError as error:
         raise ConfigError(f"--deepspeed.config {path}: this is no JSON: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
         raise ConfigError(
-            f'--deepspeed.config {path}: expected a JSON object, for instance {{"zero_optimization": {{"overlap_comm": true}}}}.'
+            f"--deepspeed.config {path}: expected a JSON object, for instance "
+            '{"zero_optimization": {"overlap_comm": true}}.'
         )
     return config
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    inner = config.get("zero_optimization", {})
-    return {**config, **{f"zero_optimization.{key}": value for key, value in inner.items()}}
+    """Returns a configuration with what stands below `zero_optimization` beside the rest."""
+    flat = dict(config)
+    for key, value in config.get("zero_optimization", {}).items():
+        flat[f"zero_optimization.{key}"] = value
+    return flat
