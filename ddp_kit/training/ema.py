@@ -1,7 +1,7 @@
 """Exponential moving average of the weights, which evaluation uses.
 
-Owns: the averages of parameters and floating-point or complex buffers, on the model's device.
-Refuses: changing training: the weights are put back after an evaluation, and `weights_sha256` is that of the weights.
+Training is not changed by it: the weights are put back after an evaluation, and `weights_sha256` is
+that of the weights.
 """
 
 from collections.abc import Iterator
@@ -14,13 +14,17 @@ from ddp_kit.distributed.local_shard import local
 
 
 class WeightAverage:
-    """Keeps `average = decay x average + (1 - decay) x weights` after every optimizer step, on each rank of what it holds of `like`."""
+    """Keeps `average = decay x average + (1 - decay) x weights` after every optimizer step.
+
+    Each rank averages what it holds of `like`: parameters and floating-point or complex buffers, on
+    the model's device.
+    """
 
     def __init__(self, model: nn.Module, *, decay: float):
         self._decay = decay
-        named = dict(model.named_parameters()) | {
-            name: buffer for name, buffer in model.named_buffers() if is_weight(buffer)
-        }
+        named: dict[str, torch.Tensor] = dict(model.named_parameters())
+        buffers = dict(model.named_buffers())
+        named |= {name: buffer for name, buffer in buffers.items() if is_weight(buffer)}
         self.names = list(named)
         self.like = list(named.values())
         self._live = [local(tensor) for tensor in self.like]
@@ -33,7 +37,10 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Puts the averages into the model, and the weights back at the end; costs one tensor of extra memory."""
+        """Puts the averages into the model, and the weights back at the end.
+
+        It costs one tensor of extra memory.
+        """
         self._swap()
         try:
             yield

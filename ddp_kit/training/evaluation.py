@@ -1,7 +1,8 @@
 """One pass over an evaluation set: every sample exactly once, at any world size.
 
-Owns: adding up sums and counts over micro-batches and ranks, collecting rows in sample order, and dividing once.
-Refuses: padding that counts, means of means, and DDP's wrapper (the bare module is called).
+Sums and counts are added up over micro-batches and ranks and divided once: there are no means of
+means, and no padding that counts. Rows are collected in sample order. The bare model is called, not
+DDP's wrapper.
 """
 
 import zlib
@@ -25,15 +26,18 @@ from ddp_kit.settings import Precision
 from ddp_kit.strategies.precision import autocast
 from ddp_kit.training.nonfinite import samples_named
 
-EVALUATION = (
-    -1
-)  # stands for the step in the keys of evaluation's draws: each evaluation has the same ones
+# Stands for the step in the keys of evaluation's draws: each evaluation has the same ones.
+EVALUATION = -1
 Measure = Callable[[nn.Module, Any], Pairs]
 Rows = dict[str, torch.Tensor]
+Indices = np.ndarray[Any, Any]
 
 
 def measure_of(recipe: Recipe) -> Measure:
-    """Returns the recipe's `evaluate`, else the sums of its losses (with several objectives named `part/loss`)."""
+    """Returns the recipe's `evaluate`, else the sums of its losses.
+
+    With several objectives these are named `part/loss`.
+    """
     if recipe.evaluate is not None:
         return recipe.evaluate
     parts = recipe.parts()
@@ -42,7 +46,8 @@ def measure_of(recipe: Recipe) -> Measure:
         sums: dict[str, Any] = {}
         for part in parts:
             prefix = f"{part.trains}/" if len(parts) > 1 else ""
-            sums |= {prefix + name: pair for name, pair in part.loss(model, batch).sums().items()}
+            found = part.loss(model, batch).sums()
+            sums |= {prefix + name: pair for name, pair in found.items()}
         return sums
 
     return measure
@@ -55,7 +60,10 @@ def bare(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode without gradients; at the end each module has its own mode again (a frozen layer stays so)."""
+    """Puts a model into evaluation mode without gradients.
+
+    At the end each module has its own mode again (a frozen layer stays so).
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -78,74 +86,94 @@ def evaluate(
     heed: Callable[[], None] | None = None,
     enter: Callable[..., Any] = bare,
 ) -> dict[str, float]:
-    """Returns the metrics of a pass, the same on all ranks. Every rank calls it, with the same number of micro-batches.
+    """Returns the metrics of a pass, the same on all ranks.
 
-    `measure(model, batch)` gives {name: (sum, count)} or {name: rows (B, ...)}; `summarize(means, rows)` gets the divided sums and
-    the rows of all samples in sample order, and its metrics are added to the means. `heed` is called after each micro-batch, and may raise.
-    `enter(function, *arguments)` calls a function that uses the model as the strategy has it.
+    Every rank calls it, with the same number of micro-batches.
+
+    Args:
+        measure: `measure(model, batch)` gives {name: (sum, count)} or {name: rows (B, ...)}.
+        summarize: `summarize(means, rows)` gets the divided sums and the rows of all samples in
+            sample order; its metrics are added to the means.
+        heed: called after each micro-batch; may raise.
+        enter: `enter(function, *arguments)` calls a function that uses the model as the strategy
+            has it.
+
+    Raises: DdpKitError if `measure` gives rows that are not one for each sample, or of other names
+        on another rank.
     """
     with evaluating(model), autocast(precision, group.device):
-        totals, names, rows, indices = _pass(
-            model, micro_batches, group=group, measure=partial(enter, measure), seed=seed, heed=heed
-        )
-    blocks = [int(own[0]) for own in indices]
-    metrics = means(sum_by_name(group, totals.tensor(names), names=names, order=blocks))
-    if rows or summarize is not None:
-        collected = _in_sample_order(group, rows, indices)
+        found = _Pass(group, measure=partial(enter, measure), seed=seed)
+        for micro_batch in micro_batches:
+            found.take(model, micro_batch)
+            if heed is not None:
+                heed()
+    names = sorted(found.names)
+    blocks = [int(own[0]) for own in found.indices]
+    sums = sum_by_name(group, found.totals.tensor(names), names=names, order=blocks)
+    metrics = means(sums)
+    if found.rows or summarize is not None:
+        rows = _in_sample_order(group, found.rows, found.indices)
         if summarize is not None:
-            metrics |= {
-                name: float(value) for name, value in summarize(dict(metrics), collected).items()
-            }
+            summary = summarize(dict(metrics), rows)
+            metrics |= {name: float(value) for name, value in summary.items()}
     return metrics
 
 
-def _pass(
-    model: nn.Module,
-    micro_batches: Iterable[MicroBatch],
-    *,
-    group: Group,
-    measure: Measure,
-    seed: int,
-    heed: Callable[[], None] | None,
-) -> tuple[Totals, list[str], dict[str, list[torch.Tensor]], list[np.ndarray[Any, Any]]]:
-    totals, names = Totals(group.device), set[str]()
-    rows: dict[str, list[torch.Tensor]] = {}
-    indices = []
-    for micro_batch in micro_batches:
+class _Pass:
+    """What this rank finds in one pass."""
+
+    def __init__(self, group: Group, *, measure: Measure, seed: int):
+        self._device = group.device
+        self._measure = measure
+        self._seed = seed
+        self.totals = Totals(group.device)
+        self.names: set[str] = set()  # of the sums
+        self.rows: dict[str, list[torch.Tensor]] = {}
+        self.indices: list[Indices] = []
+
+    def take(self, model: nn.Module, micro_batch: MicroBatch) -> None:
+        """Measures one micro-batch. Of padding only the names are kept."""
         request = micro_batch.request
-        seed_forward(forward_key(seed), EVALUATION, request.micro_batch, device=group.device)
+        seed_forward(forward_key(self._seed), EVALUATION, request.micro_batch, device=self._device)
         with samples_named(micro_batch, "of an evaluation"):
-            pairs = measure(model, micro_batch.batch)
-        sums = {name: value for name, value in pairs.items() if isinstance(value, tuple)}
-        names |= sums.keys()
-        for name, value in pairs.items():
+            measured = self._measure(model, micro_batch.batch)
+        sums = {name: value for name, value in measured.items() if isinstance(value, tuple)}
+        self.names |= sums.keys()
+        for name, value in measured.items():
             if isinstance(value, torch.Tensor):
-                if value.dim() == 0 or len(value) != micro_batch.size:
-                    raise DdpKitError(
-                        f"evaluate: rows of {name!r} have shape {tuple(value.shape)} for {micro_batch.size} samples; expected one row each."
-                    )
-                own = value.detach().cpu()  # host-device synchronisation
-                rows.setdefault(name, []).append(own[:0] if request.is_padding else own)
+                self._take_rows(name, value, micro_batch)
         if not request.is_padding:
-            totals.add(sums)
-            indices.append(request.indices)
-        if heed is not None:
-            heed()
-    return totals, sorted(names), rows, indices
+            self.totals.add(sums)
+            self.indices.append(request.indices)
+
+    def _take_rows(self, name: str, rows: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Keeps rows (B, ...) on the host."""
+        if rows.dim() == 0 or len(rows) != micro_batch.size:
+            raise DdpKitError(
+                f"evaluate: rows of {name!r} have shape {tuple(rows.shape)} for "
+                f"{micro_batch.size} samples; expected one row each."
+            )
+        own = rows.detach().cpu()  # host-device synchronisation
+        if micro_batch.request.is_padding:
+            own = own[:0]
+        self.rows.setdefault(name, []).append(own)
 
 
 def _in_sample_order(
-    group: Group, rows: dict[str, list[torch.Tensor]], indices: list[np.ndarray[Any, Any]]
+    group: Group, rows: dict[str, list[torch.Tensor]], indices: list[Indices]
 ) -> Rows:
-    """Returns the rows of all ranks, sorted by sample index."""
-    if first_difference(group, [zlib.crc32("\n".join(sorted(rows)).encode())]) is not None:
+    """Returns the rows of all ranks, sorted by sample index.
+
+    Raises: DdpKitError if ranks have rows of different names.
+    """
+    names = sorted(rows)
+    if first_difference(group, [zlib.crc32("\n".join(names).encode())]) is not None:
         raise DdpKitError(
-            f"the ranks' `evaluate` returned rows under different names; rank {group.rank} has {', '.join(sorted(rows))}."
+            "the ranks' `evaluate` returned rows under different names; "
+            f"rank {group.rank} has {', '.join(names)}."
         )
-    own = (
-        torch.from_numpy(np.concatenate(indices)) if indices else torch.empty(0, dtype=torch.int64)
-    )
+    own = torch.empty(0, dtype=torch.int64)
+    if indices:
+        own = torch.from_numpy(np.concatenate(indices))
     order = torch.argsort(torch.cat(gather_rows(group, own)))
-    return {
-        name: torch.cat(gather_rows(group, torch.cat(rows[name])))[order] for name in sorted(rows)
-    }
+    return {name: torch.cat(gather_rows(group, torch.cat(rows[name])))[order] for name in names}

@@ -1,7 +1,7 @@
 """What a recipe evaluates, and how: its sets, one pass over each, and the trial before training.
 
-Owns: the names under which several sets report, the averaged weights in the model for the time of a pass, and the recipe's samples.
-Refuses: deciding when: that is `fit`'s.
+Several sets report under names of their own, the averaged weights are in the model for the time of
+a pass, and the recipe's `samples` are drawn here. When that is done is said in `loop`.
 """
 
 import itertools
@@ -28,7 +28,10 @@ from ddp_kit.training.state import Training
 
 @dataclass(kw_only=True)
 class Evaluator:
-    """The recipe's evaluation sets and how they are measured. `sets` is {"": data} for one, {"name/": data} for several."""
+    """The recipe's evaluation sets and how they are measured.
+
+    `sets` is {"": data} for one, {"name/": data} for several.
+    """
 
     recipe: Recipe
     settings: Settings
@@ -36,10 +39,10 @@ class Evaluator:
     sets: Mapping[str, Data]
     micro_batch: int
     placement: Placement
-    enter: Callable[..., Any] = bare  # the strategy's way to call a function that uses the model
-    names: dict[str, float] = field(
-        default_factory=dict
-    )  # what an evaluation will report, known from one micro-batch
+    # The strategy's way to call a function that uses the model.
+    enter: Callable[..., Any] = bare
+    # What an evaluation will report, known from one micro-batch.
+    names: dict[str, float] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -50,10 +53,20 @@ class Evaluator:
         summarizes: bool = False,
         heed: Callable[[], None] | None = None,
     ) -> dict[str, float]:
-        """Returns the metrics of all sets, of the averaged weights where there are some. `limit` micro-batches: a trial,
-        which leaves `summarize` out unless told otherwise. `heed` is called after each micro-batch."""
+        """Returns the metrics of all sets, of the averaged weights where there are some.
+
+        Every rank calls it.
+
+        Args:
+            limit: micro-batches of each set: a trial, which leaves `summarize` out unless
+                `summarizes`.
+            heed: called after each micro-batch; may raise.
+        """
+        summarize = None
+        if limit is None or summarizes:
+            summarize = self.recipe.summarize
         metrics: dict[str, float] = {}
-        with average.applied() if average is not None else nullcontext():
+        with _applied(average):
             for prefix, data in self.sets.items():
                 with closing(self._batches(data)) as batches:
                     found = evaluate(
@@ -61,7 +74,7 @@ class Evaluator:
                         itertools.islice(batches, limit),
                         group=self.group,
                         measure=measure_of(self.recipe),
-                        summarize=self.recipe.summarize if limit is None or summarizes else None,
+                        summarize=summarize,
                         precision=self.settings.precision,
                         seed=self.settings.seed,
                         heed=heed,
@@ -76,7 +89,7 @@ class Evaluator:
 
     def weights(self, training: Training) -> AbstractContextManager[None]:
         """Puts the weights that evaluation uses into the model: the average where there is one."""
-        return training.average.applied() if training.average is not None else nullcontext()
+        return _applied(training.average)
 
     def samples(self, model: nn.Module) -> Mapping[str, Any]:
         """Calls the recipe's `samples` on this rank."""
@@ -87,61 +100,93 @@ class Evaluator:
             return found
 
     def _batches(self, data: Data) -> Any:
-        workers = self.settings.num_workers
         return evaluation_batches(
             data,
             group=self.group,
             micro_batch=self.micro_batch,
             placement=self.placement,
-            num_workers=workers,
+            num_workers=self.settings.num_workers,
         )
 
+    def rehearse(self, model: nn.Module) -> None:
+        """Runs one micro-batch of each set: a wrong metric name or too little memory shows now, not
+        hours later. Every rank calls it.
+
+        Raises:
+            DataError: a stream gives ranks other samples, or there is nothing to count.
+            ConfigError: early stopping watches a metric that evaluation does not produce.
+        """
+        self._compare_streams()
+        self.names = self(model, limit=1)
+        if self._needs_summary() and self.recipe.summarize is not None and self.sets:
+            self.names = self(model, limit=1, summarizes=True)
+        if self.sets and not self.names:
+            raise DataError(
+                "evaluation counted nothing: the evaluation data is empty, or `evaluate` "
+                "returned nothing."
+            )
+        self._require_watched()
+
     def _compare_streams(self) -> None:
-        """Raises: DataError on every rank if a stream gives ranks other samples: each would then measure its share of a share."""
+        """Raises: DataError on every rank if a stream gives ranks other samples: each would then
+        measure its share of a share."""
         for prefix, data in self.sets.items():
             if not data.is_iterable or self.group.world_size == 1:
                 continue
             first = first_of_evaluation(
                 data, micro_batch=self.micro_batch, num_workers=self.settings.num_workers
             )
-            what = f"evaluation data {prefix[:-1]}" if prefix else "evaluation data"
             require_same_samples(
-                self.group, first.batch if first is not None else None, what=what, is_iterable=True
+                self.group,
+                first.batch if first is not None else None,
+                what=_named("evaluation data", prefix),
+                is_iterable=True,
             )
 
-    def rehearse(self, model: nn.Module) -> None:
-        """Runs one micro-batch: a wrong metric name or too little memory shows now, not hours later.
-
-        Raises: ConfigError if early stopping watches a metric that evaluation does not produce.
-        """
-        self._compare_streams()
-        self.names = self(model, limit=1)
+    def _needs_summary(self) -> bool:
+        """Whether the recipe's `summarize` must run to know the names: rows alone have no metrics
+        without it."""
         metric = self.settings.early_stop.metric
-        is_wanted = not self.names or (
-            metric and metric not in self.names
-        )  # rows alone have no metrics without it
-        if is_wanted and self.recipe.summarize is not None and self.sets:
-            self.names = self(model, limit=1, summarizes=True)
-        if self.sets and not self.names:
-            raise DataError(
-                "evaluation counted nothing: the evaluation data is empty, or `evaluate` returned nothing."
-            )
+        return not self.names or bool(metric and metric not in self.names)
+
+    def _require_watched(self) -> None:
+        """Raises: ConfigError if early stopping watches a metric that is not there."""
+        metric = self.settings.early_stop.metric
         if not metric or metric in self.names:
             return
+        has = "the recipe has no eval_data"
+        if self.names:
+            has = f"it produces {', '.join(self.names)}"
         near = nearest(metric, self.names)
-        has = (
-            f"it produces {', '.join(self.names)}" if self.names else "the recipe has no eval_data"
-        )
+        hint = f" Did you mean {near}?" if near else ""
         raise ConfigError(
-            f"--early-stop.metric {metric}: evaluation does not produce it; {has}.{f' Did you mean {near}?' if near else ''}"
+            f"--early-stop.metric {metric}: evaluation does not produce it; {has}.{hint}"
         )
+
+
+def _applied(average: WeightAverage | None) -> AbstractContextManager[None]:
+    """Puts the averaged weights into the model, where there are some."""
+    return average.applied() if average is not None else nullcontext()
+
+
+def _named(what: str, prefix: str) -> str:
+    """Returns what a data set is called in errors: `evaluation data`, or `evaluation data NAME`."""
+    if not prefix:
+        return what
+    return f"{what} {prefix.removesuffix('/')}"
 
 
 def data_sets(given: Any, *, what: str) -> dict[str, Data]:
-    """Returns one data set, or several by name, as {prefix: Data}. Raises: DataError if one is empty."""
+    """Returns one data set, or several by name, as {prefix: Data}.
+
+    Raises: DataError if one is empty.
+    """
     several = given if isinstance(given, Mapping) else {"": given}
-    sets = {f"{name}/" if name else "": as_data(data) for name, data in several.items()}
-    for name, data in sets.items():
+    sets = {}
+    for name, data in several.items():
+        prefix = f"{name}/" if name else ""
+        sets[prefix] = as_data(data)
+    for prefix, data in sets.items():
         if not data.is_iterable and not len(data):
-            raise DataError(f"the {what} data{f' {name[:-1]}' if name else ''} is empty.")
+            raise DataError(f"the {_named(f'{what} data', prefix)} is empty.")
     return sets

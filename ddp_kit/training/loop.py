@@ -1,11 +1,11 @@
-"""The loop.
+"""The loop: the order of things at a step boundary.
 
-Owns: the order of things at a step boundary: step, packet, record, evaluation, decision.
-Refuses: everything else. It fits on one screen.
+Step, control packet, record, evaluation, decision, save. What each of these does is said elsewhere.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from ddp_kit.data.loader import RankBatch
@@ -21,7 +21,10 @@ from ddp_kit.training.step import train_step
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """When things happen, in optimizer steps. `steps_per_epoch` is 0 where an iterable data set does not know its length."""
+    """When things happen, in optimizer steps.
+
+    `steps_per_epoch` is 0 where an iterable data set does not know its length.
+    """
 
     end: int
     steps_per_epoch: int
@@ -29,16 +32,27 @@ class Pace:
     save_every: int = 0
 
     def evaluates(self, step: int) -> bool:
-        """Whether an evaluation is due after `step` steps: every `eval_every`, at every epoch's end and at the end."""
+        """Whether an evaluation is due after `step` steps: every `eval_every`, at every epoch's end
+        and at the end."""
         return self._is_due(step, every=self.eval_every)
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps: every `save_every`, at every epoch's end and at the end."""
+        """Whether a checkpoint is due after `step` steps: every `save_every`, at every epoch's end
+        and at the end."""
         return self._is_due(step, every=self.save_every)
 
+    def last_epoch(self, step: int) -> int:
+        """Returns the epoch of the last of `step` steps, 0 where epochs have no known length."""
+        if not self.steps_per_epoch:
+            return 0
+        return (step - 1) // self.steps_per_epoch
+
     def _is_due(self, step: int, *, every: int) -> bool:
-        at_epoch = self.steps_per_epoch > 0 and step % self.steps_per_epoch == 0
-        return step == self.end or at_epoch or (every > 0 and step % every == 0)
+        if step == self.end:
+            return True
+        if self.steps_per_epoch > 0 and step % self.steps_per_epoch == 0:
+            return True
+        return every > 0 and step % every == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,32 +77,33 @@ def fit(
     callbacks: Sequence[Callback] = (),
     owes_evaluation: bool = False,
 ) -> Ending:
-    """Trains on `batches` to the end of `pace`, an early stop or a stop from outside. Every rank calls it; all leave at the same step.
+    """Trains on `batches` to the end of `pace`, an early stop or a stop from outside.
 
-    `evaluate(epoch)` returns the metrics of an evaluation after the current step, the same on all ranks ({} without eval data), or raises
-    Abandoned; `owes_evaluation`: the life before was stopped at a step that should have had one. Saves go to `training.checkpoints`.
+    Every rank calls it; all leave at the same step. Saves go to `training.checkpoints`.
+
+    Args:
+        evaluate: `evaluate(epoch)` returns the metrics of an evaluation after the current step, the
+            same on all ranks ({} without eval data), or raises Abandoned.
+        owes_evaluation: the attempt before was stopped at a step that should have had one.
+
+    Raises: NonFiniteError on every rank if a loss or gradient is not finite.
     """
     stop.deferring = True
-    first, checkpoints, control = training.step, training.checkpoints, training.control
-
-    def measured(
-        epoch: int,
-    ) -> tuple[dict[str, float], Ending | None]:  # and how the run ends, if it ends here
-        try:
-            metrics = evaluate(epoch)
-        except Abandoned as abandoned:
-            return {}, stopped(abandoned.decision)
-        for callback in callbacks if metrics else ():
-            callback.on_evaluation(training.step, metrics)
-        report.restart_clock(training.step)
-        is_over = bool(metrics) and early_stopping.update(metrics, step=training.step)
-        return metrics, _finished(early_stopping) if is_over else None
-
+    first = training.step
+    checkpoints = training.checkpoints
+    control = training.control
+    measured = partial(
+        _measured,
+        training,
+        evaluate=evaluate,
+        report=report,
+        early_stopping=early_stopping,
+        callbacks=callbacks,
+    )
+    metrics: dict[str, float]
     ending = stopped(control.exchange(stop=stop.stop))
     if owes_evaluation and ending is None:
-        metrics, ending = measured(
-            (first - 1) // pace.steps_per_epoch if pace.steps_per_epoch else 0
-        )
+        metrics, ending = measured(pace.last_epoch(first))
         if checkpoints is not None and metrics:
             checkpoints.save(metrics, again=True)
     if ending is not None:
@@ -96,51 +111,72 @@ def fit(
     for batch in batches:
         sums = train_step(training, batch)
         step = training.step
-        decision = control.boundary(
-            stop=stop.stop, saves=checkpoints is not None and checkpoints.is_due()
-        )
-        report.step(
-            training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=step == pace.end
-        )
+        is_save_due = checkpoints is not None and checkpoints.is_due()
+        decision = control.boundary(stop=stop.stop, saves=is_save_due)
+        is_last = step == pace.end
+        report.step(training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=is_last)
         if step == first + 1:
             training.settle()
         for callback in callbacks:
             callback.on_step(step)
         if checkpoints is not None:
             checkpoints.report()
+        saves = decision.saves or pace.saves(step)
         evaluates = pace.evaluates(step) and not decision.stop
-        if not (decision.stop or decision.saves or evaluates or pace.saves(step)):
+        if not (decision.stop or saves or evaluates):
             continue
         look_back(training)
         report.flush()
-        metrics, ending = measured(batch.epoch) if evaluates else ({}, stopped(decision))
+        if evaluates:
+            metrics, ending = measured(batch.epoch)
+        else:
+            metrics = {}
+            ending = stopped(decision)
         if checkpoints is not None:
-            checkpoints.after(
-                metrics, is_due=decision.saves or ending is not None or pace.saves(step)
-            )
+            checkpoints.after(metrics, is_due=saves or ending is not None)
         if ending is not None:
             return ending
     return _finished(early_stopping)
 
 
+def _measured(
+    training: Training,
+    epoch: int,
+    *,
+    evaluate: Callable[[int], dict[str, float]],
+    report: Reporter,
+    early_stopping: EarlyStopping,
+    callbacks: Sequence[Callback],
+) -> tuple[dict[str, float], Ending | None]:
+    """Evaluates. Returns the metrics, and how the run ends, if it ends here."""
+    try:
+        metrics = evaluate(epoch)
+    except Abandoned as abandoned:
+        return {}, stopped(abandoned.decision)
+    if metrics:
+        for callback in callbacks:
+            callback.on_evaluation(training.step, metrics)
+    report.restart_clock(training.step)
+    if metrics and early_stopping.update(metrics, step=training.step):
+        return metrics, _finished(early_stopping)
+    return metrics, None
+
+
 def _finished(early_stopping: EarlyStopping) -> Ending:
-    return Ending(
-        status="finished",
-        reason=f"stopped early: {early_stopping.reason}" if early_stopping.is_over else "",
-    )
+    reason = ""
+    if early_stopping.is_over:
+        reason = f"stopped early: {early_stopping.reason}"
+    return Ending(status="finished", reason=reason)
 
 
 def stopped(decision: Decision) -> Ending | None:
     """Returns the ending that all ranks agreed on, None if they did not."""
     stop = Stop(decision.stop)
-    status: Literal["stopped", "preempted"] = "preempted" if stop.is_preemption else "stopped"
-    return (
-        Ending(
-            status=status,
-            reason=stop.words(decision.stop_rank),
-            exit_code=stop.exit_code,
-            stop=stop,
-        )
-        if stop
-        else None
+    if not stop:
+        return None
+    return Ending(
+        status="preempted" if stop.is_preemption else "stopped",
+        reason=stop.words(decision.stop_rank),
+        exit_code=stop.exit_code,
+        stop=stop,
     )

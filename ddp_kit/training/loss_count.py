@@ -1,10 +1,11 @@
 """What a step's loss is divided by: the count over the whole global batch, and when it is known.
 
-Owns: three cases behind one protocol: fixed, known before the forward pass, and found in the losses.
-Refuses: waiting where it need not. Only a count that the losses alone know is summed while training, beside the last backward pass.
+There are three cases behind one protocol: fixed, known before the forward pass, and found in the
+losses. Only a count that the losses alone know is summed while training, beside the last backward
+pass; the others make nothing wait.
 
-What is summed over ranks has one slot for each micro-batch of the global batch, zero in those of others: the order of the sum does
-not depend on the number of ranks.
+What is summed over ranks has one slot for each micro-batch of the global batch, zero in those of
+others: the order of the sum does not depend on the number of ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,9 @@ EMPTY = "the loss's count over the whole global batch is 0, so there is no mean 
 
 
 class Count(Protocol):
-    """The count of one step. The step calls `begin`, then for each micro-batch `take` and `divisor`, `launch` before the last
+    """The count of one step.
+
+    The step calls `begin`, then for each micro-batch `take` and `divisor`, `launch` before the last
     backward pass, and `factor` after it.
     """
 
@@ -43,20 +46,25 @@ class Count(Protocol):
 
 @final
 class FixedCount:
-    """The loss returns an int, the same for each sample (1, or a fixed number of tokens): nothing is reduced."""
+    """The loss returns an int, the same for each sample: nothing is reduced.
+
+    It is 1, or a fixed number of tokens.
+    """
 
     def __init__(self, *, per_sample: int, global_batch: int):
-        self._per_sample, self._whole = per_sample, float(per_sample * global_batch)
+        self._per_sample = per_sample
+        self._whole = float(per_sample * global_batch)
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Nothing to do."""
 
     def take(self, count: int | torch.Tensor, *, size: int) -> None:
-        """Raises: DdpKitError if the count is not that of the rehearsal."""
+        """Raises: DdpKitError if the count is not that of the dry run."""
         if isinstance(count, torch.Tensor) or count != self._per_sample * size:
             raise DdpKitError(
-                f"the loss's count is {count!r} for {size} samples, where it was the int {self._per_sample} for each sample before. A "
-                "count that varies must be a tensor always: LossSum(total, torch.tensor(count)), or known beforehand: Data(count=...)."
+                f"the loss's count is {count!r} for {size} samples, where it was the int "
+                f"{self._per_sample} for each sample before. A count that varies must be a tensor "
+                "always: LossSum(total, torch.tensor(count)), or known beforehand: Data(count=...)."
             )
 
     def divisor(self) -> float:
@@ -73,10 +81,12 @@ class FixedCount:
 
 @final
 class KnownCount:
-    """`Data.count` tells the count of a batch before its forward pass; the sum over ranks runs beside that pass."""
+    """`Data.count` tells the count of a batch before its forward pass; the sum over ranks runs
+    beside that pass."""
 
     def __init__(self, count: Callable[[Any], float], *, group: Group, slots: int):
-        self._count, self._group = count, group
+        self._count = count
+        self._group = group
         self._slots = torch.zeros(slots, dtype=torch.float64)
         self._work: dist.Work | None = None
         self._step = 0
@@ -94,7 +104,10 @@ class KnownCount:
         """Nothing to do: what was counted beforehand holds."""
 
     def divisor(self) -> float:
-        """The count of the global batch. Raises: DdpKitError if it is 0."""
+        """The count of the global batch.
+
+        Raises: DdpKitError if it is 0.
+        """
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -115,13 +128,15 @@ class KnownCount:
 
 @final
 class FoundCount:
-    """The loss returns a tensor. Backward runs on sums over `expected`; gradients are corrected once the count has come in.
+    """The loss returns a tensor. Backward runs on sums over `expected`; gradients are corrected
+    once the count has come in.
 
     `expected` is a power of two, so that dividing by it and multiplying again changes no bits.
     """
 
     def __init__(self, *, expected: float, group: Group, slots: int):
-        self._expected, self._group = expected, group
+        self._expected = expected
+        self._group = group
         self._own: list[torch.Tensor] = []
         self._first = 0
         self._slots = torch.zeros(slots, dtype=torch.float64, device=group.device)
@@ -134,9 +149,8 @@ class FoundCount:
 
     def take(self, count: int | torch.Tensor, *, size: int) -> None:
         """Notes a micro-batch's count."""
-        self._own.append(
-            torch.as_tensor(count, dtype=torch.float64, device=self._group.device).detach()
-        )
+        own = torch.as_tensor(count, dtype=torch.float64, device=self._group.device)
+        self._own.append(own.detach())
 
     def divisor(self) -> float:
         """The expected count."""
@@ -150,7 +164,10 @@ class FoundCount:
             self._work = dist.all_reduce(self._slots, group=self._group.sums, async_op=True)
 
     def factor(self) -> torch.Tensor:
-        """Expected over found, a tensor on the device. A count of 0 gives inf, and so a step that is not applied."""
+        """Expected over found, a tensor on the device.
+
+        A count of 0 gives inf, and so a step that is not applied.
+        """
         if self._work is not None:
             self._work.wait()
             self._work = None

@@ -1,9 +1,11 @@
-"""What a device could do at most, which training's rate is compared with: the model FLOPs utilisation, MFU.
+"""What a device could do at most, which training's rate is compared with: the model FLOPs
+utilisation, MFU.
 
-Owns: the peaks. Refuses: guesses. A device that is not in the table has no MFU, and a CPU has none.
+Nothing is guessed: a device that is not in the table has no MFU, and a CPU has none.
 """
 
-# Dense matrix products in TFLOP/s with fp16 or bf16, TF32, FP32. Source: NVIDIA's data sheets. The first name found in the device's counts.
+# Dense matrix products in TFLOP/s with fp16 or bf16, TF32, FP32. Source: NVIDIA's data sheets. The
+# first name found in the device's counts.
 PEAKS = {
     "B200": (2250.0, 1125.0, 75.0),
     "H200 NVL": (835.5, 417.5, 60.0),
@@ -20,8 +22,14 @@ COLUMNS = {"bf16": 0, "fp16": 0, "tf32": 1, "fp32": 2}
 
 
 def peak_flops(device_name: str, *, precision: str) -> float:
-    """Returns a device's peak in FLOP/s at a `--precision`, 0 if it is not known. Source: Chowdhery et al., PaLM, arXiv 2204.02311,
-    appendix B."""
+    """Returns a device's peak in FLOP/s at a `--precision`, 0 if it is not known.
+
+    Source: Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.
+    """
+    if precision not in COLUMNS:
+        return 0.0
     words = f" {device_name} ".replace("-", " ")
-    known = next((row for name, row in PEAKS.items() if f" {name} " in words), None)
-    return known[COLUMNS[precision]] * 1e12 if known and precision in COLUMNS else 0.0
+    for name, row in PEAKS.items():
+        if f" {name} " in words:
+            return row[COLUMNS[precision]] * 1e12
+    return 0.0

@@ -1,11 +1,13 @@
-"""The buffers that training changes: the same on all ranks at every step boundary, and none thrown away.
+"""The buffers that training changes: the same on all ranks at every step boundary.
 
-Owns: the running statistics of normalisation layers, as views of one flat tensor, and any other buffer a forward pass changes.
-Refuses: DDP's broadcast from rank 0, which throws away what the other ranks have seen.
+These are the running statistics of normalisation layers, as views of one flat tensor, and any other
+buffer that a forward pass changes. DDP would take all of them from rank 0, which throws away what
+the other ranks have seen.
 
-Each micro-batch of a step starts from the step's base statistics; what the micro-batches of all ranks made of them is averaged
-once per step by one asynchronous reduction that runs beside backward. `num_batches_tracked` grows by one per step, and not at all
-where a layer is frozen in evaluation mode.
+Each micro-batch of a step starts from the step's base statistics; what the micro-batches of all
+ranks made of them is averaged once per step by one asynchronous reduction that runs beside
+backward. `num_batches_tracked` grows by one per step, and not at all where a layer is frozen in
+evaluation mode.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +25,10 @@ from ddp_kit.distributed.tree_sum import Fold, fold
 
 @dataclass(frozen=True)
 class Buffer:
-    """Where a buffer lives. A model that assigns to it (`self.seen = ...`) replaces the tensor that averages and files hold."""
+    """Where a buffer lives.
+
+    A model that assigns to it (`self.seen = ...`) replaces the tensor that averages and files hold.
+    """
 
     name: str
     module: nn.Module
@@ -31,7 +36,7 @@ class Buffer:
     tensor: torch.Tensor
 
     def settle(self) -> torch.Tensor:
-        """Brings an assigned value into the first tensor and puts that back in place. Returns it."""
+        """Brings an assigned value into the first tensor, puts that back in place, returns it."""
         current = self.module._buffers[self.attribute]
         if current is not None and current is not self.tensor:
             self.tensor.copy_(current.detach())
@@ -41,12 +46,12 @@ class Buffer:
 
 def buffers_of(model: nn.Module) -> list[Buffer]:
     """Returns every buffer of a model."""
-    return [
-        Buffer(f"{prefix}.{name}".lstrip("."), module, name, tensor)
-        for prefix, module in model.named_modules()
-        for name, tensor in module._buffers.items()
-        if tensor is not None
-    ]
+    found = []
+    for prefix, module in model.named_modules():
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                found.append(Buffer(f"{prefix}.{name}".lstrip("."), module, name, tensor))
+    return found
 
 
 @contextmanager
@@ -62,8 +67,10 @@ def buffers_put_back(model: nn.Module) -> Iterator[list[tuple[Buffer, torch.Tens
 
 
 class RunningStatistics:
-    """Averages running statistics over the micro-batches of a step. Every rank makes the calls of a step in this order:
-    `begin`, then per micro-batch `rewind` and `capture`, `launch` after the last forward pass, `finish` after the last backward.
+    """Averages running statistics over the micro-batches of a step.
+
+    Every rank makes the calls of a step in this order: `begin`, then per micro-batch `rewind` and
+    `capture`, `launch` after the last forward pass, `finish` after the last backward.
     """
 
     def __init__(
@@ -75,28 +82,30 @@ class RunningStatistics:
         always: bool = False,
         exact: bool = False,
     ):
-        """Args: `micro_batches` of all ranks in a step; `always` averages one micro-batch too (checkpointed activations run twice);
-        `exact` sums them along the fixed tree."""
+        """Replaces the layers' statistics by views of one flat tensor.
+
+        Args:
+            micro_batches: of all ranks in a step.
+            always: averages one micro-batch too (checkpointed activations run twice).
+            exact: sums them along the fixed tree.
+        """
         self._group = group
         self._total = micro_batches
-        layers = [
-            m
-            for m in model.modules()
-            if isinstance(m, _NormBase) and m.track_running_stats and m.running_mean is not None
-        ]
+        layers = [module for module in model.modules() if _has_statistics(module)]
         self._flat = _as_views(layers, ("running_mean", "running_var"))
         self._counters = _as_views(layers, ("num_batches_tracked",))
         self._averages = bool(layers) and (micro_batches > 1 or always)
         self.others: list[Buffer] = []  # buffers outside normalisation layers that training changes
         self._work: dist.Work | None = None
-        self._base, self._base_counters = self._flat.clone(), self._counters.clone()
+        self._base = self._flat.clone()
+        self._base_counters = self._counters.clone()
         self._base_others: list[torch.Tensor] = []
-        self._deltas = self._flat.new_zeros(self._flat.numel() + self._counters.numel())
-        self._changes, self._counts = self._deltas.split(
-            [self._flat.numel(), self._counters.numel()]
-        )
+        # One tensor, so that one reduction takes both.
+        sizes = [self._flat.numel(), self._counters.numel()]
+        self._deltas = self._flat.new_zeros(sum(sizes))
+        self._changes, self._counts = self._deltas.split(sizes)
         self._tree = Fold() if exact else None
-        self._nodes: list[torch.Tensor] = []  # of all ranks
+        self._nodes: list[torch.Tensor] = []  # of the tree, one for each rank
 
     @property
     def owned(self) -> set[int]:
@@ -132,20 +141,16 @@ class RunningStatistics:
         if not self._averages:
             return
         group = self._group.sums
-        if self._tree is not None:
-            own = self._tree.total()[0]
-            self._nodes = (
-                [torch.empty_like(own) for _ in range(self._group.world_size)]
-                if group is not None
-                else [own]
-            )
-            self._work = (
-                dist.all_gather(self._nodes, own, group=group, async_op=True)
-                if group is not None
-                else None
-            )
-        elif group is not None:
-            self._work = dist.all_reduce(self._deltas, group=group, async_op=True)
+        if self._tree is None:
+            if group is not None:
+                self._work = dist.all_reduce(self._deltas, group=group, async_op=True)
+            return
+        own = self._tree.total()[0]
+        if group is None:
+            self._nodes = [own]
+            return
+        self._nodes = [torch.empty_like(own) for _ in range(self._group.world_size)]
+        self._work = dist.all_gather(self._nodes, own, group=group, async_op=True)
 
     def finish(self) -> None:
         """Writes the averages, after the last backward."""
@@ -176,16 +181,26 @@ class RunningStatistics:
             buffer.tensor.copy_(base)
 
 
+def _has_statistics(module: nn.Module) -> bool:
+    if not isinstance(module, _NormBase):
+        return False
+    return module.track_running_stats and module.running_mean is not None
+
+
 def _as_views(layers: Sequence[nn.Module], names: Sequence[str]) -> torch.Tensor:
     """Replaces buffers by views of one flat tensor, which it returns."""
-    buffers = [(layer, name, layer._buffers[name]) for layer in layers for name in names]
-    tensors = [buffer for _, _, buffer in buffers if buffer is not None]
-    if not tensors:
+    found = []
+    for layer in layers:
+        for name in names:
+            buffer = layer._buffers[name]
+            if buffer is not None:
+                found.append((layer, name, buffer))
+    if not found:
         return torch.zeros(0)
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    at = 0
-    for layer, name, buffer in buffers:
-        if buffer is not None:
-            layer._buffers[name] = flat[at : at + buffer.numel()].view(buffer.shape)
-            at += buffer.numel()
+    flat = torch.cat([buffer.reshape(-1) for _, _, buffer in found])
+    begin = 0
+    for layer, name, buffer in found:
+        end = begin + buffer.numel()
+        layer._buffers[name] = flat[begin:end].view(buffer.shape)
+        begin = end
     return flat

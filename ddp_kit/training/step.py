@@ -1,17 +1,18 @@
 """One optimizer step: a global batch in, changed weights out, the same on every rank.
 
-Owns: accumulation, the division by the count, clipping, and applying the step or not.
-Refuses: reading data, evaluating, logging. Nothing here waits for the device unless a line says so.
+The gradient of a step is that of sum / count over the global batch (`loss_count`). Each backward
+pass runs on the sum divided by that count or an expected one, times what the strategy will divide
+by and the scale of fp16. Every rank decides from the reduced gradients, which are equal on all
+ranks, whether to apply the step; a loss that is not finite makes its own gradients nan, so that no
+rank can miss it.
 
-The gradient of a step is that of sum / count over the global batch (`counts`). Each backward pass runs on the sum divided by that
-count or an expected one, times what the strategy will divide by and the scale of fp16. Every rank decides from the reduced
-gradients, which are equal on all ranks, whether to apply the step; a loss that is not finite makes its own gradients nan, so that
-no rank can miss it.
+Nothing here waits for the device unless a line says so.
 """
 
 import math
 
 import torch
+import torch.distributed as dist
 
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
@@ -19,21 +20,26 @@ from ddp_kit.data.seeding import seed_forward
 from ddp_kit.distributed.collectives import anywhere, over_shards
 from ddp_kit.stopping.signals import StopFlag
 from ddp_kit.strategies.optimizers import step_quietly
-from ddp_kit.training.nonfinite import find_non_finite, judge, listed, look_back
+from ddp_kit.training.nonfinite import find_non_finite, listed, look_back, raise_unless_overflow
 from ddp_kit.training.state import ObjectiveState, StepSums, Sums, Training
 
 
 def train_step(training: Training, batch: RankBatch) -> StepSums:
-    """Runs one optimizer step of every objective on this rank's part of a global batch. Every rank calls it.
+    """Runs one optimizer step of every objective on this rank's part of a global batch.
 
-    Raises: NonFiniteError on every rank, with the weights as they were before the step, if a loss or gradient is not finite.
+    Every rank calls it.
+
+    Returns: the sums of each micro-batch's losses and metrics, gradient norms and learning rates.
+
+    Raises: NonFiniteError on every rank, with the weights as they were before the step, if a loss
+        or gradient is not finite.
     """
     sums = StepSums(first=batch.micro_batches[0].request.micro_batch, size=len(batch.micro_batches))
     look_back(training)
     for objective in training.objectives:
-        sums.rates[objective.name] = [
-            group["lr"] for group in objective.optimizer.param_groups
-        ]  # before the scheduler moves on
+        optimizer = objective.optimizer
+        # The rates of this step: the scheduler moves on below.
+        sums.rates[objective.name] = [group["lr"] for group in optimizer.param_groups]
         for parameter in objective.frozen:
             parameter.requires_grad_(False)
         try:
@@ -43,7 +49,8 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
                 parameter.requires_grad_(True)
         if not is_applied:
             training.skipped += 1
-            objective.optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch's schedulers warn of a step never taken
+            # Else torch's schedulers warn of a step never taken.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
         if objective.scheduler is not None:
             objective.scheduler.step()
     if training.average is not None:
@@ -55,33 +62,42 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
 def _objective_step(
     training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums
 ) -> bool:
+    """Runs forward and backward of each micro-batch, and applies the step. Returns whether it was
+    applied."""
     for parameter in objective.parameters:
         parameter.grad = None
-    strategy, statistics, count, last = (
-        training.strategy,
-        training.statistics,
-        objective.count,
-        len(batch.micro_batches) - 1,
-    )
-    weight, left, rounds = float(strategy.divisor), 1.0, max(training.rounds, last + 1)
-    if objective.scale.is_on:  # the divisor waits until after backward: what overflows must not depend on the number of ranks
-        weight, left = objective.scale.scale, weight / objective.scale.scale
+    strategy = training.strategy
+    statistics = training.statistics
+    count = objective.count
+
+    # What a loss is multiplied by before backward, and its gradients after it.
+    grad_scale = float(strategy.divisor)
+    unscale = 1.0
+    if objective.scale.is_on:
+        # The divisor waits until after backward: what overflows must not depend on the number of
+        # ranks.
+        unscale = grad_scale / objective.scale.scale
+        grad_scale = objective.scale.scale
+
     count.begin(batch.micro_batches)
     statistics.begin()
-    for i in range(rounds):
+    last = len(batch.micro_batches) - 1
+    num_passes = max(training.rounds, last + 1)
+    for i in range(num_passes):
         micro_batch = batch.micro_batches[min(i, last)]
-        with strategy.micro_batch(objective.call, is_last=i == rounds - 1):
+        request = micro_batch.request
+        with strategy.micro_batch(objective.call, is_last=i == num_passes - 1):
             seed_forward(
                 training.forward_key,
                 training.step,
-                micro_batch.request.micro_batch,
+                request.micro_batch,
                 device=training.group.device,
             )
             statistics.rewind()
             total, own_count, metrics = _forward(objective, micro_batch, training.step)
-            if (
-                i > last
-            ):  # others have one more, and gather weights with this rank: it repeats its last one, for nothing
+            if i > last:
+                # Others have one more, and gather weights with this rank: it repeats its last one,
+                # for nothing.
                 _backward(total, 0.0, objective)
                 continue
             statistics.capture()
@@ -89,11 +105,11 @@ def _objective_step(
             if i == last:
                 count.launch()
                 statistics.launch()
-            _backward(total, weight / count.divisor(), objective)
+            _backward(total, grad_scale / count.divisor(), objective)
         sums.parts.append((objective.name, {"loss": (total.detach(), own_count), **metrics}))
-    factor = (
-        count.factor() * left
-    )  # read in the order of the launches, so that none is waited for while a failed one is unread
+
+    # Read in the order of the launches, so that none is waited for while a failed one is unread.
+    factor = count.factor() * unscale
     statistics.finish()
     return _apply(training, objective, batch, sums, factor)
 
@@ -101,29 +117,35 @@ def _objective_step(
 def _forward(
     objective: ObjectiveState, micro_batch: MicroBatch, step: int
 ) -> tuple[torch.Tensor, int | torch.Tensor, Sums]:
+    """Returns the loss's (total, count, metrics). An error of it is told its samples."""
     try:
         result: tuple[torch.Tensor, int | torch.Tensor, Sums] = objective.call(micro_batch.batch)
     except Exception as error:
         request = micro_batch.request
         error.add_note(
-            f"in the forward pass of step {step + 1}, micro-batch {request.micro_batch}, samples {listed(request.indices)}"
+            f"in the forward pass of step {step + 1}, micro-batch {request.micro_batch}, "
+            f"samples {listed(request.indices)}"
         )
         raise
     return result
 
 
 def _backward(total: torch.Tensor, weight: float, objective: ObjectiveState) -> None:
-    """Adds the gradients of total x weight; of a total that is not finite they are nan, which no rank can then miss."""
+    """Adds the gradients of total x weight.
+
+    Of a total that is not finite they are nan, which no rank can then miss.
+    """
     if total.is_cuda:
-        total.backward(
-            gradient=total.detach() * 0 + weight
-        )  # inf x 0 and nan x 0 are nan; no host wait
+        # inf x 0 and nan x 0 are nan: the host need not wait for the value.
+        total.backward(gradient=total.detach() * 0 + weight)
         return
     if not math.isfinite(total.item()):
         weight = math.nan
-    if weight != objective.weight[0] or total.dtype != objective.weight[1].dtype:
-        objective.weight = weight, torch.full((), weight, dtype=total.dtype)
-    total.backward(gradient=objective.weight[1])
+    kept_weight, kept_tensor = objective.weight
+    if weight != kept_weight or total.dtype != kept_tensor.dtype:
+        kept_tensor = torch.full((), weight, dtype=total.dtype)
+        objective.weight = (weight, kept_tensor)
+    total.backward(gradient=kept_tensor)
 
 
 def _apply(
@@ -133,57 +155,77 @@ def _apply(
     sums: StepSums,
     factor: float | torch.Tensor,
 ) -> bool:
-    """Scales, checks and clips the reduced gradients and steps the optimizer. Returns whether the step was applied."""
-    gradients, shards = training.strategy.gradients(objective.parameters), training.strategy.shards
-    if isinstance(factor, torch.Tensor) or factor != 1:
-        torch._foreach_mul_(
-            gradients,
-            factor.to(objective.found_inf.device) if isinstance(factor, torch.Tensor) else factor,
-        )
-    if (
-        training.copied is not None
-    ):  # a snapshot still reads the weights: the device waits, the host does not
+    """Scales, checks and clips the reduced gradients and steps the optimizer. Returns whether the
+    step was applied."""
+    gradients = training.strategy.gradients(objective.parameters)
+    shards = training.strategy.shards
+    found = objective.found_inf
+    if isinstance(factor, torch.Tensor):
+        torch._foreach_mul_(gradients, factor.to(found.device))
+    elif factor != 1:
+        torch._foreach_mul_(gradients, factor)
+    if training.copied is not None:
+        # A snapshot still reads the weights: the device waits, the host does not.
         torch.cuda.current_stream().wait_event(training.copied)
         training.copied = None
-    found = objective.found_inf
     find_non_finite(gradients, found, one=objective.one, is_mixed=objective.is_mixed)
     anywhere(found, shards)
     if training.grad_clip:
-        norm = sums.grad_norms[objective.name] = over_shards(
-            torch.nn.utils.get_total_norm(gradients), shards
-        )
-        coefficient = torch.clamp(training.grad_clip / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(
-            gradients, coefficient.nan_to_num_(nan=1.0)
-        )  # else one bad gradient would make all of them bad
+        norm = _clip(gradients, training.grad_clip, shards=shards)
+        sums.grad_norms[objective.name] = norm
     if objective.is_deferred:
-        objective.optimizer.found_inf = found  # type: ignore[attr-defined]  # fused optimizers read it, as GradScaler has it
-        step_quietly(objective.optimizer)
-        seen = torch.empty_like(found, device="cpu", pin_memory=found.is_cuda)
-        seen.copy_(found, non_blocking=True)
-        training.suspect = (batch, sums, seen)
-        training.group.unseen[id(training)] = lambda: look_back(
-            training
-        )  # should the loop end here
+        _step_deferred(training, objective, batch, sums)
         return True
+
     is_bad = bool(found)  # host-device synchronisation on CUDA
     objective.scale.update(overflowed=is_bad)
     if is_bad:
         found.zero_()
-        judge(training, objective, batch, sums)
+        raise_unless_overflow(training, objective, batch, sums)
         return False
     if objective.step is None:
         step_quietly(objective.optimizer)
         return True
     objective.step()
-    objective.optimizer._opt_called = True  # type: ignore[attr-defined]  # as torch's schedulers note a step
+    # As torch's schedulers note a step.
+    objective.optimizer._opt_called = True  # type: ignore[attr-defined]
     return True
 
 
-def should_stop(training: Training, stop: StopFlag) -> bool:
-    """Whether all ranks agreed to stop after a signal on any of them. Every rank of a loop of its own calls it after each step.
+def _clip(
+    gradients: list[torch.Tensor], limit: float, *, shards: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Scales the gradients to a norm of `limit` over all parameters, at most. Returns their norm
+    before."""
+    norm = over_shards(torch.nn.utils.get_total_norm(gradients), shards)
+    coefficient = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    # A nan would make all gradients bad where one is.
+    torch._foreach_mul_(gradients, coefficient.nan_to_num_(nan=1.0))
+    return norm
 
-    Raises: NonFiniteError on every rank, before it says so, if the last step turns out not to have been applied.
+
+def _step_deferred(
+    training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums
+) -> None:
+    """Steps an optimizer that reads `found_inf` on the device; the host reads it one step later."""
+    found = objective.found_inf
+    # Fused optimizers read it, as GradScaler has it.
+    objective.optimizer.found_inf = found  # type: ignore[attr-defined]
+    step_quietly(objective.optimizer)
+    seen = torch.empty_like(found, device="cpu", pin_memory=found.is_cuda)
+    seen.copy_(found, non_blocking=True)
+    training.suspect = (batch, sums, seen)
+    # Should the loop end here.
+    training.group.unseen[id(training)] = lambda: look_back(training)
+
+
+def should_stop(training: Training, stop: StopFlag) -> bool:
+    """Whether all ranks agreed to stop after a signal on any of them.
+
+    Every rank of a loop of its own calls it after each step.
+
+    Raises: NonFiniteError on every rank, before it says so, if the last step turns out not to have
+        been applied.
     """
     stop.deferring = True
     if not training.control.boundary(stop=stop.stop).stop:
