@@ -1,7 +1,6 @@
 """Two observers for `Recipe.callbacks`: where a step's time goes, and how even the steps are.
 
-Owns: `Profile` and `StepTimes`; both are also examples of the protocol (`recipe.Callback`).
-Refuses: changing a run.
+They change nothing of a run, and are also examples of the protocol (`recipe.Callback`).
 """
 
 import time
@@ -17,15 +16,18 @@ from ddp_kit.io.logs import logger
 
 
 class Profile:
-    """Writes a trace of some steps, one file a rank: `folder/rank-K.json`, for Perfetto or chrome://tracing."""
+    """Writes a trace of some steps, one file a rank: `folder/rank-K.json`.
+
+    Perfetto and chrome://tracing show it.
+    """
 
     def __init__(self, folder: str | Path, *, after: int = 10, steps: int = 3):
         """Args: the trace begins after `after` steps and holds `steps` of them."""
         self._path = Path(folder) / f"rank-{read_topology().rank}.json"
-        self._first, self._last = after, after + steps
-        self._profiler = torch.profiler.profile(
-            acc_events=True
-        )  # one cycle; torch 2.11 warns otherwise
+        self._first = after
+        self._last = after + steps
+        # There is one cycle only; without acc_events torch 2.11 warns.
+        self._profiler = torch.profiler.profile(acc_events=True)
 
     def on_start(self, model: nn.Module) -> None:
         """Makes the folder: a name that cannot be written shows now."""
@@ -49,7 +51,10 @@ class Profile:
 
 
 class StepTimes:
-    """Logs the spread of step times at the end, on every rank into its own log: a rank that is slow now and then slows all."""
+    """Logs the spread of step times at the end, on every rank into its own log.
+
+    A rank that is slow now and then slows all.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -71,11 +76,12 @@ class StepTimes:
 
     def on_end(self, reason: str) -> None:
         """Logs median, 95th percentile and maximum, without the first step."""
-        if len(self.seconds) > 1:
-            median, high, most = np.quantile(self.seconds[1:], [0.5, 0.95, 1.0]) * 1e3
-            logger.info(
-                "step times: median %.3g ms, 95th percentile %.3g ms, longest %.3g ms",
-                median,
-                high,
-                most,
-            )
+        if len(self.seconds) < 2:
+            return
+        median, high, most = np.quantile(self.seconds[1:], [0.5, 0.95, 1.0]) * 1e3
+        logger.info(
+            "step times: median %.3g ms, 95th percentile %.3g ms, longest %.3g ms",
+            median,
+            high,
+            most,
+        )

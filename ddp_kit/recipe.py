@@ -1,7 +1,7 @@
 """What a recipe is, and finding one.
 
-Owns: `Recipe` and its parts, and loading a recipe's file or module.
-Refuses: inheritance and registration. A recipe is a Settings dataclass and a function named `recipe`.
+A recipe is a Settings dataclass and a function named `recipe`, in a file or a module: there is no
+class to inherit from, and nothing to register.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
@@ -51,7 +51,8 @@ class Callback(Protocol):
 class Objective:
     """One of several losses, each with its own optimizer, gradients, clipping and loss scale.
 
-    `trains` names the part of the model whose parameters it trains (a dotted path; "" is the whole model).
+    `trains` names the part of the model whose parameters it trains (a dotted path; "" is the whole
+    model).
     """
 
     loss: Loss
@@ -64,11 +65,26 @@ class Objective:
 class Recipe:
     """The parts of a run, as factories: strategies and seeding decide when to call them.
 
-    Args: `model()`; `loss(model, batch) -> LossSum`; `optimizer(model)`; `scheduler(optimizer, total_steps)`, stepped once per
-        optimizer step; `train_data()`, `eval_data()` (one data set, or several by name) and `test_data()`, each a `Data` or a bare
-        data set; `evaluate(model, batch) -> {name: (sum, count) or rows}` (default: the loss's sums); `summarize(means, rows) ->
-        {name: float}`; `samples(model) -> {name: image or text}`, on all ranks; `objectives` in place of loss and optimizer;
-        `flops_per_sample` of its forward and backward pass, from which train records on known CUDA devices have `mfu`.
+    Args:
+        model: `model()`.
+        train_data: `train_data()`, a `Data` or a bare data set.
+        loss: `loss(model, batch) -> LossSum`.
+        optimizer: `optimizer(model)`.
+        scheduler: `scheduler(optimizer, total_steps)`, stepped once per optimizer step.
+        eval_data: `eval_data()`, one data set, or several by name.
+        test_data: `test_data()`, alike.
+        evaluate: `evaluate(model, batch) -> {name: (sum, count) or rows}` (default: the loss's
+            sums).
+        summarize: `summarize(means, rows) -> {name: float}`.
+        samples: `samples(model) -> {name: image or text}`, on all ranks.
+        objectives: in place of loss and optimizer.
+        callbacks: observers of the run, on every rank.
+        trackers: receivers of its records, on rank 0.
+        flops_per_sample: of its forward and backward pass, from which train records on known CUDA
+            devices have `mfu`.
+
+    Raises: ConfigError if it has neither or both of a loss and objectives, or two objectives train
+        the same part.
     """
 
     model: Callable[[], nn.Module]
@@ -91,12 +107,14 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.objectives and (self.loss or self.optimizer or self.scheduler):
             raise ConfigError(
-                "a recipe has either `objectives` or its own loss, optimizer and scheduler, not both."
+                "a recipe has either `objectives` or its own loss, optimizer and scheduler, not "
+                "both."
             )
         parts = [part.trains for part in self.objectives]
         if len(set(parts)) < len(parts):
             raise ConfigError(
-                f"two objectives train the same part of the model ({', '.join(parts)}); put their losses into one."
+                f"two objectives train the same part of the model ({', '.join(parts)}); put their "
+                "losses into one."
             )
         if not self.objectives and (self.loss is None or self.optimizer is None):
             raise ConfigError("a recipe needs `loss` and `optimizer`, or `objectives`.")
@@ -129,19 +147,22 @@ class RecipeSource:
 def load_recipe(spec: str) -> RecipeSource:
     """Loads a recipe by file path (`recipes/cifar.py`) or as a module (`package.module`).
 
-    Raises: ConfigError if it is missing, not Python, raises on import, or has no `recipe` function or Settings.
+    Raises: ConfigError if it is missing, not Python, raises on import, or has no `recipe` function
+        or Settings.
     """
     is_file = spec.endswith(".py") or "/" in spec or Path(spec).exists()
     module = _from_file(Path(spec)) if is_file else _from_module(spec)
     build = getattr(module, "recipe", None)
     if not callable(build) or isinstance(build, type):
         raise ConfigError(
-            f"{spec} has no function `recipe(settings)`. `ddp-kit new my.py --from digits` writes one to start from."
+            f"{spec} has no function `recipe(settings)`. `ddp-kit new my.py --from digits` writes "
+            "one to start from."
         )
     settings = getattr(module, "Settings", None)
     if not (isinstance(settings, type) and issubclass(settings, Settings)):
         raise ConfigError(
-            f"{spec} has no class `Settings(ddp_kit.Settings)`: a frozen dataclass with the recipe's flags and defaults."
+            f"{spec} has no class `Settings(ddp_kit.Settings)`: a frozen dataclass with the "
+            "recipe's flags and defaults."
         )
     _refuse_settings(settings, spec)
     if not _accepts_one(build):
@@ -151,19 +172,24 @@ def load_recipe(spec: str) -> RecipeSource:
 
 
 def _refuse_settings(settings: type[Settings], spec: str) -> None:
-    if "__dataclass_fields__" not in vars(settings):  # its own, not those of the class above it
+    """Raises: ConfigError if Settings is no dataclass of its own, or has a field without a
+    default."""
+    # Its own fields, not those of the class above it.
+    if "__dataclass_fields__" not in vars(settings):
         raise ConfigError(
-            f"{spec}: Settings is no dataclass; its fields would be no flags. Put @dataclass(frozen=True, kw_only=True) above it."
+            f"{spec}: Settings is no dataclass; its fields would be no flags. "
+            "Put @dataclass(frozen=True, kw_only=True) above it."
         )
-    bare = [
-        field.name
-        for field in fields(settings)
-        if field.default is MISSING and field.default_factory is MISSING
-    ]
-    if bare:
+    without = [field.name for field in fields(settings) if not _has_default(field)]
+    if without:
         raise ConfigError(
-            f"{spec}: Settings needs a default for {', '.join(bare)}: a recipe runs without flags."
+            f"{spec}: Settings needs a default for {', '.join(without)}: a recipe runs without "
+            "flags."
         )
+
+
+def _has_default(field: Field[Any]) -> bool:
+    return field.default is not MISSING or field.default_factory is not MISSING
 
 
 def _accepts_one(build: Callable[..., Any]) -> bool:
@@ -175,44 +201,52 @@ def _accepts_one(build: Callable[..., Any]) -> bool:
 
 
 def _from_file(path: Path) -> ModuleType:
+    """Raises: ConfigError if there is no such Python file, or it raises on import."""
     if path.suffix != ".py" or not path.is_file():
-        near = (
-            nearest(path.name, [p.name for p in path.parent.glob("*.py")])
-            if path.parent.is_dir()
-            else ""
-        )
-        hint = (
-            f" Did you mean {path.parent / near}?"
-            if near
-            else " Expected a .py file or a module's dotted name."
-        )
-        raise ConfigError(
-            f"recipe {path}: {'it is a folder' if path.is_dir() else 'not a Python file' if path.exists() else 'no such file'}.{hint}"
-        )
-    # a spawned loader worker imports it by this name, so the file's own one wherever it can be: a dash does no harm, a dot would
-    name = (
-        path.stem
-        if "." not in path.stem and path.stem not in sys.modules
-        else f"recipe_{abs(hash(path.resolve()))}"
-    )
+        raise ConfigError(f"recipe {path}: {_fault_of(path)}.{_hint_for(path)}")
+    # A spawned loader worker imports it by this name, so it is the file's own wherever it can be: a
+    # dash does no harm, a dot would.
+    name = path.stem
+    if "." in name or name in sys.modules:
+        name = f"recipe_{abs(hash(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and spawned loader workers look it up there
+    # Dataclasses and spawned loader workers look it up there.
+    sys.modules[name] = module
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    _import(lambda: spec.loader.exec_module(module), str(path))  # type: ignore[union-attr]  # asserted above
+    loader = spec.loader
+    _import(lambda: loader.exec_module(module), str(path))
     return module
 
 
+def _fault_of(path: Path) -> str:
+    if path.is_dir():
+        return "it is a folder"
+    return "not a Python file" if path.exists() else "no such file"
+
+
+def _hint_for(path: Path) -> str:
+    near = ""
+    if path.parent.is_dir():
+        near = nearest(path.name, [other.name for other in path.parent.glob("*.py")])
+    if near:
+        return f" Did you mean {path.parent / near}?"
+    return " Expected a .py file or a module's dotted name."
+
+
 def _from_module(name: str) -> ModuleType:
+    """Raises: ConfigError if there is no such module, or it raises on import."""
+    # As `python -m` has it; a console script does not.
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it; a console script does not
+        sys.path.insert(0, str(Path.cwd()))
     if not _import(lambda: _is_found(name), name):
         raise ConfigError(
-            f"recipe {name}: neither a file nor a module that can be found. Expected a path such as recipes/digits.py, or package.module."
+            f"recipe {name}: neither a file nor a module that can be found. Expected a path such "
+            "as recipes/digits.py, or package.module."
         )
     return _import(lambda: importlib.import_module(name), name)
 
@@ -223,17 +257,23 @@ def _is_found(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # something that its package imports
+            # It is something that its package imports.
+            raise
         return False
-    except ValueError:  # a relative name, a name with empty parts
+    except ValueError:
+        # A relative name, or a name with empty parts.
         return False
 
 
 def _import(load: Callable[[], Loaded], where: str) -> Loaded:
+    """Returns what `load` does.
+
+    Raises: ConfigError for whatever the user's own code raises, with its traceback.
+    """
     try:
         return load()
     except SyntaxError as error:
         raise ConfigError(f"recipe {where} is not Python: {error}") from error
-    except Exception as error:  # the user's own code, whatever it raises
+    except Exception as error:
         frames = "".join(traceback.format_exception(error)).rstrip()
         raise ConfigError(f"recipe {where} raises when it is imported:\n{frames}") from error
