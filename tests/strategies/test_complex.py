@@ -262,7 +262,8 @@ def test_a_gradient_that_is_not_finite_in_an_imaginary_part_is_not_applied(group
 
     made: list[bool] = []
     settings = Settings()
-    training = (composition := compose(turned(settings, loss=loss), settings, group)).training
+    composition = compose(turned(settings, loss=loss), settings, group)
+    training = composition.training
     before = weights_sha256(training.model)
     made.append(True)
     with pytest.raises(

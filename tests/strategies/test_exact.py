@@ -153,7 +153,10 @@ def differing(
     """Returns the names of what is not the same bits at all world sizes."""
     found = [bits(lives(make, settings, world_size=ranks)[0]) for ranks in world_sizes]
     assert "record 5" in found[0]
-    return [name for a, b in pairwise(found) for name in a if a[name] != b[name]]
+    names: list[str] = []
+    for a, b in pairwise(found):
+        names += [name for name in a if a[name] != b[name]]
+    return names
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -62,7 +62,9 @@ def test_the_forward_pass_is_computed_in_the_stated_dtype_and_weights_stay_as_th
         assert seen == {dtype}
         kept = torch.float64 if precision == "fp64" else torch.float32
         optimizer = made.training.objectives[0].optimizer
-        state = [tensor for values in optimizer.state.values() for tensor in values.values()]
+        state: list[Any] = []
+        for values in optimizer.state.values():
+            state += values.values()
         for tensor in (
             *made.training.model.state_dict().values(),
             *state,
@@ -146,7 +148,8 @@ def test_an_fp16_overflow_on_one_rank_is_skipped_on_all_and_counted(group: Group
     }  # of the last rank, in the first step
     parts["scheduler"] = lambda optimizer, total: LambdaLR(optimizer, lambda step: 1 / (step + 1))
     made = compose(recipe(settings, model=normed, **parts), settings, group)
-    training, objective = made.training, made.training.objectives[0]
+    training = made.training
+    objective = made.training.objectives[0]
     objective.scale.growth_interval = 3
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     steps(made, end=1)

@@ -34,6 +34,13 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def stepped_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
+
+
 class Strided(Net):
     """A parameter that is a transposed view."""
 
@@ -97,9 +104,7 @@ class Sparse(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for parameter in (
-            parameter for group in self.param_groups for parameter in group["params"]
-        ):
+        for parameter in stepped_by(self):
             parameter[parameter.grad.nonzero(as_tuple=True)] -= 0.1
 
 
@@ -108,9 +113,7 @@ class Layerwise(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for parameter in (
-            parameter for group in self.param_groups for parameter in group["params"]
-        ):
+        for parameter in stepped_by(self):
             parameter.sub_(0.1 * parameter.grad * parameter.norm() / parameter.grad.norm())
 
 
@@ -144,7 +147,7 @@ class Normed(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        stepped = [parameter for group in self.param_groups for parameter in group["params"]]
+        stepped = stepped_by(self)
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in stepped])
         for parameter in stepped:
             parameter.sub_(0.1 * parameter.grad / norm)
@@ -155,9 +158,7 @@ class Reading(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for parameter in (
-            parameter for group in self.param_groups for parameter in group["params"]
-        ):
+        for parameter in stepped_by(self):
             parameter.sub_(parameter.grad, alpha=0.1 * parameter.norm().item())
 
 
@@ -253,7 +254,8 @@ class Pair(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = Tied(4, 4, bias=False), Tied(4, 4, bias=False)
+        self.first = Tied(4, 4, bias=False)
+        self.second = Tied(4, 4, bias=False)
         self.second.weight = self.first.weight
 
 
@@ -318,7 +320,8 @@ def test_what_a_file_leaves_out_has_first_values_without_memory_too(
             mark = torch.zeros(
                 2, dtype=torch.float64
             )  # of the run: a conversion would make two of it, with or without memory
-            self.one, self.other = Holder(mark), Holder(mark)
+            self.one = Holder(mark)
+            self.other = Holder(mark)
 
         def reset_parameters(self) -> None:
             nn.init.ones_(self.scale)

@@ -263,7 +263,8 @@ def test_evaluations_of_the_average_between_steps_change_no_step(group: Group, n
     """Weights that were gathered for an evaluation are not those of the next step."""
 
     def norms(settings: Split) -> list[float]:
-        composed, found = compose(split(settings), settings, group), []
+        composed = compose(split(settings), settings, group)
+        found = []
         for batch in composed.feed.batches(start=0, end=4):
             found.append(float(train_step(composed.training, batch).grad_norms[""]))
             composed.evaluator(composed.training.model, average=composed.training.average)

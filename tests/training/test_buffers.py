@@ -24,7 +24,8 @@ def normalising() -> nn.Module:
 def by_hand(settings: Settings, plan: BatchPlan) -> dict[str, torch.Tensor]:
     """Returns BatchNorm's buffers after each micro-batch of a step starts from the same base and the results are averaged."""
     inputs = vectors().tensors[0].double()
-    mean, variance = torch.zeros(6).double(), torch.ones(6).double()
+    mean = torch.zeros(6).double()
+    variance = torch.ones(6).double()
     for step in range(settings.max_steps):
         order = permutation(settings.seed, 0, 240)[step * 24 : (step + 1) * 24]
         parts = [
@@ -102,7 +103,9 @@ def test_another_buffer_that_training_changes_is_named_and_taken_from_rank_0(gro
     assert [note.split()[1] for note in named] == (["seen", "mean"] if group.world_size > 1 else [])
     assert not model.seen.any()  # the rehearsal has left no trace
     assert not model.mean.any()
-    seen, mean, average = torch.zeros(6).double(), torch.zeros(6).double(), torch.zeros(6).double()
+    seen = torch.zeros(6).double()
+    mean = torch.zeros(6).double()
+    average = torch.zeros(6).double()
     plan = plan_batches(24, micro_batch=4, world_size=group.world_size)
     inputs = vectors().tensors[0].double()
     for batch in made.feed.batches(start=0, end=settings.max_steps):

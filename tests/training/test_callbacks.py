@@ -24,7 +24,8 @@ def test_a_profile_holds_the_steps_it_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_step_times_are_logged_at_the_end(tmp_path: Path) -> None:
-    settings, times = Settings(max_steps=5, run_dir=str(tmp_path / "run")), StepTimes()
+    settings = Settings(max_steps=5, run_dir=str(tmp_path / "run"))
+    times = StepTimes()
     ddp_kit.run(recipe(settings, callbacks=[times]), settings)
     assert len(times.seconds) == 5
     assert "step times: median" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()

@@ -47,7 +47,8 @@ def test_each_sample_counts_once_and_all_ranks_run_the_same_number_of_forward_pa
     sizes = {0, 1, group.world_size - 1, group.world_size, 17}
     for size in sizes:
         for micro_batch in (1, 4, 24):
-            passes, counted = 0, []
+            passes = 0
+            counted = []
 
             def measure(model: Any, batch: Any) -> dict[str, Any]:
                 nonlocal passes
@@ -170,10 +171,8 @@ def test_an_evaluation_changes_neither_model_nor_modes_nor_generators(group: Gro
     model, evaluation = evaluator(
         group, recipe(settings, model=normed, eval_data=lambda: vectors(17)), settings
     )
-    before, state = (
-        {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        torch.get_rng_state(),
-    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
     assert evaluation(model) == evaluation(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)

@@ -112,10 +112,8 @@ def test_a_global_batch_is_the_same_samples_in_the_same_order_for_every_split(gr
 def test_fp32_agrees_at_the_first_step_and_over_a_run_at_a_small_rate(group: Group) -> None:
     for steps, rate in ((1, 0.1), (50, 0.01)):
         settings = Settings(precision="fp32", max_steps=steps, micro_batch=6, lr=rate)
-        ours, one = (
-            trace(group, recipe(settings, model=normed), settings),
-            alone(recipe(settings, model=normed), settings),
-        )
+        ours = trace(group, recipe(settings, model=normed), settings)
+        one = alone(recipe(settings, model=normed), settings)
         assert distance(ours.gradient, one.gradient) <= 1e-5
         assert max(abs(a - b) for a, b in zip(ours.losses, one.losses, strict=True)) <= 1e-5
 

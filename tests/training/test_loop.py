@@ -30,7 +30,8 @@ from ddp_kit.training.step import train_step
 def rates(make: Callable[[torch.optim.Optimizer], Any], steps: int) -> list[float]:
     """Returns the rate that each step uses."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
-    scheduler, used = make(optimizer), []
+    scheduler = make(optimizer)
+    used = []
     for _ in range(steps):
         used.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -139,11 +140,10 @@ def test_records_hold_the_global_loss_of_their_step_and_what_a_user_looks_for() 
     reference = bare(settings)
     for life in (live(evaluated, settings), lives(evaluated, settings, world_size=3)[0]):
         kinds = [(record["kind"], record["step"], record["epoch"]) for record in life.records]
-        assert kinds == [
-            (kind, step, epoch)
-            for epoch, step in enumerate((10, 20, 25))
-            for kind in ("train", "eval")
-        ]
+        expected: list[tuple[str, int, int]] = []
+        for epoch, step in enumerate((10, 20, 25)):
+            expected += [("train", step, epoch), ("eval", step, epoch)]
+        assert kinds == expected
         train = [record for record in life.records if record["kind"] == "train"]
         assert [record["samples"] for record in train] == [240, 480, 600]
         for record in train:
@@ -308,10 +308,8 @@ def test_it_is_said_at_start_where_best_may_not_be_what_was_meant(group: Group) 
 
 def test_the_test_data_steer_nothing() -> None:
     settings = Settings(max_steps=6, eval_every=2, log_every=1)
-    with_test, without = (
-        lives(scored, settings, world_size=2)[0],
-        lives(_untested, settings, world_size=2)[0],
-    )
+    with_test = lives(scored, settings, world_size=2)[0]
+    without = lives(_untested, settings, world_size=2)[0]
     assert [
         kind for kind in (record["kind"] for record in with_test.records) if kind == "test"
     ] == ["test"]

@@ -56,7 +56,8 @@ class TwoDtypes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(6, 8).double(), nn.Linear(8, 4)
+        self.first = nn.Linear(6, 8).double()
+        self.last = nn.Linear(8, 4)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.last(self.first(inputs.double()).relu().float())
@@ -65,7 +66,8 @@ class TwoDtypes(nn.Module):
 @pytest.mark.ranks(1, 2)
 def test_a_bad_gradient_is_found_among_parameters_of_two_dtypes(group: Group) -> None:
     """A recipe's model is cast to one; that of a loop of one's own is not."""
-    model, feed = TwoDtypes(), build_loader(with_bad_sample(30), group=group, global_batch=24)
+    model = TwoDtypes()
+    feed = build_loader(with_bad_sample(30), group=group, global_batch=24)
     training = wrap(
         model, torch.optim.SGD(model.parameters(), lr=0.1), nan_at_9, group=group, feed=feed
     )

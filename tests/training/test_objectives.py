@@ -60,7 +60,8 @@ def test_a_gan_gives_the_numbers_of_a_loop_written_by_hand(group: Group) -> None
     settings = Settings(max_steps=8, grad_clip=0.2, micro_batch=5)
     ends = []
     for order in ("dg", "gd"):
-        made, life = compose(gan(order=order), settings, group), Life()
+        made = compose(gan(order=order), settings, group)
+        life = Life()
         reporter = Reporter([Notes(life)], log_every=1)
         reporter.start(RunInfo(run_dir=Path(), name="gan", settings={}, total_steps=8), step=0)
         for batch in made.feed.batches(start=0, end=8):

@@ -90,7 +90,8 @@ def test_two_lives_of_the_same_start_give_the_same_bits(group: Group) -> None:
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.used, self.spare = nn.Linear(6, 4), nn.Linear(3, 3)
+        self.used = nn.Linear(6, 4)
+        self.spare = nn.Linear(3, 3)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.used(inputs)
