@@ -23,7 +23,7 @@ from ddp_kit.settings import DeepSpeed, Fsdp, Settings
 from ddp_kit.setup.build import require_same_settings
 from ddp_kit.setup.model import build_model, placement_of, settle_memory_format
 from ddp_kit.trackers.console import evaluation_line
-from ddp_kit.training.evaluator import Evaluator, data_sets
+from ddp_kit.training.recipe_evaluation import Evaluator, data_sets
 
 
 def main(argv: Sequence[str] | None = None) -> int:

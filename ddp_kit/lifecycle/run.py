@@ -29,7 +29,7 @@ from ddp_kit.recipe import Recipe
 from ddp_kit.setup.build import compose, require_same_settings
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, heeding
-from ddp_kit.training.evaluator import data_sets
+from ddp_kit.training.recipe_evaluation import data_sets
 from ddp_kit.training.loop import Ending, fit, stopped
 
 

@@ -37,8 +37,8 @@ from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.checks import require_splittable
 from ddp_kit.training.ema import WeightAverage
-from ddp_kit.training.evaluator import Evaluator, data_sets
 from ddp_kit.training.loop import Pace
+from ddp_kit.training.recipe_evaluation import Evaluator, data_sets
 from ddp_kit.training.state import LossCall, Training
 
 
@@ -133,7 +133,7 @@ def compose(
         placement=feed.placement,
         enter=strategy.enter,
     )
-    evaluator.rehearse(model)
+    evaluator.dry_run(model)
     training.notes += best_notes(
         settings.early_stop, evaluator.names, has_test=recipe.test_data is not None
     )

@@ -1,7 +1,7 @@
 """The state of training: what one optimizer step needs and changes.
 
 Here are `Training`, an objective as it is trained, the wrapped call of a loss, and the sums that a
-step leaves behind. What is done with them is said in `step`, `evaluation` and `loop`.
+step leaves behind. What is done with them is said in `step`, `loop` and `evaluation`.
 """
 
 from collections.abc import Callable, Mapping

@@ -91,7 +91,7 @@ def found(args: tuple[str, ...], fault: str, words: str, *, folder: Path) -> Non
 
 
 @pytest.mark.parametrize(("args", "fault", "words"), BOTH)
-def test_a_rank_that_departs_from_its_rehearsal_is_named_and_takes_no_step(
+def test_a_rank_that_departs_from_its_dry_run_is_named_and_takes_no_step(
     args: Any, fault: str, words: str, tmp_path: Path
 ) -> None:
     found(args, fault, words, folder=tmp_path)

@@ -101,7 +101,7 @@ def test_another_buffer_that_training_changes_is_named_and_taken_from_rank_0(gro
     model: Any = training.model
     named = [note for note in training.notes if note.startswith("buffer ")]
     assert [note.split()[1] for note in named] == (["seen", "mean"] if group.world_size > 1 else [])
-    assert not model.seen.any()  # the rehearsal has left no trace
+    assert not model.seen.any()  # the dry run has left no trace
     assert not model.mean.any()
     seen = torch.zeros(6).double()
     mean = torch.zeros(6).double()

@@ -18,7 +18,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DataError, DdpKitError
 from ddp_kit.setup.build import build_model, compose, placement_of
 from ddp_kit.training.evaluation import evaluate
-from ddp_kit.training.evaluator import Evaluator, data_sets
+from ddp_kit.training.recipe_evaluation import Evaluator, data_sets
 
 
 def numbered(count: int) -> TensorDataset:
@@ -317,7 +317,7 @@ def test_an_evaluation_of_rows_alone_has_the_metrics_of_summarize_from_the_start
             eval_data=lambda: vectors(9),
         )
         model, evaluation = evaluator(group, made, settings)
-        evaluation.rehearse(model)
+        evaluation.dry_run(model)
         return evaluation
 
     assert set(evaluated({"distance": 1.0}).names) == {"distance"}

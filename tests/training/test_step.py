@@ -1,4 +1,4 @@
-"""One optimizer step: the rehearsal before the first, and faults of a loss."""
+"""One optimizer step: the dry run before the first, and faults of a loss."""
 
 import random
 from collections.abc import Callable
@@ -28,11 +28,11 @@ def steps(made: Composition, *, start: int = 0, end: int) -> None:
         train_step(made.training, batch)
 
 
-# The rehearsal
+# The dry run
 
 
 @pytest.mark.ranks(1, 2)
-def test_the_rehearsal_leaves_no_trace(group: Group) -> None:
+def test_the_dry_run_leaves_no_trace(group: Group) -> None:
     settings = Settings(micro_batch=6)
     made = recipe(settings, model=normed, eval_data=lambda: vectors(10))
     torch.manual_seed(3)
@@ -189,7 +189,7 @@ def test_a_wrong_loss_is_refused_before_the_first_step(group: Group) -> None:
 
 @dataclass
 class Changing:
-    """A loss that changes what it returns as count after the rehearsal."""
+    """A loss that changes what it returns as count after the dry run."""
 
     count: Callable[[int], Any]
     is_on: bool = False

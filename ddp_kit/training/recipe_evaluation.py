@@ -108,7 +108,7 @@ class Evaluator:
             num_workers=self.settings.num_workers,
         )
 
-    def rehearse(self, model: nn.Module) -> None:
+    def dry_run(self, model: nn.Module) -> None:
         """Runs one micro-batch of each set: a wrong metric name or too little memory shows now, not
         hours later. Every rank calls it.
 
