@@ -1,7 +1,8 @@
 """A hook of mkdocs: puts the source of a function beside the line of a walk that names it.
 
-In a page, `<!-- code training/loop.py: fit -->` stands for the source of `fit` as it is when the pages are built. A name that is
-not there ends the build. `tests/docs` reads the same marks through `marks` and `source_of`.
+In a page, `<!-- code training/loop.py: fit -->` stands for the source of `fit` as it is when the
+pages are built. A name that is not there ends the build. `tests/docs` reads the same marks through
+`marks` and `source_of`.
 """
 
 import ast
@@ -12,7 +13,10 @@ from typing import Any
 
 LIBRARY = Path(__file__).resolve().parents[1] / "ddp_kit"
 MARK = re.compile(r"^<!-- code (?P<file>[\w/]+\.py): (?P<name>[\w.]+) -->$", re.MULTILINE)
-OPEN = 24  # lines of a function that is shown without a click
+# A step of a walk: a paragraph, and the marks below it.
+STEP = re.compile(
+    r"(?P<text>(?:^(?!<!--).+\n)+)\n(?P<marks>(?:^<!-- code .* -->\n)+)", re.MULTILINE
+)
 
 
 def marks(markdown: str) -> list[tuple[str, str]]:
@@ -56,13 +60,18 @@ def _first_line(node: ast.FunctionDef | ast.ClassDef) -> int:
 
 def _block(found: re.Match[str]) -> str:
     source = source_of(found["file"], found["name"])
-    count = len(source.splitlines())
-    sign = "???+" if count <= OPEN else "???"
-    head = f'{sign} quote "{found["file"]}: {found["name"]} ({count} lines)"'
-    code = textwrap.indent(f"```python\n{source}\n```", "    ", lambda line: True)
-    return f"{head}\n\n{code}\n"
+    return f'```python title="{found["file"]}: {found["name"]}"\n{source}\n```\n'
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def _step(found: re.Match[str]) -> str:
+    code = MARK.sub(_block, found["marks"])
+    columns = (f"<div markdown>\n\n{column}\n</div>" for column in (found["text"], code))
+    return '<div class="beside" markdown>\n{}\n{}\n</div>\n'.format(*columns)
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by mkdocs with the text of each page."""
-    return MARK.sub(_block, markdown)
+    if not marks(markdown):
+        return markdown
+    page.meta["hide"] = ["toc"]  # the code takes its place
+    return STEP.sub(_step, markdown)

@@ -1,4 +1,4 @@
-"""An extension of griffe: ddp_kit's docstrings, whose `Args:` and `Raises:` are sentences, as paragraphs of Markdown."""
+"""An extension of griffe: docstrings whose `Args:` and `Raises:` are sentences, as Markdown."""
 
 import re
 import textwrap
@@ -10,7 +10,7 @@ WORDS = re.compile(r"(?:^|(?<=[.;)] ))(Args|Returns|Yields|Raises|Source): ", re
 
 
 class Paragraphs(Extension):
-    """Begins a paragraph at each of those words, and takes the indentation of the lines that go on."""
+    """Begins a paragraph at each of those words, and takes the indentation of lines below it."""
 
     def on_instance(self, *, obj: Object, **_: Any) -> None:
         """Called by griffe for each object that it has read."""

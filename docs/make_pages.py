@@ -1,6 +1,7 @@
-"""Writes what pages take from the code: `python docs/make_pages.py` after a change of fields or of the spine.
+"""Writes what pages take from the code: `python docs/make_pages.py`.
 
-`flags.md` is written whole; in `architecture.md` the line counts of the spine are brought up to date. A test compares.
+`flags.md` is written whole; in `architecture.md` the line counts of the spine are brought up to
+date. A test compares.
 """
 
 import ast
@@ -37,15 +38,16 @@ before any process group starts, all at once, once for all ranks, with the neare
 * `--settings FILE` (TOML or JSON, for instance a run's own `settings.json`) sets fields. Flags win.
   A secret that was redacted in that file has to be typed again.
 * A field that is on or off has two flags: `--exact` and `--no-exact`.
-* `--epochs` and `--max-steps`: schedules count the steps of the epochs if those are set, beside which
-  `--max-steps` only stops earlier.
+* `--epochs` and `--max-steps`: schedules count the steps of the epochs if those are set, beside
+  which `--max-steps` only stops earlier.
 * `--tracker` names what is used beside the console and the JSON lines, which are always on. W&B is
   offline where no key is found.
-* `--run-dir` is by default `runs/<recipe>-<UTC time>`, in a SLURM job `runs/<recipe>-<job id>`, with
-  `_<task>` behind it in an array.
+* `--run-dir` is by default `runs/<recipe>-<UTC time>`, in a SLURM job `runs/<recipe>-<job id>`,
+  with `_<task>` behind it in an array.
 
-"Free" means that a run may be resumed with another value. Anything else is refused on resume, unless it
-is named (`--change lr`): see [Checkpoints](checkpoints.md#what-may-change-when-a-run-goes-on).
+"Free" means that a run may be resumed with another value. Anything else is refused on resume,
+unless it is named (`--change lr`):
+see [Checkpoints](checkpoints.md#what-may-change-when-a-run-goes-on).
 """
 NOTES = {
     "max_steps": "free beside epochs",
@@ -66,16 +68,14 @@ def documented(cls: type) -> dict[str, str]:
     return texts
 
 
-def values(hint: object) -> str:
-    """Returns in words what a field takes."""
+def choices(hint: object) -> str:
+    """Returns what a field takes, where that is one of some words."""
     inner = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
-        return ", ".join(f"`{value}`" for value in inner if value != "")
+        return "One of " + ", ".join(f"`{value}`" for value in inner if value != "") + "."
     if typing.get_origin(hint) is tuple:
-        return f"{values(inner[0])}, any number of them"
-    if inner:
-        return " or ".join(values(kind) for kind in inner)
-    return {bool: "on, off", int: "whole number", float: "number", str: "text"}[hint]
+        return f"{choices(inner[0]).replace('One', 'Any')} May be several."
+    return ""
 
 
 def shown(value: object) -> str:
@@ -99,14 +99,15 @@ def rows(cls: type, *, prefix: str = "", is_free: bool = False) -> list[str]:
         changes = NOTES.get(field.name, "")
         if not changes:
             changes = "free" if is_free or field.name in FREE else ""
-        cells = [f"`{name}`", texts[field.name], values(hint), shown(field.default), changes]
+        meaning = f"{texts[field.name]}. {choices(hint)}".replace("..", ".").strip()
+        cells = [f"`{name}`", meaning, shown(field.default), changes]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def flags_page() -> str:
     """Returns flags.md."""
-    head = ["| flag | meaning | values | default | on resume |", "|---|---|---|---|---|"]
+    head = ["| flag | meaning | default | on resume |", "|---|---|---|---|"]
     parts = [HEAD, "## Every recipe", "\n".join([*head, *rows(Settings)])]
     for name, hint in typing.get_type_hints(Settings).items():
         if dataclasses.is_dataclass(hint):
@@ -117,7 +118,7 @@ def flags_page() -> str:
     peers = [f"| `{name}` | {text} |" for name, text in PEERS.items()]
     parts += [
         "## Other toolkits' names",
-        "Typing one of these is answered with ours. A recipe may have a field of such a name; then it is that.",
+        "Typing one of these is answered with ours, unless the recipe has a field of that name.",
         "\n".join(["| typed | answer |", "|---|---|", *peers]),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
