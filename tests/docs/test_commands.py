@@ -127,6 +127,7 @@ def test_the_recipe_of_the_pages_is_one(tmp_path: Path) -> None:
     assert recipe.model().fc.out_features == 10
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_pages_trains_and_goes_on(tmp_path: Path) -> None:
     loop, evaluation = python_blocks("own-loop.md")
     script = f"""
