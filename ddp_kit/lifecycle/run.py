@@ -29,8 +29,8 @@ from ddp_kit.recipe import Recipe
 from ddp_kit.setup.build import compose, require_same_settings
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, heeding
-from ddp_kit.training.recipe_evaluation import data_sets
 from ddp_kit.training.loop import Ending, fit, stopped
+from ddp_kit.training.recipe_evaluation import data_sets
 
 
 def train(build: Callable[[], Recipe], attempt: Attempt, group: Group, stack: ExitStack) -> Outcome:
