@@ -5,7 +5,6 @@ Step, control packet, record, evaluation, decision, save. What each of these doe
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from ddp_kit.data.loader import RankBatch
@@ -91,28 +90,17 @@ def fit(
     stop.deferring = True
     first = training.step
     checkpoints = training.checkpoints
-    control = training.control
-    measured = partial(
-        _measured,
-        training,
-        evaluate=evaluate,
-        report=report,
-        early_stopping=early_stopping,
-        callbacks=callbacks,
-    )
-    metrics: dict[str, float]
-    ending = stopped(control.exchange(stop=stop.stop))
+    measure = _Measure(training, evaluate, report, early_stopping, callbacks)
+    ending = stopped(training.control.exchange(stop=stop.stop))
     if owes_evaluation and ending is None:
-        metrics, ending = measured(pace.last_epoch(first))
-        if checkpoints is not None and metrics:
-            checkpoints.save(metrics, again=True)
+        ending = _catch_up(training, measure, epoch=pace.last_epoch(first))
     if ending is not None:
         return ending
     for batch in batches:
         sums = train_step(training, batch)
         step = training.step
         is_save_due = checkpoints is not None and checkpoints.is_due()
-        decision = control.boundary(stop=stop.stop, saves=is_save_due)
+        decision = training.control.boundary(stop=stop.stop, saves=is_save_due)
         is_last = step == pace.end
         report.step(training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=is_last)
         if step == first + 1:
@@ -127,11 +115,10 @@ def fit(
             continue
         look_back(training)
         report.flush()
+        metrics: dict[str, float] = {}
+        ending = stopped(decision)
         if evaluates:
-            metrics, ending = measured(batch.epoch)
-        else:
-            metrics = {}
-            ending = stopped(decision)
+            metrics, ending = measure(batch.epoch)
         if checkpoints is not None:
             checkpoints.after(metrics, is_due=saves or ending is not None)
         if ending is not None:
@@ -139,27 +126,39 @@ def fit(
     return _finished(early_stopping)
 
 
-def _measured(
-    training: Training,
-    epoch: int,
-    *,
-    evaluate: Callable[[int], dict[str, float]],
-    report: Reporter,
-    early_stopping: EarlyStopping,
-    callbacks: Sequence[Callback],
-) -> tuple[dict[str, float], Ending | None]:
-    """Evaluates. Returns the metrics, and how the run ends, if it ends here."""
-    try:
-        metrics = evaluate(epoch)
-    except Abandoned as abandoned:
-        return {}, stopped(abandoned.decision)
-    if metrics:
-        for callback in callbacks:
-            callback.on_evaluation(training.step, metrics)
-    report.restart_clock(training.step)
-    if metrics and early_stopping.update(metrics, step=training.step):
-        return metrics, _finished(early_stopping)
-    return metrics, None
+@dataclass(frozen=True)
+class _Measure:
+    """An evaluation after the current step, with all that hears of it."""
+
+    training: Training
+    evaluate: Callable[[int], dict[str, float]]
+    report: Reporter
+    early_stopping: EarlyStopping
+    callbacks: Sequence[Callback]
+
+    def __call__(self, epoch: int) -> tuple[dict[str, float], Ending | None]:
+        """Evaluates. Returns the metrics, and how the run ends, if it ends here."""
+        step = self.training.step
+        try:
+            metrics = self.evaluate(epoch)
+        except Abandoned as abandoned:
+            return {}, stopped(abandoned.decision)
+        if metrics:
+            for callback in self.callbacks:
+                callback.on_evaluation(step, metrics)
+        self.report.restart_clock(step)
+        if metrics and self.early_stopping.update(metrics, step=step):
+            return metrics, _finished(self.early_stopping)
+        return metrics, None
+
+
+def _catch_up(training: Training, measure: _Measure, *, epoch: int) -> Ending | None:
+    """Makes up for an evaluation that the attempt before owes, and saves its metrics with the
+    step. Returns how the run ends, if it ends here."""
+    metrics, ending = measure(epoch)
+    if training.checkpoints is not None and metrics:
+        training.checkpoints.save(metrics, again=True)
+    return ending
 
 
 def _finished(early_stopping: EarlyStopping) -> Ending:
