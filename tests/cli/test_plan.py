@@ -21,7 +21,8 @@ from paths import KIT
 from ddp_kit import Data, Objective
 from ddp_kit.checkpoint.checkpointer import save
 from ddp_kit.cli.plan.command import main
-from ddp_kit.cli.plan.costs import Costs, costs_of, fake_group
+from ddp_kit.cli.plan.costs import Costs, costs_of
+from ddp_kit.cli.plan.fake_group import fake_group
 from ddp_kit.data.batch_plan import plan_batches
 from ddp_kit.distributed.local_shard import local
 from ddp_kit.distributed.process_group import Group
