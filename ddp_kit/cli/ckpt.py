@@ -1,6 +1,6 @@
-"""`ddp-kit ckpt ls|verify|export|diff`: looking at checkpoints, checking them, and taking weights out.
+"""`ddp-kit ckpt ls|verify|export|diff`: looking at checkpoints, and taking weights out.
 
-Owns: these four commands. They need no ranks, no recipe and no model. Refuses: changing a checkpoint, and overwriting a file.
+The four commands need no ranks, no recipe and no model. None of them changes a checkpoint.
 """
 
 import time
@@ -28,9 +28,18 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import Topology
 from ddp_kit.errors import ConfigError, DdpKitError, some
 
+MIB = 2**20
+HEADER = ("step", "age", "size", "ranks", "complete", "")
+NUMBERS = 4  # the first columns, which stand on the right
+
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one of the commands. Returns: 0, or 1 if `verify` found damage or `diff` a difference."""
+    """Runs one of the commands.
+
+    Returns: 0, or 1 if `verify` found damage or `diff` a difference.
+    Raises: ConfigError for a path that is no run and no checkpoint, or for flags that ask for what
+        it does not have.
+    """
     import tyro
 
     commands: dict[str, Callable[..., int]] = {
@@ -44,61 +53,68 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _alone() -> Group:
-    """This process, as the functions that ranks call together want it."""
+    """Returns this process, as the functions that ranks call together want it."""
     return Group(topology=Topology(), device=torch.device("cpu"), blame=Blame(rank=0, world_size=1))
 
 
 def ls(run: Path, /) -> int:
-    """Lists a run's checkpoints: step, age, size, ranks that wrote it, whether it is complete, and the best one.
+    """Lists a run's checkpoints: step, age, size, ranks that wrote it, whether it is complete, and
+    the best one.
 
     Args:
         run: a run, or its folder of checkpoints
     """
     storage = origin_of(run, flag_text="ckpt ls").storage
     best = best_of(storage)
-    rows: list[tuple[str, ...]] = [("step", "age", "size", "ranks", "complete", "")]
+    rows: list[tuple[str, ...]] = [HEADER]
     for name in storage.list(""):
         stem, _, rest = name.partition(".")
-        if match := FOLDER.fullmatch(stem):
-            rows.append(
-                (str(int(match[1])), "", "", "", "no", rest)
-                if rest
-                else _row(storage, int(match[1]), best)
-            )
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    for row in rows:
-        cells = [
-            text.rjust(width) if i < 4 else text.ljust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+        match = FOLDER.fullmatch(stem)
+        if match and rest:
+            rows.append(_incomplete(int(match[1]), rest))
+        elif match:
+            rows.append(_row(storage, int(match[1]), best))
+    _print_table(rows)
     return 0
+
+
+def _incomplete(step: int, note: str) -> tuple[str, ...]:
+    return (str(step), "", "", "", "no", note)
 
 
 def _row(storage: LocalDisk, step: int, best: Manifest | None) -> tuple[str, ...]:
     folder = folder_of(step)
-    if MANIFEST not in storage.list(folder):
-        return str(step), "", "", "", "no", "no manifest"
+    names = storage.list(folder)
+    if MANIFEST not in names:
+        return _incomplete(step, "no manifest")
     try:
         manifest = read_manifest(storage, step)
     except (DamagedError, FormatError) as error:
-        return str(step), "", "", "", "no", str(error)
-    sizes = {file: (storage.root / folder / file).stat().st_size for file in storage.list(folder)}
-    wrong = [file for file, (size, *_) in manifest.files.items() if sizes.get(file) != size]
+        return _incomplete(step, str(error))
+    sizes = {name: (storage.root / folder / name).stat().st_size for name in names}
+    wrong = [name for name, (size, *_) in manifest.files.items() if sizes.get(name) != size]
+    complete = "yes"
     note = "  ".join(f"{name} {float(value):.4g}" for name, value in manifest.metrics.items())
     if best is not None and best.step == step:
         note = f"best  {note}"
-    facts = (
-        age(time.time() - manifest.time),
-        f"{manifest.nbytes / 2**20:.1f} MiB",
-        str(manifest.world_size),
-    )
-    return (
-        str(step),
-        *facts,
-        "no" if wrong else "yes",
-        f"{wrong[0]} is missing or has another size" if wrong else note,
-    )
+    if wrong:
+        complete = "no"
+        note = f"{wrong[0]} is missing or has another size"
+    size = f"{manifest.nbytes / MIB:.1f} MiB"
+    ranks = str(manifest.world_size)
+    return (str(step), age(time.time() - manifest.time), size, ranks, complete, note)
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = []
+        for i, (text, width) in enumerate(zip(row, widths, strict=True)):
+            if i < NUMBERS:
+                cells.append(text.rjust(width))
+            else:
+                cells.append(text.ljust(width))
+        print("  ".join(cells).rstrip())
 
 
 def age(seconds: float) -> str:
@@ -110,27 +126,44 @@ def age(seconds: float) -> str:
 
 
 def verify(run: Path, /) -> int:
-    """Compares every file of every checkpoint with its size and SHA-256. Exit code 1 and the file's name if one differs.
+    """Compares every file of every checkpoint with its size and SHA-256. Exit code 1 and the
+    file's name if one differs.
 
     Args:
         run: a run, its folder of checkpoints, or one checkpoint
     """
     origin = origin_of(run, flag_text="ckpt verify")
-    storage = origin.storage
-    found = [int(match[1]) for name in storage.list("") if (match := FOLDER.fullmatch(name))]
+    steps = _steps_in(origin.storage)
+    if origin.step is not None:
+        steps = [origin.step]
     wrong = 0
-    for step in found if origin.step is None else [origin.step]:
+    for step in steps:
         folder = folder_of(step)
         try:
-            manifest = retried(lambda step=step: read_manifest(storage, step))  # type: ignore[misc]  # mypy: lambda's default
-            for name, wanted in manifest.files.items():
-                verify_file(storage, f"{folder}/{name}", wanted, thorough=True)
-            describe(storage, folder, manifest)
-            print(f"{folder}  good  {len(manifest.files)} files, {manifest.nbytes / 2**20:.1f} MiB")
+            manifest = _verified(origin.storage, step)
         except (DdpKitError, OSError) as error:
             print(f"{folder}  DAMAGED  {error}")
             wrong += 1
-    return 1 if wrong else 0
+            continue
+        print(f"{folder}  good  {len(manifest.files)} files, {manifest.nbytes / MIB:.1f} MiB")
+    if wrong:
+        return 1
+    return 0
+
+
+def _steps_in(storage: LocalDisk) -> list[int]:
+    matches = [FOLDER.fullmatch(name) for name in storage.list("")]
+    return [int(match[1]) for match in matches if match]
+
+
+def _verified(storage: LocalDisk, step: int) -> Manifest:
+    """Reads all of a checkpoint. Raises: DdpKitError or OSError if a file is not as written."""
+    folder = folder_of(step)
+    manifest = retried(lambda: read_manifest(storage, step))
+    for name, wanted in manifest.files.items():
+        verify_file(storage, f"{folder}/{name}", wanted, thorough=True)
+    describe(storage, folder, manifest)
+    return manifest
 
 
 def export(
@@ -153,17 +186,20 @@ def export(
             f"--ema: {opened.folder} has no averaged weights, since the run was without --ema."
         )
     tensors = weights_of(opened, averaged=ema or best)
-    if wide := [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]:
+    wide = [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]
+    if wide:
         raise ConfigError(
-            f"ckpt export: {some(wide)} is complex128, for which a safetensors file has no dtype. --init-from takes {run} itself."
+            f"ckpt export: {some(wide)} is complex128, for which a safetensors file has no dtype. "
+            f"--init-from takes {run} itself."
         )
     for alias, name in opened.values.get("tied", {}).items():
-        if name in tensors:  # a checkpoint of the trainable weights leaves frozen ones out
+        # A checkpoint of the trainable weights leaves frozen ones out.
+        if name in tensors:
             tensors[alias] = tensors[name].clone()
     temporary = out.with_name(f"{out.name}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(out)
-    print(f"{out}  {opened.folder}, {len(tensors)} tensors, {out.stat().st_size / 2**20:.1f} MiB")
+    print(f"{out}  {opened.folder}, {len(tensors)} tensors, {out.stat().st_size / MIB:.1f} MiB")
     return 0
 
 
@@ -181,27 +217,42 @@ def diff(a: Path, b: Path, /) -> int:
         a: a run (its newest checkpoint) or one checkpoint
         b: the other one
     """
-    one, other = _opened(a), _opened(b)
-    rows, same = [], 0
+    one = _opened(a)
+    other = _opened(b)
+    rows = []
+    same = 0
     for name in sorted({*one.kinds, *other.kinds}):
-        if name not in one.kinds or name not in other.kinds:
-            rows.append(f"{name}  only in {a if name in one.kinds else b}")
-        elif one.kinds[name] != other.kinds[name]:
-            (shape, dtype), (other_shape, other_dtype) = one.kinds[name], other.kinds[name]
-            rows.append(f"{name}  {shape} {dtype} and {other_shape} {other_dtype}")
-        elif words := _gap(one.tensor(name), other.tensor(name)):
-            rows.append(f"{name}  {words}")
+        if name not in other.kinds:
+            difference = f"only in {a}"
+        elif name not in one.kinds:
+            difference = f"only in {b}"
+        else:
+            difference = _difference(one, other, name)
+        if difference:
+            rows.append(f"{name}  {difference}")
         else:
             same += 1
     print("\n".join([*rows, f"{same} tensors are equal bit for bit, {len(rows)} differ"]))
-    return 1 if rows else 0
+    if rows:
+        return 1
+    return 0
 
 
-def _gap(left: torch.Tensor, right: torch.Tensor) -> str:
-    """Returns how far two tensors are apart, in words; "" if they are equal bit for bit."""
+def _difference(one: Opened, other: Opened, name: str) -> str:
+    """Returns in words how a tensor that both have differs; "" if it is equal bit for bit."""
+    if one.kinds[name] != other.kinds[name]:
+        shape, dtype = one.kinds[name]
+        other_shape, other_dtype = other.kinds[name]
+        return f"{shape} {dtype} and {other_shape} {other_dtype}"
+    left = one.tensor(name)
+    right = other.tensor(name)
     if torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8)):
         return ""
     wide = torch.complex128 if left.is_complex() else torch.float64
     gap = (left.to(wide) - right.to(wide)).abs()
     relative = float(gap.norm() / right.to(wide).norm())
-    return f"max |a-b| {float(gap.max()):.3g}  ||a-b||/||b|| {relative:.3g}  {float((gap != 0).double().mean()):.1%} of its elements"
+    differing = float((gap != 0).double().mean())
+    return (
+        f"max |a-b| {float(gap.max()):.3g}  ||a-b||/||b|| {relative:.3g}  "
+        f"{differing:.1%} of its elements"
+    )

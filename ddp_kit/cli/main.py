@@ -1,7 +1,4 @@
-"""`ddp-kit VERB ...`: the table of verbs.
-
-Owns: finding the verb and turning an error of ours into a message and an exit code. Refuses: flags; those are the verb's own.
-"""
+"""`ddp-kit VERB ...`: the table of verbs. Flags are each verb's own."""
 
 import importlib
 import sys
@@ -17,7 +14,8 @@ VERBS = {
     ),
     "slurm": (
         "ddp_kit.launch.slurm.submit",
-        "submit it as a batch job: slurm --nodes 4 --gpus-per-node 8 RECIPE.py [recipe flags]; --dry-run shows it",
+        "submit it as a batch job: slurm --nodes 4 --gpus-per-node 8 RECIPE.py [recipe flags]; "
+        "--dry-run shows it",
     ),
     "jobs": (
         "ddp_kit.launch.runs.jobs",
@@ -56,11 +54,20 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb. Returns: the exit code; an error of ours is printed without a traceback, any other one passes through."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
+    """Runs a verb.
+
+    Returns: the exit code. An error of ours is printed without a traceback, any other one passes
+        through.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+    words = list(argv)
+    if not words:
         print(usage())
-        return 0 if words else ConfigError.exit_code
+        return ConfigError.exit_code
+    if words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
     try:
         return _verb_main(words[0], words[1:])
     except DdpKitError as error:
@@ -71,24 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """Returns the verbs with one line each."""
     width = max(len(verb) for verb in VERBS)
-    lines = [f"  {verb:{width}}  {line}" for verb, (_, line) in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: ddp-kit VERB [arguments]",
-            "",
-            *lines,
-            "",
-            "ddp-kit VERB --help tells a verb's flags, RECIPE.py --help a recipe's",
-        ]
-    )
+    lines = ["usage: ddp-kit VERB [arguments]", ""]
+    lines += [f"  {verb:{width}}  {line}" for verb, (_, line) in VERBS.items()]
+    lines += ["", "ddp-kit VERB --help tells a verb's flags, RECIPE.py --help a recipe's"]
+    return "\n".join(lines)
 
 
 def _verb_main(verb: str, argv: Sequence[str]) -> int:
     if verb not in VERBS:
         near = nearest(verb, VERBS)
-        raise ConfigError(
-            f"unknown verb {verb}.{f' Did you mean {near}?' if near else ''} The verbs are: {', '.join(VERBS)}."
-        )
+        hint = f" Did you mean {near}?" if near else ""
+        raise ConfigError(f"unknown verb {verb}.{hint} The verbs are: {', '.join(VERBS)}.")
     code = importlib.import_module(VERBS[verb][0]).main(argv)
     assert isinstance(code, int), (verb, code)
     return code

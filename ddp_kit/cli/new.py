@@ -1,6 +1,7 @@
 """`ddp-kit new my.py --from cifar`: a recipe of one's own, to start from.
 
-Owns: where the shipped recipes are, in a checkout and in an installed wheel. Refuses: to overwrite, and to edit what it copies.
+It knows where the shipped recipes are, in a checkout and in an installed wheel. Nothing is
+overwritten: a user's own work may be in the file.
 """
 
 from collections.abc import Sequence
@@ -10,14 +11,17 @@ from typing import Annotated
 from ddp_kit.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent.parent
-SHIPPED = (
-    PACKAGE / "_recipes",
-    PACKAGE.parent / "recipes",
-)  # inside a wheel; beside the package in a checkout
+# Inside a wheel; beside the package in a checkout.
+SHIPPED = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Copies a shipped recipe. Returns: 0. Raises: ConfigError if the name is unknown or the destination taken."""
+    """Copies a shipped recipe.
+
+    Returns: 0.
+    Raises: ConfigError if the name is unknown, or the destination is taken, no Python file or in no
+        folder.
+    """
     import tyro
 
     def new(
@@ -38,29 +42,29 @@ def main(argv: Sequence[str]) -> int:
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file of a shipped recipe, `cifar` or `cifar.py`. Raises: ConfigError with the list and the nearest name."""
-    recipes = {
-        path.stem: path for folder in reversed(SHIPPED) for path in sorted(folder.glob("[a-z]*.py"))
-    }
+    """Returns the file of a shipped recipe, `cifar` or `cifar.py`.
+
+    Raises: ConfigError with the list and the nearest name if there is none.
+    """
+    recipes: dict[str, Path] = {}
+    for folder in reversed(SHIPPED):
+        recipes |= {path.stem: path for path in sorted(folder.glob("[a-z]*.py"))}
     wanted = name.removesuffix(".py")
     if wanted in recipes:
         return recipes[wanted]
     near = nearest(wanted, recipes)
     hint = f" Did you mean --from {near}?" if near else ""
-    raise ConfigError(
-        f"--from {name}: no such recipe. Shipped are: {', '.join(sorted(recipes)) or 'none'}.{hint}"
-    )
+    shipped = ", ".join(sorted(recipes)) or "none"
+    raise ConfigError(f"--from {name}: no such recipe. Shipped are: {shipped}.{hint}")
 
 
 def _copy(recipe: Path, destination: Path) -> None:
     if destination.suffix != ".py":
-        raise ConfigError(
-            f"{destination}: a recipe is a Python file. Type: ddp-kit new {destination.with_suffix('.py')}"
-        )
-    if not destination.parent.is_dir():
-        raise ConfigError(
-            f"{destination}: there is no folder {destination.parent}. Type: mkdir -p {destination.parent}"
-        )
+        mended = destination.with_suffix(".py")
+        raise ConfigError(f"{destination}: a recipe is a Python file. Type: ddp-kit new {mended}")
+    folder = destination.parent
+    if not folder.is_dir():
+        raise ConfigError(f"{destination}: there is no folder {folder}. Type: mkdir -p {folder}")
     text = recipe.read_text(encoding="utf-8")
     try:
         with destination.open("x", encoding="utf-8") as file:
@@ -71,9 +75,8 @@ def _copy(recipe: Path, destination: Path) -> None:
         ) from None
     print(f"{destination}: a copy of the shipped recipe {recipe.stem}. Next:\n")
     if "\ndef recipe(" in text:
-        print(
-            f"  ddp-kit check {destination}      two steps and an evaluation, memory, rate, time to finish; leaves nothing"
-        )
+        what = "two steps and an evaluation, memory, rate, time to finish; leaves nothing"
+        print(f"  ddp-kit check {destination}      {what}")
         print(f"  torchrun --nproc_per_node=2 -m ddp_kit.train {destination} --help")
     else:
         print(f"  torchrun --nproc_per_node=2 {destination}")

@@ -1,6 +1,7 @@
 """`ddp-kit show RUN`: one screen about a run that lives, has ended, or was torn off.
 
-Owns: what is worth a line. Refuses: importing the recipe, and changing anything; it reads the run's files and no more.
+It reads the run's files and no more: the recipe may not be importable here, and a run that lives
+must not notice that it is looked at.
 """
 
 import math
@@ -39,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
     import tyro
 
     def show(run: tyro.conf.Positional[Path]) -> None:
-        """One screen about a run: settings that differ from the defaults, status, metrics, and the curve of the loss.
+        """One screen about a run: settings that differ from the defaults, status, metrics, and the
+        curve of the loss.
 
         Args:
             run: the run's directory, for instance runs/NAME
@@ -56,28 +58,29 @@ def main(argv: Sequence[str]) -> int:
 
 
 def screen(run: Path, *, width: int) -> list["Text"]:
-    """Returns the lines of the screen. Raises: ConfigError if `run` is no run directory; it lists those nearby."""
+    """Returns the lines of the screen.
+
+    Raises: ConfigError if `run` is no run directory; it lists those nearby.
+    """
     if not is_run(run):
         raise ConfigError(_no_run(run))
-    records = [
-        record
-        for record in read_lines(run / "metrics.jsonl")
-        if isinstance(record.get("step"), int) and "kind" in record
-    ]
-    train = [record for record in records if record.get("kind") == "train"]
-    newest = {
-        record["kind"]: record for record in records if record.get("kind") in ("eval", "test")
-    }
+    records = [record for record in read_lines(run / "metrics.jsonl") if _is_whole(record)]
+    train = [record for record in records if record["kind"] == "train"]
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    newest = {record["kind"]: record for record in records if record["kind"] in ("eval", "test")}
     settings = read_json(run / "settings.json")
-    lines = [_headline(run), *_settings(settings), *_status(run)]
-    lines += (
-        [_row("last", train_line(_numbers(train[-1])))]
-        if train
-        else [_row("last", "no train record yet")]
-    )
+    last = "no train record yet"
+    if train:
+        last = train_line(_numbers(train[-1]))
+    lines = [_headline(run), *_settings(settings), *_status(run), _row("last", last)]
     lines += [_row("", evaluation_line(_numbers(record))) for record in newest.values()]
-    lines += _best([record for record in records if record.get("kind") == "eval"], settings)
-    return [*lines, *_curve(records, width=width)]
+    lines += _best(evaluations, settings)
+    lines += _curve(records, width=width)
+    return lines
+
+
+def _is_whole(record: Record) -> bool:
+    return isinstance(record.get("step"), int) and "kind" in record
 
 
 def is_run(path: Path) -> bool:
@@ -86,24 +89,25 @@ def is_run(path: Path) -> bool:
 
 
 def _no_run(run: Path) -> str:
-    if run.is_dir() and (inside := _runs_in(run)):
+    """Returns what is wrong with a path, and what to type."""
+    inside = _runs_in(run)
+    if inside:
         return f"{run}: holds runs but is none itself. Type one of them: {', '.join(inside[-5:])}"
     nearby = _runs_in(run.parent) or _runs_in(Path("runs"))
     near = nearest(str(run), nearby) or nearest(run.name, nearby)
-    what = (
-        "is no run directory (it has no status.json, metrics.jsonl or settings.json)"
-        if run.exists()
-        else "does not exist"
-    )
-    hint = f" Did you mean {near}?" if near else ""
-    return f"{run}: {what}.{hint}" + (
-        f" Runs nearby: {', '.join(nearby[-5:])}"
-        if nearby
-        else " Type the folder that --run-dir named."
-    )
+    message = f"{run}: does not exist."
+    if run.exists():
+        files = "status.json, metrics.jsonl or settings.json"
+        message = f"{run}: is no run directory (it has no {files})."
+    if near:
+        message += f" Did you mean {near}?"
+    if nearby:
+        return f"{message} Runs nearby: {', '.join(nearby[-5:])}"
+    return f"{message} Type the folder that --run-dir named."
 
 
 def _runs_in(folder: Path) -> list[str]:
+    """Returns the runs in a folder, the newest last."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if is_run(path)]
@@ -122,64 +126,73 @@ def _headline(run: Path) -> "Text":
 
 
 def _settings(document: Record) -> list["Text"]:
-    """Those that differ from the recipe's defaults where the file has them, else from ddp_kit's own."""
-    settings, defaults = (
-        _flat(document.get("settings")),
-        _flat(document.get("defaults") or to_json(Settings())),
-    )
-    changed = [
-        f"{name} {shown(value) or 'none'}"
-        + (f" (default {shown(defaults[name]) or 'none'})" if name in defaults else "")
-        for name, value in settings.items()
-        if value != defaults.get(name)
-    ]
-    return [_row("settings", ", ".join(changed) or "all defaults")] if settings else []
+    """Returns the settings that differ from the recipe's defaults (without them, ddp_kit's own)."""
+    settings = _flat(document.get("settings"))
+    defaults = _flat(document.get("defaults") or to_json(Settings()))
+    if not settings:
+        return []
+    changed = []
+    for name, value in settings.items():
+        if value == defaults.get(name):
+            continue
+        text = f"{name} {shown(value) or 'none'}"
+        if name in defaults:
+            text += f" (default {shown(defaults[name]) or 'none'})"
+        changed.append(text)
+    return [_row("settings", ", ".join(changed) or "all defaults")]
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    """Returns {"early_stop.mode": "max"} for {"early_stop": {"mode": "max"}}; {} for no mapping."""
     flat: dict[str, object] = {}
-    for name, item in value.items() if isinstance(value, Mapping) else ():
-        flat |= (
-            _flat(item, f"{prefix}{name}.")
-            if isinstance(item, Mapping)
-            else {f"{prefix}{name}": item}
-        )
+    if not isinstance(value, Mapping):
+        return flat
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = item
     return flat
 
 
 def _status(run: Path) -> list["Text"]:
     status = read_json(run / "status.json")
     word = str(status.get("status", "unknown: no status.json"))
-    text = word + (f" ({status['reason']})" if status.get("reason") else "")
     if word == "running" and not is_in_use(run):
-        text, word = (
-            "running says status.json, but no live process holds the run: it was killed",
-            "failed",
-        )
+        killed = "running says status.json, but no live process holds the run: it was killed"
+        lines = [_row("status", killed, colour=COLOURS["failed"])]
     else:
+        text = word
+        if status.get("reason"):
+            text += f" ({status['reason']})"
         text += f" at step {status.get('step', '?')}, epoch {status.get('epoch', '?')}"
-    lines = [_row("status", text, colour=COLOURS.get(word, ""))]
+        lines = [_row("status", text, colour=COLOURS.get(word, ""))]
     if status.get("weights_sha256"):
         lines.append(_row("weights", f"sha256 {status['weights_sha256']}"))
-    failures = [
-        event
-        for event in read_lines(run / "events.jsonl")
-        if event.get("event") in ("failure", "signal")
-    ]
+    return [*lines, *_failures(run)]
+
+
+def _failures(run: Path) -> list["Text"]:
+    """Returns the last two failures and signals."""
+    events = read_lines(run / "events.jsonl")
+    failures = [event for event in events if event.get("event") in ("failure", "signal")]
+    rows = []
     for event in failures[-2:]:
+        last_line = ""
         message = str(event.get("message", "")).strip().splitlines()
-        lines.append(
-            _row(
-                str(event["event"]),
-                f"rank {event.get('rank')} at step {event.get('step')}  {message[-1] if message else ''}",
-            )
-        )
-    return lines
+        if message:
+            last_line = message[-1]
+        where = f"rank {event.get('rank')} at step {event.get('step')}"
+        rows.append(_row(str(event["event"]), f"{where}  {last_line}"))
+    return rows
 
 
 def _best(evaluations: Iterable[Record], document: Record) -> list["Text"]:
-    """The best value of each metric and its step. Its direction is that of early stopping, else guessed from the name."""
-    early = _flat(document.get("settings"))
+    """Returns the best value of each metric and its step.
+
+    Which way is better is what early stopping was told, else it is guessed from the name.
+    """
+    settings = _flat(document.get("settings"))
     values: dict[str, list[tuple[float, object]]] = {}
     for record in evaluations:
         for name, value in _numbers(record).items():
@@ -188,11 +201,14 @@ def _best(evaluations: Iterable[Record], document: Record) -> list["Text"]:
     found = []
     for name, pairs in values.items():
         is_min = smaller_is_better(name)
-        if name == early.get("early_stop.metric"):
-            is_min = early.get("early_stop.mode") == "min"
-        value, step = (min if is_min else max)(pairs, key=lambda pair: pair[0])
+        if name == settings.get("early_stop.metric"):
+            is_min = settings.get("early_stop.mode") == "min"
+        choose = min if is_min else max
+        value, step = choose(pairs, key=lambda pair: pair[0])
         found.append(f"{name} {shown(value)} (step {step})")
-    return [_row("best", "eval  " + "  ".join(found))] if found else []
+    if not found:
+        return []
+    return [_row("best", "eval  " + "  ".join(found))]
 
 
 def smaller_is_better(metric: str) -> bool:
@@ -201,44 +217,47 @@ def smaller_is_better(metric: str) -> bool:
 
 
 def _numbers(record: Record) -> dict[str, object]:
-    """The record with "nan", "inf" and "-inf" as numbers again."""
-    return {
-        name: float(str(value)) if value in ("nan", "inf", "-inf") else value
-        for name, value in record.items()
-    }
+    """Returns the record with "nan", "inf" and "-inf" as numbers again."""
+    numbers = dict(record)
+    for name, value in record.items():
+        if value in ("nan", "inf", "-inf"):
+            numbers[name] = float(str(value))
+    return numbers
 
 
 def _losses(records: Iterable[Record]) -> dict[str, list[Point]]:
-    """The points of every loss: `train loss`, `eval loss`, with several sets or objectives `eval unseen/loss`."""
+    """Returns the points of every loss.
+
+    They are `train loss` and `eval loss`; with several sets or objectives `eval unseen/loss`.
+    """
     series: dict[str, list[Point]] = {}
     for record in records:
+        step = float(str(record["step"]))
         for name, value in _numbers(record).items():
             if name.rpartition("/")[2] == "loss" and isinstance(value, int | float):
-                series.setdefault(f"{record['kind']} {name}", []).append(
-                    (float(str(record["step"])), float(value))
-                )
+                points = series.setdefault(f"{record['kind']} {name}", [])
+                points.append((step, float(value)))
     return series
 
 
 def _curve(records: Sequence[Record], *, width: int) -> list["Text"]:
-    """The first training loss as a line, every other loss as marks over it."""
+    """Returns the first training loss as a line, with every other loss as marks over it."""
     from rich.text import Text
 
     series = _losses(records)
-    main_name = next((name for name in series if name.startswith("train ")), "")
-    line = series.pop(main_name, [])
-    names = dict(zip(MARKS, series, strict=False))
-    rows = [
-        Text(row)
-        for row in draw(
-            line, {mark: series[name] for mark, name in names.items()}, width=width, height=HEIGHT
-        )
-    ]
+    line_name = next((name for name in series if name.startswith("train ")), "")
+    line = series.pop(line_name, [])
+    legend = []
+    if line_name:
+        legend.append(f"⠒⠒ {line_name}")
+    marks = {}
+    for mark, name in zip(MARKS, series, strict=False):
+        marks[mark] = series[name]
+        legend.append(f"{mark} {name}")
+    rows = [Text(row) for row in draw(line, marks, width=width, height=HEIGHT)]
+    if not rows:
+        return []
     for row in rows:
         row.highlight_regex(r"[\u2800-\u28ff]+", "cyan")
         row.highlight_regex(f"[{MARKS}]", "yellow")
-    legend = [
-        *([f"⠒⠒ {main_name}"] if main_name else []),
-        *(f"{mark} {name}" for mark, name in names.items()),
-    ]
-    return [_row("", ""), _row("", "   ".join(legend)), *rows] if rows else []
+    return [_row("", ""), _row("", "   ".join(legend)), *rows]

@@ -56,10 +56,10 @@ def test_an_error_of_ours_is_a_message_with_its_exit_code_and_a_bug_keeps_its_tr
     capsys, monkeypatch
 ):
     def fails(error):
-        def main(argv):
+        def new_main(argv):
             raise error
 
-        monkeypatch.setattr(new, "main", main)
+        monkeypatch.setattr(new, "main", new_main)
         return main.main(["new"])
 
     assert fails(DataError("no images in data/: type X")) == 1
