@@ -1,7 +1,8 @@
 """A test kit: test bodies that run on real gloo ranks, and the checks that go with them.
 
-Owns: the functions below; the marker `ranks` and the fixtures `group`, `no_leaks`, `one_process_group` are in `ddp_kit.testing.plugin`.
-Refuses: importing torch, which only the ranks need: pytest starts as fast with the kit as without it.
+The marker `ranks` and the fixtures `group`, `no_leaks` and `one_process_group` are in
+`ddp_kit.testing.plugin`. Nothing here imports torch before a test needs it, so pytest starts as
+fast with the kit as without it.
 """
 
 from ddp_kit.testing.rank import current_group

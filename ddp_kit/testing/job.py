@@ -1,7 +1,7 @@
-"""What a group of ranks is told: a file beside which each rank writes its output, stacks and report.
+"""What a group of ranks is told: a file, beside which each rank writes what it has to say.
 
-Owns: the folder's layout, and turning a test body and its arguments into bytes.
-Refuses: bytes from anywhere else: the files hold pickles, written and read by one user's pytest within one private folder.
+The files hold pickles, so they must come from nowhere else: one user's pytest writes and reads them
+within one private folder.
 """
 
 import importlib
@@ -31,7 +31,11 @@ AGENTS_VARIABLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What all ranks of a test share: the call (pickled), and the state of the pytest process that it must find."""
+    """What all ranks of a test share: the call (pickled), and the pytest process's state.
+
+    `changes` are made to the environment, None unsets a variable. Raises: ValueError for a
+    `world_size` below 1.
+    """
 
     call: bytes
     world_size: int
@@ -55,25 +59,25 @@ class Job:
         object.__setattr__(self, "variables", environment_for_ranks(changes))
 
     def variables_of(self, rank: int) -> dict[str, str]:
-        """Returns a rank's environment: that of the pytest process with torchrun's variables for one node; the test's own win."""
+        """Returns a rank's environment: torchrun's variables for one node; the test's own win."""
         size = str(self.world_size)
         torchrun = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": size,
             "LOCAL_WORLD_SIZE": size,
-        }
-        return {
-            **torchrun,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port),
-            **self.variables,
         }
+        return {**torchrun, **self.variables}
 
 
 @dataclass(frozen=True)
 class Body:
-    """A test function by name: the ranks import it themselves. `qualname` may name a method; its class is then instantiated."""
+    """A test function by name: the ranks import it themselves.
+
+    `qualname` may name a method; its class is then instantiated.
+    """
 
     module: str
     qualname: str
@@ -81,14 +85,12 @@ class Body:
     def __call__(self, **arguments: object) -> None:
         """Runs the test's body."""
         owner: Any = importlib.import_module(self.module)
-        for name in self.qualname.split("."):
-            owner = getattr(
-                owner()
-                if isinstance(owner, type) and name == self.qualname.rsplit(".", 1)[-1]
-                else owner,
-                name,
-            )
-        owner(**arguments)
+        *outer, name = self.qualname.split(".")
+        for outer_name in outer:
+            owner = getattr(owner, outer_name)
+        if isinstance(owner, type):
+            owner = owner()
+        getattr(owner, name)(**arguments)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Stand:
 
 
 def environment_for_ranks(changes: Mapping[str, str | None]) -> dict[str, str]:
-    """Returns the environment of this process for ranks, one thread each, with `changes`; None unsets a variable."""
+    """Returns this process's environment for ranks, one thread each; None unsets a variable."""
     kept = {name: value for name, value in environment().items() if name not in AGENTS_VARIABLES}
     merged = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", **kept, **changes}
     return {name: value for name, value in merged.items() if value is not None}
@@ -110,18 +112,18 @@ def pack(function: Callable[..., object], *args: object, **kwargs: object) -> by
 
     Raises: TypeError naming what cannot be sent to another process.
     """
-    named: dict[str, object] = {f"argument {i}": value for i, value in enumerate(args)}
+    function_name = getattr(function, "__qualname__", function)
+    named: dict[str, object] = {f"function {function_name!r}": function}
+    named |= {f"argument {i}": value for i, value in enumerate(args)}
     named |= {f"argument {name!r}": value for name, value in kwargs.items()}
-    for what, value in {
-        f"function {getattr(function, '__qualname__', function)!r}": function,
-        **named,
-    }.items():
+    for what, value in named.items():
         try:
             pickle.dumps(value)
         except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
             raise TypeError(
-                f"{what} ({type(value).__name__}) cannot be sent to the ranks, which are processes of their own: {error}. "
-                "Expected a function at the top level of a module, and values that pickle; make everything else inside the body."
+                f"{what} ({type(value).__name__}) cannot be sent to the ranks, which are processes "
+                f"of their own: {error}. Expected a function at the top level of a module, and "
+                "values that pickle; make everything else inside the body."
             ) from error
     return pickle.dumps((function, args, kwargs))
 
@@ -130,7 +132,9 @@ class Files:
     """The files of one group of ranks."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.job, self.store = folder, folder / "job", folder / "store"
+        self.folder = folder
+        self.job = folder / "job"
+        self.store = folder / "store"
 
     def output(self, rank: int) -> Path:
         """What a rank printed."""

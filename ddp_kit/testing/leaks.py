@@ -1,6 +1,6 @@
-"""What a test has left behind in its process: threads, child processes, process groups, environment variables, files.
+"""What a test has left behind: threads, child processes, process groups, variables, files.
 
-Owns: taking stock and naming the difference. Refuses: cleaning up; whoever made it does that.
+The difference is named and not cleaned up: whoever made it does that.
 """
 
 import gc
@@ -37,7 +37,7 @@ CACHES = ("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".covera
 
 @dataclass(frozen=True, kw_only=True)
 class Stock:
-    """What a process has at one moment: its threads, its children by pid, its groups, variables, and the files in its folder."""
+    """What a process has at one moment; children are by pid."""
 
     threads: frozenset[threading.Thread]
     processes: Mapping[int, str]
@@ -50,6 +50,7 @@ class Stock:
 def take_stock() -> Stock:
     """Returns what this process has now."""
     folder = Path.cwd()
+    names = [path.name for path in folder.iterdir()]
     return Stock(
         threads=frozenset(thread for thread in threading.enumerate() if _is_own(thread)),
         processes=_children(),
@@ -60,18 +61,24 @@ def take_stock() -> Stock:
             if not name.startswith(LIBRARIES_VARIABLES)
         },
         folder=folder,
-        files=frozenset(path.name for path in folder.iterdir() if not path.name.startswith(CACHES)),
+        files=frozenset(name for name in names if not name.startswith(CACHES)),
     )
 
 
 def leaks_since(before: Stock, *, wait_s: float = 1.0) -> list[str]:
-    """Returns a line for each thing that was not there before, waiting up to `wait_s` seconds for threads and children about to end."""
+    """Returns a line for each thing that was not there before.
+
+    Threads and children about to end have up to `wait_s` seconds to do so.
+    """
     now = take_stock()
     if _is_busier(now, before):
-        gc.collect()  # a loader's workers end when its iterator is collected
+        # A loader's workers end when its iterator is collected.
+        gc.collect()
+        now = take_stock()
         end = time.monotonic() + wait_s
-        while _is_busier(now := take_stock(), before) and time.monotonic() < end:
+        while _is_busier(now, before) and time.monotonic() < end:
             time.sleep(0.02)
+            now = take_stock()
     return _difference(before, now)
 
 
@@ -80,35 +87,32 @@ def _is_busier(now: Stock, before: Stock) -> bool:
 
 
 def _difference(before: Stock, now: Stock) -> list[str]:
-    found = [
-        f"leaked thread: {thread.name!r}{' (daemon)' if thread.daemon else ''}"
-        for thread in sorted(now.threads - before.threads, key=lambda thread: thread.name)
-    ]
-    found += [
-        f"leaked process: pid {pid}: {now.processes[pid]}"
-        for pid in sorted(now.processes.keys() - before.processes.keys())
-    ]
+    found = []
+    for thread in sorted(now.threads - before.threads, key=lambda thread: thread.name):
+        kind = " (daemon)" if thread.daemon else ""
+        found.append(f"leaked thread: {thread.name!r}{kind}")
+    new_pids = sorted(now.processes.keys() - before.processes.keys())
+    found += [f"leaked process: pid {pid}: {now.processes[pid]}" for pid in new_pids]
     found += [f"leaked process group: {name}" for name in sorted(now.groups - before.groups)]
-    for name in sorted(before.variables.keys() | now.variables.keys()):
-        if before.variables.get(name) != now.variables.get(
-            name
-        ):  # names only: values may be secrets
-            change = (
-                "set"
-                if name not in before.variables
-                else "unset"
-                if name not in now.variables
-                else "changed"
-            )
-            found.append(f"environment variable left {change}: {name}")
+    found += _changed_variables(before.variables, now.variables)
     if now.folder != before.folder:
         found.append(f"working directory left changed: {before.folder} -> {now.folder}")
-    else:
-        found += [
-            f"file left in the working directory: {name}"
-            for name in sorted(now.files - before.files)
-        ]
-    return found
+        return found
+    new_files = sorted(now.files - before.files)
+    return found + [f"file left in the working directory: {name}" for name in new_files]
+
+
+def _changed_variables(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Returns a line for each variable, with its name alone: its value may be a secret."""
+    lines = []
+    for name in sorted(before.keys() | now.keys()):
+        if name not in before:
+            lines.append(f"environment variable left set: {name}")
+        elif name not in now:
+            lines.append(f"environment variable left unset: {name}")
+        elif before[name] != now[name]:
+            lines.append(f"environment variable left changed: {name}")
+    return lines
 
 
 def _is_own(thread: threading.Thread) -> bool:
@@ -130,44 +134,38 @@ def _groups() -> frozenset[str]:
 
 
 def _children() -> dict[int, str]:
-    """Returns the living children of this process and the members of its session (children whose parent has ended), by pid."""
+    """Returns the living children of this process, by pid.
+
+    Members of its session are children too: those whose parent has ended.
+    """
     own = os.getpid()
-    table = _process_table()
-    children = {
-        pid: command
-        for pid, (parent, session, command) in table.items()
-        if own in (parent, session) and pid != own
-    }
-    return {
-        pid: command
-        for pid, command in children.items()
-        if not any(name in command for name in LIBRARIES_PROCESSES)
-    }
+    children = {}
+    for pid, (parent, session, command) in _process_table().items():
+        is_child = pid != own and own in (parent, session)
+        if is_child and not any(name in command for name in LIBRARIES_PROCESSES):
+            children[pid] = command
+    return children
 
 
 def _process_table() -> dict[int, tuple[int, int, str]]:
-    """Returns pid -> (parent, session, command); zombies and processes that end meanwhile are left out."""
+    """Returns pid -> (parent, session, command) without zombies and what ends meanwhile."""
     if not Path("/proc/self/stat").exists():
         return _process_table_of_ps()
     table = {}
     own = os.getpid()
-    for entry in os.listdir("/proc"):  # noqa: PTH208  # a tenth of Path.iterdir's time, paid twice by every test
+    # Path.iterdir takes ten times as long, and every test pays twice.
+    for entry in os.listdir("/proc"):  # noqa: PTH208
         if not entry.isdigit():
             continue
         try:
-            with open(f"/proc/{entry}/stat", "rb") as file:  # noqa: PTH123  # as above
+            with open(f"/proc/{entry}/stat", "rb") as file:  # noqa: PTH123
                 state, parent, _, session = file.read().rpartition(b")")[2].split()[:4]
             if state == b"Z" or own not in (int(parent), int(session)):
                 continue
-            command = (
-                Path(f"/proc/{entry}/cmdline")
-                .read_bytes()
-                .replace(b"\0", b" ")
-                .decode(errors="replace")
-                .strip()
-            )
+            words = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ")
         except (FileNotFoundError, ProcessLookupError):
             continue
+        command = words.decode(errors="replace").strip()
         table[int(entry)] = (int(parent), int(session), command)
     return table
 

@@ -1,7 +1,6 @@
-"""The pytest plugin: test bodies on real gloo ranks, and fixtures that catch what a test leaves behind.
+"""The pytest plugin: test bodies on real gloo ranks, and fixtures that catch what a test leaves.
 
-Owns: the marker `ranks(world_size, ..., deadline_s=60)`, the fixtures `group`, `one_process_group` and `no_leaks`, and the session's Pool.
-Refuses: importing torch: sessions without such tests start as if the plugin were not there.
+Sessions without such tests start as if the plugin were not there: it does not import torch.
 """
 
 import inspect
@@ -23,17 +22,18 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 PARAMETER = "_ranks_world_size"
-NAMES = (
-    "ddp_kit",
-    "ddp_kit.testing.plugin",
-)  # as the entry point has it, as `-p` and `pytest_plugins` have it
+# As the entry point has it, and as `-p` and `pytest_plugins` have it.
+NAMES = ("ddp_kit", "ddp_kit.testing.plugin")
 Owner = tuple[Pool, Token[Pool]]
 owned = pytest.StashKey[Owner]()
-MARKER = "ranks(world_size, ..., deadline_s=60): run the test on so many gloo processes; with several sizes, once for each."
+MARKER = (
+    "ranks(world_size, ..., deadline_s=60): run the test on so many gloo processes; "
+    "with several sizes, once for each."
+)
 
 
 def pytest_plugin_registered(plugin: object, manager: pytest.PytestPluginManager) -> None:
-    """Blocks this plugin's other name, because one module registered under two names is an error."""
+    """Blocks this plugin's other name: one module registered under two names is an error."""
     own = manager.get_name(plugin)
     if own in NAMES and getattr(plugin, "MARKER", None) is MARKER:
         manager.set_blocked(NAMES[1 - NAMES.index(own)])
@@ -50,7 +50,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes the session's pool; a session inside a session (pytester) shares the outer one's. Its server starts when a test needs it."""
+    """Makes the session's pool, whose server starts when a test needs it.
+
+    A session inside a session (pytester) shares the outer one's.
+    """
     config.addinivalue_line("markers", MARKER)
     if Pool.current.get(None) is None:
         pool = Pool(imports=(*IMPORTED_ONCE, *config.getini("ranks_preload")))
@@ -78,9 +81,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Starts importing torch in the server while the first tests run, if any test needs it."""
-    if not session.config.option.collectonly and any(
-        item.get_closest_marker("ranks") for item in session.items
-    ):
+    if session.config.option.collectonly:
+        return
+    if any(item.get_closest_marker("ranks") for item in session.items):
         Pool.current.get().warm_up()
 
 
@@ -92,7 +95,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     function = getattr(item, "function", None)
     if type(item) is not pytest.Function or inspect.iscoroutinefunction(function):
         pytest.fail(
-            "@pytest.mark.ranks needs a plain test function or method, not a coroutine or a unittest.TestCase",
+            "@pytest.mark.ranks needs a plain test function or method, "
+            "not a coroutine or a unittest.TestCase",
             pytrace=False,
         )
 
@@ -126,12 +130,11 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Shows the ranks' own tracebacks in place of the plugin's."""
     report = yield
-    if (
-        call.excinfo is not None
-        and isinstance(call.excinfo.value, RanksError)
-        and item.get_closest_marker("ranks") is not None
-    ):
-        report.longrepr = _RanksRepr(call.excinfo.value, item=item)
+    if call.excinfo is None or item.get_closest_marker("ranks") is None:
+        return report
+    error = call.excinfo.value
+    if isinstance(error, RanksError):
+        report.longrepr = _RanksRepr(error, item=item)
     return report
 
 
@@ -140,9 +143,9 @@ class _RanksRepr(TerminalRepr):
 
     def __init__(self, error: RanksError, *, item: pytest.Item) -> None:
         path, line, _ = item.location
-        where = (
-            error.blamed.where if error.blamed and error.blamed.where else (path, (line or 0) + 1)
-        )
+        where = (path, (line or 0) + 1)
+        if error.blamed and error.blamed.where:
+            where = error.blamed.where
         self.reprcrash = ReprFileLocation(*where, error.headline)
         self.text = error.merged
 
@@ -153,7 +156,9 @@ class _RanksRepr(TerminalRepr):
 
 
 def _ranks(node: pytest.Item) -> tuple[tuple[int, ...], float]:
-    """Returns the marker's world sizes (that of this test, once it is parametrised) and deadline; no sizes without a marker.
+    """Returns the marker's world sizes and deadline in seconds; no sizes without a marker.
+
+    Once a test is parametrised it has one size.
 
     Raises: pytest.UsageError if the marker is not as documented.
     """
@@ -163,17 +168,16 @@ def _ranks(node: pytest.Item) -> tuple[tuple[int, ...], float]:
     deadline_s = marker.kwargs.get("deadline_s", 60)
     is_whole = bool(marker.args) and all(type(size) is int and size > 0 for size in marker.args)
     if not is_whole or set(marker.kwargs) - {"deadline_s"} or not deadline_s > 0:
-        given = ", ".join(
-            [
-                *map(repr, marker.args),
-                *(f"{name}={value!r}" for name, value in marker.kwargs.items()),
-            ]
-        )
+        words = [repr(size) for size in marker.args]
+        words += [f"{name}={value!r}" for name, value in marker.kwargs.items()]
         raise pytest.UsageError(
-            f"{node.nodeid}: ranks({given}): expected ranks(2) or ranks(1, 2, 4), and at most deadline_s=60 beside."
+            f"{node.nodeid}: ranks({', '.join(words)}): expected ranks(2) or ranks(1, 2, 4), "
+            "and at most deadline_s=60 beside."
         )
-    params = node.callspec.params if hasattr(node, "callspec") else {}
-    return (params[PARAMETER],) if PARAMETER in params else marker.args, float(deadline_s)
+    sizes = marker.args
+    if hasattr(node, "callspec") and PARAMETER in node.callspec.params:
+        sizes = (node.callspec.params[PARAMETER],)
+    return sizes, float(deadline_s)
 
 
 def _job(item: pytest.Function, *, sizes: tuple[int, ...], deadline_s: float) -> Job:
@@ -200,10 +204,14 @@ def _world_size(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def group(request: pytest.FixtureRequest) -> Stand:
-    """The rank's ddp_kit Group, in the body of a test marked `ranks`. Fixtures, which run in the pytest process, see a placeholder."""
+    """The rank's ddp_kit Group, in the body of a test marked `ranks`.
+
+    Fixtures, which run in the pytest process, see a placeholder.
+    """
     if request.node.get_closest_marker("ranks") is None:
         pytest.fail(
-            "the fixture `group` needs @pytest.mark.ranks(n) on the test; without ranks take `one_process_group`",
+            "the fixture `group` needs @pytest.mark.ranks(n) on the test; "
+            "without ranks take `one_process_group`",
             pytrace=False,
         )
     return Stand("group")
@@ -211,11 +219,11 @@ def group(request: pytest.FixtureRequest) -> Stand:
 
 @pytest.fixture
 def one_process_group() -> "Iterator[ProcessGroup]":
-    """A gloo group of one process, in the pytest process; the default group during the test, destroyed afterwards."""
+    """A gloo group of the pytest process alone: the default group during the test."""
     import torch.distributed as dist
-    from torch._C._distributed_c10d import (
-        HashStore,
-    )  # torch.distributed has it too, but not for type checkers
+
+    # torch.distributed has it too, but not for type checkers.
+    from torch._C._distributed_c10d import HashStore
 
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     assert dist.group.WORLD is not None
@@ -226,7 +234,10 @@ def one_process_group() -> "Iterator[ProcessGroup]":
 
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
-    """Fails the test if it leaves threads, child processes, process groups, environment variables or files in the working directory."""
+    """Fails the test if it leaves threads, child processes, process groups, variables or files.
+
+    Files are those in the working directory.
+    """
     before = take_stock()
     yield
     leaks = leaks_since(before)

@@ -1,7 +1,7 @@
 """The warm server that ranks come from, seen from the pytest process.
 
-Owns: the server's start, its messages and its end; nothing of it outlives the pytest process.
-Refuses: deciding how long ranks may live (see `ranks`), and what happens inside one (see `rank`).
+Nothing of it outlives the pytest process. How long ranks may live is decided in `ranks`, what
+happens inside one in `rank`.
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any
 
 from ddp_kit.testing.job import Files, Job, environment_for_ranks
 
-# torch._dynamo is what an optimizer's constructor imports, and takes longer than torch itself
+# torch._dynamo is what an optimizer's constructor imports, and takes longer than torch itself.
 IMPORTED_ONCE = (
     "torch",
     "torch.distributed",
@@ -32,11 +32,17 @@ IMPORTED_ONCE = (
     "ddp_kit.distributed.collectives",
 )
 START_S = 300.0  # importing torch from a cold disk
-BOOT = "import json, sys; a = json.loads(sys.argv[1]); sys.path[:] = a.pop('path'); from ddp_kit.testing.server import serve; serve(**a)"
+BOOT = (
+    "import json, sys; a = json.loads(sys.argv[1]); sys.path[:] = a.pop('path'); "
+    "from ddp_kit.testing.server import serve; serve(**a)"
+)
 
 
 class Pool:
-    """A server that has imported torch, and the connection to it. It starts on first use, and again if it was killed."""
+    """A server that has imported torch, and the connection to it.
+
+    It starts on first use, and again if it was killed.
+    """
 
     current: ContextVar["Pool"] = ContextVar("pool")
 
@@ -55,7 +61,9 @@ class Pool:
             return
         self.close()
         self.folder = Path(tempfile.mkdtemp(prefix="ddp-kit-ranks-"))
-        self.log, self.buffer, self.jobs = self.folder / "server.log", b"", 0
+        self.log = self.folder / "server.log"
+        self.buffer = b""
+        self.jobs = 0
         self.ended: dict[int, tuple[int, float]] = {}
         self.connection, theirs = socket.socketpair()
         arguments = {
@@ -63,42 +71,62 @@ class Pool:
             "connection": theirs.fileno(),
             "folder": str(self.folder),
             "imports": self.imports,
+            "parent": os.getpid(),
         }
         with theirs, self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", BOOT, json.dumps({**arguments, "parent": os.getpid()})],
+                [sys.executable, "-c", BOOT, json.dumps(arguments)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=environment_for_ranks({"OMP_NUM_THREADS": "1"}),
-                start_new_session=True,  # Ctrl-C is pytest's; the server sees the connection close
+                # Ctrl-C is pytest's; the server sees the connection close.
+                start_new_session=True,
             )
 
     def fork(self, job: Job) -> tuple[Files, list[int]]:
-        """Starts the ranks of a job. Returns their files and pids."""
+        """Starts the ranks of a job. Returns their files and pids.
+
+        Raises: TimeoutError if the server does not start; RuntimeError if it has ended.
+        """
         self.warm_up()
         self.jobs += 1
         files = Files(self.folder / str(self.jobs))
         files.folder.mkdir()
         files.job.write_bytes(pickle.dumps(job))
         self._send({"job": str(files.folder), "world_size": job.world_size})
+        pids = self._pids()
+        for pid in pids:
+            self.ended.pop(pid, None)  # of an earlier process: numbers come again
+        return files, pids
+
+    def _pids(self) -> list[int]:
+        """Waits for the server's answer to a job."""
         end = time.monotonic() + START_S
-        while (reply := self.receive(end - time.monotonic())) is not None:
+        while True:
+            reply = self.receive(end - time.monotonic())
+            if reply is None:
+                raise TimeoutError(
+                    f"the server of ranks did not start within {START_S:g} s:\n{self._log()}"
+                )
             if "pids" in reply:
-                for pid in reply["pids"]:
-                    self.ended.pop(pid, None)  # of an earlier process: numbers come again
-                return files, reply["pids"]
-        raise TimeoutError(
-            f"the server of ranks did not start within {START_S:g} s:\n{self._log()}"
-        )
+                pids: list[int] = reply["pids"]
+                return pids
 
     def signal(self, pid: int, number: int) -> None:
-        """Sends a signal to a rank, through the server: it knows whether the pid is still the rank's. SIGKILL takes its children too."""
+        """Sends a signal to a rank; SIGKILL takes its children too.
+
+        The server does it, which knows whether the pid is still the rank's.
+        Raises: RuntimeError if the server has ended.
+        """
         self._send({"pid": pid, "signal": int(number)})
 
     def receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """Returns the server's next message, None if there is none in time; the ends of ranks are noted in `ended`."""
+        """Returns the server's next message, None if there is none in time.
+
+        The ends of ranks are noted in `ended`. Raises: RuntimeError if the server has ended.
+        """
         while b"\n" not in self.buffer:
             if not select.select([self.connection], [], [], max(timeout_s, 0))[0]:
                 return None
@@ -119,7 +147,8 @@ class Pool:
         if self.process is None:
             return
         self.connection.close()
-        if not self.jobs:  # perhaps still importing torch, deaf to the connection
+        # Without a job it may still import torch, deaf to the connection.
+        if not self.jobs:
             self.process.kill()
         try:
             self.process.wait(10)
@@ -137,11 +166,10 @@ class Pool:
 
     def _obituary(self) -> str:
         code = self.process.wait(10) if self.process else None
-        return f"the server of ranks has ended (exit code {code}), and its ranks with it:\n{self._log()}"
+        ended = f"the server of ranks has ended (exit code {code}), and its ranks with it"
+        return f"{ended}:\n{self._log()}"
 
     def _log(self) -> str:
-        return (
-            self.log.read_text(errors="replace")[-4000:]
-            if self.log.exists()
-            else "(its log is gone)"
-        )
+        if not self.log.exists():
+            return "(its log is gone)"
+        return self.log.read_text(errors="replace")[-4000:]

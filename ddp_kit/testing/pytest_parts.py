@@ -1,7 +1,7 @@
 """What the ranks borrow from pytest: rewritten assertions and its way of printing a traceback.
 
-Owns: every use of pytest's private names, so that a new pytest can break one file only.
-Refuses: the user's plugins and conftest hooks in ranks: fixtures live in the pytest process.
+Every use of pytest's private names is here, so that a new pytest can break one file only. The
+user's plugins and conftest hooks have no part in ranks: fixtures live in the pytest process.
 """
 
 import importlib.util
@@ -23,36 +23,39 @@ HERE = str(Path(__file__).parent)
 
 
 def small_config() -> pytest.Config:
-    """Returns a pytest configuration that has read no files: enough to rewrite assertions and to print differences."""
-    without = [
-        part
-        for name in ("capture", "faulthandler", "cacheprovider", "terminal")
-        for part in ("-p", f"no:{name}")
-    ]
+    """Returns a pytest configuration that has read no files.
+
+    It is enough to rewrite assertions and to print differences.
+    """
+    without = []
+    for name in ("capture", "faulthandler", "cacheprovider", "terminal"):
+        without += ["-p", f"no:{name}"]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ.pop("PYTEST_PLUGINS", None)
     return pytest.Config.fromdictargs({}, ["-c", os.devnull, "--noconftest", *without])
 
 
 def rewritten_modules() -> dict[str, str]:
-    """Returns name and file of the modules whose assertions this pytest process has rewritten: tests, conftests, plugins."""
+    """Returns name and file of the modules whose assertions this pytest process has rewritten.
+
+    They are tests, conftests and plugins.
+    """
     found = {}
     for name, module in list(sys.modules.items()):
         spec = getattr(module, "__spec__", None)
-        if (
-            spec is not None
-            and spec.origin
-            and isinstance(spec.loader, assertion.rewrite.AssertionRewritingHook)
-        ):
+        if spec is None or not spec.origin:
+            continue
+        if isinstance(spec.loader, assertion.rewrite.AssertionRewritingHook):
             found[name] = spec.origin
     return found
 
 
 class _TestModules:
-    """Finds test modules by the names that the pytest process knows them by, in every import mode."""
+    """Finds test modules by the names that pytest knows them by, in every import mode."""
 
     def __init__(self, files: Mapping[str, str], *, hook: Any) -> None:
-        self.files, self.hook = files, hook
+        self.files = files
+        self.hook = hook
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -72,13 +75,15 @@ class _TestModules:
 def as_pytest(
     config: pytest.Config, *, files: Mapping[str, str], options: Mapping[str, object]
 ) -> Iterator[None]:
-    """Makes this rank import `files` (module name -> file) with rewritten assertions, and explain failed ones as pytest does."""
+    """Makes this rank import `files` (module name -> file) with rewritten assertions.
+
+    Failed ones are explained as pytest does.
+    """
     vars(config.option).update(options)
     sys.meta_path.insert(0, _TestModules(files, hook=config.pluginmanager.rewrite_hook))
     item: Any = SimpleNamespace(ihook=config.hook, config=config)
-    explaining = assertion.pytest_runtest_protocol(
-        item
-    )  # while it is suspended, `assert a == b` is explained
+    # While it is suspended, `assert a == b` is explained.
+    explaining = assertion.pytest_runtest_protocol(item)
     next(explaining)
     try:
         yield
@@ -90,12 +95,14 @@ def traceback_of(error: BaseException, *, config: pytest.Config) -> tuple[str, s
     """Returns pytest's text for an exception, and the file and line where it was raised."""
     info = pytest.ExceptionInfo.from_exception(error)
     outside = info.traceback.filter(lambda entry: not str(entry.path).startswith(HERE))
-    if outside:  # else the fault is the kit's own: keep its frames
+    # Where nothing is outside the kit the fault is its own, and its frames are kept.
+    if outside:
         info.traceback = outside
     style = config.option.tbstyle
+    if style == "auto":
+        style = "long"
     text = io.StringIO()
-    info.getrepr(
-        style="long" if style == "auto" else style, showlocals=config.option.showlocals
-    ).toterminal(TerminalWriter(text))
+    shown = info.getrepr(style=style, showlocals=config.option.showlocals)
+    shown.toterminal(TerminalWriter(text))
     last = info.traceback[-1]
     return text.getvalue().strip("\n"), str(last.path), last.lineno + 1

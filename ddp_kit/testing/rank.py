@@ -1,6 +1,6 @@
-"""What a rank does from its fork to its end: takes the test's surroundings on, runs the body in a process group, reports.
+"""What a rank does from its fork to its end: it runs the body in a process group, and reports.
 
-Owns: one rank's life. Refuses: deciding about its peers; the pytest process does.
+It takes the surroundings of the test on first. About its peers the pytest process decides.
 """
 
 import ctypes
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 STACKS = signal.SIGQUIT  # not one that training code handles
-SPARE_S = 60  # gloo's timeout exceeds the test's deadline by this, so that the deadline comes first and shows all stacks
+# gloo's timeout exceeds the test's deadline by this, so that the deadline comes first and shows all
+# stacks.
+SPARE_S = 60
 _group: "ContextVar[Group]" = ContextVar("group")
 
 
@@ -44,16 +47,19 @@ def current_group() -> "Group":
         return _group.get()
     except LookupError:
         raise RuntimeError(
-            "there is no group here: current_group() works in a test marked @pytest.mark.ranks(n), or in run_ranks"
+            "there is no group here: current_group() works in a test marked @pytest.mark.ranks(n), "
+            "or in run_ranks"
         ) from None
 
 
 def run_rank(folder: Path, *, rank: int, config: pytest.Config) -> NoReturn:
     """Runs a job as one of its ranks, in the freshly forked process, and ends it."""
     files = Files(folder)
-    os.setsid()  # Ctrl-C goes to pytest alone, and the rank's children can be found and killed with it
+    # Ctrl-C goes to pytest alone, and the rank's children can be found and killed with it.
+    os.setsid()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # should the server be killed
+        # Should the server be killed.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _redirect(files.output(rank))
     with files.stacks(rank).open("w") as stacks:
         faulthandler.enable(stacks)
@@ -69,20 +75,21 @@ def run_rank(folder: Path, *, rank: int, config: pytest.Config) -> NoReturn:
 def _redirect(file: Path) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (descriptor, 1), (descriptor, 2)):
-        os.dup2(source, target)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # the server's streams are files
-    sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # as above
+    os.dup2(null, 0)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # The server's streams are files.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
 def _live(job: Job, *, rank: int, store: Path, config: pytest.Config) -> RankReport:
-    skipped, xfailed = pytest.skip.Exception, pytest.xfail.Exception
     common: dict[str, Any] = {"rank": rank, "pid": os.getpid()}
     try:
         value = _surrounded(job, rank=rank, store=store, config=config)
         return RankReport(**common, outcome="passed", value=pickle.dumps(value))
-    except (skipped, xfailed) as error:
-        outcome = "skipped" if isinstance(error, skipped) else "xfailed"
+    except (pytest.skip.Exception, pytest.xfail.Exception) as error:
+        outcome = "skipped" if isinstance(error, pytest.skip.Exception) else "xfailed"
         return RankReport(**common, outcome=outcome, time=time.monotonic(), message=str(error.msg))
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
@@ -95,32 +102,37 @@ def _failure(error: BaseException, *, common: dict[str, Any], config: pytest.Con
 
     now = time.monotonic()
     text, path, line = pytest_parts.traceback_of(error, config=config)
-    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    message = (
-        str(error)
-        if isinstance(error, pytest.fail.Exception | _LeakError)
-        else f"{type(error).__name__}: {error}"
-    )
-    has_place = not isinstance(
-        error,
-        _LeakError
-        | pytest.PytestUnhandledThreadExceptionWarning
-        | pytest.PytestUnraisableExceptionWarning,
-    )
-    return RankReport(
+    code = 1
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        code = error.code
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(error, pytest.fail.Exception | _LeakError):
+        message = str(error)
+    report = RankReport(
         **common,
         outcome="failed",
         time=getattr(error, "_ddp_kit_time", now),
         exit_code=code,
         message=message,
-        traceback=text if has_place else "",
-        where=(path, line) if has_place else None,
+        traceback=text,
+        where=(path, line),
         is_echo=is_lost_peer(error),
     )
+    if isinstance(error, WITHOUT_PLACE):
+        return replace(report, traceback="", where=None)
+    return report
 
 
 class _LeakError(Exception):
     """The body passed and left something behind."""
+
+
+# No line of the test is where these were raised.
+WITHOUT_PLACE = (
+    _LeakError,
+    pytest.PytestUnhandledThreadExceptionWarning,
+    pytest.PytestUnraisableExceptionWarning,
+)
 
 
 def _surrounded(job: Job, *, rank: int, store: Path, config: pytest.Config) -> object:
@@ -128,14 +140,16 @@ def _surrounded(job: Job, *, rank: int, store: Path, config: pytest.Config) -> o
     os.environ.clear()
     os.environ.update(job.variables_of(rank))
     os.chdir(job.folder)
-    sys.path[:], sys.argv[:] = job.path, job.argv
+    sys.path[:] = job.path
+    sys.argv[:] = job.argv
     with pytest_parts.as_pytest(config, files=job.modules, options=job.options):
         function, args, kwargs = pickle.loads(job.call)
         _apply_filters(pickle.loads(job.filters))
         with _faults_are_warnings():
             before = take_stock()
             value = _in_group(job, store=store, call=lambda: _call(function, args, kwargs))
-            if leaks := leaks_since(before):
+            leaks = leaks_since(before)
+            if leaks:
                 raise _LeakError("\n".join(leaks))
     return value
 
@@ -153,7 +167,8 @@ def _in_group(job: Job, *, store: Path, call: Callable[[], object]) -> object:
         try:
             return call()
         except BaseException as error:
-            error._ddp_kit_time = time.monotonic()  # type: ignore[attr-defined]  # leaving the group takes time; blame needs this moment
+            # Leaving the group takes time, and which rank failed first is told by this moment.
+            error._ddp_kit_time = time.monotonic()  # type: ignore[attr-defined]
             raise
         finally:
             _group.reset(token)
@@ -167,10 +182,10 @@ def _call(
             "group": current_group,
             "monkeypatch": lambda: stack.enter_context(pytest.MonkeyPatch.context()),
         }
-        own = {
-            name: made[value.name]() if isinstance(value, Stand) else value
-            for name, value in kwargs.items()
-        }
+        own = dict(kwargs)
+        for name, value in kwargs.items():
+            if isinstance(value, Stand):
+                own[name] = made[value.name]()
         return function(*args, **own)
 
 
@@ -178,41 +193,41 @@ def _apply_filters(filters: list[tuple[str, Any, type[Warning], Any, int]]) -> N
     """Installs the warning filters that were in force around the test in the pytest process."""
 
     def text(pattern: re.Pattern[str] | str | None) -> str:
-        return pattern.pattern if isinstance(pattern, re.Pattern) else pattern or ""
+        if isinstance(pattern, re.Pattern):
+            return pattern.pattern
+        return pattern or ""
 
     warnings.resetwarnings()
     for action, message, category, module, line in filters:
-        warnings.filterwarnings(action, text(message), category, text(module), line, append=True)  # type: ignore[arg-type]  # action is a literal
+        literal: Any = action
+        warnings.filterwarnings(literal, text(message), category, text(module), line, append=True)
 
 
 @contextmanager
 def _faults_are_warnings() -> Iterator[None]:
-    """Turns exceptions in threads and in `__del__` into pytest's warnings, which are errors where the user's filters say so."""
+    """Turns exceptions in threads and in `__del__` into pytest's warnings.
+
+    These are errors where the user's filters say so.
+    """
     faults: list[tuple[type[Warning], str]] = []
 
     def in_thread(fault: threading.ExceptHookArgs) -> None:
         name = fault.thread.name if fault.thread else "?"
-        faults.append(
-            (
-                pytest.PytestUnhandledThreadExceptionWarning,
-                f"in thread {name!r}: {fault.exc_type.__name__}: {fault.exc_value}",
-            )
-        )
+        text = f"in thread {name!r}: {fault.exc_type.__name__}: {fault.exc_value}"
+        faults.append((pytest.PytestUnhandledThreadExceptionWarning, text))
         threading.__excepthook__(fault)
 
     def unraisable(fault: "sys.UnraisableHookArgs") -> None:
-        faults.append(
-            (
-                pytest.PytestUnraisableExceptionWarning,
-                f"{fault.err_msg or 'ignored'} {fault.object!r}: {fault.exc_value!r}",
-            )
-        )
+        text = f"{fault.err_msg or 'ignored'} {fault.object!r}: {fault.exc_value!r}"
+        faults.append((pytest.PytestUnraisableExceptionWarning, text))
         sys.__unraisablehook__(fault)
 
-    threading.excepthook, sys.unraisablehook = in_thread, unraisable
+    threading.excepthook = in_thread
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
-        threading.excepthook, sys.unraisablehook = threading.__excepthook__, sys.__unraisablehook__
+        threading.excepthook = threading.__excepthook__
+        sys.unraisablehook = sys.__unraisablehook__
     for category, message in faults:
         warnings.warn(category(message), stacklevel=1)

@@ -1,7 +1,7 @@
 """The ranks of one test, from the side of the pytest process.
 
-Owns: starting, watching, killing them, and their deadline. Whoever opens Ranks closes it.
-Refuses: knowing about tests (see `plugin`), and what happens inside a rank (see `rank`).
+They are started, watched and killed here, at their deadline at the latest. Whoever opens Ranks
+closes it.
 """
 
 import pickle
@@ -29,14 +29,11 @@ class Ranks:
     """The ranks of one test while they run. Leaving the `with` block kills those that are left."""
 
     def __init__(self, job: Job) -> None:
-        shared = Pool.current.get(
-            None
-        )  # the session's; outside pytest these ranks have a server of their own
-        self.pool, self.owns_pool, self.deadline_s = (
-            shared or Pool(),
-            shared is None,
-            job.deadline_s,
-        )
+        # The session's pool; outside pytest these ranks have a server of their own.
+        shared = Pool.current.get(None)
+        self.pool = shared or Pool()
+        self.owns_pool = shared is None
+        self.deadline_s = job.deadline_s
         self.files, self.pids = self.pool.fork(job)
         self.deadline = time.monotonic() + job.deadline_s
         self.stacks: dict[int, str] = {}
@@ -51,18 +48,18 @@ class Ranks:
         self.pool.signal(self.pids[rank], number)
 
     def wait(self, *, grace_s: float | None = None) -> list[RankReport]:
-        """Waits until all ranks have ended, at the deadline kills those that have not, and returns one report for each.
+        """Waits until all ranks have ended, and kills at the deadline those that have not.
 
-        Args: `grace_s` shortens the deadline to so many seconds after the first failure of a rank; None leaves it.
+        Args: `grace_s` shortens the deadline to so many seconds after the first failure of a rank;
+            None leaves it.
+        Returns: a report of each rank.
         """
-        end, has_failed = self.deadline, False
+        end = self.deadline
+        is_shortened = grace_s is None
         while self.living and time.monotonic() < end:
-            if (
-                grace_s is not None
-                and not has_failed
-                and any(self.pool.ended.get(pid, (0, 0.0))[0] for pid in self.pids)
-            ):
-                end, has_failed = min(end, time.monotonic() + grace_s), True
+            if grace_s is not None and not is_shortened and self._has_failed():
+                end = min(end, time.monotonic() + grace_s)
+                is_shortened = True
             self.pool.receive(end - time.monotonic())
         late = self.living
         self._dump(late)
@@ -70,8 +67,9 @@ class Ranks:
         return [self._report(rank, is_late=rank in late) for rank in range(len(self.pids))]
 
     def values(self) -> list[Any]:
-        """Waits for all ranks. Returns what the function returned on each, in rank order.
+        """Waits for all ranks.
 
+        Returns: what the function returned on each, in rank order.
         Raises: RanksError if one failed or was late, with the culprit's traceback first.
         """
         reports = self.wait(grace_s=GRACE_S)
@@ -81,7 +79,8 @@ class Ranks:
 
     def close(self) -> None:
         """Kills the ranks that are left and removes their files."""
-        if self.pool.is_alive:  # its ranks die with it
+        # The ranks of a server that has ended have died with it.
+        if self.pool.is_alive:
             self._kill(self.living)
         shutil.rmtree(self.files.folder, ignore_errors=True)
         if self.owns_pool:
@@ -98,29 +97,36 @@ class Ranks:
     ) -> None:
         self.close()
 
+    def _has_failed(self) -> bool:
+        return any(pid in self.pool.ended and self.pool.ended[pid][0] for pid in self.pids)
+
     def _dump(self, ranks: Sequence[int]) -> None:
+        """Lets ranks write their stacks, and waits until these grow no more.
+
+        A C signal handler writes them, so a rank blocked in a collective answers too; a stopped one
+        does not.
+        """
         for rank in ranks:
             self.pool.signal(self.pids[rank], STACKS)
         end = time.monotonic() + 2
-        for rank in ranks:  # written by a C signal handler, so a rank blocked in a collective answers too; a stopped one does not
-            file, size = self.files.stacks(rank), -1
+        for rank in ranks:
+            file = self.files.stacks(rank)
+            size = -1
             while time.monotonic() < end and (size < 1 or file.stat().st_size != size):
-                size = file.stat().st_size if file.exists() else 0
+                size = 0
+                if file.exists():
+                    size = file.stat().st_size
                 time.sleep(0.05)
 
     def _kill(self, ranks: Sequence[int]) -> None:
         for rank in ranks:
             self.kill(rank)
         end = time.monotonic() + END_S
-        while any(self.pids[rank] not in self.pool.ended for rank in ranks) and self.pool.receive(
-            end - time.monotonic()
-        ):
-            pass
+        while any(self.pids[rank] not in self.pool.ended for rank in ranks):
+            if self.pool.receive(end - time.monotonic()) is None:
+                break
 
     def _report(self, rank: int, *, is_late: bool) -> RankReport:
-        def text(file: Path) -> str:
-            return file.read_text(errors="replace") if file.exists() else ""
-
         code, ended = self.pool.ended.get(self.pids[rank], (-signal.SIGKILL, time.monotonic()))
         found = self.files.report(rank)
         if found.exists():
@@ -137,14 +143,16 @@ class Ranks:
             report = RankReport(
                 rank=rank, outcome="died", time=ended, exit_code=code, message=death(code)
             )
-        stacks = "".join(
-            line
-            for line in text(self.files.stacks(rank)).splitlines(keepends=True)
-            if HERE not in line and BOOT not in line
-        )
-        return replace(
-            report, pid=self.pids[rank], output=text(self.files.output(rank)), stacks=stacks
-        )
+        lines = _text(self.files.stacks(rank)).splitlines(keepends=True)
+        stacks = "".join(line for line in lines if HERE not in line and BOOT not in line)
+        output = _text(self.files.output(rank))
+        return replace(report, pid=self.pids[rank], output=output, stacks=stacks)
+
+
+def _text(file: Path) -> str:
+    if not file.exists():
+        return ""
+    return file.read_text(errors="replace")
 
 
 def start_ranks(
@@ -157,19 +165,21 @@ def start_ranks(
 ) -> Ranks:
     """Starts `function(*args)` on `world_size` ranks and returns at once; use it in a `with` block.
 
-    Args: `function` is at the top level of a module, `args` pickle; `env` changes variables of the ranks (None unsets);
-        `group=False` leaves the process group to the function, which finds torchrun's variables set.
-    Raises: TypeError if something cannot be sent to the ranks, ValueError if `world_size` is not at least 1.
+    Args: `function` is at the top level of a module, `args` pickle; `deadline_s` seconds later the
+        ranks that are left are killed; `env` changes variables of the ranks (None unsets);
+        `group=False` leaves the process group to the function, which finds torchrun's variables
+        set.
+    Raises: TypeError if something cannot be sent to the ranks, ValueError if `world_size` is not at
+        least 1.
     """
-    return Ranks(
-        Job(
-            call=pack(function, *args),
-            world_size=world_size,
-            has_group=group,
-            deadline_s=deadline_s,
-            changes=env or {},
-        )
+    job = Job(
+        call=pack(function, *args),
+        world_size=world_size,
+        has_group=group,
+        deadline_s=deadline_s,
+        changes=env or {},
     )
+    return Ranks(job)
 
 
 def run_ranks(
@@ -180,11 +190,11 @@ def run_ranks(
     env: Mapping[str, str | None] | None = None,
     group: bool = True,
 ) -> list[Any]:
-    """Runs `function(*args)` on `world_size` ranks. Returns what it returned on each, in rank order. See `start_ranks`.
+    """Runs `function(*args)` on `world_size` ranks. The arguments are those of `start_ranks`.
 
-    Raises: RanksError if a rank failed, died or was late.
+    Returns: what the function returned on each rank, in rank order.
+    Raises: RanksError if a rank failed, died or was late; what `start_ranks` raises.
     """
-    with start_ranks(
-        function, world_size, *args, deadline_s=deadline_s, env=env, group=group
-    ) as ranks:
+    started = start_ranks(function, world_size, *args, deadline_s=deadline_s, env=env, group=group)
+    with started as ranks:
         return ranks.values()

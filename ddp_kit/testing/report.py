@@ -1,7 +1,4 @@
-"""What the ranks of one test report, and how it becomes one message with the culprit first.
-
-Owns: the order of blame. Refuses: starting, stopping or reading from processes.
-"""
+"""What the ranks of one test report, and how it becomes one message with the culprit first."""
 
 import signal
 from collections.abc import Sequence
@@ -12,9 +9,10 @@ from dataclasses import dataclass
 class RankReport:
     """How one rank ended.
 
-    `outcome` is passed, skipped, xfailed, failed (an exception), died (ended without a word: signal or `os._exit`) or late (did not end and
-    was killed). `exit_code` is negative for a signal. `time` is the monotonic time of the exception or death in seconds; `is_echo`
-    whether the exception only says that a peer has gone. `value` is the pickled return value.
+    `outcome` is passed, skipped, xfailed, failed (an exception), died (ended without a word: signal
+    or `os._exit`) or late (did not end and was killed). `exit_code` is negative for a signal.
+    `time` is the monotonic time of the exception or death in seconds; `is_echo` whether the
+    exception only says that a peer has gone. `value` is the pickled return value.
     """
 
     rank: int
@@ -33,31 +31,42 @@ class RankReport:
     @property
     def line(self) -> str:
         """One line for a rank that is not the culprit."""
-        first = self.message.strip().partition("\n")[0]
-        return f"rank {self.rank} {self.outcome}" + (f": {first}" if first else "")
+        if not self.first_line:
+            return f"rank {self.rank} {self.outcome}"
+        return f"rank {self.rank} {self.outcome}: {self.first_line}"
+
+    @property
+    def first_line(self) -> str:
+        """The first line of the message."""
+        return self.message.strip().partition("\n")[0]
 
 
 class RanksError(Exception):
-    """At least one rank failed. `reports` holds one RankReport for each rank, `culprit` is the rank to blame, None if all were late."""
+    """At least one rank failed.
+
+    `reports` holds one RankReport for each rank, `culprit` is the rank that failed first, None if
+    all were late.
+    """
 
     def __init__(self, reports: Sequence[RankReport], *, deadline_s: float) -> None:
         self.reports = tuple(reports)
         self.blamed = _blamed(reports)
-        self.culprit = self.blamed.rank if self.blamed else None
+        self.culprit: int | None = None
+        if self.blamed is not None:
+            self.culprit = self.blamed.rank
         self.merged = _merged(reports, blamed=self.blamed, deadline_s=deadline_s)
-        outputs = (
-            f"\n--- output of rank {report.rank} ---\n{report.output.rstrip()}"
-            for report in reports
-            if report.output.strip()
-        )
-        super().__init__(self.merged + "".join(outputs))
+        text = self.merged
+        for report in reports:
+            if report.output.strip():
+                text += f"\n--- output of rank {report.rank} ---\n{report.output.rstrip()}"
+        super().__init__(text)
 
     @property
     def headline(self) -> str:
         """One line for pytest's summary."""
         if self.blamed is None:
             return "the ranks were not done before the deadline"
-        return f"rank {self.blamed.rank}: " + self.blamed.message.strip().partition("\n")[0]
+        return f"rank {self.blamed.rank}: {self.blamed.first_line}"
 
 
 def death(exit_code: int) -> str:
@@ -68,15 +77,20 @@ def death(exit_code: int) -> str:
 
 
 def _blamed(reports: Sequence[RankReport]) -> RankReport | None:
-    # A killed rank has nobody to note the time of its death, so its peers' "connection closed" may come first: echoes go last.
-    # A rank that skips alone makes echoes too. Ranks that are only late are all innocent, or all guilty.
-    first = sorted(
-        (report for report in reports if report.outcome not in ("passed", "late")), key=_guilt
-    )
-    return first[0] if first else None
+    """Returns the report of the rank that failed first, None if there is none.
+
+    Ranks that are only late are all innocent, or all guilty.
+    """
+    failed = [report for report in reports if report.outcome not in ("passed", "late")]
+    return min(failed, key=_guilt, default=None)
 
 
 def _guilt(report: RankReport) -> tuple[bool, bool, float]:
+    """Returns what is least for the rank that failed first.
+
+    A killed rank has nobody to note the time of its death, so its peers' "connection closed" may
+    come first: echoes go last. A rank that skips alone makes echoes too.
+    """
     return report.is_echo, report.outcome not in ("failed", "died"), report.time
 
 
@@ -84,24 +98,27 @@ def _merged(reports: Sequence[RankReport], *, blamed: RankReport | None, deadlin
     parts = []
     if blamed is None:
         parts.append(
-            f"Not done after {deadline_s:g} s (deadline_s of the test). Where the ranks were, innermost call first:"
+            f"Not done after {deadline_s:g} s (deadline_s of the test). "
+            "Where the ranks were, innermost call first:"
         )
     elif blamed.outcome in ("skipped", "xfailed"):
         parts.append(
-            f"Rank {blamed.rank} of {len(reports)} was {blamed.outcome} ({blamed.message}); all ranks have to be, or none."
+            f"Rank {blamed.rank} of {len(reports)} was {blamed.outcome} ({blamed.message}); "
+            "all ranks have to be, or none."
         )
     else:
-        details = [text.rstrip() for text in (blamed.traceback, blamed.stacks) if text.strip()]
-        message = (
-            blamed.message.strip().partition("\n")[0] if blamed.traceback else blamed.message
-        )  # the traceback has all of it
-        parts += [f"Rank {blamed.rank} of {len(reports)} failed first: {message}", *details]
+        message = blamed.message
+        # A traceback has all of the message at its end.
+        if blamed.traceback:
+            message = blamed.first_line
+        parts.append(f"Rank {blamed.rank} of {len(reports)} failed first: {message}")
+        details = (blamed.traceback, blamed.stacks)
+        parts += [text.rstrip() for text in details if text.strip()]
     others = [report for report in reports if report is not blamed]
     if others:
         parts.append("\n".join(f"  {report.line}" for report in others))
-    stacks = [report for report in others if report.stacks.strip()]
-    parts += [
-        f"Stacks of rank {report.rank} (pid {report.pid}):\n{report.stacks.rstrip()}"
-        for report in stacks
-    ]
+    for report in others:
+        if report.stacks.strip():
+            head = f"Stacks of rank {report.rank} (pid {report.pid})"
+            parts.append(f"{head}:\n{report.stacks.rstrip()}")
     return "\n\n".join(parts)

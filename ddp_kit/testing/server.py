@@ -1,7 +1,7 @@
 """The process that ranks are forked from: it has imported torch once and has run no operator.
 
-Owns: forking ranks, signalling and reaping them, and its own end: when pytest is gone, so are the ranks, the server and its folder.
-Refuses: threads and tensor operations, because autograd's and OpenMP's threads do not survive a fork.
+When pytest is gone, so are the ranks, the server and its folder. There are no threads and no tensor
+operations here, because autograd's and OpenMP's threads do not survive a fork.
 """
 
 import contextlib
@@ -30,9 +30,11 @@ POLL_S = 1.0
 def serve(connection: int, folder: str, imports: Sequence[str], parent: int) -> NoReturn:
     """Forks ranks on request until the connection closes or the parent has died.
 
-    Args: `connection` is a socket's file descriptor, `folder` what to delete at the end, `imports` the modules to import once.
+    Args: `connection` is a socket's file descriptor, `folder` what to delete at the end, `imports`
+        the modules to import once, `parent` the pid of pytest.
     """
-    with contextlib.suppress(AttributeError, PermissionError):  # Linux only; the ranks inherit it
+    # Linux has it only; the ranks inherit it.
+    with contextlib.suppress(AttributeError, PermissionError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     server = None
     try:
@@ -40,7 +42,8 @@ def serve(connection: int, folder: str, imports: Sequence[str], parent: int) -> 
             importlib.import_module(module)
         config = pytest_parts.small_config()
         gc.collect()
-        gc.freeze()  # a collection in a rank would write to, and so copy, every page it shares with the server
+        # A collection in a rank would write to, and so copy, every page it shares with the server.
+        gc.freeze()
         server = _Server(socket.socket(fileno=connection), config=config, parent=parent)
         server.run()
     except BaseException:
@@ -49,14 +52,17 @@ def serve(connection: int, folder: str, imports: Sequence[str], parent: int) -> 
         if server is not None:
             server.kill_all()
         shutil.rmtree(folder, ignore_errors=True)
-        os._exit(0)  # no interpreter shutdown: nothing here is worth its time
+        # No interpreter shutdown: nothing here is worth its time.
+        os._exit(0)
 
 
 class _Server:
     """The ranks that live, by pid, and the two sources of events: requests and ended ranks."""
 
     def __init__(self, connection: socket.socket, *, config: pytest.Config, parent: int) -> None:
-        self.connection, self.config, self.parent = connection, config, parent
+        self.connection = connection
+        self.config = config
+        self.parent = parent
         self.living: set[int] = set()
         self.wake, wakeup = os.pipe()  # signal.set_wakeup_fd writes to it when a rank ends
         os.set_blocking(wakeup, False)
@@ -65,9 +71,8 @@ class _Server:
 
     def run(self) -> None:
         buffer = b""
-        while (
-            os.getppid() == self.parent
-        ):  # the connection alone may be kept open by a process that pytest has forked
+        # The connection alone may be kept open by a process that pytest has forked.
+        while os.getppid() == self.parent:
             sources: list[Any] = [self.connection, self.wake]
             ready, _, _ = select.select(sources, [], [], POLL_S)
             if self.wake in ready:
@@ -83,14 +88,11 @@ class _Server:
 
     def answer(self, request: dict[str, str | int]) -> None:
         if "job" in request:
-            pids = [
-                self.fork(Path(str(request["job"])), rank=number)
-                for number in range(int(request["world_size"]))
-            ]
-            self.send({"pids": pids})
-        elif (
-            request["pid"] in self.living
-        ):  # a pid that has ended may belong to someone else by now
+            job = Path(str(request["job"]))
+            ranks = range(int(request["world_size"]))
+            self.send({"pids": [self.fork(job, rank=rank) for rank in ranks]})
+        # A pid that has ended may belong to someone else by now.
+        elif request["pid"] in self.living:
             _signal(int(request["pid"]), int(request["signal"]))
 
     def fork(self, job: Path, *, rank: int) -> int:
@@ -106,22 +108,20 @@ class _Server:
         except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(1)  # must never go on as a second server
+            # It must never go on as a second server.
+            os._exit(1)
 
     def reap(self) -> None:
         for pid in sorted(self.living):
             ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                self.living.remove(pid)
-                self.send(
-                    {
-                        "ended": pid,
-                        "code": os.waitstatus_to_exitcode(status),
-                        "time": time.monotonic(),
-                    }
-                )
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, signal.SIGKILL)  # what the rank has left behind
+            if not ended:
+                continue
+            self.living.remove(pid)
+            code = os.waitstatus_to_exitcode(status)
+            self.send({"ended": pid, "code": code, "time": time.monotonic()})
+            # What the rank has left behind.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
 
     def send(self, message: dict[str, object]) -> None:
         self.connection.sendall(json.dumps(message).encode() + b"\n")
@@ -132,7 +132,9 @@ class _Server:
 
 
 def _signal(pid: int, number: int) -> None:
+    """Signals a rank that is not reaped yet, so that the pid is still the rank's."""
     if number == signal.SIGKILL:
-        with contextlib.suppress(ProcessLookupError):  # not the leader of its group yet
+        # It may not be the leader of its group yet.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, number)
-    os.kill(pid, number)  # not reaped yet, so the pid is still the rank's
+    os.kill(pid, number)
