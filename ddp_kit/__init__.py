@@ -1,7 +1,8 @@
 """ddp_kit: train PyTorch models on any number of ranks, with the numbers of one.
 
-The public names are those below; each lives in the module that the table gives, imported when the name is first used: the
-command line and the pytest plugin import this package too, and must not wait for torch.
+The public names are those below; each lives in the module that the table gives and is imported when
+it is first used: the command line and the pytest plugin import this package too, and must not wait
+for torch.
 """
 
 import importlib

@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Literal
 
-from ddp_kit.checkpoint.resume import FREE, FREE_GROUPS
+from ddp_kit.checkpoint.resume import FREE
 from ddp_kit.config.command_line import PEERS
 from ddp_kit.settings import Settings, flag
 
@@ -113,7 +113,7 @@ def flags_page() -> str:
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
             parts += [f"## {flag(name)}.*", str(hint.__doc__)]
-            inner = rows(hint, prefix=f"{flag(name)}.", is_free=name in FREE_GROUPS)
+            inner = rows(hint, prefix=f"{flag(name)}.", is_free=name in FREE)
             parts.append("\n".join([*head, *inner]))
     peers = [f"| `{name}` | {text} |" for name, text in PEERS.items()]
     parts += [

@@ -29,21 +29,21 @@ ABOVE_ALL = {"testing", "__init__"}  # a pytest plugin, and the table of public 
 LAUNCHERS_MAY_IMPORT = {"launch", "io", "errors"}
 # Lines of a room, at most: a little more than it has today. Raising one is a decision, to be seen in review.
 BUDGETS = {
-    "faces": 1700,
-    "io": 800,
-    "config": 800,
-    "distributed": 2000,
-    "data": 2700,
-    "trackers": 800,
-    "strategies": 2800,
-    "stopping": 700,
-    "training": 2200,
-    "checkpoint": 3200,
-    "setup": 1400,
-    "lifecycle": 1400,
-    "cli": 1700,
-    "launch": 3600,
-    "testing": 1700,
+    "faces": 1350,
+    "io": 720,
+    "config": 840,
+    "distributed": 2080,
+    "data": 2780,
+    "trackers": 710,
+    "strategies": 2480,
+    "stopping": 510,
+    "training": 2050,
+    "checkpoint": 3480,
+    "setup": 1270,
+    "lifecycle": 1690,
+    "cli": 2000,
+    "launch": 4110,
+    "testing": 1840,
 }
 MOST_TERNARIES, MOST_PAIRS = 12.0, 3.0  # per 1,000 lines
 HEAVY = [

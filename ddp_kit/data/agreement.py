@@ -69,6 +69,10 @@ def _print_of(batch: Any) -> list[Any]:
 
 
 def _print_of_tensor(values: torch.Tensor) -> list[Any]:
+    if values.is_nested:
+        values = torch.cat([part.flatten() for part in values.unbind()])
+    if values.layout is not torch.strided:
+        values = values.to_dense()
     if values.is_complex():
         values = torch.view_as_real(values)
     if values.is_floating_point():

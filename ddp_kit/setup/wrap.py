@@ -194,6 +194,7 @@ def _objective(
         is_mixed=len(dtypes) > 1 or parameters[0].is_complex(),
         # The host need not wait for each step's verdict.
         is_deferred=reads_found_inf and is_only and is_plain and precision != "fp16",
+        may_draw=not type(part.optimizer).__module__.startswith("torch.optim."),
     )
 
 

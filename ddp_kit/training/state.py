@@ -137,6 +137,9 @@ class ObjectiveState:
     is_mixed: bool = False
     # Whether the optimizer reads `found_inf` on the device, and the host one step later.
     is_deferred: bool = False
+    # Whether the optimizer may draw random numbers, as one that adds noise does. torch's own never
+    # do.
+    may_draw: bool = False
     found_inf: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
     # As the strategy has it: see `strategies.whole.Wrapped`.

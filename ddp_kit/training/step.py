@@ -23,6 +23,8 @@ from ddp_kit.strategies.optimizers import step_quietly
 from ddp_kit.training.nonfinite import find_non_finite, listed, look_back, raise_unless_overflow
 from ddp_kit.training.state import ObjectiveState, StepSums, Sums, Training
 
+OPTIMIZER = -1  # stands for the micro-batch in the keys of an optimizer's draws
+
 
 def train_step(training: Training, batch: RankBatch) -> StepSums:
     """Runs one optimizer step of every objective on this rank's part of a global batch.
@@ -173,6 +175,9 @@ def _apply(
     if training.grad_clip:
         norm = _clip(gradients, training.grad_clip, shards=shards)
         sums.grad_norms[objective.name] = norm
+    if objective.may_draw:
+        # Each rank's generators stand where its own last micro-batch has left them.
+        seed_forward(training.forward_key, training.step, OPTIMIZER, device=training.group.device)
     if objective.is_deferred:
         _step_deferred(training, objective, batch, sums)
         return True

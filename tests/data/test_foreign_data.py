@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 import ddp_kit
 from ddp_kit import Data
+from ddp_kit.data.agreement import require_same_samples
 from ddp_kit.data.batch_plan import plan_batches
 from ddp_kit.data.loader import Feed, evaluation_batches, feed_of
 from ddp_kit.data.transfer import Placement
@@ -184,3 +185,27 @@ def test_texts_that_differ_by_rank_are_refused_too(group: Group) -> None:
     )
     with pytest.raises(DataError, match="split_by_node"):
         compose(recipe(settings, train_data=lambda: data), settings, group)
+
+
+def sparse(batch: torch.Tensor) -> torch.Tensor:
+    return batch.to_sparse()
+
+
+def compressed(batch: torch.Tensor) -> torch.Tensor:
+    return batch.to_sparse_csr()
+
+
+def ragged(batch: torch.Tensor) -> torch.Tensor:
+    rows = [row[: 2 + i % 3] for i, row in enumerate(batch)]
+    return torch.nested.nested_tensor(rows, layout=torch.jagged)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("made_by", [sparse, compressed, ragged], ids=["coo", "csr", "jagged"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")  # torch's own word
+def test_batches_of_any_layout_are_compared_over_ranks(group: Group, made_by: Any) -> None:
+    same = made_by(torch.ones(6, 4))
+    other = made_by(torch.ones(6, 4) * (1 + group.rank))
+    require_same_samples(group, [same], what="training data", is_iterable=False)
+    with pytest.raises(DataError, match="gives rank 1 other samples"):
+        require_same_samples(group, [other], what="training data", is_iterable=False)

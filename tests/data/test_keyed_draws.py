@@ -19,7 +19,8 @@ from ddp_kit.data.batch_plan import plan_batches
 from ddp_kit.data.loader import feed_of
 from ddp_kit.data.seeding import Draws, Purpose, key, occurrences_in, sample_keys
 from ddp_kit.data.transfer import Placement
-from ddp_kit.testing import current_group, run_ranks
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.testing import assert_same_on_all_ranks, current_group, run_ranks
 
 CPU = Placement(torch.device("cpu"))
 FEATURES = 6
@@ -243,3 +244,22 @@ def test_draws_by_python_and_numpy_in_the_model_are_the_same_on_any_number_of_ra
     alone, *others = (run_ranks(losses_on_a_rank, world_size)[0] for world_size in (1, 2, 4))
     for found in others:
         assert found == pytest.approx(alone, rel=1e-9)
+
+
+class Noisy(torch.optim.SGD):
+    """Adds noise to each weight, as Langevin dynamics does."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(torch.randn_like(parameter), alpha=1e-2)
+
+
+@pytest.mark.ranks(2, 4)
+def test_an_optimizer_that_draws_leaves_the_same_weights_on_all_ranks(group: Group) -> None:
+    settings = Settings(micro_batch=6, max_steps=3, run_dir="")
+    made = recipe(settings, optimizer=lambda model: Noisy(model.parameters(), lr=0.1))
+    state = trace(group, made, settings).state
+    assert_same_on_all_ranks(state, group)
