@@ -1,16 +1,21 @@
-"""What a checkpoint costs: ddp_kit's, torch.save, torch.distributed.checkpoint (DCP) and Accelerate, taking turns in one run.
+"""What a checkpoint costs: ddp_kit's, torch.save, torch.distributed.checkpoint (DCP) and
+Accelerate, taking turns in one run.
 
     torchrun --nproc_per_node=2 benchmarks/checkpoint.py        # 1, 2 or 4 ranks
 
-100 million fp32 parameters and AdamW's moments on every rank, 1.2 GB, as plain DDP has them. All contenders write the same tensors.
+100 million fp32 parameters and AdamW's moments on every rank, 1.2 GB, as plain DDP has them. All
+contenders write the same tensors.
 
 block      the time that the call takes, with nothing beside
-durable    the time until all of it is on disk, with nothing beside; torch.save and Accelerate do not fsync
-slowdown   what a save costs training as a whole: the call, and how much longer the steps take until it is done; a step is a few matrix
-           products on all cores and an all-reduce
-load       the second one in a row, so warm; only ddp_kit verifies (CRC-32 of all bytes). The plain read shows what is left to win
+durable    the time until all of it is on disk, with nothing beside; torch.save and Accelerate do
+           not fsync
+slowdown   what a save costs training as a whole: the call, and how much longer the steps take until
+           it is done; a step is a few matrix products on all cores and an all-reduce
+load       the second one in a row, so warm; only ddp_kit verifies (CRC-32 of all bytes). The plain
+           read shows what is left to win
 
-A figure is that of the slowest rank, the median over rounds; a ratio is taken round by round. Wants 12 GB of memory at 2 ranks and 24 at 4.
+A figure is that of the slowest rank, the median over rounds; a ratio is taken round by round. Wants
+12 GB of memory at 2 ranks and 24 at 4.
 """
 
 import argparse
@@ -62,7 +67,9 @@ BATCHES = [
 
 
 class Table:
-    """Seconds by kind and contender, round by round, the same on all ranks; and the bytes that each wrote."""
+    """Seconds by kind and contender, round by round, the same on all ranks; and the bytes that each
+    wrote.
+    """
 
     def __init__(self) -> None:
         self.figures: dict[str, dict[str, list[float]]] = {
@@ -114,7 +121,9 @@ def slowest(seconds: float) -> float:
 
 
 class Step:
-    """What trains beside: a few milliseconds on all cores, and an all-reduce, as which the ranks also agree whether a save is done."""
+    """What trains beside: a few milliseconds on all cores, and an all-reduce, as which the ranks
+    also agree whether a save is done.
+    """
 
     def __init__(self) -> None:
         self._factors, self._sums = torch.randn(2, 512, 512), torch.zeros(1 << 18)
@@ -158,7 +167,7 @@ def slowdown(contender: Contender, folder: Path, *, step: Step, steps: int = 30)
 
 @contextmanager
 def scratch(folder: Path, group: Group) -> Iterator[Path]:
-    """Yields an empty folder, and leaves no writing behind that would disturb the next contender."""
+    """Yields an empty folder; no writing is left that would disturb the next contender."""
     folder.mkdir(exist_ok=True)
     together()
     yield folder
@@ -197,7 +206,8 @@ def first_save(training: Training, place: Path) -> Contender:
     more, shard = peak(run), state_bytes(training) / training.group.world_size / 2**20
     if training.group.rank == 0:
         print(
-            f"memory for ddp_kit's first save: {more:.0f} MiB on rank 0, {more / shard:.3f} times its shard of {shard:.0f} MiB",
+            f"memory for ddp_kit's first save: {more:.0f} MiB on rank 0, "
+            f"{more / shard:.3f} times its shard of {shard:.0f} MiB",
             flush=True,
         )
     return made[0]
@@ -248,7 +258,7 @@ def measure(training: Training, place: Path, *, rounds: int, names: Sequence[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; not in memory")
     parser.add_argument(
@@ -269,7 +279,8 @@ def main() -> None:
             shutil.rmtree(place[0], ignore_errors=True)
         if group.rank == 0:
             print(
-                f"{group.world_size} ranks, torch {torch.__version__}, {options.rounds} rounds in {place[0]}"
+                f"{group.world_size} ranks, torch {torch.__version__}, "
+                f"{options.rounds} rounds in {place[0]}"
             )
             table.show()
 

@@ -106,7 +106,9 @@ def memcpy(training: Training) -> Contender:
 
 
 def read(training: Training) -> Contender:
-    """The yardstick of loading: every rank reads all bytes into memory that it has, and looks at none of them."""
+    """The yardstick of loading: every rank reads all bytes into memory that it has, and looks at
+    none of them.
+    """
     own, ranks = training.group.rank, range(training.group.world_size)
     memory = torch.zeros(state_bytes(training) // len(ranks), dtype=torch.uint8)
 

@@ -1,10 +1,12 @@
-"""What a save costs one rank as the ranks grow in number: metadata only, in one process that plays rank 0.
+"""What a save costs one rank as the ranks grow in number: metadata only, in one process that plays
+rank 0.
 
     python benchmarks/checkpoint_ranks.py
 
-The state is a Llama of 7 billion fp32 parameters with AdamW's moments, 81 GB. `plan` is the cut and the shard's header, a part of the call
-that training waits for. `commit` is the whole protocol, in the background, with shards that hold their header alone, files on a disk, and
-the peers' rows made up: what is left is the gathering of rows, and rank 0's look at every file and its manifest.
+The state is a Llama of 7 billion fp32 parameters with AdamW's moments, 81 GB. `plan` is the cut and
+the shard's header, a part of the call that training waits for. `commit` is the whole protocol, in
+the background, with shards that hold their header alone, files on a disk, and the peers' rows made
+up: what is left is the gathering of rows, and rank 0's look at every file and its manifest.
 """
 
 import argparse
@@ -63,7 +65,9 @@ class Played(Ranks):
 def measure(
     shapes: dict[str, Shape], world_size: int, *, place: Path
 ) -> tuple[float, float, float, int]:
-    """Returns the seconds of a rank's plan and of rank 0's commit, the largest shard over the mean one, and the manifest's bytes."""
+    """Returns the seconds of a rank's plan and of rank 0's commit, the largest shard over the mean
+    one, and the manifest's bytes.
+    """
     dtypes = dict.fromkeys(shapes, torch.float32)
     begin = time.perf_counter()
     header, _ = shard_header(
@@ -105,15 +109,17 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     shapes = llama()
     print(
-        f"{len(shapes)} tensors, {sum(shape.nbytes for shape in shapes.values()) / 1e9:.1f} GB, torch {torch.__version__}, median (min-max)"
+        f"{len(shapes)} tensors, {sum(shape.nbytes for shape in shapes.values()) / 1e9:.1f} GB, "
+        f"torch {torch.__version__}, median (min-max)"
     )
     print(
-        f"{'ranks':>6}{'plan, ms':>20}{'commit, ms':>22}{'of it a rank, us':>18}{'largest shard / mean':>22}{'manifest, kB':>14}"
+        f"{'ranks':>6}{'plan, ms':>20}{'commit, ms':>22}{'of it a rank, us':>18}"
+        f"{'largest shard / mean':>22}{'manifest, kB':>14}"
     )
     for world_size in (8, 64, 512, 1024):
         rounds = []
@@ -127,7 +133,8 @@ def main() -> None:
         ]
         each = statistics.median(commits) / world_size * 1e3
         print(
-            f"{world_size:6}{texts[0]:>20}{texts[1]:>22}{each:18.0f}{rounds[0][2]:22.4f}{rounds[0][3] / 1e3:14.1f}"
+            f"{world_size:6}{texts[0]:>20}{texts[1]:>22}{each:18.0f}"
+            f"{rounds[0][2]:22.4f}{rounds[0][3] / 1e3:14.1f}"
         )
     print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}")
 

@@ -1,8 +1,10 @@
-"""Steps that compute: a small ResNet on CIFAR shapes, against bare DDP as people write it and Accelerate, taking turns in one run.
+"""Steps that compute: a small ResNet on CIFAR shapes, against bare DDP as people write it and
+Accelerate, taking turns in one run.
 
     python benchmarks/compute.py                     # 2 ranks on the CPU, one thread each
 
-128 samples a rank and step. Every contender has ranks of its own. "plain" switches ddp_kit's defaults for speed off.
+128 samples a rank and step. Every contender has ranks of its own. "plain" switches ddp_kit's
+defaults for speed off.
 """
 
 import argparse
@@ -140,7 +142,7 @@ def ours(*, tuning: bool, precision: str = "fp32") -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--contender", choices=CONTENDERS)
@@ -150,7 +152,8 @@ def main() -> None:
             CONTENDERS, script=__file__, world_size=2, rounds=options.rounds, steps=options.steps
         )
         print(
-            f"2 ranks, {BATCH} samples a rank, torch {torch.__version__}, {options.rounds} rounds of {options.steps} steps"
+            f"2 ranks, {BATCH} samples a rank, torch {torch.__version__}, "
+            f"{options.rounds} rounds of {options.steps} steps"
         )
         show(times, targets=TARGETS)
     elif options.contender.startswith("ddp_kit"):

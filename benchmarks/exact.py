@@ -1,9 +1,11 @@
-"""What `--exact` costs: a training step with it against the plain all-reduce, taking turns in one run.
+"""What `--exact` costs: a training step with it against the plain all-reduce, taking turns in one
+run.
 
-    python benchmarks/exact.py                                    # 2, 4 and 8 ranks, both models; --ranks 4 for one of them
+    python benchmarks/exact.py    # 2, 4 and 8 ranks, both models; --ranks 4 for one of them
 
-`small`: an MLP 784-128-64-10 with 16 samples a micro-batch. `wide`: three linear layers, 20 MB of gradients, with 4 samples a micro-batch:
-the communication is all there is. Two micro-batches a rank, SGD with momentum, one thread a rank; both contenders run ddp_kit's step.
+`small`: an MLP 784-128-64-10 with 16 samples a micro-batch. `wide`: three linear layers, 20 MB of
+gradients, with 4 samples a micro-batch: the communication is all there is. Two micro-batches a
+rank, SGD with momentum, one thread a rank; both contenders run ddp_kit's step.
 """
 
 import argparse
@@ -51,7 +53,7 @@ def contender(name: str, model: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8])
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=9)

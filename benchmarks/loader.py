@@ -1,11 +1,11 @@
-"""Samples/s of ddp_kit's feed against torch's DataLoader: in-memory CIFAR augmented by the batch or by torchvision for each sample,
-data sets that answer one sample at a time, and streams.
+"""Samples/s of ddp_kit's feed against torch's DataLoader: in-memory CIFAR augmented by the batch or
+by torchvision for each sample, data sets that answer one sample at a time, and streams.
 
     python benchmarks/loader.py [--rounds 5] [--seconds 1.0]
 
-One process and one thread each, in turn within a run; uint8 images of CIFAR's shape, batches of 128. "augmented" is a crop of a padded
-image, a flip and normalisation; "plain" samples are float tensors that are only looked up. Prints median, min-max, and the ratio to
-DataLoader round by round.
+One process and one thread each, in turn within a run; uint8 images of CIFAR's shape, batches of
+128. "augmented" is a crop of a padded image, a flip and normalisation; "plain" samples are float
+tensors that are only looked up. Prints median, min-max, and the ratio to DataLoader round by round.
 """
 
 import argparse
@@ -98,7 +98,9 @@ def our_batches(dataset: Any) -> Batches:
 
 
 def pairs(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, Batches, Batches, float]]:
-    """Yields (name, DataLoader's batches, ours, the least that ours should reach of DataLoader's; 0: no target yet)."""
+    """Yields (name, DataLoader's batches, ours, the least that ours should reach of DataLoader's;
+    0: no target yet).
+    """
     plain = Plain(images[:10_000], labels[:10_000])
     per_sample = PerSample(images, labels)
     by_batch = ImageArray(images, labels, mean=MEAN, std=STD, crop_padding=PADDING, flip=True)
@@ -139,7 +141,8 @@ def main() -> None:
             if round_:  # the first round warms up
                 rates[name].append(found)
     print(
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, {platform.machine()}, 1 thread, {options.rounds} rounds"
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, {platform.machine()}, "
+        f"1 thread, {options.rounds} rounds"
     )
     print(f"{'data':28} {'DataLoader: samples/s':32} {'ddp_kit':32} ratio")
     for name, _, _, target in contenders:
@@ -147,7 +150,8 @@ def main() -> None:
         ratios = [ours / theirs for theirs, ours in rates[name]]
         asked = f"; target {target:g} or more" if target else ""
         print(
-            f"{name:28} {columns[0]:32} {columns[1]:32} {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}){asked}"
+            f"{name:28} {columns[0]:32} {columns[1]:32} "
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}){asked}"
         )
 
 

@@ -1,11 +1,13 @@
-"""What the loop costs: ddp_kit's `fit` with its defaults, a hand-written DDP loop, and Accelerate's, taking turns in one run.
+"""What the loop costs: ddp_kit's `fit` with its defaults, a hand-written DDP loop, and
+Accelerate's, taking turns in one run.
 
     python benchmarks/overhead.py                                # one process
     torchrun --nproc_per_node=2 benchmarks/overhead.py           # two ranks
 
-MLP 784-128-64-10, 64 samples a rank, SGD with momentum, one thread a rank. All log the loss over all ranks every 10 steps; ddp_kit also
-writes its records, shows progress and exchanges its control packet. A figure is the median over rounds of a round's mean step;
-a ratio is taken round by round to the first row of its table.
+MLP 784-128-64-10, 64 samples a rank, SGD with momentum, one thread a rank. All log the loss over
+all ranks every 10 steps; ddp_kit also writes its records, shows progress and exchanges its control
+packet. A figure is the median over rounds of a round's mean step; a ratio is taken round by round
+to the first row of its table.
 """
 
 import argparse
@@ -64,7 +66,9 @@ def data(samples: int = 60_000) -> TensorDataset:
 
 
 class Singles(Dataset[tuple[Tensor, Tensor]]):
-    """Answers one sample at a time, as most people's data sets do; ddp_kit gathers those of a TensorDataset at once."""
+    """Answers one sample at a time, as most people's data sets do; ddp_kit gathers those of a
+    TensorDataset at once.
+    """
 
     def __init__(self, whole: TensorDataset):
         self.inputs, self.labels = whole.tensors
@@ -165,7 +169,9 @@ def summed(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> LossSum:
 def ours(
     group: Group, dataset: Dataset[Any], *, loader: bool, folder: Path
 ) -> Callable[[int], None]:
-    """ddp_kit's `fit` with its defaults; with `loader`, fed by the hand-written script's DataLoader."""
+    """ddp_kit's `fit` with its defaults; with `loader`, fed by the hand-written script's
+    DataLoader.
+    """
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     feed = build_loader(dataset, group=group, global_batch=BATCH * group.world_size)
@@ -240,7 +246,7 @@ def contenders(group: Group, folder: Path) -> list[Contender]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
@@ -266,7 +272,8 @@ def main() -> None:
 
 def show(times: dict[str, list[float]], world_size: int, options: argparse.Namespace) -> None:
     print(
-        f"{world_size} ranks, torch {torch.__version__}, {options.rounds} rounds of {options.steps} steps, load {os.getloadavg()[0]:.1f}"
+        f"{world_size} ranks, torch {torch.__version__}, "
+        f"{options.rounds} rounds of {options.steps} steps, load {os.getloadavg()[0]:.1f}"
     )
     bases = (
         ["bare loop"] if world_size == 1 else ["bare DDP, default class", "bare DDP, SCHED_BATCH"]
@@ -280,7 +287,8 @@ def show(times: dict[str, list[float]], world_size: int, options: argparse.Names
             spread = f"{statistics.median(own):.0f} ({min(own):.0f}-{max(own):.0f})"
             target = f"  target {TARGETS[base, name]:.2f}" if (base, name) in TARGETS else ""
             print(
-                f"{name:52} {spread:28} {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f}){target}"
+                f"{name:52} {spread:28} "
+                f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f}){target}"
             )
 
 

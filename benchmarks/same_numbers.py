@@ -1,9 +1,10 @@
-"""Every strategy follows ddp: losses of 50 steps of recipes/char_lm.py, clipped at half the median gradient norm, EMA on. Prints a table.
+"""Every strategy follows ddp: losses of 50 steps of recipes/char_lm.py, clipped at half the median
+gradient norm, EMA on. Prints a table.
 
     python benchmarks/same_numbers.py --data-root data
 
-Real commands under torchrun. A figure is the largest difference of a step's training loss, and that of the evaluation of the averaged
-weights at the end, from ddp's on as many ranks.
+Real commands under torchrun. A figure is the largest difference of a step's training loss, and that
+of the evaluation of the averaged weights at the end, from ddp's on as many ranks.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def run(flags: list[str], folder: Path, *, ranks: int, data_root: str, clip: flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--data-root", default="data", help="folder that holds tinyshakespeare.txt")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     given = parser.parse_args()

@@ -1,9 +1,10 @@
-"""From the command to the first optimizer step: ddp_kit under torchrun and under its own launcher, against a bare script under torchrun.
+"""From the command to the first optimizer step: ddp_kit under torchrun and under its own launcher,
+against a bare script under torchrun.
 
     python benchmarks/startup.py
 
-2 ranks, the small MLP of benchmarks/overhead.py, one thread a rank. The clock starts before the command does; both sides write the
-time when rank 0 has taken its first step.
+2 ranks, the small MLP of benchmarks/overhead.py, one thread a rank. The clock starts before the
+command does; both sides write the time when rank 0 has taken its first step.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
-net = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+layers = [nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)]
+net = nn.Sequential(*layers)
 wrapped = DistributedDataParallel(net)
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 data = TensorDataset(torch.randn(6000, 784), torch.randint(10, (6000,)))
@@ -59,11 +61,14 @@ class FirstStep:
 
 def loss(net, batch):
     inputs, labels = batch
-    return ddp_kit.LossSum(nn.functional.cross_entropy(net(inputs), labels, reduction="sum"), len(labels))
+    total = nn.functional.cross_entropy(net(inputs), labels, reduction="sum")
+    return ddp_kit.LossSum(total, len(labels))
 
 def recipe(settings):
     return ddp_kit.Recipe(
-        model=lambda: nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
+        model=lambda: nn.Sequential(
+            nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+        ),
         loss=loss,
         optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
         train_data=lambda: TensorDataset(torch.randn(6000, 784), torch.randint(10, (6000,))),
@@ -88,13 +93,15 @@ def first_step(command: list[str], folder: Path) -> float:
         check=False,
     )
     steps = [float(found) for found in re.findall(r"first step (\d+\.\d+)", done.stdout)]
-    if not steps:  # what comes after it does not count: a bare gloo script may abort when one rank leaves before the other
+    # What comes after the step does not count: a bare gloo script may abort when one rank leaves
+    # before the other.
+    if not steps:
         raise SystemExit(done.stdout + done.stderr)
     return steps[0] - begin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     torchrun = ["torch.distributed.run", "--nproc_per_node=2"]

@@ -1,13 +1,16 @@
-"""Each strategy beside the same thing written by hand in bare torch (or DeepSpeed): time of a step and peak memory of a rank.
+"""Each strategy beside the same thing written by hand in bare torch (or DeepSpeed): time of a step
+and peak memory of a rank.
 
-    python benchmarks/strategies.py                     # ddp, zero1, fsdp; DeepSpeed's stages 1 to 3 where it is installed
+    python benchmarks/strategies.py    # ddp, zero1, fsdp; DeepSpeed's stages 1 to 3 where it is
+                                       # installed
 
-The two contenders of a strategy have ranks of their own, which take turns step by step. Both have ddp_kit's scheduling class
-and allocator settings, one thread a rank and torch's fused AdamW, and read the same kind of batches. A ratio is taken round by round.
+The two contenders of a strategy have ranks of their own, which take turns step by step. Both have
+ddp_kit's scheduling class and allocator settings, one thread a rank and torch's fused AdamW, and
+read the same kind of batches. A ratio is taken round by round.
 
-Memory is taken in other starts, with an allocator that gives back at once what is freed: else the peak is what fragments of the heap add up
-to, up to twice what is in use, and another figure each time. It is the peak of resident memory above that after the imports, on the rank
-that has most.
+Memory is taken in other starts, with an allocator that gives back at once what is freed: else the
+peak is what fragments of the heap add up to, up to twice what is in use, and another figure each
+time. It is the peak of resident memory above that after the imports, on the rank that has most.
 """
 
 import argparse
@@ -208,7 +211,7 @@ def one(strategy: str, contender: str, *, takes_memory: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     known = ["ddp", "zero1", "fsdp", *STAGES]
     parser.add_argument(
         "--strategies",
@@ -230,7 +233,8 @@ def main() -> None:
         one(given.strategy, given.contender, takes_memory=given.takes_memory)
         return
     print(
-        f"{given.ranks} ranks, {BATCH} samples a rank, torch {torch.__version__}; {given.starts} starts, ",
+        f"{given.ranks} ranks, {BATCH} samples a rank, torch {torch.__version__}; "
+        f"{given.starts} starts, ",
         end="",
     )
     print(f"{given.rounds} rounds each of {given.steps} steps a turn", flush=True)

@@ -1,7 +1,9 @@
-"""Contenders that take turns: each has ranks of its own, which live through the whole benchmark and wait while others run.
+"""Contenders that take turns: each has ranks of its own, which live through the whole benchmark and
+wait while others run.
 
-A benchmark's script is started again for every rank with `--contender NAME`; there it calls `serve`. The parent calls `compare`.
-Own processes, because an allocator's settings and a scheduling class cannot be put back within one.
+A benchmark's script is started again for every rank with `--contender NAME`; there it calls
+`serve`. The parent calls `compare`. Own processes, because an allocator's settings and a scheduling
+class cannot be put back within one.
 """
 
 import os
@@ -14,7 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def serve(run: Callable[[int], None]) -> None:
-    """In a rank: runs as many steps as each line from the parent says, and answers with the seconds they took."""
+    """In a rank: runs as many steps as each line from the parent says, and answers with the seconds
+    they took.
+    """
     print("ready", flush=True)
     for line in sys.stdin:
         begin = time.perf_counter()
@@ -126,7 +130,9 @@ def show(
     targets: Mapping[str, float] | None = None,
     digits: int = 2,
 ) -> None:
-    """Prints medians with their spread, and ratios to the first row, taken round by round, beside the most they should be."""
+    """Prints medians with their spread, and ratios to the first row, taken round by round, beside
+    the most they should be.
+    """
     base = next(iter(times))
     print(f"{'contender':48} {f'{unit}: median (min-max)':30} ratio to {base!r}: median (min-max)")
     for name, own in times.items():
@@ -134,6 +140,7 @@ def show(
         spread = f"{statistics.median(own):.4g} ({min(own):.4g}-{max(own):.4g})"
         target = f"  target {targets[name]:.2f}" if targets and name in targets else ""
         print(
-            f"{name:48} {spread:30} {statistics.median(ratios):.3f} ({min(ratios):.{digits}f}-{max(ratios):.{digits}f}){target}"
+            f"{name:48} {spread:30} {statistics.median(ratios):.3f} "
+            f"({min(ratios):.{digits}f}-{max(ratios):.{digits}f}){target}"
         )
     print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}", flush=True)

@@ -1,9 +1,11 @@
-"""Character language models on tinyshakespeare: a GPT, or by `--architecture` a BERT that fills in masked characters, or an LSTM.
+"""Character language models on tinyshakespeare: a GPT, or by `--architecture` a BERT that fills in
+masked characters, or an LSTM.
 
     torchrun --nproc_per_node=2 -m ddp_kit.train recipes/char_lm.py --data-root data
 
-Bits per character of the last tenth of the text: GPT 2.43 (1,960 steps, 150 s from command to end); with `--ragged`, 2,304 steps: LSTM
-2.30 (66 s), BERT 2.51 for the masked characters, which it sees from both sides (133 s). 2 ranks on 2 CPU cores, torch 2.15.
+Bits per character of the last tenth of the text: GPT 2.43 (1,960 steps, 150 s from command to end);
+with `--ragged`, 2,304 steps: LSTM 2.30 (66 s), BERT 2.51 for the masked characters, which it sees
+from both sides (133 s). 2 ranks on 2 CPU cores, torch 2.15.
 """
 
 import math
@@ -43,7 +45,10 @@ class Settings(ddp_kit.Settings):
 
 
 class Block(nn.Module):
-    """Attention and a small net, each behind a LayerNorm and beside a shortcut. Source: Radford et al., GPT-2, 2019, section 2.3."""
+    """Attention and a small net, each behind a LayerNorm and beside a shortcut.
+
+    Source: Radford et al., GPT-2, 2019, section 2.3.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -77,7 +82,10 @@ class LanguageModel(nn.Module):
         self.inner = memory if self.architecture == "lstm" else blocks
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, SYMBOLS)
-        """Attention fades with distance, at another rate in each head. Source: Press et al., ALiBi, arXiv 2108.12409."""
+        """Attention fades with distance, at another rate in each head.
+
+        Source: Press et al., ALiBi, arXiv 2108.12409.
+        """
         states = self.symbols(tokens)
         if self.architecture == "lstm":
             return self.out(self.inner(states)[0])
@@ -125,7 +133,9 @@ def masked(tokens: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sequences(text: bytes, settings: Settings, *, training: bool) -> Data:
-    """Cuts a text into `length` characters and the one that follows, and if ragged at the end of each speech too."""
+    """Cuts a text into `length` characters and the one that follows, and if ragged at the end of
+    each speech too.
+    """
     size, speeches = (
         settings.length,
         [speech + b"\n\n" for speech in text.split(b"\n\n")] if settings.ragged else [text],
@@ -156,7 +166,9 @@ def sequences(text: bytes, settings: Settings, *, training: bool) -> Data:
 
 
 def continued(model: nn.Module, settings: Settings) -> str:
-    """Returns the prompt and 200 characters more; a BERT is asked for a mask behind the text, one after another."""
+    """Returns the prompt and 200 characters more; a BERT is asked for a mask behind the text, one
+    after another.
+    """
     tokens = torch.tensor([list(b"ROMEO:\n")], device=next(model.parameters()).device)
     asked = torch.full((1, int(settings.architecture == "bert")), MASK, device=tokens.device)
     for _ in range(200):
@@ -166,7 +178,10 @@ def continued(model: nn.Module, settings: Settings) -> str:
 
 
 def flops_per_sample(settings: Settings) -> float:
-    """Of a whole sequence, forward and back. Source: Chowdhery et al., PaLM, arXiv 2204.02311, appendix B."""
+    """Of a whole sequence, forward and back.
+
+    Source: Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.
+    """
     per_layer, seen = (8, 0) if settings.architecture == "lstm" else (12, settings.length)
     return (
         6.0
@@ -180,11 +195,13 @@ def recipe(settings: Settings) -> Recipe:
     file = Path(settings.data_root, "tinyshakespeare.txt")
     if not file.is_file():
         raise DataError(
-            f"no text was found. Looked for:\n  {file.absolute()}\nType: --data-root DIR, a folder that holds it."
+            f"no text was found. Looked for:\n  {file.absolute()}\n"
+            "Type: --data-root DIR, a folder that holds it."
         )
     if settings.width % settings.heads:
         raise ConfigError(
-            f"--heads {settings.heads} does not divide --width {settings.width}. Type --heads 1, 2 or 4, or another --width."
+            f"--heads {settings.heads} does not divide --width {settings.width}. "
+            "Type --heads 1, 2 or 4, or another --width."
         )
     text, split = file.read_bytes(), file.stat().st_size * 9 // 10
     return Recipe(

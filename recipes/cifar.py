@@ -1,11 +1,13 @@
-"""CIFAR-10 with LeNet or a small ResNet: normalised, cropped and flipped, 5,000 images held out for validation.
+"""CIFAR-10 with LeNet or a small ResNet: normalised, cropped and flipped, 5,000 images held out for
+validation.
 
     torchrun --nproc_per_node=2 -m ddp_kit.train recipes/cifar.py --data-root data --precision bf16
-    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/cifar.py --data-root data --model lenet --epochs 5
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/cifar.py --data-root data --model lenet \
+        --epochs 5
 
-ResNet-8 (78 thousand weights), 10 epochs (870 steps) in bf16: 75.4 % of the validation images, 74.5 % of the test images.
-LeNet, 5 epochs (435 steps) in fp32: 68.7 and 66.7 % (seed 1: 66.5 and 66.1), 59 s from the command to the end.
-2 ranks on 2 CPU cores, torch 2.15.
+ResNet-8 (78 thousand weights), 10 epochs (870 steps) in bf16: 75.4 % of the validation images, 74.5
+% of the test images. LeNet, 5 epochs (435 steps) in fp32: 68.7 and 66.7 % (seed 1: 66.5 and 66.1),
+59 s from the command to the end. 2 ranks on 2 CPU cores, torch 2.15.
 """
 
 from dataclasses import dataclass
@@ -45,7 +47,10 @@ class Settings(ddp_kit.Settings):
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut. Source: He et al., "Deep Residual Learning", arXiv 1512.03385, section 4.2."""
+    """Two convolutions and a shortcut.
+
+    Source: He et al., "Deep Residual Learning", arXiv 1512.03385, section 4.2.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -80,7 +85,10 @@ def resnet(width: int, blocks: int) -> nn.Sequential:
 
 
 def lenet(width: int) -> nn.Sequential:
-    """LeNet-5, wider, with today's activations. Source: LeCun et al., "Gradient-based learning", 1998."""
+    """LeNet-5, wider, with today's activations.
+
+    Source: LeCun et al., "Gradient-based learning", 1998.
+    """
     return nn.Sequential(
         nn.Conv2d(3, width, 5),
         nn.ReLU(),
@@ -139,7 +147,8 @@ def accuracy_per_class(
 def recipe(settings: Settings) -> Recipe:
     if settings.model == "lenet" and settings.blocks != Settings.blocks:
         raise ConfigError(
-            f"--blocks {settings.blocks} has no effect with --model lenet: leave it out, or type --model resnet."
+            f"--blocks {settings.blocks} has no effect with --model lenet: leave it out, "
+            "or type --model resnet."
         )
 
     def data(split: Literal["train", "validation", "test"]) -> object:

@@ -1,15 +1,21 @@
-"""CIFAR-10 in as little time as it takes: a net that starts from whitened patches, and only as many epochs as the target needs.
+"""CIFAR-10 in as little time as it takes: a net that starts from whitened patches, and only as many
+epochs as the target needs.
 
     torchrun --nproc_per_node=2 -m ddp_kit.train recipes/cifar_fast.py --data-root data
-    python -m ddp_kit.train recipes/cifar_fast.py --target 94 --epochs 10 --small 0 --global-batch 1024 --lr 1.5 --compile    # CUDA
-    python -m ddp_kit.train recipes/cifar_fast.py --target 96 --epochs 40 --small 0 --global-batch 1024 --lr 1.5 --compile
+    python -m ddp_kit.train recipes/cifar_fast.py --target 94 --epochs 10 --small 0 \
+        --global-batch 1024 --lr 1.5 --compile    # CUDA
+    python -m ddp_kit.train recipes/cifar_fast.py --target 96 --epochs 40 --small 0 \
+        --global-batch 1024 --lr 1.5 --compile
 
-85.6 % (85.3-85.8) of the validation images after 7 epochs (609 steps); 85 % after 118 s (107-214) from the command. The plain
-recipes/cifar.py --model resnet --width 32 --blocks 2 --epochs 12 --precision bf16 takes 934 s (799-1377), 7.5 times (6.5-7.9) as long.
-Median of 3 seeds in turns (benchmarks/time_to_accuracy.py), the last beside other work; 2 ranks on 2 CPU cores with AVX-512, torch 2.15.
+85.6 % (85.3-85.8) of the validation images after 7 epochs (609 steps); 85 % after 118 s (107-214)
+from the command. The plain recipes/cifar.py --model resnet --width 32 --blocks 2 --epochs 12
+--precision bf16 takes 934 s (799-1377), 7.5 times (6.5-7.9) as long. Median of 3 seeds in turns
+(benchmarks/time_to_accuracy.py), the last beside other work; 2 ranks on 2 CPU cores with AVX-512,
+torch 2.15.
 
-The nets of --target 94 and 96 were not trained, and nothing was measured on CUDA, where the images lie on the device.
-Source of the ideas: Keller Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498.
+The nets of --target 94 and 96 were not trained, and nothing was measured on CUDA, where the images
+lie on the device. Source of the ideas: Keller Jordan, "94% on CIFAR-10 in 3.29 seconds on a single
+GPU", arXiv 2404.00498.
 """
 
 from dataclasses import dataclass
@@ -67,8 +73,9 @@ class Settings(ddp_kit.Settings):
 
 
 class Images:
-    """Images that lie as bytes on the device that trains, where a batch is moved, mirrored and normalised. Every second epoch shows an
-    image mirrored; which ones begin with it is drawn once."""
+    """Images that lie as bytes on the device that trains, where a batch is moved, mirrored and
+    normalised. Every second epoch shows an image mirrored; which ones begin with it is drawn once.
+    """
 
     def __init__(self, settings: Settings, split: Literal["train", "validation", "test"]):
         device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -110,7 +117,9 @@ def reflected(places: Tensor) -> Tensor:
 
 
 def whitening(images: Tensor) -> nn.Conv2d:
-    """A frozen convolution whose outputs, the principal components of a patch and their negatives, have unit variance."""
+    """A frozen convolution whose outputs, the principal components of a patch and their negatives,
+    have unit variance.
+    """
     patches = unfold(images.double(), PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (components / (variances + 5e-4).sqrt()).T.reshape(-1, 3, PATCH, PATCH).float()
@@ -120,7 +129,9 @@ def whitening(images: Tensor) -> nn.Conv2d:
 
 
 def net(images: Tensor, settings: Settings) -> nn.Sequential:
-    """Whitened patches, groups of convolutions that halve the image, and the largest value of each channel."""
+    """Whitened patches, groups of convolutions that halve the image, and the largest value of each
+    channel.
+    """
     layers: list[nn.Module] = [whitening(images), nn.GELU()]
     inputs = layers[0].out_channels
     for width in settings.widths or WIDTHS[settings.target]:
@@ -156,7 +167,8 @@ def optimizer(model: nn.Module, settings: Settings) -> Optimizer:
 def recipe(settings: Settings) -> Recipe:
     if settings.num_workers:
         raise ConfigError(
-            f"--num-workers {settings.num_workers} has no effect: the images lie where the net does. Leave it out."
+            f"--num-workers {settings.num_workers} has no effect: the images lie where the net "
+            "does. Leave it out."
         )
 
     def model() -> nn.Module:

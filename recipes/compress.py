@@ -1,14 +1,20 @@
-"""What comes after training: a ResNet's knowledge in a LeNet (distillation), then in int8, then in a file that needs no recipe.
+"""What comes after training: a ResNet's knowledge in a LeNet (distillation), then in int8, then in
+a file that needs no recipe.
 
-    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/cifar.py --blocks 3 --epochs 12 --precision bf16 --run-dir runs/resnet
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/cifar.py --blocks 3 --epochs 12 \
+        --precision bf16 --run-dir runs/resnet
     ddp-kit ckpt export runs/resnet --best --out resnet.safetensors
-    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/compress.py --teacher resnet.safetensors --run-dir runs/lenet
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/compress.py \
+        --teacher resnet.safetensors --run-dir runs/lenet
     ddp-kit ckpt export runs/lenet --best --out lenet.safetensors
     python recipes/compress.py --teacher resnet.safetensors --student lenet.safetensors
 
-The last command's table: the ResNet-20 has 82.6 % of the test images right with 1,069 KiB of weights, the LeNet it taught for 5 epochs
-(435 steps) 66.5 % with 898 KiB, and in int8 66.4 % with 227 KiB. In so few epochs the teacher is no gain: LeNet on the labels alone, in
-recipes/cifar.py, has 66.7 %. The exported files, 949 and 376 KiB, hold the graph too. 2 ranks on 2 CPU cores, torch 2.15.
+The last command's table: the ResNet-20 has 82.6 % of the test images right with 1,069 KiB of
+weights, the LeNet it taught for 5 epochs (435 steps) 66.5 % with 898 KiB, and in int8 66.4 % with
+227 KiB. In so few epochs the teacher is no gain: LeNet on the labels alone, in recipes/cifar.py,
+has 66.7 %. The exported files, 949 and 376 KiB, hold the graph too. 2 ranks on 2 CPU cores, torch
+2.15.
+
 It builds on recipes/cifar.py: keep both in one folder.
 """
 
@@ -43,19 +49,21 @@ class Settings(cifar.Settings):
 def load(file: str, *, flag: str, made_by: str) -> dict[str, Tensor]:
     if not Path(file).is_file():
         raise ConfigError(
-            f"{flag} {file or '(none)'}: expected a .safetensors file of a run of recipes/{made_by}.py. "
-            f"Type: ddp-kit ckpt export RUN --best --out FILE.safetensors, then {flag} FILE.safetensors"
+            f"{flag} {file or '(none)'}: expected a .safetensors file of a run of "
+            f"recipes/{made_by}.py. Type: ddp-kit ckpt export RUN --best --out FILE.safetensors, "
+            f"then {flag} FILE.safetensors"
         )
     return load_file(file)
 
 
 def load_resnet(file: str) -> nn.Module:
-    """Returns the ResNet that wrote the file, frozen. Its width and depth are seen in the shapes."""
+    """Returns the ResNet that wrote the file, frozen. Shapes tell its width and depth."""
     tensors = load(file, flag="--teacher", made_by="cifar")
     blocks = sum(name.endswith(".first.weight") for name in tensors) // 3
     if not blocks:
         raise ConfigError(
-            f"--teacher {file}: no ResNet. Type --teacher FILE.safetensors of a run of recipes/cifar.py --model resnet"
+            f"--teacher {file}: no ResNet. Type --teacher FILE.safetensors of a run of "
+            "recipes/cifar.py --model resnet"
         )
     model = cifar.resnet(len(tensors["0.weight"]), blocks)
     model.load_state_dict(tensors)
@@ -63,9 +71,11 @@ def load_resnet(file: str) -> nn.Module:
 
 
 class Int8(nn.Module):
-    """A layer in whole numbers: int8 weights with a scale for each output, int8 inputs with a scale for each sample, int32 sums.
+    """A layer in whole numbers: int8 weights with a scale for each output, int8 inputs with a scale
+    for each sample, int32 sums.
 
-    For linear layers and for convolutions of square images with stride 1 and no padding. Source: Jacob et al., arXiv 1712.05877.
+    For linear layers and for convolutions of square images with stride 1 and no padding. Source:
+    Jacob et al., arXiv 1712.05877.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear):
@@ -95,14 +105,19 @@ class Int8(nn.Module):
 
 
 def quantised(model: nn.Sequential) -> nn.Sequential:
-    """Returns a copy with its convolutions and linear layers in int8. No calibration: inputs are scaled as they come."""
+    """Returns a copy with its convolutions and linear layers in int8.
+
+    No calibration: inputs are scaled as they come.
+    """
     return nn.Sequential(
         *(Int8(layer) if isinstance(layer, nn.Conv2d | nn.Linear) else layer for layer in model)
     )
 
 
 def exported(model: nn.Module, file: str) -> nn.Module:
-    """Writes the model as a graph with its weights, for any batch size, and returns what is read back: no Python class is needed."""
+    """Writes the model as a graph with its weights, for any batch size, and returns what is read
+    back: no Python class is needed.
+    """
     batch = torch.export.Dim("batch", min=1)
     torch.export.save(
         torch.export.export(model, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: batch},)), file
@@ -123,7 +138,8 @@ def accuracy(model: nn.Module, data_root: str) -> float:
 
 
 def main(student: str, teacher: str, data_root: str = "data", out: str = "lenet") -> None:
-    """Quantises and exports a trained student, and prints a table of accuracy (test images) and size.
+    """Quantises and exports a trained student, and prints a table of accuracy (test images) and
+    size.
 
     Args:
         student: LeNet's weights, a .safetensors file
@@ -147,7 +163,8 @@ def main(student: str, teacher: str, data_root: str = "data", out: str = "lenet"
     for name, file, model in rows:
         weights_kib = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1024
         print(
-            f"{name:20}{accuracy(model, data_root):14.2%}{weights_kib:14.0f}{Path(file).stat().st_size / 1024:11.0f}  {file}"
+            f"{name:20}{accuracy(model, data_root):14.2%}{weights_kib:14.0f}"
+            f"{Path(file).stat().st_size / 1024:11.0f}  {file}"
         )
 
 
@@ -159,7 +176,9 @@ def recipe(settings: Settings) -> Recipe:
         logits = model(images)
         correct = (logits.argmax(1) == labels).sum()
         total = cross_entropy(logits, labels, reduction="sum")
-        if model.training:  # Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531
+        # Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", arXiv
+        # 1503.02531
+        if model.training:
             taught = log_softmax(teacher.to(images)(images) / settings.temperature, 1)
             said = log_softmax(logits / settings.temperature, 1)
             hint = kl_div(said, taught, reduction="sum", log_target=True) * settings.temperature**2

@@ -1,18 +1,23 @@
-"""Fine-tunes a causal language model of Hugging Face transformers on texts, both from local folders: no network is used.
+"""Fine-tunes a causal language model of Hugging Face transformers on texts, both from local
+folders: no network is used.
 
-    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/finetune_hf.py --model-dir gpt2 --data-dir texts --run-dir runs/tuned
-    torchrun ... --lora-rank 8 --lr 2e-4 --save-trainable-only          # adapters by peft: checkpoints hold them alone
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/finetune_hf.py --model-dir gpt2 \
+        --data-dir texts --run-dir runs/tuned
+    torchrun ... --lora-rank 8 --lr 2e-4 --save-trainable-only    # peft: adapters alone are saved
 
-`--model-dir` is what `save_pretrained` of a model and its tokenizer wrote, `--data-dir` what a data set's `save_to_disk` wrote. To use
-the result, copy the model's folder without its weights, and export into it; `from_pretrained` loads that folder:
+`--model-dir` is what `save_pretrained` of a model and its tokenizer wrote, `--data-dir` what a data
+set's `save_to_disk` wrote. To use the result, copy the model's folder without its weights, and
+export into it; `from_pretrained` loads that folder:
 
     ddp-kit ckpt export runs/tuned --best --out tuned/model.safetensors
 
-A GPT-2 of 1.0 million weights that had learnt nothing before, on the 7,222 speeches of tinyshakespeare in 1,024 byte-pair tokens (`--lr
-3e-3 --epochs 1 --max-tokens 128`): a perplexity of 124 on the speeches held out after 214 steps, 61 s from the command to the end.
-2 ranks on 2 CPU cores, torch 2.15, transformers 5.23, datasets 5.2.
+A GPT-2 of 1.0 million weights that had learnt nothing before, on the 7,222 speeches of
+tinyshakespeare in 1,024 byte-pair tokens (`--lr 3e-3 --epochs 1 --max-tokens 128`): a perplexity of
+124 on the speeches held out after 214 steps, 61 s from the command to the end. 2 ranks on 2 CPU
+cores, torch 2.15, transformers 5.23, datasets 5.2.
 
-Adapters load into `peft.get_peft_model(model, config)` by `load_state_dict(safetensors.torch.load_file(FILE), strict=False)`.
+Adapters load into `peft.get_peft_model(model, config)` by
+`load_state_dict(safetensors.torch.load_file(FILE), strict=False)`.
 """
 
 import math
@@ -74,7 +79,9 @@ def causal_model(settings: Settings) -> nn.Module:
 
 
 def splits(settings: Settings) -> Mapping[str, Any]:
-    """Returns the data set's train and validation parts; a twentieth is held out of one without splits."""
+    """Returns the data set's train and validation parts; a twentieth is held out of one without
+    splits.
+    """
     found = require("datasets", extra="hf").load_from_disk(settings.data_dir)
     if not isinstance(found, dict):
         held = found.train_test_split(test_size=0.05, seed=0)
@@ -85,7 +92,8 @@ def splits(settings: Settings) -> Mapping[str, Any]:
                 f"{split} ({', '.join(part.column_names)})" for split, part in found.items()
             )
             raise DataError(
-                f"{settings.data_dir} has {has}; expected {name} with {settings.column}. Type --column or another --data-dir."
+                f"{settings.data_dir} has {has}; expected {name} with {settings.column}. "
+                "Type --column or another --data-dir."
             )
     return found
 
@@ -151,7 +159,8 @@ def recipe(settings: Settings) -> Recipe:
                 f"no {flag} in {Path(folder).absolute()}" if folder else f"--{flag}-dir is not set"
             )
             raise ConfigError(
-                f"{looked}. Type --{flag}-dir DIR, a folder with {file} as save_pretrained or save_to_disk leaves it."
+                f"{looked}. Type --{flag}-dir DIR, a folder with {file} "
+                "as save_pretrained or save_to_disk leaves it."
             )
 
     def data(split: str) -> Data:

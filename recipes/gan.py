@@ -1,12 +1,17 @@
-"""A generative adversarial network on MNIST: two models, two optimizers, two losses; its images as a grid at each evaluation.
+"""A generative adversarial network on MNIST: two models, two optimizers, two losses; its images as
+a grid at each evaluation.
 
-    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/gan.py --data-root data --tracker tensorboard
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/gan.py --data-root data \
+        --tracker tensorboard
 
-The grid goes to the trackers that show images: view it with tensorboard --logdir runs, or type --tracker wandb.
+The grid goes to the trackers that show images: view it with tensorboard --logdir runs, or type
+--tracker wandb.
 
-After 1,716 steps (4 epochs) digits can be read. The Frechet distance of 5,000 new images to the 5,000 for validation falls to 0.095:
-untrained 7.7, all images alike (their mean) 1.4, as many real ones instead 0.005. It is one of means of 4 x 4 pixels, and cannot be
-compared with those that an Inception network gives. 167 s of processor time over both ranks. 2 ranks on 2 CPU cores, torch 2.15.
+After 1,716 steps (4 epochs) digits can be read. The Frechet distance of 5,000 new images to the
+5,000 for validation falls to 0.095: untrained 7.7, all images alike (their mean) 1.4, as many real
+ones instead 0.005. It is one of means of 4 x 4 pixels, and cannot be compared with those that an
+Inception network gives. 167 s of processor time over both ranks. 2 ranks on 2 CPU cores, torch
+2.15.
 """
 
 from collections.abc import Mapping
@@ -48,7 +53,9 @@ class Settings(ddp_kit.Settings):
 
 
 class Gan(nn.Module):
-    """Source: Radford et al., "Deep convolutional generative adversarial networks", arXiv 1511.06434; GroupNorm in place of BatchNorm."""
+    """Source: Radford et al., "Deep convolutional generative adversarial networks", arXiv
+    1511.06434; GroupNorm in place of BatchNorm.
+    """
 
     def __init__(self, *, noise: int, width: int):
         super().__init__()
@@ -75,7 +82,9 @@ class Gan(nn.Module):
         )
 
     def images(self, count: int) -> Tensor:
-        """Returns new images (count, 1, 28, 28), pixels from 0 to 1, of noise from torch's generator, seeded for each step."""
+        """Returns new images (count, 1, 28, 28), pixels from 0 to 1, of noise from torch's
+        generator, seeded for each step.
+        """
         like = next(self.generator.parameters())
         made: Tensor = self.generator(
             torch.randn(count, self.noise, device=like.device, dtype=like.dtype)
@@ -89,7 +98,10 @@ def pixels(batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def tell_apart(model: Gan, batch: tuple[Tensor, Tensor]) -> LossSum:
-    """The discriminator's loss. Source: Goodfellow et al., "Generative adversarial nets", arXiv 1406.2661, here with logits."""
+    """The discriminator's loss.
+
+    Source: Goodfellow et al., "Generative adversarial nets", arXiv 1406.2661, here with logits.
+    """
     real, fake = (
         model.discriminator(pixels(batch)),
         model.discriminator(model.images(len(batch[0]))),
@@ -118,9 +130,11 @@ def features(model: Gan, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
 
 
 def frechet(means: dict[str, float], rows: Mapping[str, Tensor]) -> dict[str, float]:
-    """Returns the Frechet distance of two normal distributions with the rows' means and covariances.
+    """Returns the Frechet distance of two normal distributions with the rows' means and
+    covariances.
 
-    Source: Heusel et al., "GANs trained by a two time-scale update rule", arXiv 1706.08500, equation 6.
+    Source: Heusel et al., "GANs trained by a two time-scale update rule", arXiv 1706.08500,
+    equation 6.
     """
     real, fake = rows["real"].double(), rows["fake"].double()
     values, vectors = torch.linalg.eigh(real.T.cov())
@@ -143,7 +157,8 @@ def grid(model: Gan) -> dict[str, Tensor]:
 def recipe(settings: Settings) -> Recipe:
     if settings.width < 4 or settings.width % 4 or settings.noise < 1:
         raise ConfigError(
-            f"--width {settings.width} --noise {settings.noise}: expected a multiple of 4, and at least 1."
+            f"--width {settings.width} --noise {settings.noise}: expected a multiple of 4, "
+            "and at least 1."
         )
 
     def adam(part: nn.Module) -> Adam:

@@ -1,10 +1,12 @@
 """MNIST with a multilayer perceptron, every choice of the textbook a flag.
 
     python -m ddp_kit.train recipes/mnist_mlp.py --data-root data
-    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/mnist_mlp.py --data-root data --hidden 256 128 --optimizer adam --lr 0.001
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/mnist_mlp.py --data-root data \
+        --hidden 256 128 --optimizer adam --lr 0.001
 
-784-128-64-10 reaches 98.2 % of the 5,000 validation images and 98.3 % of the 10,000 test images, which are looked at once, at the
-end; 6,435 steps (15 epochs), 27 s from the command to the end with one process. 2 CPU cores, torch 2.15.
+784-128-64-10 reaches 98.2 % of the 5,000 validation images and 98.3 % of the 10,000 test images,
+which are looked at once, at the end; 6,435 steps (15 epochs), 27 s from the command to the end with
+one process. 2 CPU cores, torch 2.15.
 """
 
 from dataclasses import dataclass, field
@@ -40,7 +42,8 @@ class Settings(ddp_kit.Settings):
     hidden: tuple[int, ...] = (128, 64)  # sizes of the hidden layers
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"  # after each hidden layer
     dropout: float = 0.0  # probability of dropping a hidden unit; state a --micro-batch with it
-    init_std: float = 0.0  # standard deviation of normally distributed initial weights; 0: torch's own initialisation
+    # standard deviation of normally distributed initial weights; 0: torch's own initialisation
+    init_std: float = 0.0
     optimizer: Literal["sgd", "adam", "rmsprop"] = "sgd"  # sgd has momentum
     lr: float = 0.1  # peak learning rate; adam and rmsprop want about 0.001
     momentum: float = 0.9  # of sgd
@@ -87,7 +90,8 @@ def schedule(optimizer: Optimizer, total_steps: int, *, name: str) -> LRSchedule
 def recipe(settings: Settings) -> Recipe:
     if settings.optimizer != "sgd" and settings.momentum != Settings.momentum:
         raise ConfigError(
-            f"--momentum {settings.momentum} has no effect with --optimizer {settings.optimizer}: leave it out."
+            f"--momentum {settings.momentum} has no effect with --optimizer {settings.optimizer}: "
+            "leave it out."
         )
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossSum:

@@ -1,14 +1,20 @@
-"""Three tasks on one trunk: a MNIST image's digit, its parity, and how much ink it holds, with fixed or learned weights.
+"""Three tasks on one trunk: a MNIST image's digit, its parity, and how much ink it holds, with
+fixed or learned weights.
 
     torchrun --nproc_per_node=2 -m ddp_kit.train recipes/multitask.py --data-root data
-    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/multitask.py --data-root data --weights learned
-    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/multitask.py --data-root data --absent 0.9 --find-unused-parameters
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/multitask.py --data-root data \
+        --weights learned
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/multitask.py --data-root data \
+        --absent 0.9 --find-unused-parameters
 
-2,145 steps (5 epochs); of the 10,000 test images, mass in white pixels, of which an image has 102 on average:
+2,145 steps (5 epochs); of the 10,000 test images, mass in white pixels, of which an image has 102
+on average:
 fixed weights    digit 99.25 %, parity 99.11 %, mass off by 1.98
 learned weights  digit 99.27 %, parity 99.37 %, mass off by 1.87; they end at 4.3, 9.5 and 9.3
---absent 0.9     digit 98.67 %, parity 98.98 %, mass off by 2.34, of a tenth of the labels in each epoch, another tenth each time
-100 s of processor time over both ranks, the command's start included. 2 ranks on 2 CPU cores, torch 2.15.
+--absent 0.9     digit 98.67 %, parity 98.98 %, mass off by 2.34, of a tenth of the labels in
+                 each epoch, another tenth each time
+100 s of processor time over both ranks, the command's start included. 2 ranks on 2 CPU cores, torch
+2.15.
 """
 
 from collections.abc import Iterator
@@ -46,13 +52,17 @@ class Settings(ddp_kit.Settings):
         1.0,
         1.0,
     )  # of digit, parity and mass, where they are fixed
-    absent: float = 0.0  # share of the training images, another one for each task, that carry no label of it, drawn anew each epoch
+    # share of the training images, another one for each task, that carry no label of it, drawn anew
+    # each epoch
+    absent: float = 0.0
     data_root: str = "data"  # folder that holds MNIST/raw
     download: bool = False  # fetch MNIST if it is not there
 
 
 class MultiTask(nn.Module):
-    """A trunk of blocks, and for each task a head, a loss and, where weights are learned, the logarithm of a variance."""
+    """A trunk of blocks, and for each task a head, a loss and, where weights are learned, the
+    logarithm of a variance.
+    """
 
     def __init__(self, settings: Settings):
         super().__init__()
@@ -84,7 +94,11 @@ class MultiTask(nn.Module):
         return images.flatten(1)
 
     def weighted(self, task: str, total: Tensor, count: int) -> Tensor:
-        """Weighs a task's summed loss. Source: Kendall et al., "Multi-task learning using uncertainty", arXiv 1705.07115, section 3."""
+        """Weighs a task's summed loss.
+
+        Source: Kendall et al., "Multi-task learning using uncertainty", arXiv 1705.07115, section
+        3.
+        """
         if task not in self.log_variances:
             return self.weights[task] * total
         log_variance = self.log_variances[task]
@@ -95,14 +109,18 @@ class MultiTask(nn.Module):
 
 
 def targets(images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields each task with its targets: (B,) int classes, (B, 1) 0 or 1, (B, 1) mass around 0 in standard deviations."""
+    """Yields each task with its targets: (B,) int classes, (B, 1) 0 or 1, (B, 1) mass around 0 in
+    standard deviations.
+    """
     yield "digit", labels
     yield "parity", (labels % 2).to(images.dtype).unsqueeze(1)
     yield "mass", images.sum((1, 2, 3)).unsqueeze(1) * (WHITE / MASS_STD)
 
 
 def measured(task: str, outputs: Tensor, target: Tensor) -> Tensor:
-    """Returns the sum over samples of what a task is judged by: right answers, or the error in white pixels."""
+    """Returns the sum over samples of what a task is judged by: right answers, or the error in
+    white pixels.
+    """
     if task == "mass":
         return (outputs.detach() - target).abs().sum() * MASS_STD
     answers = outputs.argmax(1) if task == "digit" else (outputs > 0).to(target.dtype)
@@ -110,10 +128,12 @@ def measured(task: str, outputs: Tensor, target: Tensor) -> Tensor:
 
 
 def loss(model: MultiTask, batch: tuple[Tensor, ...]) -> LossSum:
-    """Every label weighs the same: a task that half of the images carry counts half. A task that no image carries is left out."""
-    images, labels, *drawn = (
-        batch  # (B, 1, 28, 28) float, (B,) int, with --absent (B, tasks) bool: whether a label is there
-    )
+    """Every label weighs the same: a task that half of the images carry counts half.
+
+    A task that no image carries is left out.
+    """
+    # (B, 1, 28, 28) float, (B,) int, with --absent (B, tasks) bool: whether a label is there
+    images, labels, *drawn = batch
     features = model.features(images)
     total = 0.0 * features.sum()  # a batch without any label has a gradient too
     metrics: dict[str, tuple[Tensor | float, int]] = {}
@@ -139,7 +159,8 @@ def loss(model: MultiTask, batch: tuple[Tensor, ...]) -> LossSum:
 def check(settings: Settings) -> None:
     if settings.weights == "learned" and settings.task_weights != Settings.task_weights:
         raise ConfigError(
-            "--task-weights has no effect with --weights learned: leave it out, or type --weights fixed."
+            "--task-weights has no effect with --weights learned: leave it out, "
+            "or type --weights fixed."
         )
     if (
         min(settings.task_weights) < 0
@@ -147,12 +168,14 @@ def check(settings: Settings) -> None:
         or not 1 <= settings.blocks <= 4
     ):
         raise ConfigError(
-            f"--task-weights {settings.task_weights} --absent {settings.absent} --blocks {settings.blocks}: expected weights of 0 or more, "
+            f"--task-weights {settings.task_weights} --absent {settings.absent} "
+            f"--blocks {settings.blocks}: expected weights of 0 or more, "
             "a share from 0 to below 1, and 1 to 4 blocks."
         )
     if settings.absent and not settings.find_unused_parameters:
         raise ConfigError(
-            f"--absent {settings.absent} leaves heads without a gradient in some batches: type --find-unused-parameters too."
+            f"--absent {settings.absent} leaves heads without a gradient in some batches: "
+            "type --find-unused-parameters too."
         )
 
 

@@ -1,14 +1,18 @@
-"""Images of your own, a CSV of their labels, and any classification model of torchvision, fine-tuned or from scratch.
+"""Images of your own, a CSV of their labels, and any classification model of torchvision,
+fine-tuned or from scratch.
 
-    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/own_data.py --images photos --labels labels.csv --size 128
-    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/own_data.py --images photos --labels labels.csv --size 128 \
-        --init-from resnet18.safetensors --init-partial --freeze 'conv1.*' 'bn1.*' 'layer1.*' --backbone-lr 0.1
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/own_data.py --images photos \
+        --labels labels.csv --size 128
+    torchrun --nproc_per_node=2 -m ddp_kit.train recipes/own_data.py --images photos \
+        --labels labels.csv --size 128 --init-from resnet18.safetensors --init-partial \
+        --freeze 'conv1.*' 'bn1.*' 'layer1.*' --backbone-lr 0.1
 
-CSV: file, label; if you like split (train, validation, test; empty: by fold) and group (of files that stay together, say a patient's).
-Folds are hashes of names, so that added files change no other's; --fold 0 to --fold 4 hold each image out once.
-1,000 cats, 350 dogs, 150 trucks of CIFAR-10 (32 pixels, bf16), 10 epochs, 180 steps: 65.2 % of 1,500 test images, 500 of each class;
-67.7 % by the second command (--backbone-lr 0.3) from 4 epochs on 14,000 images of seven other classes. One run each, 93 s of CPU time
-in all on 2 ranks on 2 busy CPU cores, torch 2.15.
+CSV: file, label; if you like split (train, validation, test; empty: by fold) and group (of files
+that stay together, say a patient's). Folds are hashes of names, so that added files change no
+other's; --fold 0 to --fold 4 hold each image out once. 1,000 cats, 350 dogs, 150 trucks of CIFAR-10
+(32 pixels, bf16), 10 epochs, 180 steps: 65.2 % of 1,500 test images, 500 of each class; 67.7 % by
+the second command (--backbone-lr 0.3) from 4 epochs on 14,000 images of seven other classes. One
+run each, 93 s of CPU time in all on 2 ranks on 2 busy CPU cores, torch 2.15.
 """
 
 import csv
@@ -61,7 +65,9 @@ class Settings(ddp_kit.Settings):
 
 
 def read(settings: Settings) -> list[dict[str, str]]:
-    """Returns the rows of the CSV in order of file names, each with its split: its own, else that of its fold."""
+    """Returns the rows of the CSV in order of file names, each with its split: its own, else that
+    of its fold.
+    """
     table, folder = Path(settings.labels), Path(settings.images)
     if not table.is_file():
         raise DataError(f"{table.absolute()} was not found. Type: --labels FILE.csv --images DIR")
@@ -69,14 +75,16 @@ def read(settings: Settings) -> list[dict[str, str]]:
         rows = sorted(csv.DictReader(text), key=lambda row: row.get("file") or "")
     if not rows or not {"file", "label"} <= rows[0].keys():
         raise DataError(
-            f"{table}: expected rows with the columns file, label[, split, group]; it has {list(rows[0]) if rows else 'none'}."
+            f"{table}: expected rows with the columns file, label[, split, group]; "
+            f"it has {list(rows[0]) if rows else 'none'}."
         )
     if all(row.get("split") for row in rows) and (settings.fold, settings.folds) != (
         Settings.fold,
         Settings.folds,
     ):
         raise ConfigError(
-            f"--fold and --folds have no effect: every row of {table} states its split. Leave them out."
+            f"--fold and --folds have no effect: every row of {table} states its split. "
+            "Leave them out."
         )
     faults = {
         f"not in {folder.absolute()}; type --images DIR": [
@@ -123,7 +131,8 @@ def network(settings: Settings, classes: int) -> nn.Module:
     known = models.list_models(module=models)
     if (name := settings.architecture) not in known:
         raise ConfigError(
-            f"--architecture {name}: torchvision.models has none of that name. Near: {nearest(name, known) or known}"
+            f"--architecture {name}: torchvision.models has none of that name. "
+            f"Near: {nearest(name, known) or known}"
         )
     model = models.get_model(
         name,
@@ -137,7 +146,8 @@ def network(settings: Settings, classes: int) -> nn.Module:
                 f"{name.rsplit('.', depth)[0]}.*" for name in parameters for depth in range(1, 6)
             }
             raise ConfigError(
-                f"--freeze {pattern}: no parameter has such a name. Near: {nearest(pattern, parts) or sorted(parts)}"
+                f"--freeze {pattern}: no parameter has such a name. "
+                f"Near: {nearest(pattern, parts) or sorted(parts)}"
             )
         for name in found:
             parameters[name].requires_grad_(False)
@@ -180,7 +190,8 @@ def recipe(settings: Settings) -> Recipe:
     counts = np.bincount(labels[split == "train"], minlength=len(classes))
     if not counts.all():
         raise DataError(
-            f"no training image has the label {some([classes[k] for k in np.flatnonzero(counts == 0)])}."
+            "no training image has the label "
+            f"{some([classes[k] for k in np.flatnonzero(counts == 0)])}."
         )
     weights = counts.sum() / (len(counts) * counts)  # (C,), each 1 if all classes are as frequent
     weight_of = torch.tensor(
@@ -219,7 +230,8 @@ def recipe(settings: Settings) -> Recipe:
                 f"recall/{name}": ((right * of_class[:, k]).sum(), of_class[:, k].sum())
                 for k, name in enumerate(classes)
             }
-        # sum and sum of weights: divided once over all ranks, where a mean for each micro-batch would weigh rare classes wrong
+        # sum and sum of weights: divided once over all ranks, where a mean for each micro-batch
+        # would weigh rare classes wrong
         return LossSum(
             (weight * cross_entropy(logits, labels, reduction="none")).sum(),
             weight.sum(),

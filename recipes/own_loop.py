@@ -1,4 +1,5 @@
-"""The library without the loop: a script keeps its own, and runs on any number of ranks, stops together and counts right.
+"""The library without the loop: a script keeps its own, and runs on any number of ranks, stops
+together and counts right.
 
     torchrun --nproc_per_node=2 recipes/own_loop.py          # or plain: python recipes/own_loop.py
 

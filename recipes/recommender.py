@@ -1,10 +1,12 @@
-"""Recommendations: embeddings of users and items and a small MLP, on an interaction log that is made up; nothing to download.
+"""Recommendations: embeddings of users and items and a small MLP, on an interaction log that is
+made up; nothing to download.
 
     torchrun --nproc_per_node=2 -m ddp_kit.train recipes/recommender.py
 
-540 steps (10 epochs) on 56,000 interactions of 3,000 users with 1,000 items. The test item of a user, ranked among all that he has not
-met: HR@10 0.356, NDCG@10 0.226. Popularity alone gives 0.208 and 0.123, the tastes that the log was drawn from 0.429 and 0.295.
-36 s from the command to the end, on a machine with other work. 2 ranks on 2 CPU cores, torch 2.15.
+540 steps (10 epochs) on 56,000 interactions of 3,000 users with 1,000 items. The test item of a
+user, ranked among all that he has not met: HR@10 0.356, NDCG@10 0.226. Popularity alone gives 0.208
+and 0.123, the tastes that the log was drawn from 0.429 and 0.295. 36 s from the command to the end,
+on a machine with other work. 2 ranks on 2 CPU cores, torch 2.15.
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +44,9 @@ class Settings(ddp_kit.Settings):
 
 
 class Log(NamedTuple):
-    """An interaction log: pairs to train on, sorted by user and item, and for each user one item more to validate and one to test."""
+    """An interaction log: pairs to train on, sorted by user and item, and for each user one item
+    more to validate and one to test.
+    """
 
     items: int
     users: NDArray[np.int64]  # (N,)
@@ -52,9 +56,11 @@ class Log(NamedTuple):
     test: NDArray[np.int64]
 
     def not_met(self, users: NDArray[np.int64], uniform: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Returns items (B, K) that each of the users (B,) did not meet in training, evenly, by numbers (B, K) in [0, 1).
+        """Returns items (B, K) that each of the users (B,) did not meet in training, evenly, by
+        numbers (B, K) in [0, 1).
 
-        The r-th such item of a user is r plus the number of those met that come before it: nothing has to be drawn twice.
+        The r-th such item of a user is r plus the number of those met that come before it: nothing
+        has to be drawn twice.
         """
         places = np.arange(len(self.met)) - self.starts[self.users]
         before = (
@@ -70,9 +76,11 @@ class Log(NamedTuple):
 
 
 def make_log(*, users: int, items: int) -> Log:
-    """Draws a log from tastes: a user meets items in proportion to exp(taste . trait) / rank, few users many and most users few.
+    """Draws a log from tastes: a user meets items in proportion to exp(taste . trait) / rank, few
+    users many and most users few.
 
-    It is one and the same at any seed. Source of the draws without replacement: Gumbel-top-k, Kool et al., arXiv 1903.06059.
+    It is one and the same at any seed. Source of the draws without replacement: Gumbel-top-k, Kool
+    et al., arXiv 1903.06059.
     """
     rng = np.random.default_rng(0)
     tastes, traits = rng.normal(size=(users, FACTORS)), rng.normal(size=(items, FACTORS))
@@ -97,7 +105,11 @@ def make_log(*, users: int, items: int) -> Log:
 
 
 class Recommender(nn.Module):
-    """Scores pairs. Source: He et al., "Neural collaborative filtering", arXiv 1708.05031: a product and an MLP, here added."""
+    """Scores pairs.
+
+    Source: He et al., "Neural collaborative filtering", arXiv 1708.05031: a product and an MLP,
+    here added.
+    """
 
     def __init__(self, settings: Settings):
         super().__init__()
@@ -127,7 +139,9 @@ def loss(model: Recommender, batch: tuple[Tensor, Tensor, Tensor]) -> LossSum:
 def ranked(
     model: Recommender, batch: tuple[Tensor, Tensor, Tensor]
 ) -> dict[str, tuple[Tensor, int]]:
-    """Ranks each user's held-out item among all items that he has not met: hit rate and NDCG at 10, as sums over users."""
+    """Ranks each user's held-out item among all items that he has not met: hit rate and NDCG at 10,
+    as sums over users.
+    """
     users, held_out, is_met = batch  # (B,), (B,) int, (B, items) bool
     scores = model(
         users, torch.arange(is_met.shape[1], device=users.device).unsqueeze(0)
@@ -141,7 +155,9 @@ def ranked(
 
 
 def to_rank(log: Log, *held_out: NDArray[np.int64]) -> TensorDataset:
-    """Returns each user with the last of the held-out items, and which items are out of question: those met, and the others held out."""
+    """Returns each user with the last of the held-out items, and which items are out of question:
+    those met, and the others held out.
+    """
     users = np.arange(len(log.starts) - 1)
     is_met = np.zeros((len(users), log.items), dtype=bool)
     is_met[log.users, log.met] = True
@@ -158,7 +174,8 @@ def recipe(settings: Settings) -> Recipe:
         or settings.items < 4 * FEWEST
     ):
         raise ConfigError(
-            f"expected --negatives, --dimension and --users of 1 or more, and --items of {4 * FEWEST} or more."
+            "expected --negatives, --dimension and --users of 1 or more, "
+            f"and --items of {4 * FEWEST} or more."
         )
     log = make_log(users=settings.users, items=settings.items)
 

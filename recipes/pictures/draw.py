@@ -1,9 +1,10 @@
 """Draws a run's metrics.jsonl as a small SVG picture, with the standard library alone.
 
-    python recipes/pictures/draw.py runs/NAME recipes/pictures/NAME.svg                   # loss in training and evaluation
-    python recipes/pictures/draw.py runs/NAME NAME.svg --losses loss --metrics accuracy   # and metrics of the evaluations, on the right
+    python recipes/pictures/draw.py runs/NAME recipes/pictures/NAME.svg
+    python recipes/pictures/draw.py runs/NAME NAME.svg --losses loss --metrics accuracy
 
-Owns: choosing, thinning and scaling the points. Refuses: smoothing; a line shows means over equal parts of the steps, no more.
+The first draws the loss in training and evaluation, the second metrics of the evaluations too, on
+the right. Nothing is smoothed: a line shows means over equal parts of the steps, no more.
 """
 
 import argparse
@@ -17,12 +18,15 @@ Points = list[tuple[float, float]]
 WIDTH, HEIGHT = 560, 240
 LEFT, RIGHT, TOP, BOTTOM = 68, 508, 30, 206  # the frame's sides, in pixels
 COLUMNS = 150  # points that a line is thinned to
-LOG_FROM = 20.0  # ratio of largest to smallest value from which an axis is logarithmic, as in `ddp-kit show`
+# Ratio of largest to smallest value from which an axis is logarithmic, as in `ddp-kit show`.
+LOG_FROM = 20.0
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bc4c00", "#57606a")
 
 
 def points_of(records: Sequence[dict[str, object]], kind: str, name: str) -> Points:
-    """Returns (step, value) of a metric in records of a kind ("train" or "eval"), where it is finite."""
+    """Returns (step, value) of a metric in records of a kind ("train" or "eval"), where it is
+    finite.
+    """
     found = [
         (record["step"], record[name])
         for record in records
@@ -47,7 +51,9 @@ def thinned(points: Points) -> Points:
 def axis(
     series: dict[str, Points], *, x: int, anchor: str, last: float, colours: Sequence[str]
 ) -> list[str]:
-    """Returns the lines of several metrics on one axis at `x`, evaluations with a dot each, and the axis's labels."""
+    """Returns the lines of several metrics on one axis at `x`, evaluations with a dot each, and the
+    axis's labels.
+    """
     values = [y for points in series.values() for _, y in points]
     is_log = min(values) > 0 and max(values) / min(values) > LOG_FROM
     scale = math.log10 if is_log else float
@@ -74,7 +80,8 @@ def axis(
         value = low + share * (high - low)
         label = f"{10**value if is_log else value:.3g}"
         parts.append(
-            f'<text x="{x}" y="{BOTTOM - share * top + 4:.0f}" text-anchor="{anchor}">{label}</text>'
+            f'<text x="{x}" y="{BOTTOM - share * top + 4:.0f}" '
+            f'text-anchor="{anchor}">{label}</text>'
         )
     return parts
 
@@ -93,7 +100,8 @@ def drawn(run: Path, *, losses: Sequence[str], metrics: Sequence[str]) -> str:
     )
     if not left:
         raise SystemExit(
-            f"{run}: no record has {', '.join(losses)}. Type --losses NAME; metrics.jsonl has the names."
+            f"{run}: no record has {', '.join(losses)}. "
+            "Type --losses NAME; metrics.jsonl has the names."
         )
     last = max(step for side in (left, right) for points in side.values() for step, _ in points)
     parts = axis(left, x=LEFT - 6, anchor="end", last=last, colours=COLOURS)
@@ -105,8 +113,10 @@ def drawn(run: Path, *, losses: Sequence[str], metrics: Sequence[str]) -> str:
         at += 6 * len(name) + 14
     parts.append(f'<text x="{LEFT}" y="{BOTTOM + 18}">0</text>')
     parts.append(f'<text x="{RIGHT}" y="{BOTTOM + 18}" text-anchor="end">step {last:g}</text>')
-    frame = f'<rect x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" height="{BOTTOM - TOP}" fill="none" stroke="#d0d7de"/>'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12" fill="#24292f">'
+    frame = f'<rect x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" height="{BOTTOM - TOP}" '
+    frame += 'fill="none" stroke="#d0d7de"/>'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+    head += 'font-family="sans-serif" font-size="12" fill="#24292f">'
     return "\n".join(
         [
             head,
