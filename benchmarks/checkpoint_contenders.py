@@ -23,18 +23,14 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.training.state import Training
 
 WIDTH, LAYERS = 2048, 24
-OURS, MEMCPY, DCP, PROCESS = (
-    "ddp_kit",
-    "memcpy of a rank's share",
-    "DCP save",
-    "DCP async_save, process",
-)
+OURS = "ddp_kit"
+MEMCPY = "memcpy of a rank's share"
+DCP = "DCP save"
+PROCESS = "DCP async_save, process"
 READ = "read of all, unverified"
-THREAD, TORCH, ACCELERATE = (
-    "DCP async_save, thread",
-    "torch.save on rank 0",
-    "Accelerate save_state",
-)
+THREAD = "DCP async_save, thread"
+TORCH = "torch.save on rank 0"
+ACCELERATE = "Accelerate save_state"
 
 
 @dataclass

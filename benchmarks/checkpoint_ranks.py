@@ -46,11 +46,9 @@ def llama() -> dict[str, Shape]:
             f"{name}.down": (HIDDEN, INNER),
         }
     state = {f"model/{name}": shape for name, shape in model.items()}
-    state |= {
-        f"optimizer/{name}/{key}": shape
-        for name, shape in model.items()
-        for key in ("exp_avg", "exp_avg_sq")
-    }
+    for name, shape in model.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[f"optimizer/{name}/{key}"] = shape
     return {name: Shape(shape, 4) for name, shape in state.items()}
 
 

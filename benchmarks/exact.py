@@ -35,7 +35,9 @@ def contender(name: str, model: str) -> None:
     widths, size, _ = MODELS[model]
     with process_group(device="cpu", threads=1) as group:
         torch.manual_seed(0)
-        layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(widths):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         net = nn.Sequential(*layers[:-1])
         data = TensorDataset(torch.randn(4096, widths[0]), torch.randint(10, (4096,)))
         feed = build_loader(

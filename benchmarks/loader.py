@@ -35,10 +35,8 @@ class PerSample(Dataset[tuple[Tensor, int]]):
     """The data set as torchvision's documentation writes it."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.images, self.labels = (
-            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-            labels.tolist(),
-        )
+        self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        self.labels = labels.tolist()
         self.transform = v2.Compose(
             [
                 v2.RandomCrop(32, padding=PADDING),

@@ -40,13 +40,12 @@ from ddp_kit.settings import DeepSpeed, Fsdp
 from ddp_kit.setup.build import compose
 from ddp_kit.training.step import train_step
 
-WIDTH, LAYERS, SYMBOLS, LENGTH, BATCH = (
-    512,
-    6,
-    256,
-    64,
-    8,
-)  # 19 million parameters: 300 MB with gradients and AdamW's moments
+# 19 million parameters: 300 MB with gradients and AdamW's moments.
+WIDTH = 512
+LAYERS = 6
+SYMBOLS = 256
+LENGTH = 64
+BATCH = 8
 STAGES = ["deepspeed-1", "deepspeed-2", "deepspeed-3"]
 STEPS_TO_PEAK = 6  # after which none adds any
 CONTENDERS = ["by hand", "ddp_kit"]

@@ -72,11 +72,11 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     def __init__(self, settings: Settings):
         super().__init__()
-        width, self.heads, self.architecture = settings.width, settings.heads, settings.architecture
-        self.symbols, self.out = (
-            nn.Embedding(SYMBOLS, width),
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, SYMBOLS)),
-        )
+        width = settings.width
+        self.heads = settings.heads
+        self.architecture = settings.architecture
+        self.symbols = nn.Embedding(SYMBOLS, width)
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, SYMBOLS))
         memory = nn.LSTM(width, width, num_layers=settings.layers, batch_first=True)
         blocks = nn.ModuleList(Block(width, settings.heads) for _ in range(settings.layers))
         self.inner = memory if self.architecture == "lstm" else blocks
@@ -92,9 +92,9 @@ class LanguageModel(nn.Module):
         heads, places = (
             torch.arange(size, device=tokens.device) for size in (self.heads, tokens.shape[1])
         )
-        turns = (
-            heads % 2 * 2 - 1 if self.architecture == "bert" else torch.ones_like(heads)
-        )  # half of BERT's heads look ahead
+        turns = torch.ones_like(heads)
+        if self.architecture == "bert":  # half of its heads look ahead
+            turns = heads % 2 * 2 - 1
         beyond = turns[:, None, None] * (places - places[:, None])
         unseen = (beyond > 0) | ((beyond < 0) & (tokens == PAD)[:, None, None])
         bias = (
@@ -136,20 +136,16 @@ def sequences(text: bytes, settings: Settings, *, training: bool) -> Data:
     """Cuts a text into `length` characters and the one that follows, and if ragged at the end of
     each speech too.
     """
-    size, speeches = (
-        settings.length,
-        [speech + b"\n\n" for speech in text.split(b"\n\n")] if settings.ragged else [text],
-    )
-    pieces = [
-        torch.tensor(list(one[i : i + size + 1]))
-        for one in speeches
-        for i in range(0, len(one) - 1, size)
-    ]
-    order = (
-        orders.by_length([len(piece) for piece in pieces], group=settings.global_batch)
-        if settings.ragged and training
-        else None
-    )
+    size = settings.length
+    speeches = [text]
+    if settings.ragged:
+        speeches = [speech + b"\n\n" for speech in text.split(b"\n\n")]
+    pieces = []
+    for one in speeches:
+        pieces += [torch.tensor(list(one[i : i + size + 1])) for i in range(0, len(one) - 1, size)]
+    order = None
+    if settings.ragged and training:
+        order = orders.by_length([len(piece) for piece in pieces], group=settings.global_batch)
     if settings.architecture != "bert":
         return Data(pieces, collate=collate, order=order)
     if training:

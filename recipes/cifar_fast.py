@@ -33,20 +33,16 @@ from ddp_kit.data.known import cifar10
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import Precision
 
-MEAN, STD = (
-    (0.4914, 0.4822, 0.4465),
-    (0.2470, 0.2435, 0.2616),
-)  # of the training images' pixels, scaled to 0..1
-SIDE, SMALL_SIDE, SHIFT = (
-    32,
-    24,
-    2,
-)  # pixels of an image, of one of the first epochs, and by which one is moved at most
-PATCH, WHITENED = 2, 5000  # side of the patches that are whitened, and images they are taken from
-BIAS_RATE, LOGITS = (
-    16,
-    1 / 9,
-)  # times the rate of the weights; times the last layer's outputs: as if its own rate were smaller
+# Of the training images' pixels, scaled to 0..1.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+SIDE = 32  # pixels of an image
+SMALL_SIDE = 24  # of one of the first epochs
+SHIFT = 2  # pixels by which one is moved at most
+PATCH = 2  # side of the patches that are whitened
+WHITENED = 5000  # images they are taken from
+BIAS_RATE = 16  # times the rate of the weights
+LOGITS = 1 / 9  # times the last layer's outputs: as if its own rate were smaller
 WIDTHS = {85: (32, 64, 128), 94: (64, 256, 256), 96: (128, 384, 512)}
 
 
@@ -80,10 +76,8 @@ class Images:
     def __init__(self, settings: Settings, split: Literal["train", "validation", "test"]):
         device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
         pixels, labels = cifar10(settings.data_root, split, download=settings.download).pixels()
-        self.pixels, self.labels = (
-            torch.tensor(pixels, device=device),
-            torch.tensor(labels, device=device),
-        )
+        self.pixels = torch.tensor(pixels, device=device)
+        self.labels = torch.tensor(labels, device=device)
         self.mean, self.std = (255 * torch.tensor(values, device=device) for values in (MEAN, STD))
         self.small_epochs = round(settings.small * settings.epochs)
 

@@ -102,10 +102,8 @@ def tell_apart(model: Gan, batch: tuple[Tensor, Tensor]) -> LossSum:
 
     Source: Goodfellow et al., "Generative adversarial nets", arXiv 1406.2661, here with logits.
     """
-    real, fake = (
-        model.discriminator(pixels(batch)),
-        model.discriminator(model.images(len(batch[0]))),
-    )
+    real = model.discriminator(pixels(batch))
+    fake = model.discriminator(model.images(len(batch[0])))
     right = (real > 0).sum() + (fake <= 0).sum()
     return LossSum(
         softplus(-real).sum() + softplus(fake).sum(),

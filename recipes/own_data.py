@@ -142,9 +142,9 @@ def network(settings: Settings, classes: int) -> nn.Module:
     parameters = dict(model.named_parameters())
     for pattern in settings.freeze:
         if not (found := matching(parameters, pattern)):
-            parts = {
-                f"{name.rsplit('.', depth)[0]}.*" for name in parameters for depth in range(1, 6)
-            }
+            parts = set()
+            for name in parameters:
+                parts |= {f"{name.rsplit('.', depth)[0]}.*" for depth in range(1, 6)}
             raise ConfigError(
                 f"--freeze {pattern}: no parameter has such a name. "
                 f"Near: {nearest(pattern, parts) or sorted(parts)}"
@@ -183,10 +183,8 @@ def recipe(settings: Settings) -> Recipe:
         )
     rows, folder = read(settings), Path(settings.images)
     classes = sorted({row["label"] for row in rows})
-    labels, split = (
-        np.array([classes.index(row["label"]) for row in rows]),
-        np.array([row["split"] for row in rows]),
-    )
+    labels = np.array([classes.index(row["label"]) for row in rows])
+    split = np.array([row["split"] for row in rows])
     counts = np.bincount(labels[split == "train"], minlength=len(classes))
     if not counts.all():
         raise DataError(
@@ -205,15 +203,12 @@ def recipe(settings: Settings) -> Recipe:
             beside=folder,
             size=(settings.size, settings.size),
         )  # once a node
-        mean, std = (
-            (0.485, 0.456, 0.406),
-            (0.229, 0.224, 0.225),
-        )  # of ImageNet's pixels: torchvision's weights expect them
+        # mean and std are of ImageNet's pixels: torchvision's weights expect them
         whole = ImageArray(
             images,
             labels,
-            mean=mean,
-            std=std,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
             crop_padding=settings.augment * settings.size // 8,
             flip=settings.augment,
         )
@@ -222,7 +217,8 @@ def recipe(settings: Settings) -> Recipe:
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossSum:
         images, labels = batch  # (B, 3, size, size) float, (B,) int
         logits = model(images)
-        weight, right = weight_of.to(labels.device)[labels], logits.argmax(1) == labels
+        weight = weight_of.to(labels.device)[labels]
+        right = logits.argmax(1) == labels
         metrics: dict[str, tuple[Any, Any]] = {"accuracy": (right.sum(), len(labels))}
         if not model.training:
             of_class = one_hot(labels, len(classes))  # (B, C)

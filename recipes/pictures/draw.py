@@ -54,7 +54,9 @@ def axis(
     """Returns the lines of several metrics on one axis at `x`, evaluations with a dot each, and the
     axis's labels.
     """
-    values = [y for points in series.values() for _, y in points]
+    values = []
+    for points in series.values():
+        values += [y for _, y in points]
     is_log = min(values) > 0 and max(values) / min(values) > LOG_FROM
     scale = math.log10 if is_log else float
     low, high = scale(min(values)), scale(max(values))
@@ -89,11 +91,10 @@ def axis(
 def drawn(run: Path, *, losses: Sequence[str], metrics: Sequence[str]) -> str:
     """Returns the picture as SVG text. Raises: SystemExit if the run has none of the metrics."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    left = {
-        f"{kind} {name}": thinned(points_of(records, kind, name))
-        for name in losses
-        for kind in ("train", "eval")
-    }
+    left = {}
+    for name in losses:
+        for kind in ("train", "eval"):
+            left[f"{kind} {name}"] = thinned(points_of(records, kind, name))
     right = {f"eval {name}": thinned(points_of(records, "eval", name)) for name in metrics}
     left, right = (
         {name: points for name, points in side.items() if points} for side in (left, right)
@@ -103,7 +104,9 @@ def drawn(run: Path, *, losses: Sequence[str], metrics: Sequence[str]) -> str:
             f"{run}: no record has {', '.join(losses)}. "
             "Type --losses NAME; metrics.jsonl has the names."
         )
-    last = max(step for side in (left, right) for points in side.values() for step, _ in points)
+    last = 0.0
+    for points in (*left.values(), *right.values()):
+        last = max(last, *(step for step, _ in points))
     parts = axis(left, x=LEFT - 6, anchor="end", last=last, colours=COLOURS)
     if right:
         parts += axis(right, x=RIGHT + 6, anchor="start", last=last, colours=COLOURS[len(left) :])

@@ -118,25 +118,23 @@ def _measured(group: Group, settings: Split, folder: str) -> dict[str, int]:
     save(training, folder)
     training.checkpoints.finish(failures=1)
     training.control.close()
-    objective, zero = (
-        training.objectives[0],
-        settings.strategy == "deepspeed" and settings.deepspeed.stage,
-    )
+    optimizer = training.objectives[0].optimizer
     assert training.average is not None
-    partitions = (
-        [p for own in objective.optimizer.param_groups for p in own["params"]] if zero else []
-    )
-    if zero == 3:  # which DeepSpeed takes out of the groups between steps
-        partitions = list(objective.optimizer.state)
+    partitions = []
+    if settings.strategy == "deepspeed" and settings.deepspeed.stage == 3:
+        # DeepSpeed takes them out of the groups between steps.
+        partitions = list(optimizer.state)
+    elif settings.strategy == "deepspeed" and settings.deepspeed.stage:
+        for own in optimizer.param_groups:
+            partitions += own["params"]
+    moments = 0
+    for own in optimizer.state.values():
+        moments += sum(local(value).nbytes for value in own.values())
     return {
         "weights": sum(local(p).nbytes for p in training.model.parameters())
         + sum(p.nbytes for p in partitions),
         "gradients": gradients,
-        "moments": sum(
-            local(value).nbytes
-            for own in objective.optimizer.state.values()
-            for value in own.values()
-        ),
+        "moments": moments,
         "average": sum(tensor.nbytes for tensor in training.average.averages),
         "sent": step,
     }
