@@ -122,11 +122,12 @@ def _shown(name: str, text: Any) -> str:
         return "-"
     if not isinstance(text, str):
         return str(text)[:40]
-    is_secret = text.startswith(SEALED) or is_secret_setting(name, text)
-    if is_secret and name != RECIPE:
+    if name == RECIPE:
+        # A hash, of which some digits are enough.
+        return text[:12]
+    if text.startswith(SEALED) or is_secret_setting(name, text):
         return REDACTED
-    is_hash = len(text) == 64
-    return text[:12] if is_hash else text[:40]
+    return text[:40]
 
 
 def resume(

@@ -332,3 +332,18 @@ def test_a_model_of_other_shapes_is_refused_with_a_table_and_unchanged(tmp_path:
         "  shape       model/2.weight: here (4, 20), there (4, 16)",
         "  missing     model/extra (3,)   (the same? type --rename model/2.bias=model/extra)",
     ]
+
+
+def test_a_recipe_whose_text_has_changed_is_refused_in_words_with_the_settings(
+    tmp_path: Path,
+) -> None:
+    recipe = tmp_path / "mine.py"
+    shutil.copy(MORTAL, recipe)
+    given = ["--width", "16", "--epochs", "1", "--max-steps", "4", "--save-every", "2"]
+    assert train(*given, folder=tmp_path, world_size=1, recipe=str(recipe), limit_s=60).codes == [0]
+    recipe.write_text(recipe.read_text() + "\n# another text\n")
+    changed = train(*given, "--lr", "0.5", folder=tmp_path, world_size=1, recipe=str(recipe))
+    assert changed.codes == [2]
+    assert "Type them as they were, or --change lr recipe to go on" in changed.errors
+    goes_on = [*given, "--lr", "0.5", "--change", "lr", "recipe"]
+    assert train(*goes_on, folder=tmp_path, world_size=1, recipe=str(recipe)).codes == [0]
