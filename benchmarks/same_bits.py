@@ -1,12 +1,14 @@
 """Does a changed tree still do the same? Records what 200 commands leave and say.
 
     python benchmarks/same_bits.py record FOLDER --data-root data     # before the change
-    python benchmarks/same_bits.py compare FOLDER --data-root data    # after it: exit code 1 if it differs
+    python benchmarks/same_bits.py compare FOLDER --data-root data    # after it
 
-FOLDER holds one JSON file a command, to be read and compared, and under kept/ the run directories from
-which both trees go on: so old checkpoints are read by new code. Everything goes through the command line.
-What differs from one start to the next is replaced: times, rates, ports, process ids, temporary paths.
-A record holds for one machine and one set of installed packages.
+The exit code of `compare` is 1 if something differs. FOLDER holds one JSON file a command, to be
+read and compared, and under kept/ the run directories from which both trees go on: so old
+checkpoints are read by new code, which refuses them where a recipe's text has changed. Everything
+goes through the command line. What differs from one start to the next is replaced: times, rates,
+ports, process ids, temporary paths. A record holds for one machine and one set of installed
+packages.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What `same_bits.py` runs: training at several sizes, what goes on from it, plans of batch jobs, help texts."""
+"""What `same_bits.py` runs: training at several sizes, what goes on from it, plans, help texts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +12,9 @@ DATA = "<data>"  # stands for --data-root
 class Case:
     """One command.
 
-    `name` is that of its record, KIND/WHAT. `ranks` is how many processes it starts. `kept` names the training case whose run
-    directory lies in the folder as `run`; `is_kept` says that this case's run directory is needed by others. `env` adds variables.
+    `name` is that of its record, KIND/WHAT. `ranks` is how many processes it starts. `kept` names
+    the training case whose run directory lies in the folder as `run`; `is_kept` says that this
+    case's run directory is needed by others. `env` adds variables.
     """
 
     name: str
@@ -100,7 +101,10 @@ LAUNCHERS = ("local", "torchrun", "accelerate")
 
 
 def strategy_flags(strategy: str, recipe: str) -> tuple[str, ...]:
-    """Returns the flags that choose a strategy; ddp is `--exact` where the recipe states a micro-batch that fits."""
+    """Returns the flags that choose a strategy.
+
+    ddp is `--exact` where the recipe states a micro-batch that fits.
+    """
     if strategy == "ddp":
         return ("--exact",) if recipe == "cifar" else ()
     if strategy == "fsdp":
@@ -113,7 +117,10 @@ def strategy_flags(strategy: str, recipe: str) -> tuple[str, ...]:
 def trained(
     name: str, recipe: str, flags: tuple[str, ...], *, ranks: int, steps: int = 6, kept: str = ""
 ) -> Case:
-    """Returns a training case of `steps` steps, which on two ranks leaves its run directory to those that go on from it."""
+    """Returns a training case of `steps` steps.
+
+    On two ranks it leaves its run directory to those that go on from it.
+    """
     words = (
         *TRAIN,
         f"recipes/{recipe}.py",

@@ -1,4 +1,4 @@
-"""What `same_bits.py` mistypes: flags, recipes, files and verbs, each with the message that it should get."""
+"""What `same_bits.py` mistypes: flags, recipes, files and verbs, each with its message."""
 
 from collections.abc import Iterator
 

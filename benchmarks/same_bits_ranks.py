@@ -1,4 +1,6 @@
-"""Ranks of `python -m ddp_kit.train`, forked from a process that has imported torch: a tenth of the time.
+"""Ranks of `python -m ddp_kit.train`, forked from a process that has imported torch.
+
+That takes a tenth of the time.
 
 Each gets the variables that torchrun would set, and runs the module as the main one.
 """
@@ -65,7 +67,9 @@ def train(
     texts: Path,
     limit_s: float,
 ) -> tuple[list[int], str, str]:
-    """Runs the command on `ranks` ranks in `folder`; those that last longer than `limit_s` seconds are killed.
+    """Runs the command on `ranks` ranks in `folder`.
+
+    Those that last longer than `limit_s` seconds are killed.
 
     `texts` is a folder, made here, for the files into which all ranks write.
     Returns exit codes by rank (-9: killed), stdout and stderr.
