@@ -71,7 +71,7 @@ def _explain(group: "Group", entry: _Entry, *, index: int) -> str:
     size = len(entry.content)
     shape = [_number(entry.path.encode()), _number(entry.kind.encode()), size]
     is_alike = first_difference(group, shape) is None
-    is_tensor = "x" in entry.kind
+    is_tensor = " " in entry.kind  # its dtype and shape
     if is_alike and is_tensor and size <= SMALL:
         text = _element(entry, every=gather_bytes(group, entry.content))
     ranks_of: dict[str, list[int]] = {}

@@ -182,6 +182,10 @@ def test_same_values_pass_and_the_first_difference_is_named(group: Group) -> Non
         assert_same_on_all_ranks([0] if group.rank else [0, 0])
     with pytest.raises(AssertionError, match=r"value = -0\.0"):
         assert_same_on_all_ranks(-0.0 if group.rank == 2 else 0.0)
+    with pytest.raises(AssertionError, match=r"rank 2: value = 2j"):
+        assert_same_on_all_ranks(2j if group.rank == 2 else 1j)
+    with pytest.raises(AssertionError, match=r"at \[1\] 3.0"):
+        assert_same_on_all_ranks(torch.tensor([0.0, 3.0 if group.rank == 2 else 1.0]))
 
 
 def test_a_server_that_dies_before_it_has_read_everything_is_named() -> None:
