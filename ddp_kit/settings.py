@@ -9,47 +9,16 @@ belongs to the recipe's function.
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import PurePath
 from typing import Any, Literal
 
+from ddp_kit.config.rules import rule
 from ddp_kit.errors import ConfigError
 
 Precision = Literal["fp32", "fp64", "tf32", "bf16", "fp16"]
 Comm = Literal["fp32", "bf16", "fp16"]
-RULE = "ddp_kit"  # the key of a field's rule in its metadata
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What holds for a field beside its type; `rule` tells what each means."""
-
-    task: str
-    least: float | None
-    below: float | None
-    expected: str
-    is_free: bool
-    elsewhere: tuple[str, ...]
-
-
-def rule(
-    task: str,
-    *,
-    least: float | None = None,
-    below: float | None = None,
-    expected: str = "0 or more",
-    free: bool = False,
-    elsewhere: tuple[str, ...] = (),
-) -> dict[str, Rule]:
-    """Returns the metadata of a dataclass field that has a rule.
-
-    Args: `task` the heading it is under in `--help`; `least`, `below` a number is at least the one
-        and less than the other, which `expected` says in words; `free` whether a later attempt may
-        have another value without `--change`; `elsewhere` the flags of the same meaning in
-        Accelerate's examples, Lightning, Hugging Face's Trainer and DeepSpeed.
-    """
-    return {RULE: Rule(task, least, below, expected, free, elsewhere)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,21 +213,6 @@ class Settings:
 def flag(name: str) -> str:
     """Returns the flag of a field."""
     return "--" + name.replace("_", "-")
-
-
-def rules(cls: type[Settings]) -> dict[str, Rule]:
-    """Returns the rules of the fields that have one.
-
-    A recipe that gives a field another default keeps the rule: it is the class's above it.
-    """
-    found: dict[str, Rule] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        for each in fields(base):
-            if RULE in each.metadata:
-                found[each.name] = each.metadata[RULE]
-    return found
 
 
 def to_json(settings: Settings) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ddp_kit.distributed.topology import is_first_rank, read_topology
 from ddp_kit.io.logs import hiding, patient_output
 from ddp_kit.lifecycle.attempt import Attempt, Request
 from ddp_kit.lifecycle.outcome import Outcome
-from ddp_kit.lifecycle.run import train
+from ddp_kit.lifecycle.run import train_attempt
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.lifecycle.session import recipe_path, run_command, session
 from ddp_kit.lifecycle.start import default_path
@@ -77,7 +77,7 @@ def _attempt(build: Callable[[], Recipe], request: Request) -> Outcome:
             ) as group,
         ):
             try:
-                outcome = train(build, attempt, group, stack)
+                outcome = train_attempt(build, attempt, group, stack)
                 stack.close()
                 # `srun` may end the others at the first exit code: nobody leaves before rank 0 is
                 # done.

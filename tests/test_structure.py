@@ -14,7 +14,7 @@ LIBRARY = ROOT / "ddp_kit"
 # A room imports rooms of lower layers only. The public faces are files at the top.
 LAYERS = [
     ["errors", "io"],
-    ["settings", "launch"],
+    ["launch"],
     ["config", "distributed", "metrics"],
     ["data", "trackers", "schedules"],
     ["strategies", "stopping", "recipe", "callbacks"],
@@ -29,9 +29,9 @@ ABOVE_ALL = {"testing", "__init__"}  # a pytest plugin, and the table of public 
 LAUNCHERS_MAY_IMPORT = {"launch", "io", "errors"}
 # Lines of a room, at most: a little more than it has today. Raising one is a decision, to be seen in review.
 BUDGETS = {
-    "faces": 1350,
+    "faces": 1100,
     "io": 720,
-    "config": 840,
+    "config": 1160,
     "distributed": 2080,
     "data": 2780,
     "trackers": 710,
@@ -72,7 +72,13 @@ def tree(path: Path) -> ast.Module:
 
 
 def room(path: Path) -> str:
-    return path.relative_to(LIBRARY).parts[0].removesuffix(".py")
+    return room_of(name_of(path))
+
+
+def room_of(module: str) -> str:
+    """Returns a module's room. `settings` is `config`'s public face."""
+    own = module.partition("ddp_kit.")[2].partition(".")[0] or "__init__"
+    return "config" if own == "settings" else own
 
 
 def name_of(path: Path) -> str:
@@ -114,7 +120,7 @@ def test_no_room_imports_one_of_its_own_layer_or_above() -> None:
         if own in ABOVE_ALL:
             continue
         for module in imports(path):
-            other = module.split(".")[1]
+            other = room_of(module)
             if other != own and LAYER[other] >= LAYER[own]:
                 wrong.append(f"{name_of(path)} imports {module}")
     assert not wrong

@@ -12,12 +12,13 @@ from ddp_kit.checkpoint.checkpointer import Checkpointer
 from ddp_kit.checkpoint.format.encoding import decode
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.state_dict import restore_state
+from ddp_kit.config.rules import rules
 from ddp_kit.config.secrets import is_secret_setting
 from ddp_kit.data.iterable import Place
 from ddp_kit.data.loader import Feed
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
-from ddp_kit.settings import Settings, flag, flatten, rules
+from ddp_kit.settings import Settings, flag, flatten
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.training.state import Training
 
@@ -37,7 +38,7 @@ def binding(settings: Settings, *, recipe: str) -> dict[str, str]:
     free = set(FREE)
     if settings.epochs:
         free.add("max_steps")
-    if getattr(settings, "exact", False):
+    if settings.exact:
         free.discard("threads")
     bound = {}
     for name, text in flatten(settings).items():

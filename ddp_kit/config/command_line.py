@@ -14,10 +14,11 @@ from typing import TypeVar
 
 from ddp_kit.config.flags import names_of
 from ddp_kit.config.help_text import help_text
+from ddp_kit.config.rules import rules
 from ddp_kit.config.settings_file import read_settings_file, with_values
 from ddp_kit.config.validation import check, without_strategy
 from ddp_kit.errors import ConfigError, nearest
-from ddp_kit.settings import Settings, flag, rules
+from ddp_kit.settings import Settings, flag
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 

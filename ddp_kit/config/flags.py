@@ -10,7 +10,8 @@ from typing import Any
 
 from ddp_kit.config.field_texts import field_texts
 from ddp_kit.config.kinds import in_words
-from ddp_kit.settings import Settings, flag, rules
+from ddp_kit.config.rules import rules
+from ddp_kit.settings import Settings, flag
 
 
 @dataclass(frozen=True)

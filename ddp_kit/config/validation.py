@@ -9,18 +9,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from ddp_kit.config.kinds import fits
+from ddp_kit.config.rules import Rule, rules
 from ddp_kit.errors import ConfigError, nearest
-from ddp_kit.settings import (
-    DeepSpeed,
-    EarlyStop,
-    Fsdp,
-    Rule,
-    Settings,
-    Wandb,
-    flag,
-    flatten,
-    rules,
-)
+from ddp_kit.settings import DeepSpeed, EarlyStop, Fsdp, Settings, Wandb, flag, flatten
 
 
 def check(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""The train loader: global batches as this rank sees them, read and put on the device.
+"""The feed: global batches as this rank sees them, for training and for evaluation.
 
 With `num_workers=0` a user's code runs on the main thread and no other; with more it runs in
 torch's loader workers. Order and randomness are not decided here: `sampler` and `reader` do.

@@ -93,7 +93,7 @@ class Control:
         self._next = self._position + interval
         return decision
 
-    def change_pace(self, kind: str) -> None:
+    def begin_kind(self, kind: str) -> None:
         """Tells that the boundaries to come are of another kind, whose length is not known yet.
 
         Every rank calls it.

@@ -64,7 +64,7 @@ class Group:
         """Ranks in the run."""
         return self.topology.world_size
 
-    def end(self) -> None:
+    def read_unseen(self) -> None:
         """Reads the outcomes of steps that are left unread.
 
         Every rank calls it before it leaves without an error. Raises: NonFiniteError.
@@ -181,7 +181,7 @@ def process_group(
     if topology.launcher == "none":
         with group.closing:
             yield group
-            group.end()
+            group.read_unseen()
         return
     with ExitStack() as stack:
         if topology.nodes == 1:
@@ -191,7 +191,7 @@ def process_group(
             _join(group, init_method=init_method, usual=usual, check=check)
         with _leaving(group):
             yield group
-            group.end()
+            group.read_unseen()
 
 
 @contextmanager

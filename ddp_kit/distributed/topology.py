@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks, and the one place that reads the environment.
+"""Where this process stands among the ranks, and the one place where it reads the environment.
 
 Each fact has the variable it came from. Nothing is guessed: a family of variables is complete, or
 it is an error that lists what was found.
@@ -74,7 +74,7 @@ def facts(topology: Topology) -> str:
 
 
 def environment() -> Mapping[str, str]:
-    """Returns the process's environment. Everything in ddp_kit reads it through this function."""
+    """Returns the process's environment. All that a rank reads of it comes from here."""
     return os.environ
 
 

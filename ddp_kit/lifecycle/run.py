@@ -33,7 +33,9 @@ from ddp_kit.training.loop import Ending, fit, stopped
 from ddp_kit.training.recipe_evaluation import data_sets
 
 
-def train(build: Callable[[], Recipe], attempt: Attempt, group: Group, stack: ExitStack) -> Outcome:
+def train_attempt(
+    build: Callable[[], Recipe], attempt: Attempt, group: Group, stack: ExitStack
+) -> Outcome:
     """Trains a recipe in the group. Every rank calls it.
 
     Args: `stack` gets what must be given back however this ends; it is closed in the reverse order:

@@ -17,7 +17,6 @@ from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.io.logs import logger
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
-from ddp_kit.strategies.optimizers import wants_channels_last
 from ddp_kit.strategies.precision import placed, weight_dtype
 from ddp_kit.training.running_stats import buffers_put_back
 
@@ -125,7 +124,7 @@ def checkpoint_activations(model: nn.Module, class_name: str) -> None:
 def has_channels_last(model: nn.Module, settings: Settings) -> bool:
     """Whether a model is given that memory format, which neither FSDP2 nor ZeRO can split."""
     can_have_it = settings.tuning and settings.strategy not in ("fsdp", "deepspeed")
-    return can_have_it and wants_channels_last(model)
+    return can_have_it and _wants_channels_last(model)
 
 
 def placement_of(model: nn.Module, settings: Settings, group: Group) -> Placement:
@@ -161,3 +160,8 @@ def settle_memory_format(
         )
         return Placement(placement.device, dtype=placement.dtype, channels_last=False)
     return placement
+
+
+def _wants_channels_last(model: nn.Module) -> bool:
+    """Whether the model has two-dimensional convolutions, which run faster in that format."""
+    return any(isinstance(module, nn.Conv2d) for module in model.modules())

@@ -25,7 +25,7 @@ from ddp_kit.settings import Precision, Settings
 from ddp_kit.setup.dry_run import DryRun
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
-from ddp_kit.strategies.optimizers import fuse
+from ddp_kit.strategies.fused_step import fuse
 from ddp_kit.strategies.precision import LossScale
 from ddp_kit.training.running_stats import RunningStatistics
 from ddp_kit.training.state import LossCall, ObjectiveState, Training

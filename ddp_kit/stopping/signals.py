@@ -181,11 +181,11 @@ def heeding(control: Control, flag: StopFlag) -> Iterator[Callable[[], None]]:
         if decision.stop:
             raise Abandoned(decision)
 
-    control.change_pace("evaluation")
+    control.begin_kind("evaluation")
     try:
         yield heed
     finally:
-        control.change_pace("training")
+        control.begin_kind("training")
 
 
 def leaves_with_agent(launcher: str) -> None:

@@ -29,7 +29,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import Fsdp, Precision
 from ddp_kit.strategies.fsdp_modules import modules_to_wrap
-from ddp_kit.strategies.optimizers import step_quietly
+from ddp_kit.strategies.fused_step import step_quietly
 from ddp_kit.strategies.outside_use import FSDP_MESSAGE, PartialReadGuard
 from ddp_kit.strategies.precision import AUTOCAST
 from ddp_kit.strategies.root import CallThroughRoot, Root

@@ -1,6 +1,7 @@
 """The loop: the order of things at a step boundary.
 
-Step, control packet, record, evaluation, decision, save. What each of these does is said elsewhere.
+Step, control packet and what it decides, record, callbacks, evaluation, save. What each of these
+does is said elsewhere.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -32,7 +32,7 @@ TOTAL_DTYPES = (torch.float32, torch.float64)
 Sums = Mapping[str, tuple[Number, Number]]
 
 
-class Checkpointer(Protocol):
+class SavesState(Protocol):
     """What training asks of whoever saves its state. Every rank makes the same calls at the same
     steps."""
 
@@ -183,7 +183,7 @@ class Training:
     copied: "torch.cuda.Event | None" = None
     # Of the frozen weights, if checkpoints leave them out.
     base_sha256: str = ""
-    checkpoints: Checkpointer | None = None
+    checkpoints: SavesState | None = None
     # A deferred step that the host has not seen yet.
     suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None
 

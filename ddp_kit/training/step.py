@@ -19,7 +19,7 @@ from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.seeding import seed_forward
 from ddp_kit.distributed.collectives import anywhere, over_shards
 from ddp_kit.stopping.signals import StopFlag
-from ddp_kit.strategies.optimizers import step_quietly
+from ddp_kit.strategies.fused_step import step_quietly
 from ddp_kit.training.nonfinite import find_non_finite, listed, look_back, raise_unless_overflow
 from ddp_kit.training.state import ObjectiveState, StepSums, Sums, Training
 

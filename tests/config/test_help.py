@@ -16,8 +16,8 @@ from ddp_kit.config.command_line import parse
 from ddp_kit.config.field_texts import field_texts
 from ddp_kit.config.flags import flags_of, names_of
 from ddp_kit.config.kinds import in_words
+from ddp_kit.config.rules import rule, rules
 from ddp_kit.errors import ConfigError
-from ddp_kit.settings import rule, rules
 from ddp_kit.train import main
 
 TASKS = [

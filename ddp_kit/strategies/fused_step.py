@@ -1,15 +1,9 @@
 """Optimizers stepped as fast as torch can, and the memory format of convolutional models."""
 
 import torch
-from torch import nn
 from torch._C._autograd import _profiler_enabled
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-
-
-def wants_channels_last(model: nn.Module) -> bool:
-    """Whether the model has two-dimensional convolutions, which run faster in that format."""
-    return any(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
 def fuse(optimizer: Optimizer) -> bool:
