@@ -49,10 +49,10 @@ def stepping(folder: Path, ranks: "subprocess.Popen[Any]") -> None:
     "line",
     [
         '"$@" | head -2; exit ${PIPESTATUS[0]}',
-        '"$@" 2>&1 | head -1; exit ${PIPESTATUS[0]}',
         '"$@" >&- 2>&-',
         '"$@" >/dev/full 2>/dev/full',
-        'PYTHONUNBUFFERED=1 "$@" >/dev/full 2>&-',
+        pytest.param('"$@" 2>&1 | head -1; exit ${PIPESTATUS[0]}', marks=pytest.mark.slow),
+        pytest.param('PYTHONUNBUFFERED=1 "$@" >/dev/full 2>&-', marks=pytest.mark.slow),
     ],
 )
 def test_a_run_finishes_though_its_output_goes_nowhere(line: str, tmp_path: Path) -> None:
@@ -60,7 +60,10 @@ def test_a_run_finishes_though_its_output_goes_nowhere(line: str, tmp_path: Path
     assert (status(tmp_path)["status"], status(tmp_path)["step"]) == ("finished", 20)
 
 
-@pytest.mark.parametrize("line", ['"$@" >/dev/full 2>/dev/full', '"$@" >&- 2>&-'])
+@pytest.mark.parametrize(
+    "line",
+    ['"$@" >/dev/full 2>/dev/full', pytest.param('"$@" >&- 2>&-', marks=pytest.mark.slow)],
+)
 def test_a_failure_keeps_its_exit_code_and_status_though_nobody_hears_of_it(
     line: str, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ SPLITS = [
 ]  # whole shares, dividing, ragged
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 8)
+@pytest.mark.ranks(1, 2, 3, 4)
 def test_ranks_and_accumulation_give_the_gradient_of_bare_pytorch(group: Group) -> None:
     for split in SPLITS:
         for loss in (classify, weighted):
@@ -79,7 +79,7 @@ def test_ranks_and_accumulation_give_the_gradient_of_bare_pytorch(group: Group) 
             assert max(abs(a - b) for a, b in zip(ours.losses, losses, strict=True)) <= 1e-9
 
 
-@pytest.mark.ranks(2, 3, 4, 8)
+@pytest.mark.ranks(2, 3, 4)
 def test_batchnorm_and_dropout_are_the_same_at_any_world_size_where_the_micro_batch_is_stated(
     group: Group,
 ) -> None:
@@ -98,7 +98,7 @@ def test_batchnorm_and_dropout_are_the_same_at_any_world_size_where_the_micro_ba
     assert int(one.state["1.num_batches_tracked"]) == settings.max_steps
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 8)
+@pytest.mark.ranks(1, 2, 3, 4)
 def test_a_global_batch_is_the_same_samples_in_the_same_order_for_every_split(group: Group) -> None:
     for split in SPLITS:
         settings = Settings(max_steps=25, **split)
@@ -163,3 +163,11 @@ def test_one_step_costs_one_all_reduce_of_each_bucket(group: Group) -> None:
             for batch in made.feed.batches(start=0, end=4):
                 train_step(made.training, batch)
     assert synced == [False, False, False, True] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(8)
+def test_all_of_this_holds_on_eight_ranks(group: Group) -> None:
+    test_ranks_and_accumulation_give_the_gradient_of_bare_pytorch(group)
+    test_batchnorm_and_dropout_are_the_same_at_any_world_size_where_the_micro_batch_is_stated(group)
+    test_a_global_batch_is_the_same_samples_in_the_same_order_for_every_split(group)
