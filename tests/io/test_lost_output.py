@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def test_a_log_whose_disk_is_full_costs_no_run(tmp_path: Path) -> None:
     assert status(tmp_path)["status"] == "finished"
 
 
+@pytest.fixture
+def hears_hangups() -> Iterator[None]:
+    """Starts processes that do not ignore SIGHUP, though the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hears_hangups")
 def test_a_hangup_saves_and_ends_as_sigterm_does(tmp_path: Path) -> None:
     with subprocess.Popen(command(tmp_path, "--pace-s", "0.2"), stdout=subprocess.DEVNULL) as run:
         stepping(tmp_path, run)
@@ -130,6 +140,7 @@ def test_under_nohup_a_run_goes_on_after_a_hangup(launcher: list[str], tmp_path:
     assert status(tmp_path)["status"] == "finished"
 
 
+@pytest.mark.usefixtures("hears_hangups")
 def test_a_hangup_of_the_launcher_stops_its_ranks_after_a_save(tmp_path: Path) -> None:
     words = [
         sys.executable,
