@@ -1,4 +1,4 @@
-"""Whether all ranks read the same samples, asked before training shares them out."""
+"""Whether two readings gave the same samples: of two ranks, or of one rank at two times."""
 
 import json
 import zlib
@@ -32,6 +32,11 @@ def require_same_samples(group: Group, batch: Any, *, what: str, is_iterable: bo
     for rank, other in enumerate(prints):
         if not _are_alike(prints[0], other):
             raise DataError(_refusal(what, rank=rank, is_iterable=is_iterable))
+
+
+def are_same(first: Any, other: Any) -> bool:
+    """Whether two batches hold the same samples, as far as `require_same_samples` compares them."""
+    return _are_alike(_print_of(first), _print_of(other))
 
 
 def _refusal(what: str, *, rank: int, is_iterable: bool) -> str:

@@ -20,6 +20,7 @@ from ddp_kit.data.iterable import Course, EvaluationStream, TrainingStream, is_s
 from ddp_kit.data.prefetch import on_device
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
+from ddp_kit.data.stream_checks import require_beginning_again
 from ddp_kit.data.transfer import Placement
 from ddp_kit.data.workers import by_one_worker, with_workers
 from ddp_kit.distributed.process_group import Group
@@ -127,7 +128,10 @@ class Feed:
         if self.num_workers:
             return by_one_worker(stream, None)
         if self.course is None:
-            return next(iter(stream))
+            answer = next(iter(stream))
+            again = next(iter(stream))
+            require_beginning_again(answer.batch, again.batch, what="training data")
+            return answer
         state = copy.deepcopy(self.data.dataset.state_dict())
         answer = next(iter(stream))
         self.data.dataset.load_state_dict(state)

@@ -15,7 +15,9 @@ from ddp_kit.checkpoint.weights import base_sha256, require_equal
 from ddp_kit.config.secrets import is_secret_setting
 from ddp_kit.data.batch_plan import plan_batches
 from ddp_kit.data.dataset import Data, as_data
+from ddp_kit.data.iterable import is_stateful
 from ddp_kit.data.loader import Feed, build_loader, feed_of
+from ddp_kit.data.stream_checks import require_resumable
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.collectives import first_difference, gather_bytes
 from ddp_kit.distributed.process_group import Group
@@ -143,6 +145,8 @@ def compose(
 def _train_loader(model: nn.Module, recipe: Recipe, settings: Settings, group: Group) -> Feed:
     """Makes the recipe's data set, and its loader for the memory format that the model can have."""
     data = as_data(recipe.train_data())
+    if data.is_iterable and is_stateful(data.dataset) and settings.resume_data == "state":
+        require_resumable(data, seed=settings.seed, after=settings.global_batch)
     wanted = placement_of(model, settings, group)
     placement = settle_memory_format(
         model, wanted, lambda: _run_losses(model, recipe, data, wanted, settings, group)

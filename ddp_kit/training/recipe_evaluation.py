@@ -16,6 +16,7 @@ from ddp_kit.data.agreement import require_same_samples
 from ddp_kit.data.dataset import Data, as_data
 from ddp_kit.data.loader import evaluation_batches, first_of_evaluation
 from ddp_kit.data.seeding import forward_key, seed_forward
+from ddp_kit.data.stream_checks import require_beginning_again
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DataError, nearest
@@ -116,7 +117,7 @@ class Evaluator:
             DataError: a stream gives ranks other samples, or there is nothing to count.
             ConfigError: early stopping watches a metric that evaluation does not produce.
         """
-        self._compare_streams()
+        self._try_streams()
         self.names = self(model, limit=1)
         if self._needs_summary() and self.recipe.summarize is not None and self.sets:
             self.names = self(model, limit=1, summarizes=True)
@@ -127,21 +128,22 @@ class Evaluator:
             )
         self._require_watched()
 
-    def _compare_streams(self) -> None:
-        """Raises: DataError on every rank if a stream gives ranks other samples: each would then
-        measure its share of a share."""
+    def _try_streams(self) -> None:
+        """Raises: DataError if a stream does not begin again, for each evaluation reads it anew, or
+        gives ranks other samples: each would then measure its share of a share."""
         for prefix, data in self.sets.items():
-            if not data.is_iterable or self.group.world_size == 1:
+            if not data.is_iterable:
                 continue
-            first = first_of_evaluation(
-                data, micro_batch=self.micro_batch, num_workers=self.settings.num_workers
-            )
-            require_same_samples(
-                self.group,
-                first.batch if first is not None else None,
-                what=_named("evaluation data", prefix),
-                is_iterable=True,
-            )
+            what = _named("evaluation data", prefix)
+            first = self._first_batch(data)
+            require_beginning_again(first, self._first_batch(data), what=what)
+            require_same_samples(self.group, first, what=what, is_iterable=True)
+
+    def _first_batch(self, data: Data) -> Any:
+        first = first_of_evaluation(
+            data, micro_batch=self.micro_batch, num_workers=self.settings.num_workers
+        )
+        return first.batch if first is not None else None
 
     def _needs_summary(self) -> bool:
         """Whether the recipe's `summarize` must run to know the names: rows alone have no metrics

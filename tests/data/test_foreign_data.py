@@ -18,6 +18,7 @@ from ddp_kit import Data
 from ddp_kit.data.agreement import require_same_samples
 from ddp_kit.data.batch_plan import plan_batches
 from ddp_kit.data.loader import Feed, evaluation_batches, feed_of
+from ddp_kit.data.stream_checks import require_resumable
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DataError
@@ -209,3 +210,71 @@ def test_batches_of_any_layout_are_compared_over_ranks(group: Group, made_by: An
     require_same_samples(group, [same], what="training data", is_iterable=False)
     with pytest.raises(DataError, match="gives rank 1 other samples"):
         require_same_samples(group, [other], what="training data", is_iterable=False)
+
+
+class OneShot(IterableDataset[Any]):
+    """Goes on where the iteration before has stopped, as one that wraps a socket or a file does."""
+
+    def __init__(self) -> None:
+        self.left = iter(range(4000))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        for index in self.left:
+            yield torch.full((FEATURES,), float(index)), index % 4
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_stream_that_does_not_begin_again_is_refused_before_samples_are_lost(
+    group: Group,
+) -> None:
+    settings = Settings(run_dir="")
+    for name, what in (("train_data", "training data"), ("eval_data", "evaluation data")):
+        with pytest.raises(DataError, match=f"the {what} does not begin again"):
+            compose(recipe(settings, **{name: OneShot}), settings, group)
+
+
+class Stateful(IterableDataset[Any]):
+    """Has a place in its state. `kind` says what it draws: an order, a number a sample, or nothing."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        order = list(range(96))
+        if self.kind == "order":
+            order = torch.randperm(96).tolist()
+        if self.kind == "order of its own":
+            order = np.random.default_rng(0).permutation(96).tolist()
+        begin = self.at
+        for place in range(begin, 96):
+            self.at = place + 1
+            noise = torch.rand(()).item() if self.kind == "noise" else 0.0
+            yield torch.full((FEATURES,), order[place] + noise), order[place] % 4
+        self.at = 0
+
+
+@pytest.mark.parametrize("kind", ["nothing", "noise", "order of its own"])
+def test_a_stream_that_goes_on_from_its_state_is_taken_and_left_where_it_was(kind: str) -> None:
+    dataset = Stateful(kind)
+    require_resumable(Data(dataset), seed=0, after=24)
+    assert dataset.at == 0
+
+
+def test_a_stream_whose_state_lacks_what_it_draws_is_refused_unless_it_may_restart(
+    tmp_path: Path,
+) -> None:
+    settings = Settings(run_dir=str(tmp_path / "run"))
+    made = recipe(settings, train_data=lambda: Stateful("order"))
+    with pytest.raises(
+        DataError, match=r"does not go on from its state_dict .* --resume-data restart"
+    ):
+        ddp_kit.run(made, settings)
+    restarts = Settings(run_dir=str(tmp_path / "restarts"), resume_data="restart")
+    assert ddp_kit.run(made, restarts).status == "finished"
