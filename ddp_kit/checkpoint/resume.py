@@ -5,7 +5,7 @@ What is free to change changes nothing about the experiment.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ddp_kit.checkpoint.checkpointer import Checkpointer
@@ -18,6 +18,7 @@ from ddp_kit.data.iterable import Place
 from ddp_kit.data.loader import Feed
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
+from ddp_kit.io.tables import aligned
 from ddp_kit.settings import Settings, flag, flatten
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.training.state import Training
@@ -100,21 +101,13 @@ def require_unchanged(
     for name in refused:
         was = _shown(name, old.get(name))
         rows.append((flag(name), was, _shown(name, new.get(name))))
+    table = "\n".join(f"  {line}" for line in aligned(rows))
     words = " ".join("recipe" if name == RECIPE else name for name in refused)
     raise ConfigError(
-        f"the run in {opened.folder} was started with other settings:\n{_table(rows)}\n"
+        f"the run in {opened.folder} was started with other settings:\n{table}\n"
         f"Type them as they were, or --change {words} to go on with the new ones, or another "
         "--run-dir."
     )
-
-
-def _table(rows: Sequence[tuple[str, str, str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
-        lines.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _shown(name: str, text: Any) -> str:

@@ -27,10 +27,11 @@ from ddp_kit.distributed.failures import Blame
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import Topology
 from ddp_kit.errors import ConfigError, DdpKitError, some
+from ddp_kit.io.tables import aligned
 
 MIB = 2**20
 HEADER = ("step", "age", "size", "ranks", "complete", "")
-NUMBERS = 4  # the first columns, which stand on the right
+NUMBERS = 4  # the first columns, whose texts stand at the right
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,7 +75,7 @@ def ls(run: Path, /) -> int:
             rows.append(_incomplete(int(match[1]), rest))
         elif match:
             rows.append(_row(storage, int(match[1]), best))
-    _print_table(rows)
+    print("\n".join(aligned(rows, right=range(NUMBERS))))
     return 0
 
 
@@ -103,18 +104,6 @@ def _row(storage: LocalDisk, step: int, best: Manifest | None) -> tuple[str, ...
     size = f"{manifest.nbytes / MIB:.1f} MiB"
     ranks = str(manifest.world_size)
     return (str(step), age(time.time() - manifest.time), size, ranks, complete, note)
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = []
-        for i, (text, width) in enumerate(zip(row, widths, strict=True)):
-            if i < NUMBERS:
-                cells.append(text.rjust(width))
-            else:
-                cells.append(text.ljust(width))
-        print("  ".join(cells).rstrip())
 
 
 def age(seconds: float) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import DataError
+from ddp_kit.io.atomic import sync
 
 POLL_S = 0.05
 # How long a process waits before it says so.
@@ -132,7 +133,7 @@ def _make(path: Path, make: Callable[[Path], None]) -> None:
             raise
     finally:
         _remove(temporary)
-    _sync_one(path.parent)
+    sync(path.parent)
 
 
 def _remove(path: Path) -> None:
@@ -146,15 +147,7 @@ def _sync(path: Path) -> None:
     """Syncs a file or a whole folder, so that the rename never shows a name without its bytes."""
     for folder, _, names in os.walk(path):
         for name in names:
-            _sync_one(Path(folder, name))
-        _sync_one(Path(folder))
+            sync(Path(folder, name))
+        sync(Path(folder))
     if not path.is_dir():
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

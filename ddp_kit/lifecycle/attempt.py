@@ -14,6 +14,7 @@ from ddp_kit.checkpoint.format.writer import Saved
 from ddp_kit.distributed.failures import Verdict
 from ddp_kit.io.json_lines import read_json
 from ddp_kit.io.logs import logger
+from ddp_kit.io.polling import wait_until
 from ddp_kit.lifecycle.resume_command import resume_command
 from ddp_kit.lifecycle.run_dir import RunDir, Status
 from ddp_kit.lifecycle.session import exit_code
@@ -192,9 +193,7 @@ def _await_status(path: Path) -> None:
     """A launcher may end rank 0 for this rank's exit code: it gets the time to write down how the
     run ended.
     """
-    end = time.monotonic() + STATUS_S
-    while _status_of(path) == "running" and time.monotonic() < end:
-        time.sleep(POLL_S)
+    wait_until(lambda: _status_of(path) != "running", within_s=STATUS_S, pause_s=POLL_S)
 
 
 def _tell_of_save(reporter: Reporter, save: Saved) -> None:

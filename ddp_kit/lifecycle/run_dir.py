@@ -18,8 +18,10 @@ from typing import IO, Literal, get_args
 
 from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import ConfigError
+from ddp_kit.io.atomic import write_text
 from ddp_kit.io.json_lines import json_text, read_json
 from ddp_kit.io.lock import exclusive
+from ddp_kit.io.polling import wait_until
 from ddp_kit.io.process import pid_namespace, process_start
 from ddp_kit.io.redact import redact_text
 from ddp_kit.lifecycle.history import restart_count, whole_name_of_job
@@ -114,9 +116,7 @@ class RunDir:
         """Holds the lock of an owner that has just died, and removes it at the end. Yields whether
         it was there for this process.
         """
-        end = time.monotonic() + DEATH_S
-        while is_in_use(self.path) and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_until(lambda: not is_in_use(self.path), within_s=DEATH_S, pause_s=0.05)
         if not self._lock.exists():
             yield False
             return
@@ -131,21 +131,7 @@ class RunDir:
         """Writes a JSON file so that a reader finds the old or the new content whole, whenever this
         process dies.
         """
-        temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json_text(value, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            # The new name is durable only after this.
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_text(self.path / name, json_text(value, indent=2) + "\n", durable=True)
 
     def status(
         self,

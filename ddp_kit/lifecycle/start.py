@@ -8,7 +8,6 @@ import json
 import os
 import re
 import socket
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.json_lines import json_text, read_json
 from ddp_kit.io.logs import logger
+from ddp_kit.io.polling import wait_until
 from ddp_kit.io.process import process_start
 from ddp_kit.io.redact import redact
 from ddp_kit.lifecycle.env_facts import describe
@@ -130,13 +130,8 @@ def _require_shared(path: Path, run_id: str, *, group: Group) -> None:
     """Raises: ConfigError on every rank if one of them does not see the settings.json that rank 0
     has written.
     """
-    end = time.monotonic() + SEEN_S
-    is_seen = _is_seen(path, run_id)
-    while not is_seen and time.monotonic() < end:
-        time.sleep(POLL_S)
-        is_seen = _is_seen(path, run_id)
     own = group.rank + 1
-    if is_seen:
+    if wait_until(lambda: _is_seen(path, run_id), within_s=SEEN_S, pause_s=POLL_S):
         own = 0
     missing = max_over_ranks(group, [own])[0]
     if missing:

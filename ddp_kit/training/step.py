@@ -119,7 +119,10 @@ def _objective_step(
 def _forward(
     objective: ObjectiveState, micro_batch: MicroBatch, step: int
 ) -> tuple[torch.Tensor, int | torch.Tensor, Sums]:
-    """Returns the loss's (total, count, metrics). An error of it is told its samples."""
+    """Returns the loss's (total, count, metrics). An error of it is told its samples.
+
+    As `samples_named` does, without the microseconds that a context manager takes of each step.
+    """
     try:
         result: tuple[torch.Tensor, int | torch.Tensor, Sums] = objective.call(micro_batch.batch)
     except Exception as error:

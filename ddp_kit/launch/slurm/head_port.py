@@ -2,9 +2,10 @@
 
 import contextlib
 import socket
-import time
 from pathlib import Path
 
+from ddp_kit.io.atomic import write_text
+from ddp_kit.io.polling import wait_until
 from ddp_kit.launch.environment import environment
 
 # until the first node has said on which port its store listens
@@ -22,21 +23,16 @@ def head_port(path: Path, *, is_head: bool) -> int:
     if not is_head:
         return _told_port(path)
     port = _free_port()
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(str(port))
-    temporary.replace(path)
+    write_text(path, str(port))
     return port
 
 
 def _told_port(path: Path) -> int:
-    end = time.monotonic() + LIMIT_S
-    while not path.exists():
-        if time.monotonic() > end:
-            raise RuntimeError(
-                f"{socket.gethostname()}: the job's first node has not said its port "
-                f"within {LIMIT_S:g} s ({path})"
-            )
-        time.sleep(POLL_S)
+    if not wait_until(path.exists, within_s=LIMIT_S, pause_s=POLL_S):
+        raise RuntimeError(
+            f"{socket.gethostname()}: the job's first node has not said its port "
+            f"within {LIMIT_S:g} s ({path})"
+        )
     return int(path.read_text())
 
 
