@@ -102,18 +102,16 @@ def _dies_with(parent: int) -> Callable[[], None] | None:
 
 @contextmanager
 def _forwarded(ranks: Sequence[Rank]) -> Iterator[None]:
-    """Hands signals on to every rank while it lasts."""
+    """Hands signals on to every rank while it lasts.
+
+    A SIGHUP that came ignored, as nohup has it, the ranks ignore too.
+    """
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         for rank in ranks:
             rank.send_signal(number)
 
-    before = {}
-    for number in SIGNALS:
-        # as nohup has it
-        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-            continue
-        before[number] = signal.signal(number, hand_on)
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
         yield
     finally:
