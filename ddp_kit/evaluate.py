@@ -21,7 +21,7 @@ from ddp_kit.lifecycle.session import recipe_path, run_command, session
 from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
 from ddp_kit.settings import DeepSpeed, Fsdp, Settings
 from ddp_kit.setup.build import require_same_settings
-from ddp_kit.setup.model import build_model, placement_of, settle_memory_format
+from ddp_kit.setup.model import build_model, choose_memory_format, placement_of
 from ddp_kit.trackers.console import evaluation_line
 from ddp_kit.training.recipe_evaluation import Evaluator, data_sets
 
@@ -92,7 +92,7 @@ def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
             micro_batch=micro_batch,
             placement=placement_of(model, settings, group),
         )
-        evaluator.placement = settle_memory_format(
+        evaluator.placement = choose_memory_format(
             model, evaluator.placement, partial(evaluator, model, limit=1)
         )
         metrics = evaluator(model)

@@ -14,7 +14,7 @@ from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.state_dict import restore_state
 from ddp_kit.config.rules import rules
 from ddp_kit.config.secrets import is_secret_setting
-from ddp_kit.data.iterable import Place
+from ddp_kit.data.iterable import StreamPosition
 from ddp_kit.data.loader import Feed
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
@@ -153,7 +153,7 @@ def resume_data(opened: Opened, feed: Feed, *, world_size: int, restarts: bool) 
     Raises: ConfigError at another number of ranks, unless the data may be read again from their
         start (`restarts`).
     """
-    if feed.course is None:
+    if feed.progress is None:
         return
     places = opened.values.get("data")
     if restarts or not places:
@@ -166,4 +166,6 @@ def resume_data(opened: Opened, feed: Feed, *, world_size: int, restarts: bool) 
             "start."
         )
     place = places[feed.rank]
-    feed.course.begin = Place(place["epoch"], place["position"], decode(place["state"], {}))
+    feed.progress.begin = StreamPosition(
+        place["epoch"], place["position"], decode(place["state"], {})
+    )

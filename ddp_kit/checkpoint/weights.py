@@ -66,7 +66,7 @@ def require_equal(model: nn.Module, *, group: Group) -> None:
     Raises: DdpKitError on every rank if they do not hold the same weights, naming the first that
         differs.
     """
-    if group.control is None:
+    if group.control_pg is None:
         return
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     shapes = "\n".join(f"{name} {tuple(named[name].shape)}" for name in named)

@@ -29,7 +29,7 @@ EVALUATION_RUN = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamPosition:
     """Where a stream stands: its next sample, and the data set's own state (None: its start)."""
 
     epoch: int = 0
@@ -37,7 +37,7 @@ class Place:
     state: Any = None
 
 
-class Course:
+class StreamProgress:
     """The places of a stream after the last few global batches, for a checkpoint of any of them.
 
     Several are kept because a loader may have read ahead of training.
@@ -45,11 +45,11 @@ class Course:
 
     def __init__(self) -> None:
         # From which a resumed run reads on.
-        self.begin: Place | None = None
+        self.begin: StreamPosition | None = None
         # By the number of steps done.
-        self.after: dict[int, Place] = {}
+        self.after: dict[int, StreamPosition] = {}
 
-    def note(self, steps: int, place: Place) -> None:
+    def note(self, steps: int, place: StreamPosition) -> None:
         """Notes where the stream stands once the batches of `steps` steps are read."""
         self.after[steps] = place
         self.after.pop(steps - 8, None)
@@ -95,7 +95,9 @@ class Samples:
     first sample: runs must begin at the same positions for every reader.
     """
 
-    def __init__(self, data: Data, *, keyed: Keyed, epoch: int, begin: Place = Place()):
+    def __init__(
+        self, data: Data, *, keyed: Keyed, epoch: int, begin: StreamPosition = StreamPosition()
+    ):
         self._dataset = data.dataset
         self._keyed = keyed
         self._epoch = epoch
@@ -138,16 +140,16 @@ class TrainingStream(IterableDataset[MicroBatch]):
         seed: int,
         start: int,
         end: int,
-        course: Course | None = None,
+        progress: StreamProgress | None = None,
     ):
-        """Args: `start`, `end` the steps; `course` of a data set with a state of its own."""
+        """Args: `start`, `end` the steps; `progress` of a data set with a state of its own."""
         super().__init__()
         self._data = data
         self._plan = plan
         self._seed = seed
         self._start = start
         self._end = end
-        self._course = course
+        self._progress = progress
         self._own = plan.of_rank(rank)
         self._collate = data.collate or default_collate
         self._may_draw = data.collate is not None or data.augment is not None
@@ -178,11 +180,11 @@ class TrainingStream(IterableDataset[MicroBatch]):
 
         A ragged tail is dropped.
         """
-        place = Place()
-        if self._course is not None and self._course.begin is not None:
-            place = self._course.begin
+        place = StreamPosition()
+        if self._progress is not None and self._progress.begin is not None:
+            place = self._progress.begin
         # From its start a stream is replayed.
-        step = 0 if place == Place() else self._start
+        step = 0 if place == StreamPosition() else self._start
         epoch = place.epoch
         while step < self._end:
             samples = Samples(self._data, keyed=keyed, epoch=epoch, begin=place)
@@ -192,9 +194,9 @@ class TrainingStream(IterableDataset[MicroBatch]):
                 kept = self._own_of(samples)
                 if samples.position - position < self._plan.global_batch:
                     break
-                if self._course is not None:
+                if self._progress is not None:
                     state = copy.deepcopy(self._data.dataset.state_dict())
-                    self._course.note(step + 1, Place(epoch, samples.position, state))
+                    self._progress.note(step + 1, StreamPosition(epoch, samples.position, state))
                 yield step, epoch, position, kept
                 step += 1
             if step == before and not place.position:
@@ -204,7 +206,7 @@ class TrainingStream(IterableDataset[MicroBatch]):
                     "give the stream more samples."
                 )
             epoch += 1
-            place = Place()
+            place = StreamPosition()
 
     def _own_of(self, samples: Samples) -> list[Any]:
         """Reads a global batch and returns this rank's samples of it."""

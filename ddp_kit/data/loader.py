@@ -16,7 +16,7 @@ import numpy as np
 
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches
 from ddp_kit.data.dataset import Data, as_data
-from ddp_kit.data.iterable import Course, EvaluationStream, TrainingStream, is_stateful
+from ddp_kit.data.iterable import EvaluationStream, StreamProgress, TrainingStream, is_stateful
 from ddp_kit.data.prefetch import on_device
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
@@ -44,7 +44,7 @@ class RankBatch(NamedTuple):
 class Feed:
     """A rank's training batches, from any step on: it has no state of its own.
 
-    `sampler` is None for an iterable data set; `course` is that of an iterable data set with a
+    `sampler` is None for an iterable data set; `progress` is that of an iterable data set with a
     state of its own.
     """
 
@@ -55,7 +55,7 @@ class Feed:
     placement: Placement
     num_workers: int = 0
     sampler: GlobalBatchSampler | None = None
-    course: Course | None = None
+    progress: StreamProgress | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -97,7 +97,7 @@ class Feed:
             seed=self.seed,
             start=start,
             end=end,
-            course=self.course,
+            progress=self.progress,
         )
         if self.num_workers:
             yield from with_workers(stream, None, num_workers=self.num_workers)
@@ -127,7 +127,7 @@ class Feed:
         stream = TrainingStream(self.data, plan=whole, rank=0, seed=self.seed, start=0, end=1)
         if self.num_workers:
             return by_one_worker(stream, None)
-        if self.course is None:
+        if self.progress is None:
             answer = next(iter(stream))
             again = next(iter(stream))
             require_beginning_again(answer.batch, again.batch, what="training data")
@@ -175,7 +175,7 @@ def feed_of(
         state; DataError if an epoch holds less than one global batch.
     """
     sampler = None
-    course = None
+    progress = None
     if not data.is_iterable:
         sampler = GlobalBatchSampler(data, plan=plan, rank=rank, seed=seed, order=data.order)
     elif data.order is not None:
@@ -184,7 +184,7 @@ def feed_of(
             "leave it out."
         )
     elif is_stateful(data.dataset):
-        course = Course()
+        progress = StreamProgress()
         if num_workers:
             raise ConfigError(
                 "the training data keeps its own state, which only the training process can save: "
@@ -198,7 +198,7 @@ def feed_of(
         placement=placement,
         num_workers=num_workers,
         sampler=sampler,
-        course=course,
+        progress=progress,
     )
 
 

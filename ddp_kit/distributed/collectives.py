@@ -16,10 +16,10 @@ from ddp_kit.errors import DdpKitError
 
 def max_over_ranks(group: Group, values: Sequence[int]) -> list[int]:
     """Returns the element-wise maximum of int64 values. The lengths must be equal on all ranks."""
-    if group.control is None:
+    if group.control_pg is None:
         return list(values)
     packet = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(packet, dist.ReduceOp.MAX, group=group.control)
+    dist.all_reduce(packet, dist.ReduceOp.MAX, group=group.control_pg)
     result: list[int] = packet.tolist()
     return result
 
@@ -39,8 +39,8 @@ def first_difference(group: Group, values: Sequence[int]) -> int | None:
 
 def sum_over_ranks(group: Group, values: torch.Tensor) -> torch.Tensor:
     """Returns the sum of a CPU tensor over all ranks; it is also changed in place."""
-    if group.control is not None:
-        dist.all_reduce(values, group=group.control)
+    if group.control_pg is not None:
+        dist.all_reduce(values, group=group.control_pg)
     return values
 
 
@@ -67,27 +67,27 @@ def sum_by_name(
 
 def from_rank(group: Group, data: bytes, *, source: int = 0) -> bytes:
     """Returns the bytes that `source` gave; what the other ranks give is ignored."""
-    if group.control is None:
+    if group.control_pg is None:
         return data
     size = torch.tensor([len(data)], dtype=torch.int64)
-    dist.broadcast(size, source, group=group.control)
+    dist.broadcast(size, source, group=group.control_pg)
     content = torch.zeros(int(size), dtype=torch.uint8)
     if data and group.rank == source:
         content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    dist.broadcast(content, source, group=group.control)
+    dist.broadcast(content, source, group=group.control_pg)
     return bytes(content.numpy().tobytes())
 
 
 def gather_bytes(group: Group, data: bytes) -> list[bytes]:
     """Returns every rank's bytes, in rank order."""
-    if group.control is None:
+    if group.control_pg is None:
         return [data]
     sizes = _of_each_rank(group, len(data))
     own = torch.zeros(max(max(sizes), 1), dtype=torch.uint8)
     if data:
         own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     every = [torch.empty_like(own) for _ in range(group.world_size)]
-    dist.all_gather(every, own, group=group.control)
+    dist.all_gather(every, own, group=group.control_pg)
     found = []
     for content, size in zip(every, sizes, strict=True):
         found.append(bytes(content.numpy().tobytes()[:size]))
@@ -99,13 +99,13 @@ def gather_rows(group: Group, rows: torch.Tensor) -> list[torch.Tensor]:
 
     The number of rows may differ; dtype and trailing shape may not.
     """
-    if group.control is None:
+    if group.control_pg is None:
         return [rows]
     counts = _of_each_rank(group, len(rows))
     own = torch.zeros((max(counts), *rows.shape[1:]), dtype=rows.dtype)
     own[: len(rows)] = rows
     every = [torch.empty_like(own) for _ in range(group.world_size)]
-    dist.all_gather(every, own, group=group.control)
+    dist.all_gather(every, own, group=group.control_pg)
     return [content[:count] for content, count in zip(every, counts, strict=True)]
 
 

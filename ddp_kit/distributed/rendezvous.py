@@ -63,7 +63,7 @@ def _whole_store(topology: Topology, *, timeout: timedelta) -> Iterator[dist.Sto
         yield _torchs_store("env://", topology, timeout=timeout)
         return
     is_local = topology.nodes == 1
-    host = topology.master
+    host = topology.rendezvous_host
     if is_local or topology.rank == 0:
         host = "127.0.0.1"
     if topology.rank:

@@ -29,9 +29,9 @@ from ddp_kit.setup.find_batch_size import find_micro_batch
 from ddp_kit.setup.meta_init import Reads, materialise
 from ddp_kit.setup.model import (
     build_model,
+    choose_memory_format,
     load_first_weights,
     placement_of,
-    settle_memory_format,
 )
 from ddp_kit.setup.start_notes import split_notes
 from ddp_kit.setup.wrap import Part, part_of, wrap_parts
@@ -39,7 +39,7 @@ from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.checks import require_splittable
 from ddp_kit.training.ema import WeightAverage
-from ddp_kit.training.loop import Pace
+from ddp_kit.training.loop import Cadence
 from ddp_kit.training.recipe_evaluation import Evaluator, data_sets
 from ddp_kit.training.state import LossCall, Training
 
@@ -84,18 +84,16 @@ def _by_rank(name: str, values: list[str]) -> str:
 
 
 @dataclass(kw_only=True)
-class Composition:
+class Built:
     """The parts of a run on this rank."""
 
     training: Training
     feed: Feed
     evaluator: Evaluator
-    pace: Pace
+    cadence: Cadence
 
 
-def compose(
-    recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool = False
-) -> Composition:
+def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool = False) -> Built:
     """Calls the recipe's factories and wraps what they give. Every rank calls it.
 
     Args: `is_resumed`: a checkpoint's state will follow.
@@ -103,7 +101,7 @@ def compose(
     """
     model = build_model(recipe, settings, group)
     feed = _train_loader(model, recipe, settings, group)
-    pace = _pace(settings, feed)
+    cadence = _cadence(settings, feed)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "the model has nothing to train: it has no parameters, or all of them are frozen."
@@ -139,7 +137,7 @@ def compose(
     training.notes += best_notes(
         settings.early_stop, evaluator.names, has_test=recipe.test_data is not None
     )
-    return Composition(training=training, feed=feed, evaluator=evaluator, pace=pace)
+    return Built(training=training, feed=feed, evaluator=evaluator, cadence=cadence)
 
 
 def _train_loader(model: nn.Module, recipe: Recipe, settings: Settings, group: Group) -> Feed:
@@ -148,7 +146,7 @@ def _train_loader(model: nn.Module, recipe: Recipe, settings: Settings, group: G
     if data.is_iterable and is_stateful(data.dataset) and settings.resume_data == "state":
         require_resumable(data, seed=settings.seed, after=settings.global_batch)
     wanted = placement_of(model, settings, group)
-    placement = settle_memory_format(
+    placement = choose_memory_format(
         model, wanted, lambda: _run_losses(model, recipe, data, wanted, settings, group)
     )
     micro_batch = settings.micro_batch
@@ -190,7 +188,7 @@ def _run_losses(
         LossCall(model, part.loss, precision=settings.precision, device=group.device)(batch)
 
 
-def _pace(settings: Settings, feed: Feed) -> Pace:
+def _cadence(settings: Settings, feed: Feed) -> Cadence:
     if settings.epochs and not feed.steps_per_epoch:
         raise ConfigError(
             f"--epochs {settings.epochs}: the training data is iterable and has no length, or less "
@@ -200,7 +198,7 @@ def _pace(settings: Settings, feed: Feed) -> Pace:
     end = _scheduled_steps(settings, feed)
     if settings.max_steps:
         end = min(end, settings.max_steps)
-    return Pace(
+    return Cadence(
         end=end,
         steps_per_epoch=feed.steps_per_epoch,
         eval_every=settings.eval_every,

@@ -195,7 +195,7 @@ def _note_buffers(
             continue
         if buffer.tensor.untyped_storage().data_ptr() in statistics.owned:
             continue
-        if torch.equal(buffer.settle(), value):
+        if torch.equal(buffer.in_place(), value):
             continue
         if exact:
             raise ConfigError(

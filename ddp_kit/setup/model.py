@@ -38,7 +38,7 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
         load_first_weights(model, settings, group)
     _check_device(settings, group)
     if settings.sync_batchnorm:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.training)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.pg)
     device: torch.device | str = group.device
     if is_meta:
         device = "meta"
@@ -136,7 +136,7 @@ def placement_of(model: nn.Module, settings: Settings, group: Group) -> Placemen
     )
 
 
-def settle_memory_format(
+def choose_memory_format(
     model: nn.Module, placement: Placement, trial: Callable[[], object]
 ) -> Placement:
     """Returns the placement to use, and gives the model the memory format that goes with it.

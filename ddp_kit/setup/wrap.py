@@ -16,7 +16,7 @@ from ddp_kit.checkpoint.weights import require_equal
 from ddp_kit.data.batch_plan import BatchPlan, require_subtrees
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.seeding import forward_key
-from ddp_kit.distributed.control_packet import Control
+from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.local_shard import local
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest, some
@@ -115,7 +115,7 @@ def wrap_parts(
     is_split = strategy.shards is not None
     training = Training(
         group=group,
-        control=Control(group),
+        control_packet=ControlPacket(group),
         strategy=strategy,
         model=model,
         objectives=[],

@@ -43,7 +43,7 @@ class DataParallel(Whole):
         wrapped = DistributedDataParallel(
             call,
             device_ids=[device] if device.type == "cuda" else None,
-            process_group=self._group.training,
+            process_group=self._group.pg,
             find_unused_parameters=self._find_unused,
             gradient_as_bucket_view=True,
             **_no_buffer_sync(),
@@ -56,7 +56,7 @@ class DataParallel(Whole):
             )
 
             hook = bf16_compress_hook if self._comm == "bf16" else fp16_compress_hook
-            wrapped.register_comm_hook(self._group.training, hook)
+            wrapped.register_comm_hook(self._group.pg, hook)
         return wrapped
 
     @contextmanager

@@ -57,7 +57,7 @@ class FullyShardedDataParallel:
         self.shards: dist.ProcessGroup | None
         if settings.cpu_offload:
             # Gradients are then in host memory, where NCCL does not reach.
-            self.shards = group.control
+            self.shards = group.control_pg
         else:
             self.shards = self._mesh.get_group(self._mesh.ndim - 1)
         self._root: Any = None
@@ -144,10 +144,10 @@ def _mesh(group: Group, *, is_hybrid: bool) -> DeviceMesh:
 
     Raises: ConfigError if nodes differ.
     """
-    assert group.training is not None
+    assert group.pg is not None
     kind = group.device.type
     if not is_hybrid:
-        return DeviceMesh.from_group(group.training, kind, mesh_dim_names=("shard",))
+        return DeviceMesh.from_group(group.pg, kind, mesh_dim_names=("shard",))
     topology = group.topology
     if topology.nodes * topology.local_world_size != group.world_size:
         raise ConfigError(

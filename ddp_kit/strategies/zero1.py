@@ -86,7 +86,7 @@ def rebuilt(optimizer: Optimizer, group: Group, *, in_buckets: bool = True) -> A
         zero = ZeroRedundancyOptimizer(
             _groups_for(optimizer),
             optimizer_class=kind,
-            process_group=group.training,
+            process_group=group.pg,
             parameters_as_bucket_view=in_buckets and are_contiguous,
             **arguments_of(optimizer),
         )

@@ -73,8 +73,8 @@ def raise_unless_overflow(
     what_was_applied = _what_was_applied(training, objective)
     own = _first_bad_samples(batch, sums)
     if own is not None:
-        training.control.name_culprit(step)
-    decision = training.control.exchange()
+        training.control_packet.name_culprit(step)
+    decision = training.control_packet.exchange()
     if decision.culprit_rank >= 0:
         content = from_rank(training.group, own or b"", source=decision.culprit_rank)
         samples = np.frombuffer(content, dtype=np.int64)

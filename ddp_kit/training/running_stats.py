@@ -35,7 +35,7 @@ class Buffer:
     attribute: str
     tensor: torch.Tensor
 
-    def settle(self) -> torch.Tensor:
+    def in_place(self) -> torch.Tensor:
         """Brings an assigned value into the first tensor, puts that back in place, returns it."""
         current = self.module._buffers[self.attribute]
         if current is not None and current is not self.tensor:
@@ -63,7 +63,7 @@ def buffers_put_back(model: nn.Module) -> Iterator[list[tuple[Buffer, torch.Tens
     finally:
         with torch.no_grad():
             for buffer, value in before:
-                buffer.settle().copy_(value)
+                buffer.in_place().copy_(value)
 
 
 class RunningStatistics:
@@ -140,7 +140,7 @@ class RunningStatistics:
         """Starts the sum over ranks, after the last forward pass of the step."""
         if not self._averages:
             return
-        group = self._group.sums
+        group = self._group.sums_pg
         if self._tree is None:
             if group is not None:
                 self._work = dist.all_reduce(self._deltas, group=group, async_op=True)
@@ -168,9 +168,9 @@ class RunningStatistics:
             torch.add(self._base, self._changes, alpha=1 / self._total, out=self._flat)
             torch.add(self._base_counters, self._counts > 0, out=self._counters)
         for buffer in self.others:
-            tensor = buffer.settle()
-            if self._group.sums is not None:
-                dist.broadcast(tensor, 0, group=self._group.sums)
+            tensor = buffer.in_place()
+            if self._group.sums_pg is not None:
+                dist.broadcast(tensor, 0, group=self._group.sums_pg)
 
     @torch.no_grad()
     def restore(self) -> None:

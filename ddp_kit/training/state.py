@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ddp_kit.data.batch_plan import BatchPlan
 from ddp_kit.data.loader import RankBatch
-from ddp_kit.distributed.control_packet import Control
+from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
 from ddp_kit.metrics import LossSum, Number, Totals
@@ -161,7 +161,7 @@ class Training:
     """
 
     group: Group
-    control: Control
+    control_packet: ControlPacket
     strategy: Strategy
     model: nn.Module
     objectives: list[ObjectiveState]
@@ -187,10 +187,10 @@ class Training:
     # A deferred step that the host has not seen yet.
     suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None
 
-    def settle(self) -> None:
+    def after_first_step(self) -> None:
         """After the first step of an attempt: shorter timeouts, and room for the first save. Every
         rank calls it."""
-        self.group.settle()
+        self.group.shorten_timeouts()
         if self.checkpoints is not None:
             self.checkpoints.prepare()
 

@@ -236,7 +236,7 @@ def should_stop(training: Training, stop: StopFlag) -> bool:
         been applied.
     """
     stop.deferring = True
-    if not training.control.boundary(stop=stop.stop).stop:
+    if not training.control_packet.boundary(stop=stop.stop).stop:
         return False
     look_back(training)
     return True

@@ -47,7 +47,7 @@ def launch_sums(
     totals = sums.totals(group.device)
     # Not beside DDP's own sums: after a collective that failed unread, gloo lets a later one of the
     # same group wait until its timeout.
-    travels_on = group.training if group.device.type == "cuda" else group.control
+    travels_on = group.pg if group.device.type == "cuda" else group.control_pg
     if travels_on is None and group.device.type == "cpu":
         return totals.rows(names), []
     shape = (training.plan.micro_batches, len(names), 2)
@@ -57,9 +57,9 @@ def launch_sums(
     if travels_on is None:
         return values, []
     works: list[dist.Work | None] = []
-    if travels_on is group.control:
+    if travels_on is group.control_pg:
         # The packet that went before it in the same group.
-        works.append(training.control.in_flight)
+        works.append(training.control_packet.in_flight)
     works.append(dist.all_reduce(values, group=travels_on, async_op=True))
     return values, works
 

@@ -26,7 +26,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.tree_sum import fold
 from ddp_kit.errors import ConfigError
 from ddp_kit.lifecycle.session import session
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.strategies.precision import deterministic
 from ddp_kit.testing import run_ranks
 
@@ -399,7 +399,7 @@ def test_world_sizes_that_do_not_fit_are_refused_with_those_that_do(group: Group
         r"--exact: 32 / 4 = 8 micro-batches do not fit 3 ranks\. World sizes that fit: 1, 2, 4, 8\."
     )
     with pytest.raises(ConfigError, match=expected):
-        compose(recipe(exact()), exact(), group)
+        build(recipe(exact()), exact(), group)
     settings = exact(
         global_batch=8
     )  # fewer micro-batches than ranks: these would be cut in another way
@@ -407,7 +407,7 @@ def test_world_sizes_that_do_not_fit_are_refused_with_those_that_do(group: Group
         ConfigError,
         match=r"8 / 4 = 2 micro-batches do not fit 3 ranks\. World sizes that fit: 1, 2\.",
     ):
-        compose(recipe(settings), settings, group)
+        build(recipe(settings), settings, group)
 
 
 def test_the_world_sizes_that_fit_hold_a_power_of_two_of_micro_batches_each() -> None:
@@ -429,4 +429,4 @@ def test_a_stream_and_a_buffer_outside_normalisation_layers_are_refused(group: G
         ),
     ):
         with pytest.raises(ConfigError, match=message):
-            compose(recipe(exact(), **parts), exact(), group)
+            build(recipe(exact(), **parts), exact(), group)

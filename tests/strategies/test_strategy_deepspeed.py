@@ -35,7 +35,7 @@ from ddp_kit.distributed.process_group import Group, process_group
 from ddp_kit.distributed.topology import Topology
 from ddp_kit.errors import ConfigError, NonFiniteError
 from ddp_kit.settings import DeepSpeed
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.testing import run_ranks
 from ddp_kit.training.state import Training
 from ddp_kit.training.step import train_step
@@ -92,11 +92,11 @@ class Odd(nn.Module):
 @contextmanager
 def life(group: Group, made: Recipe, settings: Settings) -> Iterator[tuple[Training, Any]]:
     """One life of a run, with its batches; what the strategy holds is let go of at the end."""
-    composed = compose(made, settings, group)
+    composed = build(made, settings, group)
     try:
         yield composed.training, composed.feed
     finally:
-        composed.training.control.close()
+        composed.training.control_packet.close()
         group.closing.close()
 
 
@@ -325,13 +325,13 @@ def test_evaluations_of_the_average_change_no_step_whatever_deepspeed_keeps(
         file.write_text(json.dumps({"zero_optimization": limits}))
         for own in (settings, zero(settings, 3, config=str(file))):
             made = recipe(own, model=encoder, loss=classify, eval_data=lambda: vectors(50))
-            composed = compose(made, own, group)
+            composed = build(made, own, group)
             training = composed.training
             losses = list[float]()
             for step in range(6):
                 losses += run(training, composed.feed, start=step, end=step + 1)
                 composed.evaluator(training.model, average=training.average)
-            training.control.close()
+            training.control_packet.close()
             group.closing.close()
             found.append(losses)
     assert apart(*found) <= CLOSE

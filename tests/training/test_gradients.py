@@ -142,11 +142,11 @@ def test_one_step_costs_one_all_reduce_of_each_bucket(group: Group) -> None:
 
     import torch.distributed as dist
 
-    from ddp_kit.setup.build import compose
+    from ddp_kit.setup.build import build
     from ddp_kit.training.step import train_step
 
     settings = Settings(micro_batch=2, max_steps=4)
-    made = compose(recipe(settings), settings, group)
+    made = build(recipe(settings), settings, group)
     synced = []
     wrapped = made.training.objectives[0].call
     plain_forward = type(wrapped).forward

@@ -17,7 +17,7 @@ from ddp_kit import LossSum, Objective, Recipe
 from ddp_kit.data.seeding import permutation
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, NonFiniteError
-from ddp_kit.setup.build import build_model, compose
+from ddp_kit.setup.build import build, build_model
 from ddp_kit.testing import assert_same_on_all_ranks
 from ddp_kit.trackers.base import RunInfo
 from ddp_kit.training.reporter import Reporter
@@ -60,7 +60,7 @@ def test_a_gan_gives_the_numbers_of_a_loop_written_by_hand(group: Group) -> None
     settings = Settings(max_steps=8, grad_clip=0.2, micro_batch=5)
     ends = []
     for order in ("dg", "gd"):
-        made = compose(gan(order=order), settings, group)
+        made = build(gan(order=order), settings, group)
         life = Life()
         reporter = Reporter([Notes(life)], log_every=1)
         reporter.start(RunInfo(run_dir=Path(), name="gan", settings={}, total_steps=8), step=0)
@@ -84,7 +84,7 @@ def test_a_gan_gives_the_numbers_of_a_loop_written_by_hand(group: Group) -> None
 @pytest.mark.ranks(1, 2)
 def test_an_objective_gives_no_gradient_to_the_other_parts(group: Group) -> None:
     settings = Settings(micro_batch=5)
-    made = compose(gan(), settings, group)
+    made = build(gan(), settings, group)
     training = made.training
     training.objectives = training.objectives[
         1:
@@ -107,7 +107,7 @@ def test_where_a_later_objective_is_not_finite_it_is_said_that_the_earlier_one_w
     group: Group,
 ) -> None:
     first, second = gan().objectives
-    made = compose(
+    made = build(
         replace(gan(), objectives=[first, replace(second, loss=hopeless)]), Settings(), group
     )
     before = {name: tensor.clone() for name, tensor in made.training.model.state_dict().items()}
@@ -149,6 +149,6 @@ def test_an_objective_with_a_wrong_part_or_foreign_parameters_is_refused(group: 
         ({"optimizer": partly}, r"does not hold generator\.2\.weight, generator\.2\.bias"),
     ):
         with pytest.raises(ConfigError, match=message):
-            compose(with_part(**changes), Settings(), group)
+            build(with_part(**changes), Settings(), group)
     with pytest.raises(ConfigError, match="not both"):
         Recipe(model=Gan, loss=fooled, objectives=gan().objectives, train_data=lambda: vectors())

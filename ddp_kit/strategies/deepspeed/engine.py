@@ -52,7 +52,7 @@ class DeepSpeedZero:
         self._config = config_of(settings)
         self._file = settings.config
         self.divisor = group.world_size  # DeepSpeed averages
-        self.shards: dist.ProcessGroup | None = group.training if settings.stage else None
+        self.shards: dist.ProcessGroup | None = group.pg if settings.stage else None
         self._package = _imported(group)
         self._root: Any = None
         self._engine: Any = None
@@ -81,9 +81,9 @@ class DeepSpeedZero:
         if not self._stage:
             through = CallThroughRoot(self._root, call, self._guard)
             return Wrapped(call=through, step=self._engine.step)
-        assert self._group.training is not None
+        assert self._group.pg is not None
         slices = slices_of(self._engine.optimizer, stage=self._stage)
-        state = PartitionedState(optimizer, slices, self._group.training)
+        state = PartitionedState(optimizer, slices, self._group.pg)
         return Wrapped(
             call=CallThroughRoot(self._engine, call, self._guard),
             step=self._engine.step,
