@@ -52,8 +52,12 @@ class DryRun:
         optimizer: Optimizer,
         parameters: Sequence[nn.Parameter],
         frozen: Sequence[nn.Parameter],
+        *,
+        forward_key: int,
     ) -> tuple[Wrapped, Count]:
         """Runs and wraps the call of a loss that trains `parameters`. Every rank calls it.
+
+        Args: `forward_key` of the objective, for its draws.
 
         Returns: the wrapped call, ready for the first step, and how the loss's count will be known.
         Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer.
@@ -63,6 +67,7 @@ class DryRun:
             generators_put_back(),
             buffers_put_back(self.training.model) as buffers,
         ):
+            seed_forward(forward_key, 0, 0, device=self.training.group.device)
             count = self._run_bare(call, parameters)
             _note_buffers(self.training, buffers, exact=self._exact)
             wrapped = self.training.strategy.wrap(call, optimizer)
@@ -77,7 +82,6 @@ class DryRun:
         """
         training = self.training
         batch = self._batch
-        seed_forward(training.forward_key, 0, 0, device=training.group.device)
         with samples_named(batch, "before the first step"):
             total, count, _ = training.strategy.enter(call, batch.batch)
         self._check_count_beforehand(count)

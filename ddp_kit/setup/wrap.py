@@ -121,7 +121,6 @@ def wrap_parts(
         objectives=[],
         statistics=statistics,
         plan=feed.plan,
-        forward_key=forward_key(feed.seed),
         grad_clip=grad_clip,
         rounds=_most_micro_batches(feed.plan, group.world_size) if is_split else 0,
     )
@@ -131,9 +130,10 @@ def wrap_parts(
         fused = [fuse(part.optimizer) for part in parts]
     if fused and all(fused):
         training.tuned.append("fused optimizer")
-    for part in parts:
+    for i, part in enumerate(parts):
+        draws = forward_key(feed.seed, objective=i)
         training.objectives.append(
-            _objective(part, dry_run, precision=precision, is_only=len(parts) == 1)
+            _objective(part, dry_run, precision=precision, is_only=len(parts) == 1, draws=draws)
         )
     return training
 
@@ -154,9 +154,9 @@ def _most_micro_batches(plan: BatchPlan, world_size: int) -> int:
 
 
 def _objective(
-    part: Part, dry_run: DryRun, *, precision: Precision, is_only: bool
+    part: Part, dry_run: DryRun, *, precision: Precision, is_only: bool, draws: int
 ) -> ObjectiveState:
-    """Checks one objective, runs it dry and wraps it."""
+    """Checks one objective, runs it dry and wraps it. Args: `draws` its `forward_key`."""
     training = dry_run.training
     model = training.model
     device = training.group.device
@@ -172,7 +172,7 @@ def _objective(
         part.optimizer, "_step_supports_amp_scaling", False
     )
     call = LossCall(model, part.loss, precision=precision, device=device)
-    wrapped, count = dry_run.run(call, part.optimizer, parameters, frozen)
+    wrapped, count = dry_run.run(call, part.optimizer, parameters, frozen, forward_key=draws)
     is_plain = wrapped.step is None and training.strategy.shards is None
     dtypes = {parameter.dtype for parameter in parameters}
     place = local(parameters[0]).device
@@ -184,6 +184,7 @@ def _objective(
         optimizer=part.optimizer,
         scheduler=part.scheduler,
         count=count,
+        forward_key=draws,
         scale=LossScale.of(precision),
         step=wrapped.step,
         owns=wrapped.owns,

@@ -131,6 +131,8 @@ class ObjectiveState:
     frozen: list[nn.Parameter]
     optimizer: Optimizer
     count: Count
+    # From which the draws of its forward passes and of its optimizer follow.
+    forward_key: int
     scheduler: Any = None
     scale: LossScale = field(default_factory=lambda: LossScale(is_on=False))
     # Whether parameters are of several dtypes, or complex.
@@ -167,8 +169,6 @@ class Training:
     objectives: list[ObjectiveState]
     statistics: RunningStatistics
     plan: BatchPlan
-    # From which every forward pass's draws follow.
-    forward_key: int
     grad_clip: float = 0.0
     average: WeightAverage | None = None
     step: int = 0

@@ -90,7 +90,7 @@ def _objective_step(
         request = micro_batch.request
         with strategy.micro_batch(objective.call, is_last=i == num_passes - 1):
             seed_forward(
-                training.forward_key,
+                objective.forward_key,
                 training.step,
                 request.micro_batch,
                 device=training.group.device,
@@ -180,7 +180,7 @@ def _apply(
         sums.grad_norms[objective.name] = norm
     if objective.may_draw:
         # Each rank's generators stand where its own last micro-batch has left them.
-        seed_forward(training.forward_key, training.step, OPTIMIZER, device=training.group.device)
+        seed_forward(objective.forward_key, training.step, OPTIMIZER, device=training.group.device)
     if objective.is_deferred:
         _step_deferred(training, objective, batch, sums)
         return True

@@ -56,19 +56,24 @@ def seed_generators(value: int) -> None:
     torch.default_generator.manual_seed(value)
 
 
-def forward_key(seed: int) -> int:
-    """Returns the key of a run's forward passes, for `seed_forward`."""
-    return key(seed, Purpose.FORWARD)
+def forward_key(seed: int, *, objective: int = 0) -> int:
+    """Returns the key of an objective's forward passes in a run, for `seed_forward`.
+
+    Args: `objective` its place among the recipe's; each draws numbers of its own.
+    """
+    if objective == 0:
+        return key(seed, Purpose.FORWARD)
+    return key(seed, Purpose.FORWARD, objective)
 
 
 def seed_forward(base: int, step: int, micro_batch: int, *, device: torch.device) -> None:
     """Seeds all default generators for one forward pass, that of the device too.
 
-    Dropout, mixup by NumPy and layers dropped by `random` then depend on (seed, step, index of the
-    micro-batch) and on nothing else.
+    Dropout, mixup by NumPy and layers dropped by `random` then depend on (seed, objective, step,
+    index of the micro-batch) and on nothing else.
 
-    Args: `base` the run's `forward_key`; `step` optimizer steps before this one; `micro_batch` its
-        index in the global batch.
+    Args: `base` the objective's `forward_key`; `step` optimizer steps before this one;
+        `micro_batch` its index in the global batch.
     """
     # Once a forward pass: one round of the hash is enough.
     value = (base + step * GOLDEN + micro_batch * 0xC2B2AE3D27D4EB4F) & MASK
