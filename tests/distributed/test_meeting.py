@@ -95,7 +95,7 @@ def on_two_nodes(folder: str, port: int, what: str, launcher: str = "slurm") -> 
         node_rank=rank,
         nodes=2,
         launcher=launcher,
-        master="127.0.0.1",
+        rendezvous_host="127.0.0.1",
         port=port,
     )
     device = "cuda" if (what, rank) == ("no device", 1) else "cpu"
