@@ -18,7 +18,7 @@ from ddp_kit.data.loader import RankBatch
 from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
-from ddp_kit.metrics import LossSum, Number, Sums
+from ddp_kit.metrics import LossSum, Number, Sums, numbers_of
 from ddp_kit.settings import Precision
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.optimizer_view import OptimizerView
@@ -222,3 +222,14 @@ class StepSums:
                 row |= {prefix + name: pair for name, pair in sums.items()}
             rows.append(row)
         return rows
+
+    def read(self) -> dict[str, tuple[float, float]]:
+        """Returns this rank's part of each sum and count, by name: the loss and the metrics of the
+        step's micro-batches. Host-device synchronisation.
+        """
+        names = self.names()
+        found = {}
+        rows = numbers_of(self.rows(), names)
+        for i, name in enumerate(names):
+            found[name] = (sum(row[i][0] for row in rows), sum(row[i][1] for row in rows))
+        return found
