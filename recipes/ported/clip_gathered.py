@@ -26,7 +26,7 @@ from ddp_kit import LossSum, Recipe, schedules
 from ddp_kit.data.known import digits
 from ddp_kit.errors import ConfigError
 
-NAMES = "zero one two three four five six seven eight nine".split()
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LENGTH = 24  # characters of a caption
 HOTTEST = math.log(100)
 

@@ -1,5 +1,5 @@
-"""After MoCo's builder.py and main_moco.py (K. He et al.): contrast with a queue of keys that a slow
-encoder has made.
+"""After MoCo's builder.py and main_moco.py (K. He et al.): contrast with a queue of keys that a
+slow encoder has made.
 
     torchrun --nproc_per_node=2 -m ddp_kit.train recipes/ported/moco.py
 

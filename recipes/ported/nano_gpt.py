@@ -19,7 +19,7 @@ from torch.optim import AdamW
 import ddp_kit
 from ddp_kit import Data, LossSum, Recipe, schedules
 
-WORDS = "the a small red old fox owl boat sees likes finds and then but quickly never".split()
+WORDS = ("the", "a", "small", "red", "old", "fox", "owl", "boat", "sees", "likes", "and", "then")
 
 
 @dataclass(frozen=True, kw_only=True)
