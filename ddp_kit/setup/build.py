@@ -136,6 +136,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     test_sets = made_sets(recipe.test_data, what="test", seed=settings.seed, group=group)
     evaluator.dry_run(model)
     evaluator.on(test_sets).compare_sets()
+    training.notes += evaluator.notes
     training.notes += best_notes(
         settings.early_stop, evaluator.names, has_test=recipe.test_data is not None
     )
