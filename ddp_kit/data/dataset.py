@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
+from ddp_kit.data.indices import require_subsets, subset_indices
 from ddp_kit.data.seeding import Draws
 from ddp_kit.errors import DataError
 
@@ -58,19 +59,24 @@ class Data:
             ) from None
 
 
-def as_data(given: Any) -> Data:
+def as_data(given: Any, *, what: str = "data") -> Data:
     """Returns what a recipe gave as `Data`.
 
-    Raises: DataError if it is no data set.
+    Args: `what` data it is, in words, for the error.
+    Raises: DataError if it is no data set, or a Subset whose indices are none.
     """
     data = given if isinstance(given, Data) else Data(given)
     dataset = data.dataset
     has_items = hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")
     if not has_items and not isinstance(dataset, IterableDataset):
         raise DataError(
-            "expected a data set with __getitem__ and __len__, or an IterableDataset; "
-            f"got {type(dataset).__name__}."
+            f"the {what}: expected a data set with __getitem__ and __len__, or an "
+            f"IterableDataset; got {type(dataset).__name__}."
         )
+    try:
+        require_subsets(dataset)
+    except DataError as error:
+        raise DataError(f"the {what}: {error}") from None
     return data
 
 
@@ -95,7 +101,7 @@ def without_subsets(dataset: Dataset[Any]) -> tuple[Any, NDArray[np.int64] | Non
     """
     indices: NDArray[np.int64] | None = None
     while type(dataset) is Subset:
-        own = np.asarray(dataset.indices, dtype=np.int64)
+        own = subset_indices(dataset)
         indices = own if indices is None else own[indices]
         dataset = dataset.dataset
     return dataset, indices

@@ -157,7 +157,7 @@ def build_loader(
     """
     plan = plan_batches(global_batch, micro_batch=micro_batch, world_size=group.world_size)
     return feed_of(
-        as_data(data),
+        as_data(data, what="training data"),
         plan=plan,
         rank=group.rank,
         seed=seed,

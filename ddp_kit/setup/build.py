@@ -142,7 +142,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
 
 def _train_loader(model: nn.Module, recipe: Recipe, settings: Settings, group: Group) -> Feed:
     """Makes the recipe's data set, and its loader for the memory format that the model can have."""
-    data = as_data(recipe.train_data())
+    data = as_data(recipe.train_data(), what="training data")
     if data.is_iterable and is_stateful(data.dataset) and settings.resume_data == "state":
         require_resumable(data, seed=settings.seed, after=settings.global_batch)
     wanted = placement_of(model, settings, group)

@@ -187,7 +187,7 @@ def data_sets(given: Any, *, what: str) -> dict[str, Data]:
     sets = {}
     for name, data in several.items():
         prefix = f"{name}/" if name else ""
-        sets[prefix] = as_data(data)
+        sets[prefix] = as_data(data, what=_named(f"{what} data", prefix))
     for prefix, data in sets.items():
         if not data.is_iterable and not len(data):
             raise DataError(f"the {_named(f'{what} data', prefix)} is empty.")
