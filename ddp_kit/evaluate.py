@@ -73,7 +73,7 @@ def _flags(words: Sequence[str]) -> list[str]:
 def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
     """Evaluates each set of the recipe. Every rank calls it; rank 0 prints."""
     recipe: Recipe = source.build(settings)
-    kinds = {"eval": recipe.eval_data, "test": recipe.test_data}
+    kinds = {"evaluation": recipe.eval_data, "test": recipe.test_data}
     if not any(kinds.values()):
         raise ConfigError(f"{source.path.name} has neither eval_data nor test_data to evaluate.")
     model = build_model(recipe, settings, group)
@@ -81,14 +81,15 @@ def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
     micro_batch = settings.global_batch
     if isinstance(settings.micro_batch, int) and settings.micro_batch:
         micro_batch = settings.micro_batch
-    for kind, make in kinds.items():
+    for what, make in kinds.items():
         if make is None:
             continue
         evaluator = Evaluator(
             recipe=recipe,
             settings=settings,
             group=group,
-            sets=data_sets(make(), what=kind),
+            sets=data_sets(make(), what=what),
+            what=f"{what} data",
             micro_batch=micro_batch,
             placement=placement_of(model, settings, group),
         )
@@ -96,6 +97,7 @@ def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
             model, evaluator.placement, partial(evaluator, model, limit=1)
         )
         metrics = evaluator(model)
+        kind = "test" if what == "test" else "eval"
         if group.rank == 0:
             print(evaluation_line({"kind": kind, "step": 0, **metrics}).replace("step 0  ", ""))
             print(json_text({"kind": kind, **metrics}))

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from ddp_kit.data.indices import require_subsets, subset_indices
 from ddp_kit.data.seeding import Draws
-from ddp_kit.errors import DataError
+from ddp_kit.errors import ConfigError, DataError
 
 Order = Callable[[int, int, int], "NDArray[np.int64] | Sequence[int]"]
 
@@ -77,6 +77,21 @@ def as_data(given: Any, *, what: str = "data") -> Data:
         require_subsets(dataset)
     except DataError as error:
         raise DataError(f"the {what}: {error}") from None
+    return data
+
+
+def as_evaluation_data(given: Any, *, what: str) -> Data:
+    """Returns what a recipe gave to be evaluated as `Data`.
+
+    Raises: ConfigError if it says what has no effect on such data; DataError as `as_data`.
+    """
+    data = as_data(given, what=what)
+    for name in ("augment", "order", "count"):
+        if getattr(data, name) is not None:
+            raise ConfigError(
+                f"Data({name}=...) has no effect on the {what}, which is read as it is, each "
+                "sample once: leave it out."
+            )
     return data
 
 

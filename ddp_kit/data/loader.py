@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches
-from ddp_kit.data.dataset import Data, as_data
-from ddp_kit.data.iterable import EvaluationStream, StreamProgress, TrainingStream, is_stateful
+from ddp_kit.data.dataset import Data, as_data, as_evaluation_data
+from ddp_kit.data.evaluation_stream import EvaluationStream
+from ddp_kit.data.iterable import StreamProgress, TrainingStream, is_stateful
 from ddp_kit.data.prefetch import on_device
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
 from ddp_kit.data.stream_checks import require_beginning_again
+from ddp_kit.data.stream_length import length_of
 from ddp_kit.data.transfer import Placement
 from ddp_kit.data.workers import by_one_worker, with_workers
 from ddp_kit.distributed.process_group import Group
@@ -62,10 +64,7 @@ class Feed:
         """Optimizer steps in an epoch; 0 if an iterable data set does not know its length."""
         if self.sampler is not None:
             return self.sampler.steps_per_epoch
-        try:
-            return len(self.data.dataset) // self.plan.global_batch
-        except TypeError:
-            return 0
+        return length_of(self.data.dataset) // self.plan.global_batch
 
     def batches(self, *, start: int, end: int) -> Generator[RankBatch, None, None]:
         """Yields the batches of steps start to end - 1.
@@ -209,35 +208,43 @@ def evaluation_batches(
     micro_batch: int,
     placement: Placement | None = None,
     num_workers: int = 0,
+    what: str = "evaluation data",
 ) -> Generator[MicroBatch, None, None]:
     """Yields this rank's micro-batches of an evaluation, the same number on every rank.
 
     Each sample is read once over all ranks.
+
+    Args: `what` data it is, in words, for errors.
     """
     answers = _evaluation(
-        as_data(data),
+        as_evaluation_data(data, what=what),
         micro_batch=micro_batch,
         rank=group.rank,
         world_size=group.world_size,
         num_workers=num_workers,
+        what=what,
     )
     yield from on_device(answers, placement or Placement(group.device))
 
 
-def first_of_evaluation(data: Data, *, micro_batch: int, num_workers: int = 0) -> MicroBatch | None:
+def first_of_evaluation(
+    data: Data, *, micro_batch: int, num_workers: int = 0, what: str = "evaluation data"
+) -> MicroBatch | None:
     """Returns the first micro-batch of a whole evaluation set, on the CPU; None of an empty one."""
     batches = _evaluation(
-        data, micro_batch=micro_batch, rank=0, world_size=1, num_workers=num_workers
+        data, micro_batch=micro_batch, rank=0, world_size=1, num_workers=num_workers, what=what
     )
     with contextlib.closing(batches) as answers:
         return next(answers, None)
 
 
 def _evaluation(
-    data: Data, *, micro_batch: int, rank: int, world_size: int, num_workers: int
+    data: Data, *, micro_batch: int, rank: int, world_size: int, num_workers: int, what: str
 ) -> Generator[MicroBatch, None, None]:
     if data.is_iterable:
-        stream = EvaluationStream(data, micro_batch=micro_batch, rank=rank, world_size=world_size)
+        stream = EvaluationStream(
+            data, micro_batch=micro_batch, rank=rank, world_size=world_size, what=what
+        )
         if num_workers:
             # One worker: each would read the whole stream for its part of it.
             yield from with_workers(stream, None, num_workers=1)
@@ -247,7 +254,7 @@ def _evaluation(
     requests = evaluation_requests(
         len(data), micro_batch=micro_batch, rank=rank, world_size=world_size
     )
-    reader = Reader(data, seed=0, training=False)
+    reader = Reader(data, seed=0, training=False, what=what)
     if num_workers:
         yield from with_workers(reader, requests, num_workers=num_workers)
         return

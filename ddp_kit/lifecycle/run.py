@@ -30,7 +30,6 @@ from ddp_kit.setup.build import build, require_same_settings
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, heeding
 from ddp_kit.training.loop import Ending, fit, stopped
-from ddp_kit.training.recipe_evaluation import data_sets
 
 
 def train_attempt(
@@ -233,7 +232,7 @@ def _end(ending: Ending, attempt: Attempt, context: RunContext) -> Outcome:
     if has_time and (training.group.rank == 0 or training.strategy.shards is not None):
         digest = weights_sha256(training.model)
     digest = from_rank(training.group, digest.encode()).decode()
-    if ending.status == "finished" and context.recipe.test_data is not None:
+    if ending.status == "finished" and context.built.test_sets:
         try:
             attempt.metrics |= _test(context)
         except Abandoned as abandoned:
@@ -249,16 +248,15 @@ def _test(context: RunContext) -> dict[str, float]:
     """Evaluates the test data once, on the weights of the best checkpoint (the last ones without
     one). Raises: Abandoned.
     """
-    assert context.recipe.test_data is not None
     training = context.built.training
     evaluator = context.built.evaluator
-    sets = data_sets(context.recipe.test_data(), what="test")
+    on_test = evaluator.on(context.built.test_sets)
     keep = keep_of(context.request.settings, evaluator.names)
     storage = LocalDisk(context.place.checkpoints)
     with (
         best_weights(training, storage, keep=keep) as step,
         heeding(training.control_packet, context.stop) as heed,
     ):
-        metrics = evaluator.on(sets)(training.model, heed=heed)
+        metrics = on_test(training.model, heed=heed)
     context.reporter.log({"kind": "test", "step": step or training.step, **metrics})
     return {f"test/{name}": value for name, value in metrics.items()}

@@ -4,6 +4,7 @@ Here stands the order in which a recipe's factories are called, and which settin
 Nothing is run but what the start needs: the dry run, and one micro-batch of the evaluation.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,7 @@ class Built:
     training: Training
     feed: Feed
     evaluator: Evaluator
+    test_sets: Mapping[str, Data]
     cadence: Cadence
 
 
@@ -133,11 +135,14 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         placement=feed.placement,
         enter=strategy.enter,
     )
+    test_sets = data_sets(recipe.test_data(), what="test") if recipe.test_data else {}
     evaluator.dry_run(model)
     training.notes += best_notes(
         settings.early_stop, evaluator.names, has_test=recipe.test_data is not None
     )
-    return Built(training=training, feed=feed, evaluator=evaluator, cadence=cadence)
+    return Built(
+        training=training, feed=feed, evaluator=evaluator, test_sets=test_sets, cadence=cadence
+    )
 
 
 def _train_loader(model: nn.Module, recipe: Recipe, settings: Settings, group: Group) -> Feed:

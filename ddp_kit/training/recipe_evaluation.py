@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ddp_kit.data.agreement import require_same_samples
-from ddp_kit.data.dataset import Data, as_data
+from ddp_kit.data.dataset import Data, as_evaluation_data
 from ddp_kit.data.loader import evaluation_batches, first_of_evaluation
 from ddp_kit.data.seeding import forward_key, seed_forward
 from ddp_kit.data.stream_checks import require_beginning_again
@@ -40,6 +40,8 @@ class Evaluator:
     sets: Mapping[str, Data]
     micro_batch: int
     placement: Placement
+    # What data the sets are, in words.
+    what: str = "evaluation data"
     # The strategy's way to call a function that uses the model.
     enter: Callable[..., Any] = bare
     # What an evaluation will report, known from one micro-batch.
@@ -69,7 +71,7 @@ class Evaluator:
         metrics: dict[str, float] = {}
         with _applied(average):
             for prefix, data in self.sets.items():
-                with closing(self._batches(data)) as batches:
+                with closing(self._batches(prefix, data)) as batches:
                     found = evaluate(
                         model,
                         itertools.islice(batches, limit),
@@ -84,9 +86,9 @@ class Evaluator:
                 metrics |= {prefix + name: value for name, value in found.items()}
         return metrics
 
-    def on(self, sets: Mapping[str, Data]) -> "Evaluator":
+    def on(self, sets: Mapping[str, Data], *, what: str = "test data") -> "Evaluator":
         """Returns an evaluator of other data sets, measured in the same way."""
-        return replace(self, sets=sets)
+        return replace(self, sets=sets, what=what)
 
     def weights(self, training: Training) -> AbstractContextManager[None]:
         """Puts the weights that evaluation uses into the model: the average where there is one."""
@@ -100,9 +102,10 @@ class Evaluator:
             found: Mapping[str, Any] = self.enter(self.recipe.samples, model)
             return found
 
-    def _batches(self, data: Data) -> Any:
+    def _batches(self, prefix: str, data: Data) -> Any:
         return evaluation_batches(
             data,
+            what=_named(self.what, prefix),
             group=self.group,
             micro_batch=self.micro_batch,
             placement=self.placement,
@@ -134,14 +137,17 @@ class Evaluator:
         for prefix, data in self.sets.items():
             if not data.is_iterable:
                 continue
-            what = _named("evaluation data", prefix)
-            first = self._first_batch(data)
-            require_beginning_again(first, self._first_batch(data), what=what)
+            what = _named(self.what, prefix)
+            first = self._first_batch(data, what=what)
+            require_beginning_again(first, self._first_batch(data, what=what), what=what)
             require_same_samples(self.group, first, what=what, is_iterable=True)
 
-    def _first_batch(self, data: Data) -> Any:
+    def _first_batch(self, data: Data, *, what: str) -> Any:
         first = first_of_evaluation(
-            data, micro_batch=self.micro_batch, num_workers=self.settings.num_workers
+            data,
+            micro_batch=self.micro_batch,
+            num_workers=self.settings.num_workers,
+            what=what,
         )
         return first.batch if first is not None else None
 
@@ -181,13 +187,13 @@ def _named(what: str, prefix: str) -> str:
 def data_sets(given: Any, *, what: str) -> dict[str, Data]:
     """Returns one data set, or several by name, as {prefix: Data}.
 
-    Raises: DataError if one is empty.
+    Raises: DataError if one is empty; ConfigError for what has no effect on such data.
     """
     several = given if isinstance(given, Mapping) else {"": given}
     sets = {}
     for name, data in several.items():
         prefix = f"{name}/" if name else ""
-        sets[prefix] = as_data(data, what=_named(f"{what} data", prefix))
+        sets[prefix] = as_evaluation_data(data, what=_named(f"{what} data", prefix))
     for prefix, data in sets.items():
         if not data.is_iterable and not len(data):
             raise DataError(f"the {_named(f'{what} data', prefix)} is empty.")
