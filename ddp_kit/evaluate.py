@@ -23,7 +23,7 @@ from ddp_kit.settings import DeepSpeed, Fsdp, Settings
 from ddp_kit.setup.build import require_same_settings
 from ddp_kit.setup.model import build_model, choose_memory_format, placement_of
 from ddp_kit.trackers.console import evaluation_line
-from ddp_kit.training.recipe_evaluation import Evaluator, data_sets
+from ddp_kit.training.recipe_evaluation import Evaluator, made_sets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,11 +88,12 @@ def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
             recipe=recipe,
             settings=settings,
             group=group,
-            sets=data_sets(make(), what=what),
+            sets=made_sets(make, what=what, seed=settings.seed, group=group),
             what=f"{what} data",
             micro_batch=micro_batch,
             placement=placement_of(model, settings, group),
         )
+        evaluator.compare_sets()
         evaluator.placement = choose_memory_format(
             model, evaluator.placement, partial(evaluator, model, limit=1)
         )

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from ddp_kit.data.indices import require_subsets, subset_indices
 from ddp_kit.data.seeding import Draws
+from ddp_kit.data.stream_length import length_of
 from ddp_kit.errors import ConfigError, DataError
 
 Order = Callable[[int, int, int], "NDArray[np.int64] | Sequence[int]"]
@@ -47,6 +48,11 @@ class Data:
     def is_iterable(self) -> bool:
         """Whether the samples can only be read one after another."""
         return isinstance(self.dataset, IterableDataset)
+
+    @property
+    def known_length(self) -> int:
+        """Samples in the data set, 0 if it is iterable and does not know."""
+        return length_of(self.dataset) if self.is_iterable else len(self)
 
     def __len__(self) -> int:
         """Samples in the data set. Raises: DataError if an iterable one does not know."""

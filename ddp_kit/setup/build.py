@@ -14,35 +14,27 @@ from ddp_kit.checkpoint.find import is_checkpoint
 from ddp_kit.checkpoint.retention import best_notes
 from ddp_kit.checkpoint.weights import base_sha256, require_equal
 from ddp_kit.config.secrets import is_secret_setting
-from ddp_kit.data.batch_plan import plan_batches
-from ddp_kit.data.dataset import Data, as_data
-from ddp_kit.data.iterable import is_stateful
-from ddp_kit.data.loader import Feed, build_loader, feed_of
-from ddp_kit.data.stream_checks import require_resumable
-from ddp_kit.data.transfer import Placement
+from ddp_kit.data.dataset import Data
+from ddp_kit.data.loader import Feed
+from ddp_kit.data.seeding import made_under_seed
 from ddp_kit.distributed.collectives import first_difference, gather_bytes
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings, digest, flag, flatten
-from ddp_kit.setup.find_batch_size import find_micro_batch
 from ddp_kit.setup.meta_init import Reads, materialise
-from ddp_kit.setup.model import (
-    build_model,
-    choose_memory_format,
-    load_first_weights,
-    placement_of,
-)
+from ddp_kit.setup.model import build_model, load_first_weights
 from ddp_kit.setup.start_notes import split_notes
+from ddp_kit.setup.train_data import train_feed
 from ddp_kit.setup.wrap import Part, part_of, wrap_parts
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.checks import require_splittable
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.loop import Cadence
-from ddp_kit.training.recipe_evaluation import Evaluator, data_sets
-from ddp_kit.training.state import LossCall, Training
+from ddp_kit.training.recipe_evaluation import Evaluator, made_sets
+from ddp_kit.training.state import Training
 
 
 def require_same_settings(group: Group, settings: Settings, *, text: str) -> None:
@@ -102,7 +94,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     Raises: ConfigError, DataError or DdpKitError for what cannot be trained as given.
     """
     model = build_model(recipe, settings, group)
-    feed = _train_loader(model, recipe, settings, group)
+    feed = train_feed(model, recipe, settings, group)
     cadence = _cadence(settings, feed)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
@@ -130,67 +122,20 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         recipe=recipe,
         settings=settings,
         group=group,
-        sets=data_sets(recipe.eval_data(), what="evaluation") if recipe.eval_data else {},
+        sets=made_sets(recipe.eval_data, what="evaluation", seed=settings.seed, group=group),
         micro_batch=feed.plan.largest,
         placement=feed.placement,
         enter=strategy.enter,
     )
-    test_sets = data_sets(recipe.test_data(), what="test") if recipe.test_data else {}
+    test_sets = made_sets(recipe.test_data, what="test", seed=settings.seed, group=group)
     evaluator.dry_run(model)
+    evaluator.on(test_sets).compare_sets()
     training.notes += best_notes(
         settings.early_stop, evaluator.names, has_test=recipe.test_data is not None
     )
     return Built(
         training=training, feed=feed, evaluator=evaluator, test_sets=test_sets, cadence=cadence
     )
-
-
-def _train_loader(model: nn.Module, recipe: Recipe, settings: Settings, group: Group) -> Feed:
-    """Makes the recipe's data set, and its loader for the memory format that the model can have."""
-    data = as_data(recipe.train_data(), what="training data")
-    if data.is_iterable and is_stateful(data.dataset) and settings.resume_data == "state":
-        require_resumable(data, seed=settings.seed, after=settings.global_batch)
-    wanted = placement_of(model, settings, group)
-    placement = choose_memory_format(
-        model, wanted, lambda: _run_losses(model, recipe, data, wanted, settings, group)
-    )
-    micro_batch = settings.micro_batch
-    if micro_batch == "auto":
-        micro_batch = find_micro_batch(
-            model, recipe.parts(), data, placement=placement, settings=settings, group=group
-        )
-    return build_loader(
-        data,
-        group=group,
-        global_batch=settings.global_batch,
-        micro_batch=micro_batch,
-        seed=settings.seed,
-        num_workers=settings.num_workers,
-        placement=placement,
-    )
-
-
-def _run_losses(
-    model: nn.Module,
-    recipe: Recipe,
-    data: Data,
-    placement: Placement,
-    settings: Settings,
-    group: Group,
-) -> None:
-    """Runs the losses on two samples, as many as BatchNorm needs."""
-    plan = plan_batches(min(2, settings.global_batch), micro_batch=0, world_size=1)
-    feed = feed_of(
-        data,
-        plan=plan,
-        rank=0,
-        seed=settings.seed,
-        placement=placement,
-        num_workers=settings.num_workers,
-    )
-    batch = feed.dry_run_batch().batch
-    for part in recipe.parts():
-        LossCall(model, part.loss, precision=settings.precision, device=group.device)(batch)
 
 
 def _cadence(settings: Settings, feed: Feed) -> Cadence:
@@ -275,10 +220,21 @@ def _parts(model: nn.Module, recipe: Recipe, settings: Settings, feed: Feed) -> 
     """Builds each objective's optimizer and scheduler."""
     parts = []
     for objective in recipe.parts():
-        optimizer = objective.optimizer(part_of(model, objective.trains))
+        optimizer = made_under_seed(
+            objective.optimizer,
+            part_of(model, objective.trains),
+            seed=settings.seed,
+            what=f"optimizer {objective.trains}",
+        )
         scheduler = None
         if objective.scheduler:
-            scheduler = objective.scheduler(optimizer, _scheduled_steps(settings, feed))
+            scheduler = made_under_seed(
+                objective.scheduler,
+                optimizer,
+                _scheduled_steps(settings, feed),
+                seed=settings.seed,
+                what=f"scheduler {objective.trains}",
+            )
         part = Part(
             loss=objective.loss, optimizer=optimizer, scheduler=scheduler, trains=objective.trains
         )

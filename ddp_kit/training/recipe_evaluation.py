@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from ddp_kit.data.agreement import require_same_samples
+from ddp_kit.data.agreement import require_same_lengths, require_same_samples
 from ddp_kit.data.dataset import Data, as_evaluation_data
 from ddp_kit.data.loader import evaluation_batches, first_of_evaluation
-from ddp_kit.data.seeding import forward_key, seed_forward
+from ddp_kit.data.seeding import forward_key, made_under_seed, seed_forward
 from ddp_kit.data.stream_checks import require_beginning_again
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group
@@ -120,7 +120,7 @@ class Evaluator:
             DataError: a stream gives ranks other samples, or there is nothing to count.
             ConfigError: early stopping watches a metric that evaluation does not produce.
         """
-        self._try_streams()
+        self.compare_sets()
         self.names = self(model, limit=1)
         if self._needs_summary() and self.recipe.summarize is not None and self.sets:
             self.names = self(model, limit=1, summarizes=True)
@@ -131,16 +131,20 @@ class Evaluator:
             )
         self._require_watched()
 
-    def _try_streams(self) -> None:
-        """Raises: DataError if a stream does not begin again, for each evaluation reads it anew, or
-        gives ranks other samples: each would then measure its share of a share."""
+    def compare_sets(self) -> None:
+        """Compares the first samples of each set over ranks. Every rank calls it.
+
+        Raises: DataError if ranks have others, or if a stream does not begin again, for each
+            evaluation reads it anew.
+        """
         for prefix, data in self.sets.items():
-            if not data.is_iterable:
+            if not data.is_iterable and self.group.world_size == 1:
                 continue
             what = _named(self.what, prefix)
             first = self._first_batch(data, what=what)
-            require_beginning_again(first, self._first_batch(data, what=what), what=what)
-            require_same_samples(self.group, first, what=what, is_iterable=True)
+            if data.is_iterable:
+                require_beginning_again(first, self._first_batch(data, what=what), what=what)
+            require_same_samples(self.group, first, what=what, is_iterable=data.is_iterable)
 
     def _first_batch(self, data: Data, *, what: str) -> Any:
         first = first_of_evaluation(
@@ -187,14 +191,41 @@ def _named(what: str, prefix: str) -> str:
 def data_sets(given: Any, *, what: str) -> dict[str, Data]:
     """Returns one data set, or several by name, as {prefix: Data}.
 
+    Args: `what` data it is: evaluation or test.
     Raises: DataError if one is empty; ConfigError for what has no effect on such data.
     """
+    sets = _by_prefix(given, what=what)
+    _refuse_empty(sets, what=what)
+    return sets
+
+
+def made_sets(
+    make: Callable[[], Any] | None, *, what: str, seed: int, group: Group
+) -> dict[str, Data]:
+    """Calls a recipe's `eval_data` or `test_data`. Every rank calls it.
+
+    Returns: the sets as `data_sets` does; {} without `make`.
+    Raises: DataError on every rank if they have different sets; else as `data_sets`.
+    """
+    sets: dict[str, Data] = {}
+    if make is not None:
+        sets = _by_prefix(made_under_seed(make, seed=seed, what=f"{what} data"), what=what)
+    lengths = {prefix.removesuffix("/"): data.known_length for prefix, data in sets.items()}
+    require_same_lengths(group, lengths, what=f"{what} data")
+    _refuse_empty(sets, what=what)
+    return sets
+
+
+def _by_prefix(given: Any, *, what: str) -> dict[str, Data]:
     several = given if isinstance(given, Mapping) else {"": given}
     sets = {}
     for name, data in several.items():
         prefix = f"{name}/" if name else ""
         sets[prefix] = as_evaluation_data(data, what=_named(f"{what} data", prefix))
+    return sets
+
+
+def _refuse_empty(sets: Mapping[str, Data], *, what: str) -> None:
     for prefix, data in sets.items():
         if not data.is_iterable and not len(data):
             raise DataError(f"the {_named(f'{what} data', prefix)} is empty.")
-    return sets

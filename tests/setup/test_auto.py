@@ -12,8 +12,9 @@ from ddp_kit import LossSum
 from ddp_kit.data.dataset import as_data
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
-from ddp_kit.setup.build import build, build_model, placement_of
+from ddp_kit.setup.build import build, build_model
 from ddp_kit.setup.find_batch_size import find_micro_batch
+from ddp_kit.setup.model import placement_of
 
 
 def raises_above(size: int) -> Callable[[nn.Module, Any], LossSum]:
