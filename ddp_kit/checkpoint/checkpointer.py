@@ -43,6 +43,7 @@ class About:
     run_id: str
     binding: Mapping[str, Any] = field(default_factory=dict)
     steps_per_epoch: int = 0
+    length: int = 0
 
 
 class Checkpointer:
@@ -173,8 +174,6 @@ class Checkpointer:
     def _manifest(self, metrics: Mapping[str, float]) -> Manifest:
         """Returns the manifest of the current step, without files."""
         training = self._training
-        steps_per_epoch = self._about.steps_per_epoch
-        epoch = training.step // steps_per_epoch if steps_per_epoch else 0
         binding = json.dumps(self._about.binding, sort_keys=True)
         best_by = ""
         if self._keep.metric:
@@ -189,16 +188,17 @@ class Checkpointer:
             settings_sha256=hashlib.sha256(binding.encode()).hexdigest(),
             time=time.time(),
             best_by=best_by,
-            cursor={
-                "step": training.step,
-                "epoch": epoch,
-                "samples": training.step * training.plan.global_batch,
-            },
+            cursor=training.place.cursor(
+                training.step,
+                global_batch=training.plan.global_batch,
+                steps_per_epoch=self._about.steps_per_epoch,
+            ),
             metrics=finite_or_text,
         )
 
     def _state(self) -> State:
-        more = {
+        more: dict[str, Any] = {
+            "place": {**vars(self._training.place), "length": self._about.length},
             "settings": dict(self._about.binding),
             "run_id": self._about.run_id,
             "best": repr(self._best),
@@ -264,8 +264,8 @@ def restore(training: Training, path: Path | str) -> int:
 
     Returns: the steps that are done, 0 if there is no checkpoint:
         `feed.batches(start=training.step, ...)` goes on with the next one.
-    Raises: ConfigError with a table if it does not fit the model and optimizer, with nothing
-        changed.
+    Raises: ConfigError with a table if it does not fit the model and optimizer, or is of another
+        global batch, with nothing changed.
     """
     # Clears away what a killed attempt left.
     checkpointer = _of_ones_own(training, path)
@@ -273,9 +273,24 @@ def restore(training: Training, path: Path | str) -> int:
     checkpointer.finish()
     opened = find(Origin(Path(path)), group=training.group, sets_aside=True)
     if opened is not None:
+        _require_same_batch(opened, training)
         restore_state(opened, training)
         checkpointer.resumed(opened)
     return training.step
+
+
+def _require_same_batch(opened: Opened, training: Training) -> None:
+    """Raises: ConfigError if the steps of a checkpoint were of another global batch: the step
+    counter would be another place in the data.
+    """
+    step = opened.manifest.step
+    samples = opened.manifest.cursor.get("samples", 0)
+    now = training.plan.global_batch
+    if step and samples and samples != step * now:
+        raise ConfigError(
+            f"{opened.folder} was saved with a global batch of {samples / step:g} samples, and "
+            f"this loop has {now}. Give build_loader the one that it was saved with."
+        )
 
 
 def _of_ones_own(training: Training, path: Path | str) -> Checkpointer:
