@@ -158,7 +158,8 @@ def accelerated(group: Group, dataset: Dataset[Any]) -> Callable[[int], None]:
 class Alone:
     """Accelerate has summed already."""
 
-    training, world_size = None, 1
+    pg = None
+    world_size = 1
 
 
 def summed(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> LossSum:
