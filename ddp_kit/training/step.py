@@ -3,8 +3,8 @@
 The gradient of a step is that of sum / count over the global batch (`loss_count`). Each backward
 pass runs on the sum divided by that count or an expected one, times what the strategy will divide
 by and the scale of fp16. Every rank decides from the reduced gradients, which are equal on all
-ranks, whether to apply the step; a loss that is not finite makes its own gradients nan, so that no
-rank can miss it.
+ranks, whether to apply the step; a loss that is not finite makes a gradient nan, also where it
+sends none of its own, so that no rank can miss it.
 
 Nothing here waits for the device unless a line says so.
 """
@@ -20,7 +20,13 @@ from ddp_kit.data.seeding import seed_forward
 from ddp_kit.distributed.collectives import anywhere, over_shards
 from ddp_kit.metrics import Sums
 from ddp_kit.stopping.signals import StopFlag
-from ddp_kit.training.nonfinite import find_non_finite, listed, look_back, raise_unless_overflow
+from ddp_kit.training.nonfinite import (
+    find_non_finite,
+    listed,
+    look_back,
+    mark_added,
+    raise_unless_overflow,
+)
 from ddp_kit.training.state import ObjectiveState, StepSums, Training
 
 OPTIMIZER = -1  # stands for the micro-batch in the keys of an optimizer's draws
@@ -142,10 +148,15 @@ def _backward(total: torch.Tensor, weight: float, objective: ObjectiveState) -> 
     """
     if total.is_cuda:
         # inf x 0 and nan x 0 are nan: the host need not wait for the value.
-        total.backward(gradient=total.detach() * 0 + weight)
+        zero = total.detach() * 0
+        # -0.0 is what changes no bit of what it is added to.
+        with mark_added(total, -zero.abs()):
+            total.backward(gradient=zero + weight)
         return
     if not math.isfinite(total.item()):
-        weight = math.nan
+        with mark_added(total, torch.full_like(total, math.nan)):
+            total.backward(gradient=torch.full_like(total, math.nan))
+        return
     kept_weight, kept_tensor = objective.weight
     if weight != kept_weight or total.dtype != kept_tensor.dtype:
         kept_tensor = torch.full((), weight, dtype=total.dtype)
