@@ -135,8 +135,9 @@ def raise_unless_overflow(
     if scale.is_on:
         raise NonFiniteError(
             f"the gradients of the last {MOST_AT_FLOOR} steps, up to step {step}, "
-            f"are not finite at the smallest loss scale ({scale.scale:g}), in {some(bad)}: it is not fp16 that "
-            f"overflows. {what_was_applied} A square root or logarithm of 0 does this; "
+            f"are not finite at the smallest loss scale ({scale.scale:g}), in {some(bad)}: "
+            f"it is not fp16 that overflows. {what_was_applied} "
+            "A square root or logarithm of 0 does this; "
             "--precision bf16 or fp32 ends at the first such step."
         )
     raise NonFiniteError(

@@ -44,6 +44,8 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
     """
     sums = StepSums(first=batch.micro_batches[0].request.micro_batch, size=len(batch.micro_batches))
     look_back(training)
+    training.statistics.begin_step()
+    is_whole = True
     for objective in training.objectives:
         optimizer = objective.optimizer
         # The rates of this step: the scheduler moves on below.
@@ -56,11 +58,13 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
             for parameter in objective.frozen:
                 parameter.requires_grad_(True)
         if not is_applied:
-            training.skipped += 1
+            is_whole = False
             # Else torch's schedulers warn of a step never taken.
             optimizer._opt_called = True  # type: ignore[attr-defined]
         if objective.scheduler is not None:
             objective.scheduler.step()
+    if not is_whole:
+        training.skipped += 1
     if training.average is not None:
         training.average.update()
     training.step += 1
