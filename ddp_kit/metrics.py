@@ -66,7 +66,7 @@ def tensor_of(rows: Sequence[Sums], names: Sequence[str], *, device: torch.devic
         for name in names:
             for value in sums.get(name, ABSENT):
                 tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
-                values.append(tensor.detach())
+                values.append(tensor.detach().reshape(()))
     if not values:
         return torch.zeros(shape, dtype=torch.float64, device=device)
     return torch.stack(values).view(shape)

@@ -28,7 +28,7 @@ from ddp_kit.trackers.base import Tracker
 Loaded = TypeVar("Loaded")
 Loss = Callable[[Any, Any], LossSum]
 Scheduler = Callable[[Optimizer, int], Any]
-Pairs = Mapping[str, tuple[Number, Number] | torch.Tensor]
+Pairs = Mapping[str, Sequence[Number] | torch.Tensor]
 
 
 class Callback(Protocol):
@@ -75,7 +75,7 @@ class Recipe:
         test_data: `test_data()`, alike.
         evaluate: `evaluate(model, batch) -> {name: (sum, count) or rows}` (default: the loss's
             sums).
-        summarize: `summarize(means, rows) -> {name: float}`.
+        summarize: `summarize(means, rows) -> {name: float}`; rank 0's is everybody's.
         samples: `samples(model) -> {name: image or text}`, on all ranks.
         objectives: in place of loss and optimizer.
         callbacks: observers of the run, on every rank.

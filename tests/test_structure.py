@@ -37,7 +37,7 @@ BUDGETS = {
     "trackers": 710,
     "strategies": 2640,
     "stopping": 510,
-    "training": 2050,
+    "training": 2450,
     "checkpoint": 3360,
     "setup": 1270,
     "lifecycle": 1690,

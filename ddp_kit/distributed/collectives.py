@@ -109,7 +109,9 @@ def gather_rows(group: Group, rows: torch.Tensor) -> list[torch.Tensor]:
     own = torch.zeros((max(counts), *rows.shape[1:]), dtype=rows.dtype)
     own[: len(rows)] = rows
     every = [torch.empty_like(own) for _ in range(group.world_size)]
-    dist.all_gather(every, own, group=group.control_pg)
+    # As bytes: gloo does not know all dtypes.
+    received = [content.view(torch.uint8) for content in every]
+    dist.all_gather(received, own.view(torch.uint8), group=group.control_pg)
     return [content[:count] for content, count in zip(every, counts, strict=True)]
 
 

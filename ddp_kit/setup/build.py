@@ -123,12 +123,18 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     if settings.ema:
         training.average = WeightAverage(model, decay=settings.ema)
     training.base_sha256 = base_hash
+    sets = data_sets(recipe.eval_data(), what="evaluation") if recipe.eval_data else {}
+    if "test/" in sets and recipe.test_data is not None:
+        raise ConfigError(
+            "one of the sets of eval_data is named 'test', as the metrics of test_data are in "
+            "status.json: name it otherwise."
+        )
     training.notes += split_notes(model, feed.plan, settings, group)
     evaluator = Evaluator(
         recipe=recipe,
         settings=settings,
         group=group,
-        sets=data_sets(recipe.eval_data(), what="evaluation") if recipe.eval_data else {},
+        sets=sets,
         micro_batch=feed.plan.largest,
         placement=feed.placement,
         enter=strategy.enter,

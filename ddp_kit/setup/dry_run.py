@@ -20,6 +20,7 @@ from ddp_kit.distributed.collectives import first_difference
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DdpKitError, no_gradient
 from ddp_kit.strategies import Wrapped
+from ddp_kit.training.answers import require_pairs
 from ddp_kit.training.loss_count import Count, FixedCount, FoundCount, KnownCount
 from ddp_kit.training.nonfinite import samples_named
 from ddp_kit.training.running_stats import Buffer, buffers_put_back
@@ -83,7 +84,8 @@ class DryRun:
         training = self.training
         batch = self._batch
         with samples_named(batch, "before the first step"):
-            total, count, _ = training.strategy.enter(call, batch.batch)
+            total, count, metrics = training.strategy.enter(call, batch.batch)
+        require_pairs(metrics)
         self._check_count_beforehand(count)
         known = _count_of(count, batch.size, feed=self._feed, group=training.group)
         if not total.requires_grad:
