@@ -6,7 +6,8 @@ differ.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import final
 
 import torch
 
@@ -34,11 +35,27 @@ class LossSum:
 
         The term, a scalar, is multiplied by the count, so that the division keeps it.
         """
-        return replace(self, total=self.total + term * self.count)
+        return LossSum(self.total + term * self.count, self.count, self.metrics)
 
     def sums(self) -> dict[str, tuple[Number, Number]]:
         """Returns the loss itself and the metrics, detached, as {name: (sum, count)}."""
         return {"loss": (self.total.detach(), self.count), **self.metrics}
+
+
+@final
+class LossMean(LossSum):
+    """What a loss returns that has a mean at hand in place of a sum, as torch's losses give it.
+
+    It is turned into the sum, and is a LossSum from there on.
+
+    Args: `mean` over the `count` of this micro-batch, a scalar tensor with a graph; `count` and
+        `metrics` as those of LossSum. A count of 0 has no mean: return a LossSum where that occurs.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, mean: torch.Tensor, count: int | torch.Tensor, metrics: Sums | None = None):
+        super().__init__(mean * count, count, {} if metrics is None else metrics)
 
 
 def settled(sums: Sums, *, device: torch.device) -> Sums:

@@ -140,6 +140,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         enter=strategy.enter,
     )
     evaluator.dry_run(model)
+    training.notes += evaluator.notes
     training.notes += best_notes(
         settings.early_stop, evaluator.names, has_test=recipe.test_data is not None
     )

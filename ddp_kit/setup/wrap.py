@@ -20,6 +20,7 @@ from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.local_shard import local
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest, some
+from ddp_kit.io.logs import logger
 from ddp_kit.metrics import LossSum
 from ddp_kit.settings import Precision, Settings
 from ddp_kit.setup.dry_run import DryRun
@@ -65,7 +66,7 @@ def wrap(
     """
     require_equal(model, group=group)
     settings = Settings(exact=exact, find_unused_parameters=find_unused_parameters)
-    return wrap_parts(
+    training = wrap_parts(
         model,
         [Part(loss=loss, optimizer=optimizer, scheduler=scheduler)],
         strategy=choose_strategy(group, settings),
@@ -77,6 +78,10 @@ def wrap(
         exact=exact,
         tuning=tuning,
     )
+    if group.rank == 0:
+        for note in training.notes:
+            logger.warning("note: %s", note)
+    return training
 
 
 def wrap_parts(
@@ -170,7 +175,9 @@ def _objective(
         if parameter.requires_grad and id(parameter) not in own
     ]
     call = LossCall(model, part.loss, precision=precision, device=device)
-    wrapped, count = dry_run.run(call, part.optimizer, parameters, frozen, forward_key=draws)
+    wrapped, count = dry_run.run(
+        call, part.optimizer, parameters, frozen, forward_key=draws, trains=part.trains
+    )
     dtypes = {parameter.dtype for parameter in parameters}
     place = local(parameters[0]).device
     view = wrapped.optimizer_view

@@ -5,7 +5,7 @@ a pass, and the recipe's `samples` are drawn here. When that is done is said in 
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,10 +20,14 @@ from ddp_kit.data.stream_checks import require_beginning_again
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DataError, nearest
+from ddp_kit.metrics import Sums
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
+from ddp_kit.strategies.precision import autocast
+from ddp_kit.training.answers import Answer
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.evaluation import EVALUATION, bare, evaluate, evaluating, measure_of
+from ddp_kit.training.growth import as_it_was, means_among, note_of_metrics, size_of
 from ddp_kit.training.state import Training
 
 
@@ -44,6 +48,8 @@ class Evaluator:
     enter: Callable[..., Any] = bare
     # What an evaluation will report, known from one micro-batch.
     names: dict[str, float] = field(default_factory=dict)
+    # What the user should read at start.
+    notes: list[str] = field(default_factory=list)
 
     def __call__(
         self,
@@ -118,7 +124,9 @@ class Evaluator:
             ConfigError: early stopping watches a metric that evaluation does not produce.
         """
         self._try_streams()
-        self.names = self(model, limit=1)
+        caught: list[Any] = []
+        self.names = self._catching(caught)(model, limit=1)
+        self._note_means(model, caught)
         if self._needs_summary() and self.recipe.summarize is not None and self.sets:
             self.names = self(model, limit=1, summarizes=True)
         if self.sets and not self.names:
@@ -127,6 +135,40 @@ class Evaluator:
                 "returned nothing."
             )
         self._require_watched()
+
+    def _catching(self, caught: list[Any]) -> "Evaluator":
+        """Returns an evaluator that also notes the batches that the recipe's `evaluate` gets."""
+        measure = self.recipe.evaluate
+        if measure is None:
+            return self
+
+        def catching(model: Any, batch: Any) -> Any:
+            caught.append(batch)
+            return measure(model, batch)
+
+        return replace(self, recipe=replace(self.recipe, evaluate=catching))
+
+    def _note_means(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        """Notes what looks like a mean where a sum is meant, where each rank has the whole
+        model."""
+        measure = self.recipe.evaluate
+        if measure is None or self.settings.strategy not in ("ddp", "zero1"):
+            return
+
+        def run(batch: Any, draws: int) -> Sums:
+            seed_forward(forward_key(self.settings.seed), draws, 0, device=self.group.device)
+            return Answer(measure(model, batch), size=size_of(batch)).sums
+
+        found: set[str] = set()
+        for batch in batches:
+            with (
+                evaluating(model),
+                autocast(self.settings.precision, self.group.device),
+                as_it_was(model),
+            ):
+                found.update(means_among(run, batch, size=size_of(batch)))
+        if found:
+            self.notes.append(note_of_metrics(sorted(found), what="evaluate"))
 
     def _try_streams(self) -> None:
         """Raises: DataError if a stream does not begin again, for each evaluation reads it anew, or

@@ -92,7 +92,7 @@ class LossCall(nn.Module):
         if not isinstance(result, LossSum) or not _is_scalar(result.total):
             raise DdpKitError(
                 "the loss must return LossSum(total, count) with a scalar tensor as total; it "
-                f"returned {_described(result)}."
+                f"returned {_described(result)}. Of a mean: LossMean(mean, count)."
             )
         if result.total.is_complex():
             raise DdpKitError(
