@@ -60,6 +60,9 @@ class Program:
                 found.setdefault(name, []).append(total / count)
         made.training.control_packet.close()
         self.trained = made.training.model
+        if made.training.average is not None:
+            average = made.training.average
+            self.average = dict(zip(average.names, average.averages, strict=True))
         return found
 
     def model(self) -> nn.Module:
