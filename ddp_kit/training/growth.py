@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ddp_kit.metrics import Sums
+from ddp_kit.training.running_stats import buffers_put_back
 
 MOST_SAMPLES = 8  # that are tried, and then twice as many
 # Of a count that doubles with the samples.
@@ -51,11 +52,13 @@ def means_among(run: Run, batch: Any, *, size: int) -> list[str]:
         with _uncompiled():
             before = _numbers(run(once, 0))
             after = _numbers(run(twice, 0))
-            suspects = [name for name in before if _is_same(name, before, after)]
-            again = _numbers(run(once, 1)) if suspects else before
+            # Whether there is a suspect or not: a loss that talks to other ranks would wait for
+            # those that see none.
+            again = _numbers(run(once, 1))
     except Exception:
         # Whatever a user's code raises with another number of samples than it was written for.
         return []
+    suspects = [name for name in before if _is_same(name, before, after)]
     if again == before:
         return suspects
     # What is drawn anew may have hidden the growth of a metric; a loss is of all samples.
@@ -65,16 +68,17 @@ def means_among(run: Run, batch: Any, *, size: int) -> list[str]:
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Puts what modules hold by name back at the end: other tensors as buffers, and plain
-    attributes. The values of tensors stay as they are."""
+    attributes. So are the values of buffers; those of weights stay as they are."""
     held = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in held:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+    with buffers_put_back(model):
+        try:
+            yield
+        finally:
+            for module, attributes, buffers in held:
+                vars(module).clear()
+                vars(module).update(attributes)
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
 
 def note_of_loss(what: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import (
     Counting,
     Settings,
@@ -281,3 +282,50 @@ def test_trying_leaves_no_trace(group: Group) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     counting = build(recipe(Settings(), model=Counting), Settings(micro_batch=12), group)
     assert torch.equal(counting.training.model.seen, torch.zeros(6).double())
+
+
+@pytest.mark.ranks(2, deadline_s=20)
+def test_a_loss_that_talks_to_other_ranks_is_tried_as_often_on_each(group: Group) -> None:
+    """As a contrastive one that gathers features: what is a suspect on one rank may be none on another."""
+
+    def loss(model: nn.Module, batch: Any) -> LossSum:
+        found = classify(model, batch)
+        seen = torch.full((), float(len(batch[0])))
+        dist.all_reduce(seen)
+        grows = float(seen) if group.rank else 1.0
+        return LossSum(found.total, found.count, metrics={"seen": (grows, found.count)})
+
+    made = build(recipe(Settings(), loss=loss), Settings(), group)
+    seen = torch.full((), float(group.rank))
+    dist.all_reduce(seen)
+    assert float(seen) == 1.0
+    made.training.control_packet.close()
+
+
+class Ring(nn.Module):
+    """Keeps the last inputs in a buffer that takes whole batches only, as MoCo's queue does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.register_buffer("ring", torch.zeros(80, 6))
+        self.register_buffer("place", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        begin = int(self.place)
+        self.ring[begin : begin + len(inputs)] = inputs
+        self.place.copy_((self.place + len(inputs)) % len(self.ring))
+        return self.linear(inputs)
+
+
+@pytest.mark.ranks(2)
+def test_trying_puts_the_values_of_buffers_back(group: Group) -> None:
+    """What is tried has other numbers of samples, after which no batch would fit."""
+
+    def loss(model: nn.Module, batch: Any) -> LossSum:
+        assert int(model.place) % 20 == 0 or len(batch[0]) != 20
+        return classify(model, batch)
+
+    settings = Settings(global_batch=40)
+    made = build(recipe(settings, model=Ring, loss=loss), settings, group)
+    assert int(made.training.model.place) == 0
