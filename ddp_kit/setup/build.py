@@ -119,6 +119,8 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         has_checkpointed_activations=bool(settings.activation_checkpointing),
         tuning=settings.tuning,
         exact=settings.exact,
+        buffers=recipe.buffers,
+        may_split=settings.strategy in ("fsdp", "deepspeed"),
     )
     if settings.ema:
         training.average = WeightAverage(model, decay=settings.ema)

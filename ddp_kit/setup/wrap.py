@@ -3,7 +3,7 @@
 Nothing is repaired here: an optimizer that does not hold what it should is named and the run ends.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from ddp_kit.distributed.local_shard import local
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest, some
 from ddp_kit.metrics import LossSum
+from ddp_kit.model_state.forward_state import ForwardState
 from ddp_kit.settings import Precision, Settings
+from ddp_kit.setup.buffer_words import attribute_notes, words_by_name
 from ddp_kit.setup.dry_run import DryRun
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.fused_step import fuse
 from ddp_kit.strategies.precision import LossScale
-from ddp_kit.training.running_stats import RunningStatistics
 from ddp_kit.training.state import LossCall, ObjectiveState, Training
 
 
@@ -58,6 +59,7 @@ def wrap(
     find_unused_parameters: bool = False,
     exact: bool = False,
     tuning: bool = True,
+    buffers: Mapping[str, str] | None = None,
 ) -> Training:
     """Wraps a model, its optimizer and its loss for a loop of one's own, with DDP.
 
@@ -76,6 +78,7 @@ def wrap(
         find_unused_parameters=find_unused_parameters,
         exact=exact,
         tuning=tuning,
+        buffers=buffers,
     )
 
 
@@ -92,6 +95,8 @@ def wrap_parts(
     has_checkpointed_activations: bool = False,
     tuning: bool = True,
     exact: bool = False,
+    buffers: Mapping[str, str] | None = None,
+    may_split: bool = False,
 ) -> Training:
     """Makes a model that lies on its device ready to train. Every rank calls it.
 
@@ -99,42 +104,42 @@ def wrap_parts(
         `strategy` has split it; `parts` one or more objectives, with optimizers built from that
         model; `feed` this rank's batches, of which one is used for the dry run; `tuning` gives
         torch's optimizers their fused kernels; `exact` as `--exact`, with as many CPU threads at
-        any number of ranks.
+        any number of ranks; `buffers` as Recipe has it; `may_split` whether ranks will hold parts
+        of the weights where there are several.
     Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer, before the
         first step.
     """
     if exact:
         require_exact(feed, group)
-    statistics = RunningStatistics(
-        model,
-        group,
-        micro_batches=feed.plan.micro_batches,
-        always=has_checkpointed_activations,
-        exact=exact,
+    packet = ControlPacket(group)
+    words = words_by_name(model, buffers or {})
+    always = has_checkpointed_activations
+    forward_state = ForwardState(
+        model, group, feed.plan, control_packet=packet, words=words, always=always, exact=exact
     )
     is_split = strategy.shards is not None
     training = Training(
         group=group,
-        control_packet=ControlPacket(group),
+        control_packet=packet,
         strategy=strategy,
         model=model,
         objectives=[],
-        statistics=statistics,
+        forward_state=forward_state,
         plan=feed.plan,
         grad_clip=grad_clip,
         rounds=_most_micro_batches(feed.plan, group.world_size) if is_split else 0,
     )
-    dry_run = DryRun(training, feed, allows_unused=find_unused_parameters, exact=exact)
-    fused = []
+    dry_run = DryRun(
+        training, feed, allows_unused=find_unused_parameters, may_split=may_split or is_split
+    )
     if tuning:
-        fused = [fuse(part.optimizer) for part in parts]
-    if fused and all(fused):
-        training.tuned.append("fused optimizer")
+        training.tuned += _fused(parts)
     for i, part in enumerate(parts):
         draws = forward_key(feed.seed, objective=i)
         training.objectives.append(
             _objective(part, dry_run, precision=precision, is_only=len(parts) == 1, draws=draws)
         )
+    training.notes += attribute_notes(forward_state)
     return training
 
 
@@ -146,6 +151,12 @@ def require_exact(feed: Feed, group: Group) -> None:
             "Give it __getitem__ and __len__."
         )
     require_subtrees(feed.plan, world_size=group.world_size)
+
+
+def _fused(parts: Sequence[Part]) -> list[str]:
+    """Gives torch's optimizers their fused kernels. Returns what to say of it."""
+    fused = [fuse(part.optimizer) for part in parts]
+    return ["fused optimizer"] if fused and all(fused) else []
 
 
 def _most_micro_batches(plan: BatchPlan, world_size: int) -> int:

@@ -1,7 +1,7 @@
 """DistributedDataParallel around the call of the loss: its options, and what travels compressed.
 
 DDP's own buffer broadcasts stay off: they would throw away the running statistics of all ranks but
-one (see `training.running_stats`).
+one (see `model_state.running_stats`).
 """
 
 import inspect

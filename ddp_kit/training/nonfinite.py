@@ -68,7 +68,7 @@ def raise_unless_overflow(
         NonFiniteError: the loss or gradient is not finite; with rank and samples, or parameters.
         DdpKitError: the count over the whole global batch is 0.
     """
-    training.statistics.restore()
+    training.forward_state.restore()
     step = batch.step + 1
     what_was_applied = _what_was_applied(training, objective)
     own = _first_bad_samples(batch, sums)

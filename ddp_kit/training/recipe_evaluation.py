@@ -5,8 +5,9 @@ a pass, and the recipe's `samples` are drawn here. When that is done is said in 
 """
 
 import itertools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +19,11 @@ from ddp_kit.data.loader import evaluation_batches, first_of_evaluation
 from ddp_kit.data.seeding import forward_key, seed_forward
 from ddp_kit.data.stream_checks import require_beginning_again
 from ddp_kit.data.transfer import Placement
+from ddp_kit.distributed.collectives import gather_bytes
+from ddp_kit.distributed.local_shard import is_split
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DataError, nearest
+from ddp_kit.model_state.untouched import Changes, Snapshot, untouched
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
 from ddp_kit.training.ema import WeightAverage
@@ -44,6 +48,8 @@ class Evaluator:
     enter: Callable[..., Any] = bare
     # What an evaluation will report, known from one micro-batch.
     names: dict[str, float] = field(default_factory=dict)
+    # What an evaluation changes of the model, by name; it is put back.
+    changed: set[str] = field(default_factory=set)
 
     def __call__(
         self,
@@ -67,7 +73,7 @@ class Evaluator:
         if limit is None or summarizes:
             summarize = self.recipe.summarize
         metrics: dict[str, float] = {}
-        with _applied(average):
+        with _applied(average), self._put_back(model) as rewind:
             for prefix, data in self.sets.items():
                 with closing(self._batches(data)) as batches:
                     found = evaluate(
@@ -80,9 +86,28 @@ class Evaluator:
                         seed=self.settings.seed,
                         heed=heed,
                         enter=self.enter,
+                        rewind=rewind,
                     )
                 metrics |= {prefix + name: value for name, value in found.items()}
         return metrics
+
+    @contextmanager
+    def _put_back(self, model: nn.Module) -> Iterator[Callable[[], None] | None]:
+        """Puts back at the end what evaluations were seen to change. Yields what does it before: a
+        micro-batch of an evaluation depends on none before it, for another rank may have run that.
+        """
+        if not self.changed:
+            yield None
+            return
+        snapshot = Snapshot(
+            model,
+            has=lambda place: place.name in self.changed,
+            has_attribute=lambda name: name in self.changed,
+        )
+        try:
+            yield snapshot.put_back
+        finally:
+            snapshot.put_back()
 
     def on(self, sets: Mapping[str, Data]) -> "Evaluator":
         """Returns an evaluator of other data sets, measured in the same way."""
@@ -95,7 +120,7 @@ class Evaluator:
     def samples(self, model: nn.Module) -> Mapping[str, Any]:
         """Calls the recipe's `samples` on this rank."""
         assert self.recipe.samples is not None
-        with evaluating(model):
+        with evaluating(model), self._put_back(model):
             seed_forward(forward_key(self.settings.seed), EVALUATION, 0, device=self.group.device)
             found: Mapping[str, Any] = self.enter(self.recipe.samples, model)
             return found
@@ -118,7 +143,10 @@ class Evaluator:
             ConfigError: early stopping watches a metric that evaluation does not produce.
         """
         self._try_streams()
-        self.names = self(model, limit=1)
+        is_whole = not any(is_split(parameter) for parameter in model.parameters())
+        with untouched(model, weights=is_whole) as snapshot:
+            self.names = self(model, limit=1)
+            self.changed = self._of_all_ranks(snapshot.changes())
         if self._needs_summary() and self.recipe.summarize is not None and self.sets:
             self.names = self(model, limit=1, summarizes=True)
         if self.sets and not self.names:
@@ -127,6 +155,16 @@ class Evaluator:
                 "returned nothing."
             )
         self._require_watched()
+
+    def _of_all_ranks(self, changes: Changes) -> set[str]:
+        """Returns the names of what a trial has changed on any rank: each has run samples of its
+        own."""
+        own = [place.name for place in changes.places]
+        own += [attribute.name for attribute in (*changes.plain, *changes.other)]
+        names: set[str] = set()
+        for row in gather_bytes(self.group, json.dumps(own).encode()):
+            names.update(json.loads(row))
+        return names
 
     def _try_streams(self) -> None:
         """Raises: DataError if a stream does not begin again, for each evaluation reads it anew, or

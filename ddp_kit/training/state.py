@@ -19,13 +19,13 @@ from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
 from ddp_kit.metrics import LossSum, Number, Sums
+from ddp_kit.model_state.forward_state import ForwardState
 from ddp_kit.settings import Precision
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.optimizer_view import OptimizerView
 from ddp_kit.strategies.precision import LossScale, autocast
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.loss_count import Count
-from ddp_kit.training.running_stats import RunningStatistics
 
 # Of a loss's total. In another type the gradient would be rounded to it, and 1 / count with it.
 TOTAL_DTYPES = (torch.float32, torch.float64)
@@ -163,7 +163,7 @@ class Training:
     strategy: Strategy
     model: nn.Module
     objectives: list[ObjectiveState]
-    statistics: RunningStatistics
+    forward_state: ForwardState
     plan: BatchPlan
     grad_clip: float = 0.0
     average: WeightAverage | None = None

@@ -1,0 +1,194 @@
+"""All that forward passes change of a model: the same on all ranks at every step boundary.
+
+These are running statistics, other buffers and weights by their word, and plain attributes. What
+changes is known from the passes before the first step. A buffer that changes for the first time
+later is noticed in that step; what else does, at the next save or evaluation.
+"""
+
+from collections.abc import Mapping
+from typing import final
+
+from torch import nn
+
+from ddp_kit.data.batch_plan import BatchPlan
+from ddp_kit.distributed.control_packet import ControlPacket
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.model_state.attributes import PlainAttributes
+from ddp_kit.model_state.first import First, FirstChange
+from ddp_kit.model_state.first_step import FirstStep
+from ddp_kit.model_state.kept import Kept
+from ddp_kit.model_state.late_changes import LateChanges
+from ddp_kit.model_state.own import Own
+from ddp_kit.model_state.running_stats import RunningStatistics
+from ddp_kit.model_state.sums import Averaged
+from ddp_kit.model_state.untouched import BUFFERS, Changes, Place, places_of
+
+
+@final
+class ForwardState:
+    """What a step keeps of it. See `kept.Kept` for the order of calls, which every rank makes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: Group,
+        plan: BatchPlan,
+        *,
+        control_packet: ControlPacket,
+        words: Mapping[str, str],
+        always: bool = False,
+        exact: bool = False,
+    ):
+        """Args: `words` what is kept of buffers and frozen weights, by name; `always` puts the base
+        back though there is one micro-batch, since its backward pass changes values again; `exact`
+        adds along the fixed tree.
+        """
+        repeats = plan.micro_batches > 1 or always
+        self.statistics = RunningStatistics(
+            model, group, micro_batches=plan.micro_batches, always=always, exact=exact
+        )
+        self.first = First(group, repeats=repeats)
+        self.weights = FirstChange(group, repeats=repeats)
+        self.attributes = PlainAttributes(group, repeats=repeats)
+        self.own: Own | None = None
+        self._words = words
+        self._named: list[Averaged] = []
+        named: dict[str, list[Place]] = {}
+        for place in places_of(model):
+            if place.name in words:
+                named.setdefault(words[place.name], []).append(place)
+        for word in ("mean", "sum"):
+            if word in named:
+                averaged = Averaged(
+                    named[word],
+                    group,
+                    word=word,
+                    micro_batches=plan.micro_batches,
+                    repeats=repeats,
+                    exact=exact,
+                )
+                self._named.append(averaged)
+        if "own" in named:
+            self.own = Own(named["own"], plan, rank=group.rank)
+        self.first.places += named.get("first", [])
+        self._active: list[Kept] = []
+        self.settle()
+        self._model = model
+        self._group = group
+        self._packet = control_packet
+        self._splits = plan.micro_batches > 1
+        self._late: LateChanges | None = None
+        self._first_step: FirstStep | None = None
+        self._has_begun = False
+
+    def take(self, changes: Changes, *, trained: set[int]) -> None:
+        """Takes what was seen to change.
+
+        Args: `trained` the parameters that an optimizer steps, by their identity.
+        """
+        known = {place.name for place in (*self.first.places, *self.weights.places)}
+        for place in changes.places:
+            if self.statistics.owns(place.module, place.attribute):
+                self.statistics.watch_assignments()
+            elif place.name in known or place.name in self._words:
+                continue
+            elif place.register == BUFFERS or id(place.tensor) not in trained:
+                self.first.places.append(place)
+            else:
+                self.weights.places.append(place)
+        self.attributes.add(changes.plain)
+        self.settle()
+
+    def repeat_always(self) -> None:
+        """Puts the base back though there is one micro-batch: its backward changes it again."""
+        self.statistics.average_always()
+        self.first.repeats = True
+        self.weights.repeats = True
+        self.attributes.repeats = True
+        for averaged in self._named:
+            averaged.repeats = True
+
+    def settle(self) -> None:
+        """Takes note of which kinds there are. Whoever adds a place calls it."""
+        self._active = [*self._named]
+        if self.own is not None:
+            self._active.append(self.own)
+        if self.weights.places:
+            self._active.append(self.weights)
+        if self.first.places:
+            self._active.append(self.first)
+        if self.attributes.attributes:
+            self._active.append(self.attributes)
+
+    def _begin_first(self) -> None:
+        """Before the first step: of one micro-batch there is nothing to choose."""
+        self._has_begun = True
+        if not self._splits:
+            return
+        known = {place.name for place in self.first.places} | set(self._words)
+        watched = []
+        for place in places_of(self._model):
+            is_statistic = self.statistics.owns(place.module, place.attribute)
+            if place.register == BUFFERS and place.name not in known and not is_statistic:
+                watched.append(place)
+        if watched:
+            self._late = LateChanges(watched, self.first, self._group, self._packet)
+        if self.first.places or self.attributes.attributes:
+            self._first_step = FirstStep(self._group)
+
+    def begin(self) -> None:
+        """See Kept."""
+        if not self._has_begun:
+            self._begin_first()
+        self.statistics.begin()
+        for kept in self._active:
+            kept.begin()
+        if self._late is not None:
+            self._late.begin()
+
+    def rewind(self, slot: int) -> None:
+        """See Kept."""
+        self.statistics.rewind()
+        for kept in self._active:
+            kept.rewind(slot)
+        if self._late is not None:
+            self._late.rewind()
+
+    def capture(self, slot: int) -> None:
+        """See Kept."""
+        self.statistics.capture()
+        for kept in self._active:
+            kept.capture(slot)
+        if self._late is not None:
+            self._late.capture(slot)
+        if self._first_step is not None:
+            self._first_step.capture(self._unsaid(), self.attributes)
+
+    def _unsaid(self) -> list[Place]:
+        """Returns what is kept of the first micro-batch though nobody said so."""
+        return [place for place in self.first.places if place.name not in self._words]
+
+    def launch(self) -> None:
+        """See Kept."""
+        self.statistics.launch()
+        for kept in self._active:
+            kept.launch()
+        if self._late is not None:
+            self._late.launch()
+
+    def finish(self) -> None:
+        """See Kept."""
+        self.statistics.finish()
+        if self._late is not None and self._late.finish():
+            self.settle()
+        for kept in self._active:
+            kept.finish()
+        if self._first_step is not None:
+            self._first_step.finish()
+            self._first_step = None
+
+    def restore(self) -> None:
+        """See Kept."""
+        self.statistics.restore()
+        for kept in self._active:
+            kept.restore()
