@@ -20,6 +20,12 @@ from ddp_kit.checkpoint.format.fit import Kind, require_fit
 from ddp_kit.checkpoint.format.layout import NAMES
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.sharding import Piece, Shape, cut
+from ddp_kit.checkpoint.forward_values import (
+    forward_values,
+    own_items,
+    restore_forward,
+    take_passing,
+)
 from ddp_kit.checkpoint.optimizer_state import (
     advance_schedule,
     allocate,
@@ -73,6 +79,7 @@ def _model_items(training: Training) -> dict[str, Item]:
     items: dict[str, Item] = dict(
         model_tensors(training.model, trainable_only=bool(training.base_sha256))
     )
+    items |= own_items(training)
     average = training.average
     if average is None:
         return items
@@ -91,7 +98,8 @@ def _part(item: Item) -> Held | Fragment:
     return held(item) if isinstance(item, torch.Tensor) else item
 
 
-def _kind(item: Item) -> Kind:
+def kind_of_item(item: Item) -> Kind:
+    """Returns the shape and dtype of the whole of an item."""
     part = _part(item)
     return tuple(part.shape), memory_of(part).dtype
 
@@ -117,6 +125,7 @@ def state_of(
         "base_sha256": training.base_sha256,
         "tied": tied_names(training.model),
     }
+    values |= forward_values(training)
     if early_stopping is not None:
         own = {
             "best": early_stopping.best,
@@ -127,7 +136,7 @@ def state_of(
     values |= more or {}
     kinds: dict[str, Any] = {}
     for name, item in items.items():
-        shape, dtype = _kind(item)
+        shape, dtype = kind_of_item(item)
         kinds[name] = [list(shape), NAMES[dtype]]
     if not all(objective.optimizer_view.has_all for objective in training.objectives):
         _share_what_each_rank_knows(training, objectives, kinds)
@@ -212,8 +221,10 @@ def restore_state(
     of_no_parameter = _empty_like_saved(opened)
     targets |= of_no_parameter
     tensors |= of_no_parameter
-    wanted = {name: _kind(item) for name, item in targets.items()}
-    require_fit(opened.kinds, wanted, where=opened.folder)
+    reshaped = take_passing(opened, training, targets)
+    wanted = {name: kind_of_item(item) for name, item in targets.items()}
+    found = {name: opened.kinds[name] for name in opened.kinds if name not in reshaped.left_out}
+    require_fit(found, wanted, where=opened.folder)
     if not keeps_hyperparameters:
         for objective in training.objectives:
             advance_schedule(objective, steps=values["step"], where=opened.folder)
@@ -230,6 +241,8 @@ def restore_state(
             tensors,
             keeps_hyperparameters=keeps_hyperparameters,
         )
+    reshaped.put(training.model)
+    restore_forward(opened, training, targets)
     training.step = values["step"]
     training.skipped = values["skipped"]
     if early_stopping is not None and "early_stopping" in values:

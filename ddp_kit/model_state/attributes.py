@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, final
 
+from torch import nn
+
 from ddp_kit.distributed.collectives import from_rank
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
@@ -115,11 +117,19 @@ class PlainAttributes:
         names = [attribute.name for attribute in self.attributes]
         return dict(zip(names, self.values(), strict=True))
 
-    def take(self, saved: Mapping[str, Encoded]) -> None:
-        """Takes what `saved` gave."""
-        for attribute in self.attributes:
-            if attribute.name in saved:
-                put(attribute, decoded(saved[attribute.name]))
+    def take(self, model: nn.Module, saved: Mapping[str, Encoded]) -> None:
+        """Takes what `saved` gave, of attributes too that were not seen to change by now."""
+        found = []
+        modules = dict(model.named_modules())
+        for name, value in saved.items():
+            owner, _, key = name.rpartition(".")
+            if owner not in modules:
+                continue
+            attribute = Attribute(name, modules[owner], key)
+            if value is not None or not image_of(attribute.value).is_large:
+                put(attribute, decoded(value))
+                found.append(attribute)
+        self.add(found)
 
 
 def put(attribute: Attribute, value: Any) -> None:

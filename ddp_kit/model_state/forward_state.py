@@ -13,6 +13,7 @@ from torch import nn
 from ddp_kit.data.batch_plan import BatchPlan
 from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.tensors_from_rank import kind_of
 from ddp_kit.model_state.attributes import PlainAttributes
 from ddp_kit.model_state.first import First, FirstChange
 from ddp_kit.model_state.first_step import FirstStep
@@ -21,7 +22,7 @@ from ddp_kit.model_state.late_changes import LateChanges
 from ddp_kit.model_state.own import Own
 from ddp_kit.model_state.running_stats import RunningStatistics
 from ddp_kit.model_state.sums import Averaged
-from ddp_kit.model_state.untouched import BUFFERS, Changes, Place, places_of
+from ddp_kit.model_state.untouched import BUFFERS, Changes, Place, kinds_of, places_of
 
 
 @final
@@ -74,6 +75,9 @@ class ForwardState:
         self._active: list[Kept] = []
         self.settle()
         self._model = model
+        self._kinds = kinds_of(model)
+        # Names of buffers whose shape a forward pass was seen to change.
+        self.reshaped: set[str] = set()
         self._group = group
         self._packet = control_packet
         self._splits = plan.micro_batches > 1
@@ -97,7 +101,18 @@ class ForwardState:
             else:
                 self.weights.places.append(place)
         self.attributes.add(changes.plain)
+        self.reshaped |= changes.reshaped
         self.settle()
+
+    def reshaped_by_now(self) -> dict[str, bool]:
+        """Returns the buffers of another shape than before the first step, and whether state dicts
+        have them."""
+        found = {}
+        for place in places_of(self._model):
+            is_buffer = place.register == BUFFERS and place.tensor is not None
+            if is_buffer and kind_of(place.tensor) != self._kinds.get(place.name):
+                found[place.name] = place.is_persistent
+        return found
 
     def repeat_always(self) -> None:
         """Puts the base back though there is one micro-batch: its backward changes it again."""

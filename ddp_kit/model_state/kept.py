@@ -45,6 +45,8 @@ class Base:
         """Args: `values` the place's own as they were, if they are known already."""
         self.place = place
         self.tensor = place.tensor
+        # One that a forward pass registers is not there before it.
+        self._is_there = place.is_there
         self._memory = None if self.tensor is None else self.tensor.detach()
         self.values = values
         if values is None and self._memory is not None:
@@ -61,14 +63,19 @@ class Base:
     def write(self, value: torch.Tensor | None) -> None:
         """Puts another value in place: into the same memory if it has the same shape."""
         if value is None or self._memory is None or value.shape != self._memory.shape:
-            self.place.put(None if value is None else value.clone())
+            if value is None and not self._is_there:
+                self.place.remove()
+            else:
+                self.place.put(None if value is None else value.clone())
             return
         self._put_tensor()
         if value.data_ptr() != self._memory.data_ptr():
             self._memory.copy_(value)
 
     def _put_tensor(self) -> None:
-        if self.place.tensor is not self.tensor:
+        if not self._is_there:
+            self.place.remove()
+        elif self.place.tensor is not self.tensor:
             self.place.put(self.tensor)
         if self.tensor is None or self._memory is None:
             return

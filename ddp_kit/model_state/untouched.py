@@ -15,6 +15,7 @@ from torch import nn
 
 from ddp_kit.data.seeding import generators_put_back
 from ddp_kit.distributed.local_shard import is_split
+from ddp_kit.distributed.tensors_from_rank import Kind, kind_of
 from ddp_kit.model_state.images import Image, image_of, same_bits
 
 BUFFERS = "_buffers"
@@ -41,6 +42,15 @@ class Place:
         getattr(self.module, self.register)[self.attribute] = tensor
 
     @property
+    def is_there(self) -> bool:
+        """Whether the register has an entry, be it None."""
+        return self.attribute in getattr(self.module, self.register)
+
+    def remove(self) -> None:
+        """Takes the entry out of the register."""
+        getattr(self.module, self.register).pop(self.attribute, None)
+
+    @property
     def is_persistent(self) -> bool:
         """Whether state dicts have it."""
         return self.attribute not in self.module._non_persistent_buffers_set
@@ -55,6 +65,12 @@ def places_of(model: nn.Module) -> list[Place]:
                 name = f"{prefix}.{attribute}".lstrip(".")
                 found.append(Place(name, module, attribute, register))
     return found
+
+
+def kinds_of(model: nn.Module) -> dict[str, Kind]:
+    """Returns shape and dtype of each buffer, None for those that are empty, by name."""
+    places = places_of(model)
+    return {place.name: kind_of(place.tensor) for place in places if place.register == BUFFERS}
 
 
 @dataclass
@@ -76,6 +92,8 @@ class Changes:
     """What is no longer as it was."""
 
     places: list[Place] = field(default_factory=list)
+    # Names of those places that have another shape, or were empty or not there.
+    reshaped: set[str] = field(default_factory=set)
     # Numbers, texts and containers of them.
     plain: list[Attribute] = field(default_factory=list)
     # Tensors and other objects.
@@ -156,11 +174,14 @@ class Snapshot:
         for noted in self._noted:
             if not noted.is_here():
                 found.places.append(noted.place)
+                if kind_of(noted.place.tensor) != kind_of(noted.values):
+                    found.reshaped.add(noted.place.name)
                 if _is_replaced(noted):
                     found.built.append(noted.place.name)
         for place in self._new_places():
             if place.register == BUFFERS:
                 found.places.append(place)
+                found.reshaped.add(place.name)
             else:
                 found.built.append(place.name)
         names = {}

@@ -123,7 +123,8 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         may_split=settings.strategy in ("fsdp", "deepspeed"),
     )
     if settings.ema:
-        training.average = WeightAverage(model, decay=settings.ema)
+        reshaped = training.forward_state.reshaped
+        training.average = WeightAverage(model, decay=settings.ema, reshaped=reshaped)
     training.base_sha256 = base_hash
     training.notes += split_notes(model, feed.plan, settings, group)
     evaluator = Evaluator(
