@@ -6,14 +6,14 @@ the global batch makes of it stays, on all ranks. Checkpoints hold them.
 
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from torch import nn
 
 from ddp_kit.distributed.collectives import from_rank
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.errors import DdpKitError
+from ddp_kit.errors import DdpKitError, some
 from ddp_kit.io.logs import logger
 from ddp_kit.model_state.images import Encoded, Image, decoded, encoded, image_of
 from ddp_kit.model_state.untouched import Attribute
@@ -130,6 +130,14 @@ class PlainAttributes:
                 put(attribute, decoded(value))
                 found.append(attribute)
         self.add(found)
+
+
+def attribute_note(names: Sequence[str]) -> str:
+    """Returns what the user should know of attributes that training changes."""
+    return (
+        f"the forward pass changes the attributes {some(names)} of the model: what the first "
+        "micro-batch of a step makes of them stays, and checkpoints hold them"
+    )
 
 
 def put(attribute: Attribute, value: Any) -> None:

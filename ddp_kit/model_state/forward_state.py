@@ -5,16 +5,21 @@ changes is known from the passes before the first step. A buffer that changes fo
 later is noticed in that step; what else does, at the next save or evaluation.
 """
 
+import json
 from collections.abc import Mapping
 from typing import final
 
 from torch import nn
 
 from ddp_kit.data.batch_plan import BatchPlan
+from ddp_kit.distributed.collectives import gather_bytes
 from ddp_kit.distributed.control_packet import ControlPacket
+from ddp_kit.distributed.local_shard import is_split
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.tensors_from_rank import kind_of
-from ddp_kit.model_state.attributes import PlainAttributes
+from ddp_kit.errors import DdpKitError
+from ddp_kit.io.logs import logger
+from ddp_kit.model_state.attributes import PlainAttributes, attribute_note
 from ddp_kit.model_state.first import First, FirstChange
 from ddp_kit.model_state.first_step import FirstStep
 from ddp_kit.model_state.kept import Kept
@@ -22,7 +27,15 @@ from ddp_kit.model_state.late_changes import LateChanges
 from ddp_kit.model_state.own import Own
 from ddp_kit.model_state.running_stats import RunningStatistics
 from ddp_kit.model_state.sums import Averaged
-from ddp_kit.model_state.untouched import BUFFERS, Changes, Place, kinds_of, places_of
+from ddp_kit.model_state.untouched import (
+    BUFFERS,
+    Attribute,
+    Changes,
+    Place,
+    Snapshot,
+    kinds_of,
+    places_of,
+)
 
 
 @final
@@ -84,6 +97,7 @@ class ForwardState:
         self._late: LateChanges | None = None
         self._first_step: FirstStep | None = None
         self._has_begun = False
+        self._before: Snapshot | None = None
 
     def take(self, changes: Changes, *, trained: set[int]) -> None:
         """Takes what was seen to change.
@@ -135,19 +149,59 @@ class ForwardState:
         if self.attributes.attributes:
             self._active.append(self.attributes)
 
+    def look(self) -> None:
+        """Looks for what has changed since the first step and was not seen to before. Every rank
+        calls it, at a step boundary.
+
+        Raises: DdpKitError on every rank for a buffer that is changed without a sign of it.
+        """
+        if self._before is None:
+            return
+        if self._late is not None:
+            self._late.inspect()
+        changes = self._before.changes()
+        unseen = self._late.unseen() if self._late is not None else []
+        own = [unseen, [attribute.name for attribute in changes.plain]]
+        names: set[str] = set()
+        for row in gather_bytes(self._group, json.dumps(own).encode()):
+            others_unseen, plain = json.loads(row)
+            unseen += others_unseen
+            names.update(plain)
+        if unseen:
+            raise DdpKitError(
+                f"{unseen[0]} is changed by `.data`, and was not before the first step. Say in "
+                f'Recipe(buffers={{"{unseen[0]}": ...}}) what stays of it: "mean", "sum", "first" '
+                'or "own".'
+            )
+        modules = dict(self._model.named_modules())
+        found = []
+        for name in sorted(names):
+            owner, _, key = name.rpartition(".")
+            found.append(Attribute(name, modules[owner], key))
+        new = self.attributes.add(found)
+        if new:
+            self.attributes.agree()
+            self.settle()
+            logger.info("note: %s", attribute_note(new))
+
     def _begin_first(self) -> None:
         """Before the first step: of one micro-batch there is nothing to choose."""
         self._has_begun = True
+        self._before = Snapshot(self._model, has=lambda place: False)
         if not self._splits:
             return
-        known = {place.name for place in self.first.places} | set(self._words)
+        kept = (*self.first.places, *self.weights.places)
+        known = {place.name for place in kept} | set(self._words)
         watched = []
+        weights = []
         for place in places_of(self._model):
-            is_statistic = self.statistics.owns(place.module, place.attribute)
-            if place.register == BUFFERS and place.name not in known and not is_statistic:
+            if place.name in known or self.statistics.owns(place.module, place.attribute):
+                continue
+            if place.register == BUFFERS:
                 watched.append(place)
-        if watched:
-            self._late = LateChanges(watched, self.first, self._group, self._packet)
+            elif place.tensor is not None and not is_split(place.tensor):
+                weights.append(place)
+        self._late = LateChanges(watched, self.first, self._group, self._packet, weights=weights)
         if self.first.places or self.attributes.attributes:
             self._first_step = FirstStep(self._group)
 

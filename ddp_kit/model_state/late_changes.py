@@ -1,7 +1,8 @@
 """Buffers that a forward pass changes for the first time in the middle of a run.
 
 They are watched by identity and version, which takes a look. Once one has changed on any rank, all
-ranks keep what the first micro-batch makes of it, in this step already.
+ranks keep what the first micro-batch makes of it, in this step already. Of weights no copy is at
+hand: one that only now begins to change ends the run.
 """
 
 import json
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from ddp_kit.distributed.collectives import gather_bytes
 from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.errors import some
+from ddp_kit.errors import DdpKitError, some
 from ddp_kit.io.logs import logger
 from ddp_kit.model_state.first import First
 from ddp_kit.model_state.images import same_bits
@@ -25,11 +26,22 @@ from ddp_kit.model_state.untouched import Place
 class LateChanges:
     """Watches buffers in the steps of several micro-batches. See `kept.Kept` for the calls."""
 
-    def __init__(self, places: list[Place], first: First, group: Group, packet: ControlPacket):
+    def __init__(
+        self,
+        places: list[Place],
+        first: First,
+        group: Group,
+        packet: ControlPacket,
+        *,
+        weights: list[Place],
+    ):
         """Args: `places` to be watched; `first` takes those that change; `packet` travels in the
-        same group.
+        same group; `weights` are watched in the step after each `inspect`.
         """
         self._first = first
+        self._weights = weights
+        self._inspects = True
+        self._weight_versions: list[int] = []
         self._group = group
         self._packet = packet
         self._watched = [Base(place) for place in places]
@@ -41,6 +53,8 @@ class LateChanges:
 
     def begin(self) -> None:
         """Takes the base of a step. Between steps others may have written into a buffer."""
+        if self._inspects:
+            self._weight_versions = [_version_of(place) for place in self._weights]
         for i, base in enumerate(self._watched):
             version = _version(base)
             if version != self._versions[i] or base.place.tensor is not base.tensor:
@@ -52,14 +66,30 @@ class LateChanges:
         for base, _ in self._moved.values():
             base.put()
 
+    def inspect(self) -> None:
+        """Asks for a look at the weights in the next step."""
+        self._inspects = True
+
     def capture(self, slot: int) -> None:
-        """See Kept."""
+        """See Kept. Raises: DdpKitError for a weight that has begun to change."""
+        if self._inspects:
+            self._refuse_changed_weights()
         for base, version in zip(self._watched, self._versions, strict=True):
             if base.place.tensor is base.tensor and _version(base) == version:
                 continue
             if base.place.name not in self._moved:
                 kept = current(base.place) if slot == 0 else base.values
                 self._moved[base.place.name] = (base, kept)
+
+    def _refuse_changed_weights(self) -> None:
+        for place, version in zip(self._weights, self._weight_versions, strict=True):
+            if _version_of(place) != version:
+                raise DdpKitError(
+                    f"the forward pass changes the weight {place.name}, as it did not before the "
+                    "first step. Let it change from the first pass on, or make it a buffer; of a "
+                    f'frozen one say in Recipe(buffers={{"{place.name}": ...}}) what stays, "mean" '
+                    'or "first".'
+                )
 
     def launch(self) -> None:
         """Asks whether any rank has seen a change."""
@@ -72,6 +102,7 @@ class LateChanges:
 
     def finish(self) -> bool:
         """Keeps what has changed on any rank. Returns whether anything has."""
+        self._inspects = False
         if self._work is not None:
             if self._packet.in_flight is not None:
                 self._packet.in_flight.wait()
@@ -112,5 +143,9 @@ class LateChanges:
 
 
 def _version(base: Base) -> int:
-    tensor = base.place.tensor
+    return _version_of(base.place)
+
+
+def _version_of(place: Place) -> int:
+    tensor = place.tensor
     return -1 if tensor is None else tensor._version

@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ddp_kit.errors import ConfigError, nearest, some
-from ddp_kit.model_state.forward_state import ForwardState
 from ddp_kit.model_state.running_stats import STATISTICS, has_statistics
 from ddp_kit.model_state.untouched import BUFFERS, Place, places_of
 
@@ -99,14 +98,3 @@ def _require_fitting(place: Place, word: str) -> None:
             f"{said}it holds {str(tensor.dtype).removeprefix('torch.')}, of which 'first' or 'own' "
             "may stay."
         )
-
-
-def attribute_notes(state: ForwardState) -> list[str]:
-    """Returns what the user should know of attributes that training changes."""
-    names = [attribute.name for attribute in state.attributes.attributes]
-    if not names:
-        return []
-    return [
-        f"the forward pass changes the attributes {some(names)} of the model: what the first "
-        "micro-batch of a step makes of them stays, and checkpoints hold them"
-    ]

@@ -21,9 +21,10 @@ from ddp_kit.distributed.local_shard import local
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest, some
 from ddp_kit.metrics import LossSum
+from ddp_kit.model_state.attributes import attribute_note
 from ddp_kit.model_state.forward_state import ForwardState
 from ddp_kit.settings import Precision, Settings
-from ddp_kit.setup.buffer_words import attribute_notes, words_by_name
+from ddp_kit.setup.buffer_words import words_by_name
 from ddp_kit.setup.dry_run import DryRun
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
@@ -139,7 +140,9 @@ def wrap_parts(
         training.objectives.append(
             _objective(part, dry_run, precision=precision, is_only=len(parts) == 1, draws=draws)
         )
-    training.notes += attribute_notes(forward_state)
+    changed = [attribute.name for attribute in forward_state.attributes.attributes]
+    if changed:
+        training.notes.append(attribute_note(changed))
     return training
 
 

@@ -180,13 +180,16 @@ class Training:
     # Of the frozen weights, if checkpoints leave them out.
     base_sha256: str = ""
     checkpoints: SavesState | None = None
+    # At which the ranks were last seen to hold the same model.
+    agreed_step: int = -1
     # A deferred step that the host has not seen yet.
     suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None
 
     def after_first_step(self) -> None:
-        """After the first step of an attempt: shorter timeouts, and room for the first save. Every
-        rank calls it."""
+        """After the first step of an attempt: shorter timeouts, a look at what it has changed, and
+        room for the first save. Every rank calls it."""
         self.group.shorten_timeouts()
+        self.forward_state.look()
         if self.checkpoints is not None:
             self.checkpoints.prepare()
 
