@@ -89,7 +89,8 @@ class Census:
     def after_backward(self) -> None:
         """After the backward pass. One that runs the forward pass again changes buffers again."""
         assert self._middle is not None
-        if self._middle.changes().places:
+        changes = self._middle.changes()
+        if changes.places or changes.plain:
             self._training.forward_state.repeat_always()
         self._middle = None
 

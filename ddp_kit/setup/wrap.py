@@ -64,9 +64,15 @@ def wrap(
 ) -> Training:
     """Wraps a model, its optimizer and its loss for a loop of one's own, with DDP.
 
-    Every rank calls it; see `wrap_parts`, also for what it raises.
+    Every rank calls it; see `wrap_parts`, also for what it raises. `buffers` is that of Recipe;
+    `exact` wants `process_group(threads=...)` on a CPU.
     """
     require_equal(model, group=group)
+    if exact and group.device.type == "cpu" and not group.has_stated_threads:
+        raise ConfigError(
+            "wrap(exact=True): sums depend on a rank's number of CPU threads, which follows from "
+            "cores and ranks here. State it: process_group(threads=1)."
+        )
     settings = Settings(exact=exact, find_unused_parameters=find_unused_parameters)
     return wrap_parts(
         model,
