@@ -19,7 +19,7 @@ from ddp_kit.distributed.failures import FailureReport
 from ddp_kit.distributed.gloo_abort import Connections, abandon
 from ddp_kit.distributed.node_check import NodeCheck, node_check
 from ddp_kit.distributed.process_tuning import set_threads, tune_process
-from ddp_kit.distributed.rendezvous import gather, hosts_store, rendezvous
+from ddp_kit.distributed.rendezvous import Place, gather, hosts_store, place_of, rendezvous
 from ddp_kit.distributed.topology import Topology, environment_default, read_topology
 from ddp_kit.errors import ConfigError
 
@@ -170,6 +170,7 @@ def process_group(
         check, DdpKitError if rank 0 is not found in time, and what torch raises.
     """
     topology = read_topology() if topology is None else topology
+    place = place_of(topology, init_method=init_method)
     check = node_check(topology, run_dir)
     chosen = check.device(lambda: choose_device(device, topology=topology))
     alone = FailureReport(rank=topology.rank, world_size=topology.world_size)
@@ -187,10 +188,10 @@ def process_group(
     with ExitStack() as stack:
         if topology.nodes == 1:
             stack.enter_context(environment_default("GLOO_SOCKET_IFNAME", _loopback()))
-        with check.judging():
-            usual = timedelta(seconds=first_timeout_s)
-            _join(group, init_method=init_method, usual=usual, check=check)
+        usual = timedelta(seconds=first_timeout_s)
         with _leaving(group):
+            with check.judging():
+                _join(group, place, init_method=init_method, usual=usual, check=check)
             yield group
             group.read_unseen()
 
@@ -221,11 +222,13 @@ def _loopback() -> str:
     return next((name for name in ("lo", "lo0") if name in names), names[0])
 
 
-def _join(group: Group, *, init_method: str | None, usual: timedelta, check: NodeCheck) -> None:
+def _join(
+    group: Group, place: Place, *, init_method: str | None, usual: timedelta, check: NodeCheck
+) -> None:
     """Finds the peers and makes the groups, in the time that the node check leaves, if it is on."""
     topology = group.topology
     timeout = check.timeout(usual)
-    with rendezvous(topology, init_method=init_method, timeout=timeout) as store:
+    with rendezvous(topology, place, init_method=init_method, timeout=timeout) as store:
         check.roll_call(store, group.device)
         gather(store, topology, timeout=timeout)
     group.failure_report = FailureReport(
