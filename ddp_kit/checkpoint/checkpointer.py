@@ -139,7 +139,8 @@ class Checkpointer:
         """
         self.saved_step = opened.manifest.step
         self.committed_step = self.saved_step
-        self._best = float(opened.values["best"])
+        if opened.manifest.best_by in ("", self._best_by()):
+            self._best = float(opened.values["best"])
         if self._training.group.rank == 0:
             set_aside_newer(self.storage, self.saved_step)
 
@@ -170,15 +171,16 @@ class Checkpointer:
         self.saved_step = training.step
         self._last_save = time.monotonic()
 
+    def _best_by(self) -> str:
+        """Returns how the best checkpoint is told, "" if none is."""
+        return f"{self._keep.mode} {self._keep.metric}" if self._keep.metric else ""
+
     def _manifest(self, metrics: Mapping[str, float]) -> Manifest:
         """Returns the manifest of the current step, without files."""
         training = self._training
         steps_per_epoch = self._about.steps_per_epoch
         epoch = training.step // steps_per_epoch if steps_per_epoch else 0
         binding = json.dumps(self._about.binding, sort_keys=True)
-        best_by = ""
-        if self._keep.metric:
-            best_by = f"{self._keep.mode} {self._keep.metric}"
         finite_or_text: dict[str, float | str] = {}
         for name, value in metrics.items():
             finite_or_text[name] = value if math.isfinite(value) else repr(value)
@@ -188,7 +190,7 @@ class Checkpointer:
             world_size=training.group.world_size,
             settings_sha256=hashlib.sha256(binding.encode()).hexdigest(),
             time=time.time(),
-            best_by=best_by,
+            best_by=self._best_by(),
             cursor={
                 "step": training.step,
                 "epoch": epoch,

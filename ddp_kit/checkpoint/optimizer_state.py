@@ -2,23 +2,26 @@
 schedule, by parameter name, so that another world size or strategy can read it.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from ddp_kit.checkpoint.format.encoding import decode, encode, references
 from ddp_kit.checkpoint.format.opened import Opened
+from ddp_kit.checkpoint.hyperparameters import (
+    KEEPS_OWN,
+    counted_keys,
+    with_own_hyperparameters,
+)
+from ddp_kit.checkpoint.kinds import kind_of, kind_of_schedule
+from ddp_kit.checkpoint.optimizer_rest import has_own_state_dict, rest_of
+from ddp_kit.checkpoint.optimizer_rest_back import restore_rest
 from ddp_kit.distributed.local_shard import Item, held, memory_of
 from ddp_kit.errors import ConfigError
 from ddp_kit.training.state import ObjectiveState
-
-# Of a parameter group: how it is computed, which is each attempt's own, not what.
-KEEPS_OWN = {"params", "foreach", "fused", "capturable", "differentiable"}
 
 
 def objective_values(
@@ -36,26 +39,56 @@ def objective_values(
     for i, group in enumerate(objective.optimizer.param_groups):
         own = {key: value for key, value in group.items() if key not in KEEPS_OWN}
         groups.append(encode(own, shared, name=f"{prefix}group.{i}"))
-    for parameter, kept in objective.optimizer_view.items():
+    view = objective.optimizer_view
+    # One that says itself what its state is has it in its rest.
+    kept_by_us = [] if has_own_state_dict(view.stepped) else view.items()
+    for parameter, kept in kept_by_us:
         name = names[id(parameter)]
         found: dict[str, torch.Tensor] = {}
         states[name] = {
             key: encode(value, found, name=f"{prefix}{name}/{key}") for key, value in kept.items()
         }
-        for reference, tensor in found.items():
-            items[reference] = _to_save(objective, parameter, reference, tensor)
-    schedule = None
-    if objective.scheduler is not None:
-        schedule = objective.scheduler.state_dict()
-    encoded = encode(schedule, shared, name=f"scheduler/{objective.name}")
-    items |= shared
+        saved = {key: _to_save(objective, parameter, key, found[key]) for key in found}
+        _add(items, saved)
+    encoded = encode(_schedule_state(objective), shared, name=f"scheduler/{objective.name}")
+    rest = rest_of(view, objective.marks, names, shared, name=f"{prefix}rest")
+    _add(items, shared)
     return {
         "name": objective.name,
+        "optimizer": kind_of(objective.optimizer),
+        "schedule": kind_of_schedule(objective.scheduler),
         "groups": groups,
+        "counted": counted_keys(objective),
         "state": states,
+        "rest": rest,
         "scheduler": encoded,
         "scale": asdict(objective.scale),
     }
+
+
+def _add(items: dict[str, Item], more: Mapping[str, Item]) -> None:
+    """Adds tensors. Raises: ConfigError if two have one name: one would be read as both."""
+    for name, item in more.items():
+        if name in items:
+            raise ConfigError(
+                f"two tensors of the optimizer would be {name} in a checkpoint: a name of a "
+                "parameter and a key of its state hold a slash. Name one of them otherwise."
+            )
+        items[name] = item
+
+
+def _schedule_state(objective: ObjectiveState) -> Any:
+    """Returns a schedule's state, None without one. Raises: ConfigError if it cannot tell it."""
+    scheduler = objective.scheduler
+    if scheduler is None:
+        return None
+    if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
+        raise ConfigError(
+            f"the scheduler ({type(scheduler).__name__}) has no state_dict and load_state_dict, "
+            "without which no run can go on from a checkpoint. Give it both, of numbers, texts and "
+            "lists of them, or take one of torch's or of ddp_kit.schedules."
+        )
+    return scheduler.state_dict()
 
 
 def _to_save(
@@ -141,12 +174,13 @@ def restore_objective(
     """Gives an optimizer its state back, from tensors that have been read. See `restore_state`."""
     optimizer = objective.optimizer
     states = {names[name]: decode(kept, tensors) for name, kept in saved["state"].items()}
+    numbers = [decode(group, tensors) for group in saved["groups"]]
+    if not keeps_hyperparameters:
+        numbers = with_own_hyperparameters(objective, saved, numbers)
     objective.optimizer_view.restore(states)
-    for own, group in zip(optimizer.param_groups, saved["groups"], strict=True):
-        numbers = decode(group, tensors)
-        if not keeps_hyperparameters:
-            numbers = _counted(optimizer, numbers)
-        own.update(numbers)
+    restore_rest(objective.optimizer_view.stepped, saved.get("rest", {}), names, tensors)
+    for own, group in zip(optimizer.param_groups, numbers, strict=True):
+        own.update(group)
     if objective.scheduler is not None and keeps_hyperparameters:
         objective.scheduler.load_state_dict(decode(saved["scheduler"], tensors))
     # Another precision begins with its own scale.
@@ -176,18 +210,3 @@ def advance_schedule(objective: ObjectiveState, *, steps: int, where: str) -> No
             f"not go as far: {error} "
             "Type more --epochs or --max-steps, or the settings as they were."
         ) from error
-
-
-def _counted(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what an optimizer itself counts in a group, as schedule-free ones do: what it adds to
-    the arguments it is built with.
-    """
-    arguments = {"lr"}
-    for kind in type(optimizer).__mro__:
-        if "__init__" in vars(kind):
-            arguments |= set(inspect.signature(vars(kind)["__init__"]).parameters)
-    return {
-        key: value
-        for key, value in group.items()
-        if key in optimizer.defaults and key not in arguments
-    }

@@ -26,6 +26,7 @@ from ddp_kit.training.state import Training
 # What says nothing about the experiment: fields, and groups of them.
 FREE = {name for name, rule in rules(Settings).items() if rule.is_free}
 RECIPE = "recipe's text"
+OTHER_RULE = {"early_stop.metric", "early_stop.mode"}
 SEALED = "pbkdf2:"  # no JSON text begins so
 ROUNDS = 100_000  # 0.05 s: a short password should not be found by trying
 
@@ -138,8 +139,13 @@ def resume(
     Raises: ConfigError for a checkpoint that does not fit, with nothing changed.
     """
     changed = require_unchanged(opened, new, change=settings.change)
+    # What was best by another metric says nothing.
+    is_other_rule = not OTHER_RULE.isdisjoint(changed)
     restore_state(
-        opened, training, early_stopping=early_stopping, keeps_hyperparameters=not changed
+        opened,
+        training,
+        early_stopping=None if is_other_rule else early_stopping,
+        keeps_hyperparameters=not changed,
     )
     assert isinstance(training.checkpoints, Checkpointer)
     training.checkpoints.resumed(opened)

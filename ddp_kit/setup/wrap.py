@@ -4,7 +4,7 @@ Nothing is repaired here: an optimizer that does not hold what it should is name
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.fused_step import fuse
 from ddp_kit.strategies.precision import LossScale
+from ddp_kit.training.optimizer_marks import marks_of
 from ddp_kit.training.running_stats import RunningStatistics
 from ddp_kit.training.state import LossCall, ObjectiveState, Training
 
@@ -183,6 +184,7 @@ def _objective(
         optimizer_view=view,
         scheduler=part.scheduler,
         count=count,
+        marks=replace(marks_of(view.stepped), groups=marks_of(part.optimizer).groups),
         forward_key=draws,
         scale=LossScale.of(precision),
         found_inf=torch.zeros((), device=place),

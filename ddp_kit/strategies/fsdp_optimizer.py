@@ -28,9 +28,11 @@ class SplitOptimizer:
     """Each rank keeps its rows of every parameter's state."""
 
     has_all = True
+    has_whole = False
     heeds_found_inf = False
 
     def __init__(self, optimizer: Optimizer):
+        self.stepped = optimizer
         self._optimizer = optimizer
         self._kind = type(optimizer).__name__
         self._has_stepped = False

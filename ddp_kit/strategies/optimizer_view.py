@@ -23,6 +23,11 @@ class OptimizerView(Protocol):
     has_all: bool
     """whether each rank keeps state of every parameter, if only a part; else a rank knows of some
     parameters only what the others tell it"""
+    has_whole: bool
+    """whether each rank keeps the whole state of every parameter, and what the optimizer keeps
+    beside it is the same on all ranks"""
+    stepped: Optimizer
+    """the optimizer that steps: an attribute that a step changes is changed there"""
     heeds_found_inf: bool
     """whether a step on CUDA changes nothing where the optimizer's `found_inf` is not 0, so that
     the host need not wait for it"""
@@ -62,9 +67,11 @@ class WholeOptimizer:
     """Each rank keeps the whole state of every parameter, and steps all of them alike."""
 
     has_all = True
+    has_whole = True
 
     def __init__(self, optimizer: Optimizer, *, step: Callable[[], None] | None = None):
         """`step` stands for the optimizer's own."""
+        self.stepped = optimizer
         self._optimizer = optimizer
         self._step = step
         reads_it = getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -78,10 +78,12 @@ class ZeroOneOptimizer:
     """Each rank keeps the whole state of its own parameters."""
 
     has_all = False
+    has_whole = False
     heeds_found_inf = False
 
     def __init__(self, optimizer: Optimizer, zero: Any):
         """`optimizer` has the groups, and the state that `zero` steps by."""
+        self.stepped: Optimizer = zero.optim
         self._optimizer = optimizer
         self._zero = zero
         self._own = {id(parameter) for parameter in _parameters_of(zero.optim)}

@@ -25,6 +25,7 @@ from ddp_kit.strategies.optimizer_view import OptimizerView
 from ddp_kit.strategies.precision import LossScale, autocast
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.loss_count import Count
+from ddp_kit.training.optimizer_marks import Marks
 from ddp_kit.training.running_stats import RunningStatistics
 
 # Of a loss's total. In another type the gradient would be rounded to it, and 1 / count with it.
@@ -133,6 +134,8 @@ class ObjectiveState:
     # Steps it, and gives and takes its state.
     optimizer_view: OptimizerView
     count: Count
+    # What the optimizer had before the first step.
+    marks: Marks
     # From which the draws of its forward passes and of its optimizer follow.
     forward_key: int
     scheduler: Any = None

@@ -98,6 +98,7 @@ class PartitionedOptimizer:
 
     # An optimizer may keep state of one rank's partition and none of another's.
     has_all = False
+    has_whole = False
     heeds_found_inf = False
 
     def __init__(
@@ -112,6 +113,7 @@ class PartitionedOptimizer:
         """Args: `step` of DeepSpeed's engine; `refresh` takes weights that were read into the model
         into the partitions.
         """
+        self.stepped = optimizer
         self._optimizer = optimizer
         self._slices = slices
         self._group = group
