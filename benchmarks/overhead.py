@@ -37,7 +37,7 @@ from ddp_kit.stopping.signals import StopFlag
 from ddp_kit.trackers.base import RunInfo
 from ddp_kit.trackers.console import Console
 from ddp_kit.trackers.jsonl import JsonlTracker
-from ddp_kit.training.loop import Cadence, fit
+from ddp_kit.training.loop import Pace, fit
 from ddp_kit.training.reporter import Reporter
 
 BATCH, LOG_EVERY = 64, 10
@@ -93,8 +93,8 @@ def endless(group: Group, dataset: Dataset[Any]) -> Iterator[list[torch.Tensor]]
 
 def logged(loss: torch.Tensor, group: Group) -> None:
     mean = loss.detach().clone()
-    if group.pg is not None:
-        dist.all_reduce(mean, group=group.pg)
+    if group.training is not None:
+        dist.all_reduce(mean, group=group.training)
     print(f"loss {mean.item() / group.world_size:.4f}", file=io.StringIO())
 
 
@@ -158,8 +158,7 @@ def accelerated(group: Group, dataset: Dataset[Any]) -> Callable[[int], None]:
 class Alone:
     """Accelerate has summed already."""
 
-    pg = None
-    world_size = 1
+    training, world_size = None, 1
 
 
 def summed(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> LossSum:
@@ -187,7 +186,7 @@ def ours(
     )
     folder.mkdir(parents=True, exist_ok=True)
     reporter.start(RunInfo(run_dir=folder, name="overhead"), step=0)
-    cadence = Cadence(end=10**9, steps_per_epoch=0)
+    pace = Pace(end=10**9, steps_per_epoch=0)
     batches = feed.batches(start=0, end=10**9)
     if loader:
         batches = batches_of(endless(group, dataset), group=group, size=BATCH)
@@ -197,13 +196,13 @@ def ours(
         fit(
             training,
             taken,
-            cadence=cadence,
+            pace=pace,
             report=reporter,
             evaluate=lambda epoch: {},
             early_stopping=EarlyStopping(EarlyStop()),
             stop=StopFlag(),
         )
-        training.control_packet.close()
+        training.control.close()
 
     return run
 

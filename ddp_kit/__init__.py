@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ddp_kit.data.loader import build_loader as build_loader
     from ddp_kit.data.seeding import Draws as Draws
     from ddp_kit.distributed.process_group import process_group as process_group
-    from ddp_kit.metrics import LossMean as LossMean
     from ddp_kit.metrics import LossSum as LossSum
     from ddp_kit.recipe import Callback as Callback
     from ddp_kit.recipe import Objective as Objective
@@ -39,7 +38,6 @@ HOMES = {
     "first_on_node": "ddp_kit.data.first_on_node",
     "build_loader": "ddp_kit.data.loader",
     "LossSum": "ddp_kit.metrics",
-    "LossMean": "ddp_kit.metrics",
     "process_group": "ddp_kit.distributed.process_group",
     "signals_noted": "ddp_kit.stopping.signals",
     "Callback": "ddp_kit.recipe",

@@ -5,7 +5,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from ddp_kit.checkpoint.extra_state import extra_of
 from ddp_kit.checkpoint.format.layout import DamagedError
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.reader import open_checkpoint
@@ -41,12 +40,10 @@ def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterato
         if average is not None:
             averaged = {}
             for name in average.names:
-                # The run may average since a later step than that.
-                if f"model/{name}" in live and f"ema/{name}" in opened.kinds:
+                if f"model/{name}" in live:
                     averaged[f"ema/{name}"] = live[f"model/{name}"]
             opened.copy_into(averaged)
-        with extra_of(opened, training.model):
-            yield opened.manifest.step
+        yield opened.manifest.step
     finally:
         with torch.no_grad():
             for name, tensor in last.items():

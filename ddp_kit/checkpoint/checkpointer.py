@@ -25,7 +25,7 @@ from ddp_kit.checkpoint.format.storage import LocalDisk, Storage
 from ddp_kit.checkpoint.format.writer import FAILURES, Saved, Writer
 from ddp_kit.checkpoint.retention import Keep, clear, set_aside_newer
 from ddp_kit.checkpoint.state_dict import State, restore_state, state_of
-from ddp_kit.data.iterable import StreamPosition, StreamProgress
+from ddp_kit.data.iterable import Course, Place
 from ddp_kit.distributed.collectives import from_rank, gather_bytes
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import logger
@@ -57,11 +57,11 @@ class Checkpointer:
         keep: Keep,
         minutes: float = 0.0,
         early_stopping: EarlyStopping | None = None,
-        progress: StreamProgress | None = None,
+        course: Course | None = None,
         on_end: Callable[[Saved], None] | None = None,
     ):
-        """Args: `minutes` of wall time after which rank 0 asks for a save; `progress` of data
-        with a state of its own; `on_end` hears of each save that has ended.
+        """Args: `minutes` of wall time after which rank 0 asks for a save; `course` of data with a
+        state of its own; `on_end` hears of each save that has ended.
         """
         self.storage = storage
         self.saved_step = -1  # of the newest checkpoint begun or resumed from
@@ -72,13 +72,13 @@ class Checkpointer:
         self._keep = keep
         self._minutes = minutes
         self._early_stopping = early_stopping
-        self._progress = progress
+        self._course = course
         self._on_end = on_end or _warn
         self._best = math.nan
         group = training.group
         token = from_rank(group, uuid.uuid4().hex[:12].encode()).decode()
         own_group = None
-        if group.control_pg is not None:
+        if group.control is not None:
             own_group = group.join_another(backend="gloo")
         ranks = Ranks(group.rank, group.world_size, own_group)
         self._writer = Writer(storage, ranks, device=group.device, token=token, keep=keep)
@@ -139,8 +139,7 @@ class Checkpointer:
         """
         self.saved_step = opened.manifest.step
         self.committed_step = self.saved_step
-        if opened.manifest.best_by in ("", self._best_by()):
-            self._best = float(opened.values["best"])
+        self._best = float(opened.values["best"])
         if self._training.group.rank == 0:
             set_aside_newer(self.storage, self.saved_step)
 
@@ -171,16 +170,15 @@ class Checkpointer:
         self.saved_step = training.step
         self._last_save = time.monotonic()
 
-    def _best_by(self) -> str:
-        """Returns how the best checkpoint is told, "" if none is."""
-        return f"{self._keep.mode} {self._keep.metric}" if self._keep.metric else ""
-
     def _manifest(self, metrics: Mapping[str, float]) -> Manifest:
         """Returns the manifest of the current step, without files."""
         training = self._training
         steps_per_epoch = self._about.steps_per_epoch
         epoch = training.step // steps_per_epoch if steps_per_epoch else 0
         binding = json.dumps(self._about.binding, sort_keys=True)
+        best_by = ""
+        if self._keep.metric:
+            best_by = f"{self._keep.mode} {self._keep.metric}"
         finite_or_text: dict[str, float | str] = {}
         for name, value in metrics.items():
             finite_or_text[name] = value if math.isfinite(value) else repr(value)
@@ -190,7 +188,7 @@ class Checkpointer:
             world_size=training.group.world_size,
             settings_sha256=hashlib.sha256(binding.encode()).hexdigest(),
             time=time.time(),
-            best_by=self._best_by(),
+            best_by=best_by,
             cursor={
                 "step": training.step,
                 "epoch": epoch,
@@ -205,13 +203,13 @@ class Checkpointer:
             "run_id": self._about.run_id,
             "best": repr(self._best),
         }
-        if self._progress is not None:
-            more["data"] = self._places(self._progress)
+        if self._course is not None:
+            more["data"] = self._places(self._course)
         return state_of(self._training, early_stopping=self._early_stopping, more=more)
 
-    def _places(self, progress: StreamProgress) -> list[Any]:
+    def _places(self, course: Course) -> list[Any]:
         """Returns where each rank's data stand after the current step."""
-        place = progress.after.get(self._training.step, StreamPosition())
+        place = course.after.get(self._training.step, Place())
         tensors: dict[str, torch.Tensor] = {}
         own = encode(vars(place), tensors, name="the training data's state_dict")
         if tensors:

@@ -14,7 +14,7 @@ from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.state_dict import restore_state
 from ddp_kit.config.rules import rules
 from ddp_kit.config.secrets import is_secret_setting
-from ddp_kit.data.iterable import StreamPosition
+from ddp_kit.data.iterable import Place
 from ddp_kit.data.loader import Feed
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
@@ -26,7 +26,6 @@ from ddp_kit.training.state import Training
 # What says nothing about the experiment: fields, and groups of them.
 FREE = {name for name, rule in rules(Settings).items() if rule.is_free}
 RECIPE = "recipe's text"
-OTHER_RULE = {"early_stop.metric", "early_stop.mode"}
 SEALED = "pbkdf2:"  # no JSON text begins so
 ROUNDS = 100_000  # 0.05 s: a short password should not be found by trying
 
@@ -139,13 +138,8 @@ def resume(
     Raises: ConfigError for a checkpoint that does not fit, with nothing changed.
     """
     changed = require_unchanged(opened, new, change=settings.change)
-    # What was best by another metric says nothing.
-    is_other_rule = not OTHER_RULE.isdisjoint(changed)
     restore_state(
-        opened,
-        training,
-        early_stopping=None if is_other_rule else early_stopping,
-        keeps_hyperparameters=not changed,
+        opened, training, early_stopping=early_stopping, keeps_hyperparameters=not changed
     )
     assert isinstance(training.checkpoints, Checkpointer)
     training.checkpoints.resumed(opened)
@@ -159,7 +153,7 @@ def resume_data(opened: Opened, feed: Feed, *, world_size: int, restarts: bool) 
     Raises: ConfigError at another number of ranks, unless the data may be read again from their
         start (`restarts`).
     """
-    if feed.progress is None:
+    if feed.course is None:
         return
     places = opened.values.get("data")
     if restarts or not places:
@@ -172,6 +166,4 @@ def resume_data(opened: Opened, feed: Feed, *, world_size: int, restarts: bool) 
             "start."
         )
     place = places[feed.rank]
-    feed.progress.begin = StreamPosition(
-        place["epoch"], place["position"], decode(place["state"], {})
-    )
+    feed.course.begin = Place(place["epoch"], place["position"], decode(place["state"], {}))

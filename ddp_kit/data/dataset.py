@@ -13,10 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from ddp_kit.data.indices import require_subsets, subset_indices
 from ddp_kit.data.seeding import Draws
-from ddp_kit.data.stream_length import length_of
-from ddp_kit.errors import ConfigError, DataError
+from ddp_kit.errors import DataError
 
 Order = Callable[[int, int, int], "NDArray[np.int64] | Sequence[int]"]
 
@@ -49,11 +47,6 @@ class Data:
         """Whether the samples can only be read one after another."""
         return isinstance(self.dataset, IterableDataset)
 
-    @property
-    def known_length(self) -> int:
-        """Samples in the data set, 0 if it is iterable and does not know."""
-        return length_of(self.dataset) if self.is_iterable else len(self)
-
     def __len__(self) -> int:
         """Samples in the data set. Raises: DataError if an iterable one does not know."""
         try:
@@ -65,39 +58,19 @@ class Data:
             ) from None
 
 
-def as_data(given: Any, *, what: str = "data") -> Data:
+def as_data(given: Any) -> Data:
     """Returns what a recipe gave as `Data`.
 
-    Args: `what` data it is, in words, for the error.
-    Raises: DataError if it is no data set, or a Subset whose indices are none.
+    Raises: DataError if it is no data set.
     """
     data = given if isinstance(given, Data) else Data(given)
     dataset = data.dataset
     has_items = hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")
     if not has_items and not isinstance(dataset, IterableDataset):
         raise DataError(
-            f"the {what}: expected a data set with __getitem__ and __len__, or an "
-            f"IterableDataset; got {type(dataset).__name__}."
+            "expected a data set with __getitem__ and __len__, or an IterableDataset; "
+            f"got {type(dataset).__name__}."
         )
-    try:
-        require_subsets(dataset)
-    except DataError as error:
-        raise DataError(f"the {what}: {error}") from None
-    return data
-
-
-def as_evaluation_data(given: Any, *, what: str) -> Data:
-    """Returns what a recipe gave to be evaluated as `Data`.
-
-    Raises: ConfigError if it says what has no effect on such data; DataError as `as_data`.
-    """
-    data = as_data(given, what=what)
-    for name in ("augment", "order", "count"):
-        if getattr(data, name) is not None:
-            raise ConfigError(
-                f"Data({name}=...) has no effect on the {what}, which is read as it is, each "
-                "sample once: leave it out."
-            )
     return data
 
 
@@ -122,7 +95,7 @@ def without_subsets(dataset: Dataset[Any]) -> tuple[Any, NDArray[np.int64] | Non
     """
     indices: NDArray[np.int64] | None = None
     while type(dataset) is Subset:
-        own = subset_indices(dataset)
+        own = np.asarray(dataset.indices, dtype=np.int64)
         indices = own if indices is None else own[indices]
         dataset = dataset.dataset
     return dataset, indices

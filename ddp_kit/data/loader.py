@@ -15,14 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches
-from ddp_kit.data.dataset import Data, as_data, as_evaluation_data
-from ddp_kit.data.evaluation_stream import EvaluationStream
-from ddp_kit.data.iterable import StreamProgress, TrainingStream, is_stateful
+from ddp_kit.data.dataset import Data, as_data
+from ddp_kit.data.iterable import Course, EvaluationStream, TrainingStream, is_stateful
 from ddp_kit.data.prefetch import on_device
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
 from ddp_kit.data.stream_checks import require_beginning_again
-from ddp_kit.data.stream_length import length_of
 from ddp_kit.data.transfer import Placement
 from ddp_kit.data.workers import by_one_worker, with_workers
 from ddp_kit.distributed.process_group import Group
@@ -46,7 +44,7 @@ class RankBatch(NamedTuple):
 class Feed:
     """A rank's training batches, from any step on: it has no state of its own.
 
-    `sampler` is None for an iterable data set; `progress` is that of an iterable data set with a
+    `sampler` is None for an iterable data set; `course` is that of an iterable data set with a
     state of its own.
     """
 
@@ -57,14 +55,17 @@ class Feed:
     placement: Placement
     num_workers: int = 0
     sampler: GlobalBatchSampler | None = None
-    progress: StreamProgress | None = None
+    course: Course | None = None
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch; 0 if an iterable data set does not know its length."""
         if self.sampler is not None:
             return self.sampler.steps_per_epoch
-        return length_of(self.data.dataset) // self.plan.global_batch
+        try:
+            return len(self.data.dataset) // self.plan.global_batch
+        except TypeError:
+            return 0
 
     def batches(self, *, start: int, end: int) -> Generator[RankBatch, None, None]:
         """Yields the batches of steps start to end - 1.
@@ -96,7 +97,7 @@ class Feed:
             seed=self.seed,
             start=start,
             end=end,
-            progress=self.progress,
+            course=self.course,
         )
         if self.num_workers:
             yield from with_workers(stream, None, num_workers=self.num_workers)
@@ -126,7 +127,7 @@ class Feed:
         stream = TrainingStream(self.data, plan=whole, rank=0, seed=self.seed, start=0, end=1)
         if self.num_workers:
             return by_one_worker(stream, None)
-        if self.progress is None:
+        if self.course is None:
             answer = next(iter(stream))
             again = next(iter(stream))
             require_beginning_again(answer.batch, again.batch, what="training data")
@@ -156,7 +157,7 @@ def build_loader(
     """
     plan = plan_batches(global_batch, micro_batch=micro_batch, world_size=group.world_size)
     return feed_of(
-        as_data(data, what="training data"),
+        as_data(data),
         plan=plan,
         rank=group.rank,
         seed=seed,
@@ -174,7 +175,7 @@ def feed_of(
         state; DataError if an epoch holds less than one global batch.
     """
     sampler = None
-    progress = None
+    course = None
     if not data.is_iterable:
         sampler = GlobalBatchSampler(data, plan=plan, rank=rank, seed=seed, order=data.order)
     elif data.order is not None:
@@ -183,7 +184,7 @@ def feed_of(
             "leave it out."
         )
     elif is_stateful(data.dataset):
-        progress = StreamProgress()
+        course = Course()
         if num_workers:
             raise ConfigError(
                 "the training data keeps its own state, which only the training process can save: "
@@ -197,7 +198,7 @@ def feed_of(
         placement=placement,
         num_workers=num_workers,
         sampler=sampler,
-        progress=progress,
+        course=course,
     )
 
 
@@ -208,43 +209,35 @@ def evaluation_batches(
     micro_batch: int,
     placement: Placement | None = None,
     num_workers: int = 0,
-    what: str = "evaluation data",
 ) -> Generator[MicroBatch, None, None]:
     """Yields this rank's micro-batches of an evaluation, the same number on every rank.
 
     Each sample is read once over all ranks.
-
-    Args: `what` data it is, in words, for errors.
     """
     answers = _evaluation(
-        as_evaluation_data(data, what=what),
+        as_data(data),
         micro_batch=micro_batch,
         rank=group.rank,
         world_size=group.world_size,
         num_workers=num_workers,
-        what=what,
     )
     yield from on_device(answers, placement or Placement(group.device))
 
 
-def first_of_evaluation(
-    data: Data, *, micro_batch: int, num_workers: int = 0, what: str = "evaluation data"
-) -> MicroBatch | None:
+def first_of_evaluation(data: Data, *, micro_batch: int, num_workers: int = 0) -> MicroBatch | None:
     """Returns the first micro-batch of a whole evaluation set, on the CPU; None of an empty one."""
     batches = _evaluation(
-        data, micro_batch=micro_batch, rank=0, world_size=1, num_workers=num_workers, what=what
+        data, micro_batch=micro_batch, rank=0, world_size=1, num_workers=num_workers
     )
     with contextlib.closing(batches) as answers:
         return next(answers, None)
 
 
 def _evaluation(
-    data: Data, *, micro_batch: int, rank: int, world_size: int, num_workers: int, what: str
+    data: Data, *, micro_batch: int, rank: int, world_size: int, num_workers: int
 ) -> Generator[MicroBatch, None, None]:
     if data.is_iterable:
-        stream = EvaluationStream(
-            data, micro_batch=micro_batch, rank=rank, world_size=world_size, what=what
-        )
+        stream = EvaluationStream(data, micro_batch=micro_batch, rank=rank, world_size=world_size)
         if num_workers:
             # One worker: each would read the whole stream for its part of it.
             yield from with_workers(stream, None, num_workers=1)
@@ -254,7 +247,7 @@ def _evaluation(
     requests = evaluation_requests(
         len(data), micro_batch=micro_batch, rank=rank, world_size=world_size
     )
-    reader = Reader(data, seed=0, training=False, what=what)
+    reader = Reader(data, seed=0, training=False)
     if num_workers:
         yield from with_workers(reader, requests, num_workers=num_workers)
         return

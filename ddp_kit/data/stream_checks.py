@@ -8,7 +8,7 @@ from typing import Any
 
 from ddp_kit.data.agreement import are_same
 from ddp_kit.data.dataset import Data
-from ddp_kit.data.iterable import Keyed, Samples, StreamPosition
+from ddp_kit.data.iterable import Keyed, Place, Samples
 from ddp_kit.errors import DataError
 
 # Samples at the seam that are compared: one alone may be the right one by chance.
@@ -41,7 +41,7 @@ def require_resumable(data: Data, *, seed: int, after: int) -> None:
     keyed = Keyed(seed)
     whole = Samples(data, keyed=keyed, epoch=0)
     _taken(whole, after)
-    place = StreamPosition(0, whole.position, copy.deepcopy(data.dataset.state_dict()))
+    place = Place(0, whole.position, copy.deepcopy(data.dataset.state_dict()))
     expected = _taken(whole, SEAM)
     found = _taken(Samples(data, keyed=keyed, epoch=0, begin=place), SEAM)
     data.dataset.load_state_dict(before)

@@ -35,7 +35,7 @@ def outcome_of(
     context: RunContext, ending: Ending, *, metrics: Mapping[str, float], digest: str
 ) -> Outcome:
     """Returns an ending as `run` hands it to its caller."""
-    training = context.built.training
+    training = context.composition.training
     return Outcome(
         status=ending.status,
         reason=ending.reason,
@@ -60,8 +60,8 @@ def leave_ending(attempt: Attempt, context: RunContext, ending: Ending, *, diges
 def _write_ending(
     directory: RunDir, attempt: Attempt, context: RunContext, ending: Ending, *, digest: str
 ) -> None:
-    step = context.built.training.step
-    steps_per_epoch = context.built.cadence.steps_per_epoch
+    step = context.composition.training.step
+    steps_per_epoch = context.composition.pace.steps_per_epoch
     reporter = context.reporter
     status = directory.status(
         ending.status,
@@ -74,11 +74,7 @@ def _write_ending(
     )
     if ending.exit_code == REQUEUE:
         directory.ask_requeue(ending.reason)
-    if (
-        attempt.stop_watcher is not None
-        and ending.stop is Stop.FILE
-        and attempt.stop_watcher.take("STOP")
-    ):
+    if attempt.watch is not None and ending.stop is Stop.FILE and attempt.watch.take("STOP"):
         reporter.event("acknowledged", step=step, message="the file STOP")
     kind = "finish" if ending.status == "finished" else "stop"
     reporter.event(kind, step=step, message=ending.reason)

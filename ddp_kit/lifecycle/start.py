@@ -28,7 +28,7 @@ from ddp_kit.io.logs import logger
 from ddp_kit.io.polling import wait_until
 from ddp_kit.io.process import process_start
 from ddp_kit.io.redact import redact
-from ddp_kit.lifecycle.env_facts import environment_facts
+from ddp_kit.lifecycle.env_facts import describe
 from ddp_kit.lifecycle.history import last_step, starts_of_job
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.recipe import RecipeSource
@@ -167,9 +167,7 @@ def write_facts(
     about["settings"] = redact(to_json(settings))
     about["defaults"] = redact(defaults)
     directory.write_json("settings.json", about)
-    directory.write_json(
-        "env.json", environment_facts(group.topology, group.device, recipe_folder=folder)
-    )
+    directory.write_json("env.json", describe(group.topology, group.device, recipe_folder=folder))
 
 
 def begins_from(settings: Settings, group: Group, place: RunPlace) -> Opened | None:

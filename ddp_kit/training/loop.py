@@ -20,7 +20,7 @@ from ddp_kit.training.step import train_step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cadence:
+class Pace:
     """When things happen, in optimizer steps.
 
     `steps_per_epoch` is 0 where an iterable data set does not know its length.
@@ -69,7 +69,7 @@ def fit(
     training: Training,
     batches: Iterable[RankBatch],
     *,
-    cadence: Cadence,
+    pace: Pace,
     report: Reporter,
     evaluate: Callable[[int], dict[str, float]],
     early_stopping: EarlyStopping,
@@ -77,7 +77,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     owes_evaluation: bool = False,
 ) -> Ending:
-    """Trains on `batches` to the end of `cadence`, an early stop or a stop from outside.
+    """Trains on `batches` to the end of `pace`, an early stop or a stop from outside.
 
     Every rank calls it; all leave at the same step. Saves go to `training.checkpoints`.
 
@@ -92,26 +92,26 @@ def fit(
     first = training.step
     checkpoints = training.checkpoints
     measure = _Measure(training, evaluate, report, early_stopping, callbacks)
-    ending = stopped(training.control_packet.exchange(stop=stop.stop))
+    ending = stopped(training.control.exchange(stop=stop.stop))
     if owes_evaluation and ending is None:
-        ending = _catch_up(training, measure, epoch=cadence.last_epoch(first))
+        ending = _catch_up(training, measure, epoch=pace.last_epoch(first))
     if ending is not None:
         return ending
     for batch in batches:
         sums = train_step(training, batch)
         step = training.step
         is_save_due = checkpoints is not None and checkpoints.is_due()
-        decision = training.control_packet.boundary(stop=stop.stop, saves=is_save_due)
-        is_last = step == cadence.end
+        decision = training.control.boundary(stop=stop.stop, saves=is_save_due)
+        is_last = step == pace.end
         report.step(training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=is_last)
         if step == first + 1:
-            training.after_first_step()
+            training.settle()
         for callback in callbacks:
             callback.on_step(step)
         if checkpoints is not None:
             checkpoints.report()
-        saves = decision.saves or cadence.saves(step)
-        evaluates = cadence.evaluates(step) and not decision.stop
+        saves = decision.saves or pace.saves(step)
+        evaluates = pace.evaluates(step) and not decision.stop
         if not (decision.stop or saves or evaluates):
             continue
         look_back(training)

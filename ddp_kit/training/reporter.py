@@ -8,22 +8,17 @@ no branch on rank: only rank 0 is given trackers, the others have none.
 import resource
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ddp_kit.distributed.collectives import same_everywhere
+from ddp_kit.distributed.collectives import first_difference
 from ddp_kit.errors import DdpKitError
 from ddp_kit.trackers.base import RunInfo, Tracker
 from ddp_kit.training.state import StepSums, Training
-from ddp_kit.training.step_record import (
-    LossesSince,
-    StepRecord,
-    launch_sums,
-    learning_rates,
-    loss_scales,
-)
+from ddp_kit.training.step_record import StepRecord, launch_sums, learning_rates
 
 BURST_S = 0.1  # how long a record may wait for others
 ALWAYS = "Every micro-batch must report every metric: one that does not occur in it as (0, 0)."
@@ -63,7 +58,6 @@ class Reporter:
         self._arrived: list[StepRecord] = []
         self._last_burst = 0.0
         self._names: list[str] = []
-        self._losses = LossesSince()
         self.restart_clock(0)
         # When the peak memory was asked for, and the answer.
         self._peak_asked_at = 0.0
@@ -92,7 +86,6 @@ class Reporter:
         Raises: DdpKitError if micro-batches or ranks report different metrics.
         """
         self._wait_s += wait_s
-        self._losses.take(sums)
         for progress in self._progress:
             progress(training.step)
         self._receive()
@@ -107,13 +100,15 @@ class Reporter:
         step = training.step
         samples = step * training.plan.global_batch
         head = {"kind": "train", "step": step, "epoch": epoch, "samples": samples}
-        names = self._agreed(sums.names(), training) + self._losses.names()
-        rows = [{**own, **mean} for own, mean in zip(sums.rows(), self._losses.rows(), strict=True)]
-        on_the_way = launch_sums(training, rows, names, first=sums.first)
+        names = self._agreed(sums.names(), training)
+        values, works = launch_sums(training, sums, names)
         tail = learning_rates(sums) | self._rates(training, now)
         tail["peak_memory_mib"] = self._peak(now, training.group.device)
-        tail |= loss_scales(training)
-        self._pending = StepRecord(head, tail, names, on_the_way, dict(sums.grad_norms))
+        scale = training.objectives[0].scale
+        if scale.is_on:
+            tail["loss_scale"] = scale.scale
+            tail["skipped"] = training.skipped
+        self._pending = StepRecord(head, tail, names, values, works, dict(sums.grad_norms))
         self._since_step = step
         self._since_time = now
         self._wait_s = 0.0
@@ -141,7 +136,8 @@ class Reporter:
         Raises: DdpKitError if a batch has others: sums under different names would be added up.
         """
         if not self._names:
-            if not same_everywhere(training.group, names):
+            signature = zlib.crc32("\n".join(names).encode())
+            if first_difference(training.group, [signature]) is not None:
                 raise DdpKitError(
                     f"the ranks' losses report different metrics; rank {training.group.rank} has "
                     f"{', '.join(names)}. {ALWAYS}"
@@ -170,7 +166,9 @@ class Reporter:
         if pending is None:
             return
         self._pending = None
-        pending.sums.wait()
+        for work in pending.works:
+            if work is not None:
+                work.wait()
         if self._trackers:
             self._arrived.append(pending)
 

@@ -22,7 +22,7 @@ from ddp_kit.data.stream_checks import require_resumable
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DataError
-from ddp_kit.setup.build import build
+from ddp_kit.setup.build import compose
 
 CPU = Placement(torch.device("cpu"))
 FEATURES = 6
@@ -174,7 +174,7 @@ def test_data_that_differs_by_rank_is_refused_in_words(group: Group, num_workers
     }
     for words, parts in cases.items():
         with pytest.raises(DataError, match=words):
-            build(recipe(settings, **parts), settings, group)
+            compose(recipe(settings, **parts), settings, group)
 
 
 @pytest.mark.ranks(2)
@@ -185,7 +185,7 @@ def test_texts_that_differ_by_rank_are_refused_too(group: Group) -> None:
         collate=lambda samples: [text for text, _ in samples],
     )
     with pytest.raises(DataError, match="split_by_node"):
-        build(recipe(settings, train_data=lambda: data), settings, group)
+        compose(recipe(settings, train_data=lambda: data), settings, group)
 
 
 def sparse(batch: torch.Tensor) -> torch.Tensor:
@@ -230,7 +230,7 @@ def test_a_stream_that_does_not_begin_again_is_refused_before_samples_are_lost(
     settings = Settings(run_dir="")
     for name, what in (("train_data", "training data"), ("eval_data", "evaluation data")):
         with pytest.raises(DataError, match=f"the {what} does not begin again"):
-            build(recipe(settings, **{name: OneShot}), settings, group)
+            compose(recipe(settings, **{name: OneShot}), settings, group)
 
 
 class Stateful(IterableDataset[Any]):

@@ -14,10 +14,10 @@ from cases import Settings, recipe
 from torch import nn
 
 from ddp_kit.distributed.collectives import gather_rows
-from ddp_kit.distributed.control_packet import INTERVAL_S, ControlPacket
+from ddp_kit.distributed.control_packet import INTERVAL_S, Control
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.settings import EarlyStop
-from ddp_kit.setup.build import build
+from ddp_kit.setup.build import compose
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Stop, StopFlag, signals_noted
 from ddp_kit.training.loop import Ending, fit
@@ -49,18 +49,18 @@ class Acts:
 
 def trained(group: Group, *, stop: StopFlag, callbacks: Any) -> Ending:
     """Trains until something stops it."""
-    made = build(recipe(FOREVER), FOREVER, group)
+    made = compose(recipe(FOREVER), FOREVER, group)
     ending = fit(
         made.training,
-        made.feed.batches(start=0, end=made.cadence.end),
-        cadence=made.cadence,
+        made.feed.batches(start=0, end=made.pace.end),
+        pace=made.pace,
         report=Reporter([], log_every=50),
         evaluate=lambda epoch: {},
         early_stopping=EarlyStopping(EarlyStop()),
         stop=stop,
         callbacks=callbacks,
     )
-    made.training.control_packet.close()
+    made.training.control.close()
     return ending
 
 
@@ -96,22 +96,22 @@ def test_a_signal_on_any_rank_stops_all_at_the_same_step(group: Group) -> None:
 
 @pytest.mark.ranks(2)
 def test_a_loop_of_ones_own_stops_on_all_ranks_at_the_same_step(group: Group) -> None:
-    made, stop = build(recipe(FOREVER), FOREVER, group), StopFlag()
-    for batch in made.feed.batches(start=0, end=made.cadence.end):
+    made, stop = compose(recipe(FOREVER), FOREVER, group), StopFlag()
+    for batch in made.feed.batches(start=0, end=made.pace.end):
         train_step(made.training, batch)
         if made.training.step == 5 and group.rank == 1:
             stop.handle(signal.SIGUSR1, None)
         if should_stop(made.training, stop):
             break
-    made.training.control_packet.close()
+    made.training.control.close()
     assert at_the_same(group, made.training.step)
-    assert made.training.step < made.cadence.end
+    assert made.training.step < made.pace.end
 
 
 @pytest.mark.ranks(1, 2, 4)
 def test_every_boundary_gives_every_rank_the_same_decision(group: Group) -> None:
     """Signals on several ranks: the highest number wins, and with it the name of the highest rank that had it."""
-    control, seen = ControlPacket(group), []
+    control, seen = Control(group), []
     for step in range(1, 2000):
         decision = control.boundary(stop=Stop.SIGUSR1 if step > 100 else 0)
         seen.append((step, decision.stop, decision.stop_rank))
@@ -128,7 +128,7 @@ def test_packets_of_short_steps_are_sent_at_an_interval_that_the_packet_itself_g
 ) -> None:
     """Rank 1's steps take longer, and its pace is the one that counts; steps of any length are heard within about the interval."""
     for pause_s, steps in ((0.01 * (1 + group.rank), 60), (0.15, 6)):
-        control, due = ControlPacket(group), []
+        control, due = Control(group), []
         for step in range(1, steps):
             time.sleep(pause_s)
             before = control._next
@@ -145,7 +145,7 @@ def test_packets_of_short_steps_are_sent_at_an_interval_that_the_packet_itself_g
 
 @pytest.mark.ranks(2)
 def test_a_boundary_does_not_wait_for_a_slow_peer(group: Group) -> None:
-    control = ControlPacket(group)
+    control = Control(group)
     if group.rank == 1:
         time.sleep(1.0)
     begin = time.perf_counter()
@@ -172,7 +172,7 @@ def test_a_signal_before_the_first_step_ends_the_run_and_later_ones_wait_for_a_b
 
 @pytest.mark.ranks(3)
 def test_a_bad_loss_on_two_ranks_names_one_of_them_on_all(group: Group) -> None:
-    control = ControlPacket(group)
+    control = Control(group)
     if group.rank != 1:
         control.name_culprit(7)
     decision = control.exchange()
@@ -181,7 +181,7 @@ def test_a_bad_loss_on_two_ranks_names_one_of_them_on_all(group: Group) -> None:
 
 @pytest.mark.ranks(2)
 def test_a_save_that_is_asked_for_until_it_begins_is_decided_once(group: Group) -> None:
-    control, asked, decided = ControlPacket(group), True, []
+    control, asked, decided = Control(group), True, []
     for step in range(1, 8):
         time.sleep(0.11)
         decision = control.boundary(saves=asked and group.rank == 0)

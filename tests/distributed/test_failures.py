@@ -279,7 +279,7 @@ def test_after_a_loss_that_is_not_finite_the_weights_are_those_before_the_step(
 def train_and_exit() -> None:
     """A whole life of a rank with a DDP model, ended as an interpreter ends: finalised, with the destructors of C++."""
     with process_group(device="cpu") as group:
-        model = DistributedDataParallel(plain(), process_group=group.pg)
+        model = DistributedDataParallel(plain(), process_group=group.training)
         group.closing.callback(_release, model)
         for _ in range(2):
             model(torch.ones(4, 6)).sum().backward()

@@ -11,11 +11,11 @@ from ddp_kit import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Split):
-    """12 steps."""
+    """24 steps."""
 
-    max_steps: int = 12
+    max_steps: int = 24
     log_every: int = 1
-    eval_every: int = 4
+    eval_every: int = 6
 
 
 def recipe(settings: Settings) -> Recipe:

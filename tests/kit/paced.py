@@ -31,7 +31,7 @@ class Settings(ddp_kit.Settings):
     starts_s: float = 0.0
 
 
-class Cadence:
+class Pace:
     """Waits after each step; a callback."""
 
     def __init__(self, settings: Settings) -> None:
@@ -66,5 +66,5 @@ def recipe(settings: Settings) -> Recipe:
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9),
         train_data=lambda: Data(vectors()),
         eval_data=vectors,
-        callbacks=[Cadence(settings)],
+        callbacks=[Pace(settings)],
     )

@@ -21,7 +21,7 @@ from ddp_kit.checkpoint.retention import steps
 from ddp_kit.checkpoint.state_dict import restore_state, state_of
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.errors import ConfigError
-from ddp_kit.setup.build import build
+from ddp_kit.setup.build import compose
 from ddp_kit.train import main
 
 MORTAL = str(KIT / "mortal.py")
@@ -314,17 +314,17 @@ def test_a_model_of_other_shapes_is_refused_with_a_table_and_unchanged(tmp_path:
 
     settings = Settings()
     with process_group(device="cpu") as group:
-        made = build(recipe(settings, model=plain), settings, group)
+        made = compose(recipe(settings, model=plain), settings, group)
         state = state_of(made.training)
         write(LocalDisk(tmp_path), 4, tensors=state.tensors, values=state.values)
-        made.training.control_packet.close()
-        other = build(recipe(settings, model=Wide), settings, group)
+        made.training.control.close()
+        other = compose(recipe(settings, model=Wide), settings, group)
         before = weights_sha256(other.training.model)
         with pytest.raises(ConfigError) as refusal:
             restore_state(open_checkpoint(LocalDisk(tmp_path), 4, group=alone()), other.training)
         assert weights_sha256(other.training.model) == before
         assert not other.training.objectives[0].optimizer.state
-        other.training.control_packet.close()
+        other.training.control.close()
     assert str(refusal.value).splitlines()[1:] == [
         "  shape       model/0.bias: here (20,), there (16,)",
         "  shape       model/0.weight: here (20, 6), there (16, 6)",

@@ -17,8 +17,6 @@ from typing import BinaryIO, Protocol, final
 
 import numpy as np
 
-from ddp_kit.io.atomic import sync
-
 PAGE = 4096
 # Bytes in one write: large enough to keep a disk busy, small enough to notice an error soon.
 CHUNK = 16 << 20
@@ -97,7 +95,11 @@ class LocalDisk:
 
     def sync(self, folder: str) -> None:
         """See Storage."""
-        sync(self.root / folder)
+        handle = os.open(self.root / folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
     def rename(self, old: str, new: str) -> None:
         """See Storage."""

@@ -10,7 +10,6 @@ from ddp_kit.data.seeding.generators import (
     forward_key,
     generators_aside,
     generators_put_back,
-    made_under_seed,
     seed_forward,
     seed_generators,
 )
@@ -31,7 +30,6 @@ __all__ = [
     "generators_put_back",
     "key",
     "keys",
-    "made_under_seed",
     "occurrences_in",
     "permutation",
     "sample_keys",
