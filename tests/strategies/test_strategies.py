@@ -29,6 +29,7 @@ from ddp_kit.training.recipe_evaluation import data_sets
 from ddp_kit.training.step import train_step
 
 MORTAL = str(KIT / "mortal.py")
+SLOW = [pytest.mark.slow, pytest.mark.steady]
 WRAPPED = Fsdp(wrap=("Block",))
 OTHERS: list[dict[str, Any]] = [
     {"strategy": "zero1"},
@@ -42,11 +43,10 @@ def apart(a: Trace, b: Trace) -> float:
     return max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True))
 
 
-@pytest.mark.ranks(2, 4)
-def test_zero1_and_fsdp_follow_ddp_for_50_steps_clipped_at_half_the_median_norm(
-    group: Group,
-) -> None:
-    settings = replace(Split(), grad_clip=half_the_median_norm(group, Split()))
+def follow_ddp(group: Group, *, steps: int) -> None:
+    """Asserts that all strategies give ddp's numbers, clipped at half the median norm."""
+    settings = Split(max_steps=steps)
+    settings = replace(settings, grad_clip=half_the_median_norm(group, settings))
     reference = trace(group, split(settings), settings)
     for choice in OTHERS:
         ours = trace(group, split(settings), replace(settings, **choice))
@@ -56,15 +56,27 @@ def test_zero1_and_fsdp_follow_ddp_for_50_steps_clipped_at_half_the_median_norm(
         assert ours.samples == reference.samples
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(4)
+def test_zero1_and_fsdp_follow_ddp_clipped_at_half_the_median_norm(group: Group) -> None:
+    """On 4 ranks the parts of a weight are uneven."""
+    follow_ddp(group, steps=8)
+
+
+@pytest.mark.slow
+@pytest.mark.steady
+@pytest.mark.ranks(2, 4)
+def test_zero1_and_fsdp_follow_ddp_for_50_steps(group: Group) -> None:
+    follow_ddp(group, steps=50)
+
+
+@pytest.mark.ranks(3)
 def test_micro_batches_that_do_not_come_out_even_change_nothing(group: Group) -> None:
     """24 / 3 = 8 micro-batches: on 3 ranks 3 + 3 + 2, so that a rank gathers weights once more than it has work."""
     for loss in (classify, weighted):
-        settings = Split(micro_batch=3, max_steps=10)
+        settings = Split(micro_batch=3, max_steps=3)
         reference = trace(group, split(settings, loss=loss), settings)
-        for choice in (
-            OTHERS if loss is classify else OTHERS[:2]
-        ):  # the other loss uses blocks' weights outside the blocks
+        # The other loss uses blocks' weights outside the blocks.
+        for choice in OTHERS if loss is classify else OTHERS[:2]:
             ours = trace(group, split(settings, loss=loss), replace(settings, **choice))
             assert distance(ours.gradient, reference.gradient) <= 1e-12
             assert apart(ours, reference) <= 1e-9
@@ -73,7 +85,7 @@ def test_micro_batches_that_do_not_come_out_even_change_nothing(group: Group) ->
 @pytest.mark.ranks(2)
 def test_layers_that_share_a_weight_are_wrapped_and_share_it_still(group: Group) -> None:
     """FSDP2 would split the one tensor twice."""
-    settings = Split(max_steps=10)
+    settings = Split(max_steps=4)
     reference = trace(group, split(settings), settings)
     ours = trace(
         group, split(settings), replace(settings, strategy="fsdp", fsdp=Fsdp(wrap=("Linear",)))
@@ -131,7 +143,7 @@ def test_a_rank_keeps_its_part_only(group: Group) -> None:
 
 @pytest.mark.ranks(2)
 def test_in_fp32_they_follow_ddp_at_a_small_rate(group: Group) -> None:
-    settings = Split(precision="fp32", lr=1e-4)
+    settings = Split(precision="fp32", lr=1e-4, max_steps=8)
     reference = trace(group, split(settings), settings)
     for choice in OTHERS:
         ours = trace(group, split(settings), replace(settings, **choice))
@@ -142,7 +154,7 @@ def test_in_fp32_they_follow_ddp_at_a_small_rate(group: Group) -> None:
 @pytest.mark.ranks(2)
 def test_bf16_and_compressed_gradients_stay_within_stated_bounds(group: Group) -> None:
     """bfloat16 has 8 bits: a rounded gradient is off by 2^-9 of each element, so by at most 2^-9 in norm; with fp16 by 2^-12."""
-    settings = Split(precision="fp32", lr=1e-3, ema=0.0, grad_clip=0.0)
+    settings = Split(precision="fp32", lr=1e-3, ema=0.0, grad_clip=0.0, max_steps=8)
     reference = trace(group, split(settings), settings)
     for comm, bound in (("bf16", 2.0**-8), ("fp16", 2.0**-11)):
         ours = trace(group, split(settings), replace(settings, comm=comm))
@@ -160,7 +172,7 @@ def test_bf16_and_compressed_gradients_stay_within_stated_bounds(group: Group) -
 
 @pytest.mark.ranks(3)
 def test_running_statistics_and_draws_are_ddps(group: Group) -> None:
-    settings = Split(micro_batch=3, max_steps=20, ema=0.0)
+    settings = Split(micro_batch=3, max_steps=8, ema=0.0)
     for precision in ("fp64", "bf16"):
         own = replace(settings, precision=precision)
         reference = trace(group, recipe(own, model=normed), own)
@@ -172,7 +184,7 @@ def test_running_statistics_and_draws_are_ddps(group: Group) -> None:
 
 @pytest.mark.ranks(3)
 def test_evaluation_is_ddps_also_where_a_rank_has_no_samples(group: Group) -> None:
-    for size in (1, 2, 50):
+    for size in (1, 50):
         found = []
         for choice in [{}, *OTHERS]:
             settings = Split(max_steps=3, **choice)
@@ -401,9 +413,9 @@ def test_scalars_several_objectives_and_odd_optimizers_are_refused_by_name(group
         compose(split(deepspeed, loss=None, optimizer=None, objectives=parts), deepspeed, group)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero1", marks=SLOW)])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None:
-    args = ["--save-every", "5", "--strategy", strategy, "--width", "32"]
+    args = ["--epochs", "1", "--save-every", "3", "--strategy", strategy, "--width", "32"]
 
     def run(name: str, deaths: str = "") -> Any:
         (tmp_path / name).mkdir(exist_ok=True)
@@ -411,16 +423,16 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None
             *args,
             folder=tmp_path / name,
             recipe=MORTAL,
-            world_size=3,
+            world_size=2,
             env={"DEATHS": deaths},
             limit_s=60,
         )
 
     whole_run = run("whole")
-    assert whole_run.codes == [0, 0, 0], whole_run.errors
-    assert -9 in run("cut", "13:1").codes
+    assert whole_run.codes == [0, 0], whole_run.errors
+    assert -9 in run("cut", "8:1").codes
     last = run("cut")
-    assert last.codes == [0, 0, 0], last.errors
+    assert last.codes == [0, 0], last.errors
     assert last.status["weights_sha256"] == whole_run.status["weights_sha256"]
     assert last.status["metrics"] == whole_run.status["metrics"]
 
@@ -438,7 +450,7 @@ def hybrid_and_meta(folder: str) -> tuple[float, float, bool]:
         read_topology(), nodes=2, local_world_size=2, local_rank=read_topology().rank % 2
     )
     with process_group(topology=topology, device="cpu") as group:
-        settings = Split(max_steps=6)
+        settings = Split(max_steps=3)
         reference = trace(group, split(settings), settings)
         hybrid = replace(settings, strategy="fsdp", fsdp=Fsdp(wrap=("Block",), hybrid=True))
         ours = trace(group, split(hybrid), hybrid)
