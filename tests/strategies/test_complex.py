@@ -34,6 +34,7 @@ from ddp_kit.testing import run_ranks
 from ddp_kit.training.step import train_step
 
 CPU = torch.device("cpu")
+SLOW = [pytest.mark.slow, pytest.mark.steady]
 
 
 class Turned(nn.Module):
@@ -152,8 +153,15 @@ def kept(settings: Settings) -> Recipe:
     return turned(settings, eval_data=lambda: vectors(24))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "precision"),
+    [
+        (1, "fp64"),
+        (2, "fp32"),
+        pytest.param(1, "fp32", marks=SLOW),
+        pytest.param(2, "fp64", marks=SLOW),
+    ],
+)
 def test_a_complex_run_goes_on_from_its_checkpoint_bit_for_bit(
     precision: Any, world_size: int, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ LEAVES = [
     -1e8,
     1.0,
 ]  # in fp32, on any machine, their sum is 1 one after the other, and 0 in pairs: 1e8 + 1 is 1e8
-EIGHT = pytest.param(8, marks=pytest.mark.slow)
+SLOW = [pytest.mark.slow, pytest.mark.steady]
 
 
 def exact(**fields: Any) -> Settings:
@@ -159,7 +159,7 @@ def differing(
     return names
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, pytest.param(0.9, marks=SLOW)])
 def test_weights_statistics_and_losses_are_the_same_bits_at_1_2_and_4_ranks(
     momentum: float,
 ) -> None:
@@ -327,7 +327,9 @@ def test_a_rank_has_one_thread_unless_another_number_is_asked_for(
     ]
 
 
-@pytest.mark.parametrize(("world_size", "culprit"), [(2, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "culprit"), [(2, 0), pytest.param(2, 1, marks=SLOW), (4, 2)]
+)
 def test_a_failing_or_killed_rank_ends_all_though_another_thread_waits_for_it(
     world_size: int, culprit: int, tmp_path: Path
 ) -> None:

@@ -97,7 +97,7 @@ def whole_batch_norm(settings: Settings, group: Group, *, dtype: torch.dtype) ->
     return float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip))
 
 
-@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.ranks(1, 3)
 def test_clipping_is_by_the_global_norm_of_the_whole_batch_after_unscaling(group: Group) -> None:
     bounds = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 3e-2} | ({"fp16": 4e-3} if has_fp16(CPU) else {})
     for precision, bound in bounds.items():
@@ -137,7 +137,7 @@ def with_gain(gain: float, *, position: int = -1) -> TensorDataset:
     return TensorDataset(inputs, labels, gains)
 
 
-@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.ranks(1, 3)
 def test_an_fp16_overflow_on_one_rank_is_skipped_on_all_and_counted(group: Group) -> None:
     """Warnings are errors here, torch's own about a scheduler stepped before its optimizer among them."""
     needs_fp16()

@@ -116,7 +116,7 @@ def test_after_one_step_every_parameter_has_moved_and_so_has_the_average(group: 
         made.training.control.close()
 
 
-@pytest.mark.ranks(2, 4)
+@pytest.mark.ranks(4)
 def test_a_rank_keeps_its_part_only(group: Group) -> None:
     """zero1 and fsdp are for memory: the optimizer's state, and with fsdp weights and gradients, are split."""
     for choice in OTHERS:

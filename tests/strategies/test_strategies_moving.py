@@ -165,7 +165,7 @@ def test_a_run_moves_from_ddp_4_to_fsdp_2_to_zero1_3_to_ddp_1_as_if_nothing_had_
         (tmp_path / name).mkdir(exist_ok=True)
         return train(
             "--save-every",
-            "5",
+            "3",
             *args,
             folder=tmp_path / name,
             recipe=BLOCKY,
@@ -182,9 +182,9 @@ def test_a_run_moves_from_ddp_4_to_fsdp_2_to_zero1_3_to_ddp_1_as_if_nothing_had_
 
     stayed = life("stayed", 1)
     assert stayed.codes == [0], stayed.errors
-    assert -9 in life("moved", 4, deaths="7:3").codes
-    assert -9 in life("moved", 2, "--strategy", "fsdp", "--fsdp.wrap", "Block", deaths="13:1").codes
-    assert -9 in life("moved", 3, "--strategy", "zero1", deaths="18:2").codes
+    assert -9 in life("moved", 4, deaths="4:3").codes
+    assert -9 in life("moved", 2, "--strategy", "fsdp", "--fsdp.wrap", "Block", deaths="7:1").codes
+    assert -9 in life("moved", 3, "--strategy", "zero1", deaths="10:2").codes
     moved = life("moved", 1)
     assert moved.codes == [0], moved.errors
     assert len(losses("moved")) == len(losses("stayed"))
