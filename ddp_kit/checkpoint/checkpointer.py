@@ -24,7 +24,7 @@ from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.storage import LocalDisk, Storage
 from ddp_kit.checkpoint.format.writer import FAILURES, Saved, Writer
 from ddp_kit.checkpoint.retention import Keep, clear, set_aside_newer
-from ddp_kit.checkpoint.state_dict import State, restore_state, state_of
+from ddp_kit.checkpoint.state_dict import State, require_same_batch, restore_state, state_of
 from ddp_kit.data.iterable import StreamPosition, StreamProgress
 from ddp_kit.distributed.collectives import from_rank, gather_bytes
 from ddp_kit.errors import ConfigError
@@ -273,24 +273,10 @@ def restore(training: Training, path: Path | str) -> int:
     checkpointer.finish()
     opened = find(Origin(Path(path)), group=training.group, sets_aside=True)
     if opened is not None:
-        _require_same_batch(opened, training)
+        require_same_batch(opened, training)
         restore_state(opened, training)
         checkpointer.resumed(opened)
     return training.step
-
-
-def _require_same_batch(opened: Opened, training: Training) -> None:
-    """Raises: ConfigError if the steps of a checkpoint were of another global batch: the step
-    counter would be another place in the data.
-    """
-    step = opened.manifest.step
-    samples = opened.manifest.cursor.get("samples", 0)
-    now = training.plan.global_batch
-    if step and samples and samples != step * now:
-        raise ConfigError(
-            f"{opened.folder} was saved with a global batch of {samples / step:g} samples, and "
-            f"this loop has {now}. Give build_loader the one that it was saved with."
-        )
 
 
 def _of_ones_own(training: Training, path: Path | str) -> Checkpointer:
