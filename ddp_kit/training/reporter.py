@@ -97,7 +97,7 @@ class Reporter:
         """Begins a record: its sums over ranks set out."""
         now = time.perf_counter()
         step = training.step
-        samples = training.place.samples(step, global_batch=training.plan.global_batch)
+        samples = training.cursor.samples(step, global_batch=training.plan.global_batch)
         head = {"kind": "train", "step": step, "epoch": epoch, "samples": samples}
         names = self._agreed(sums.names(), training)
         on_the_way = launch_sums(training, sums, names)
