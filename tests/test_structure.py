@@ -39,7 +39,7 @@ BUDGETS = {
     "stopping": 510,
     "training": 2050,
     "checkpoint": 3360,
-    "setup": 1270,
+    "setup": 1300,
     "lifecycle": 1690,
     "cli": 2000,
     "launch": 4110,

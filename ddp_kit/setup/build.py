@@ -117,6 +117,11 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     if settings.ema:
         training.average = WeightAverage(model, decay=settings.ema)
     training.base_sha256 = base_hash
+    if feed.data.sharded and group.world_size > 1:
+        training.notes.append(
+            "the training data are each rank's own (sharded=True): which samples a step sees "
+            "depends on the number of ranks"
+        )
     training.notes += split_notes(model, feed.plan, settings, group)
     evaluator = Evaluator(
         recipe=recipe,
