@@ -13,7 +13,7 @@ from ddp_kit.checkpoint.format.fit import Kind
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.distributed.local_shard import Held, Item
 from ddp_kit.errors import ConfigError
-from ddp_kit.model_state.untouched import BUFFERS, Place, places_of
+from ddp_kit.model_state.places import BUFFERS, Place, places_of
 from ddp_kit.training.state import Training
 
 OWN = "own/"

@@ -16,7 +16,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError, some
 from ddp_kit.io.logs import logger
 from ddp_kit.model_state.images import Encoded, Image, decoded, encoded, image_of
-from ddp_kit.model_state.untouched import Attribute
+from ddp_kit.model_state.places import Attribute
 
 
 @final

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.tensors_from_rank import as_bytes, kind_of, tensors_from_rank_0
 from ddp_kit.model_state.kept import Base, current
-from ddp_kit.model_state.untouched import Place
+from ddp_kit.model_state.places import Place
 
 
 @final

@@ -15,7 +15,7 @@ from ddp_kit.distributed.tensors_from_rank import as_bytes
 from ddp_kit.errors import some
 from ddp_kit.io.logs import logger
 from ddp_kit.model_state.attributes import PlainAttributes
-from ddp_kit.model_state.untouched import Place
+from ddp_kit.model_state.places import Place
 
 
 @final

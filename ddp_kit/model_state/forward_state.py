@@ -25,17 +25,17 @@ from ddp_kit.model_state.first_step import FirstStep
 from ddp_kit.model_state.kept import Kept
 from ddp_kit.model_state.late_changes import LateChanges
 from ddp_kit.model_state.own import Own
-from ddp_kit.model_state.running_stats import RunningStatistics
-from ddp_kit.model_state.sums import Averaged
-from ddp_kit.model_state.untouched import (
+from ddp_kit.model_state.places import (
     BUFFERS,
     Attribute,
-    Changes,
     Place,
-    Snapshot,
+    attribute_names,
     kinds_of,
     places_of,
 )
+from ddp_kit.model_state.running_stats import RunningStatistics
+from ddp_kit.model_state.sums import Averaged
+from ddp_kit.model_state.untouched import Changes, Snapshot
 
 
 @final
@@ -50,12 +50,14 @@ class ForwardState:
         *,
         control_packet: ControlPacket,
         words: Mapping[str, str],
+        is_whole: bool = True,
         always: bool = False,
         exact: bool = False,
     ):
-        """Args: `words` what is kept of buffers and frozen weights, by name; `always` puts the base
-        back though there is one micro-batch, since its backward pass changes values again; `exact`
-        adds along the fixed tree.
+        """Args: `words` what is kept of buffers and frozen weights, by name; `is_whole` False: a
+        strategy that splits weights will give modules attributes of its own; `always` puts the
+        base back though there is one micro-batch, since its backward pass changes values again;
+        `exact` adds along the fixed tree.
         """
         repeats = plan.micro_batches > 1 or always
         self.statistics = RunningStatistics(
@@ -89,6 +91,8 @@ class ForwardState:
         self.settle()
         self._model = model
         self._kinds = kinds_of(model)
+        self._is_whole = is_whole
+        self._attribute_names = attribute_names(model)
         # Names of buffers whose shape a forward pass was seen to change.
         self.reshaped: set[str] = set()
         self._group = group
@@ -115,8 +119,13 @@ class ForwardState:
             else:
                 self.weights.places.append(place)
         self.attributes.add(changes.plain)
+        self._attribute_names.update(attribute.name for attribute in changes.plain)
         self.reshaped |= changes.reshaped
         self.settle()
+
+    def has_attribute(self, name: str) -> bool:
+        """Whether an attribute is the model's own, and no strategy's."""
+        return self._is_whole or name in self._attribute_names
 
     def reshaped_by_now(self) -> dict[str, bool]:
         """Returns the buffers of another shape than before the first step, and whether state dicts
@@ -187,7 +196,9 @@ class ForwardState:
     def _begin_first(self) -> None:
         """Before the first step: of one micro-batch there is nothing to choose."""
         self._has_begun = True
-        self._before = Snapshot(self._model, has=lambda place: False)
+        self._before = Snapshot(
+            self._model, has=lambda place: False, has_attribute=self.has_attribute
+        )
         if not self._splits:
             return
         kept = (*self.first.places, *self.weights.places)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from ddp_kit.model_state.untouched import Place
+from ddp_kit.model_state.places import Place
 
 
 class Kept(Protocol):

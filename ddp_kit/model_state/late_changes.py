@@ -19,7 +19,7 @@ from ddp_kit.io.logs import logger
 from ddp_kit.model_state.first import First
 from ddp_kit.model_state.images import same_bits
 from ddp_kit.model_state.kept import Base, current
-from ddp_kit.model_state.untouched import Place
+from ddp_kit.model_state.places import Place
 
 
 @final

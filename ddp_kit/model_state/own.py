@@ -8,7 +8,7 @@ import torch
 from ddp_kit.data.batch_plan import BatchPlan
 from ddp_kit.errors import DdpKitError
 from ddp_kit.model_state.kept import Base, current
-from ddp_kit.model_state.untouched import Place
+from ddp_kit.model_state.places import Place
 
 
 @final

@@ -7,8 +7,8 @@ import torch
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
 from ddp_kit.model_state.kept import Base
+from ddp_kit.model_state.places import Place
 from ddp_kit.model_state.step_sum import StepSum
-from ddp_kit.model_state.untouched import Place
 
 
 @final

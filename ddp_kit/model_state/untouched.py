@@ -7,84 +7,15 @@ assigned to, plain attributes of modules, generators that they hold.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
 
 from ddp_kit.data.seeding import generators_put_back
 from ddp_kit.distributed.local_shard import is_split
-from ddp_kit.distributed.tensors_from_rank import Kind, kind_of
+from ddp_kit.distributed.tensors_from_rank import kind_of
 from ddp_kit.model_state.images import Image, image_of, same_bits
-
-BUFFERS = "_buffers"
-PARAMETERS = "_parameters"
-
-
-@dataclass(eq=False)
-class Place:
-    """Where a model has a tensor: a register of a module, of buffers or of parameters."""
-
-    name: str
-    module: nn.Module
-    attribute: str
-    register: str = BUFFERS
-
-    @property
-    def tensor(self) -> torch.Tensor | None:
-        """What is there now."""
-        found: torch.Tensor | None = getattr(self.module, self.register).get(self.attribute)
-        return found
-
-    def put(self, tensor: torch.Tensor | None) -> None:
-        """Puts a tensor there."""
-        getattr(self.module, self.register)[self.attribute] = tensor
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the register has an entry, be it None."""
-        return self.attribute in getattr(self.module, self.register)
-
-    def remove(self) -> None:
-        """Takes the entry out of the register."""
-        getattr(self.module, self.register).pop(self.attribute, None)
-
-    @property
-    def is_persistent(self) -> bool:
-        """Whether state dicts have it."""
-        return self.attribute not in self.module._non_persistent_buffers_set
-
-
-def places_of(model: nn.Module) -> list[Place]:
-    """Returns every place of a model, those too where there is nothing yet."""
-    found = []
-    for prefix, module in model.named_modules():
-        for register in (BUFFERS, PARAMETERS):
-            for attribute in getattr(module, register):
-                name = f"{prefix}.{attribute}".lstrip(".")
-                found.append(Place(name, module, attribute, register))
-    return found
-
-
-def kinds_of(model: nn.Module) -> dict[str, Kind]:
-    """Returns shape and dtype of each buffer, None for those that are empty, by name."""
-    places = places_of(model)
-    return {place.name: kind_of(place.tensor) for place in places if place.register == BUFFERS}
-
-
-@dataclass
-class Attribute:
-    """A plain attribute of a module: anything that is in no register."""
-
-    name: str
-    module: nn.Module
-    key: str
-
-    @property
-    def value(self) -> Any:
-        """What it is now, None where it is not there."""
-        return vars(self.module).get(self.key)
+from ddp_kit.model_state.places import BUFFERS, PARAMETERS, Attribute, Place, own_keys, places_of
 
 
 @dataclass
@@ -205,7 +136,7 @@ class Snapshot:
     def _attributes_of(self, prefix: str, module: nn.Module) -> list[Attribute]:
         """Returns those attributes of a module that are noted."""
         found = []
-        for key in _own(module):
+        for key in own_keys(module):
             name = f"{prefix}.{key}".lstrip(".")
             if self._has_attribute(name):
                 found.append(Attribute(name, module, key))
@@ -273,24 +204,22 @@ def _is_replaced(noted: _Noted) -> bool:
     return noted.place.register == PARAMETERS and noted.place.tensor is not noted.tensor
 
 
-def _own(module: nn.Module) -> list[str]:
-    """Returns the attributes of a module that are the user's, and not torch's or DeepSpeed's."""
-    torchs = _of_any_module()
-    return [key for key in vars(module) if key not in torchs and not key.startswith("ds_")]
-
-
-@cache
-def _of_any_module() -> frozenset[str]:
-    return frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
-
-
 @contextmanager
-def untouched(model: nn.Module, *, weights: bool = True) -> Iterator[Snapshot]:
+def untouched(
+    model: nn.Module,
+    *,
+    weights: bool = True,
+    has_attribute: Callable[[str], bool] = lambda name: True,
+) -> Iterator[Snapshot]:
     """Puts a model and the default generators back at the end. Yields the model as it was.
 
-    Args: `weights` False leaves parameters out.
+    Args: `weights` False leaves parameters out; `has_attribute` says which attributes are put back.
     """
-    snapshot = Snapshot(model, has=lambda place: weights or place.register == BUFFERS)
+    snapshot = Snapshot(
+        model,
+        has=lambda place: weights or place.register == BUFFERS,
+        has_attribute=has_attribute,
+    )
     with generators_put_back():
         try:
             yield snapshot

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ddp_kit.errors import ConfigError, nearest, some
+from ddp_kit.model_state.places import BUFFERS, Place, places_of
 from ddp_kit.model_state.running_stats import STATISTICS, has_statistics
-from ddp_kit.model_state.untouched import BUFFERS, Place, places_of
 
 WORDS = {
     "mean": "the mean of what all micro-batches make of it",

@@ -33,8 +33,9 @@ from ddp_kit.setup.model import (
     load_first_weights,
     placement_of,
 )
+from ddp_kit.setup.parts import Part, part_of
 from ddp_kit.setup.start_notes import split_notes
-from ddp_kit.setup.wrap import Part, part_of, wrap_parts
+from ddp_kit.setup.wrap import wrap_parts
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.checks import require_splittable
@@ -135,6 +136,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         micro_batch=feed.plan.largest,
         placement=feed.placement,
         enter=strategy.enter,
+        has_attribute=training.forward_state.has_attribute,
     )
     evaluator.dry_run(model)
     training.notes += best_notes(

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ddp_kit.errors import ConfigError, some
-from ddp_kit.model_state.untouched import BUFFERS, PARAMETERS, Attribute, Changes, Snapshot
+from ddp_kit.model_state.places import BUFFERS, PARAMETERS, Attribute
+from ddp_kit.model_state.untouched import Changes, Snapshot
 from ddp_kit.training.state import Training
 
 
@@ -84,7 +85,11 @@ class Census:
         """After the forward pass, whose loss is `total`."""
         self._total = float(total.detach())
         self._changes = self._before.changes()
-        self._middle = Snapshot(self._model, has=lambda place: place.register == BUFFERS)
+        self._middle = Snapshot(
+            self._model,
+            has=lambda place: place.register == BUFFERS,
+            has_attribute=self._training.forward_state.has_attribute,
+        )
 
     def after_backward(self) -> None:
         """After the backward pass. One that runs the forward pass again changes buffers again."""
@@ -152,7 +157,8 @@ class Census:
         """
         self._before.put_back()
         self._total_of_a_pass(on_another=True)
-        left = Snapshot(self._model, has=self._has)
+        has_attribute = self._training.forward_state.has_attribute
+        left = Snapshot(self._model, has=self._has, has_attribute=has_attribute)
         self._before.put_back(attributes=lambda name: name not in names)
         again = self._total_of_a_pass()
         left.put_back()

@@ -67,12 +67,15 @@ class DryRun:
         """
         training = self.training
         is_whole = training.strategy.shards is None
+        has_attribute = training.forward_state.has_attribute
 
         def seed() -> None:
             seed_forward(forward_key, 0, 0, device=training.group.device)
 
         with _only(parameters, frozen):
-            with untouched(training.model, weights=is_whole) as snapshot:
+            with untouched(
+                training.model, weights=is_whole, has_attribute=has_attribute
+            ) as snapshot:
                 census = Census(
                     training,
                     snapshot,
@@ -85,7 +88,7 @@ class DryRun:
             wrapped = training.strategy.wrap(call, optimizer)
             weights = is_whole and census.has_weights
             for _ in range(2):
-                with untouched(training.model, weights=weights):
+                with untouched(training.model, weights=weights, has_attribute=has_attribute):
                     seed()
                     self._run_wrapped(wrapped.call, parameters)
         return wrapped, count

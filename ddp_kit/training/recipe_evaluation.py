@@ -48,6 +48,8 @@ class Evaluator:
     enter: Callable[..., Any] = bare
     # What an evaluation will report, known from one micro-batch.
     names: dict[str, float] = field(default_factory=dict)
+    # Which attributes are the model's own.
+    has_attribute: Callable[[str], bool] = field(default=lambda name: True)
     # What an evaluation changes of the model, by name; it is put back.
     changed: set[str] = field(default_factory=set)
 
@@ -144,7 +146,7 @@ class Evaluator:
         """
         self._try_streams()
         is_whole = not any(is_split(parameter) for parameter in model.parameters())
-        with untouched(model, weights=is_whole) as snapshot:
+        with untouched(model, weights=is_whole, has_attribute=self.has_attribute) as snapshot:
             self.names = self(model, limit=1)
             self.changed = self._of_all_ranks(snapshot.changes())
         if self._needs_summary() and self.recipe.summarize is not None and self.sets:

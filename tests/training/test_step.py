@@ -18,7 +18,7 @@ from ddp_kit import Data, LossSum
 from ddp_kit.data.seeding import permutation
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DdpKitError
-from ddp_kit.model_state.untouched import places_of
+from ddp_kit.model_state.places import places_of
 from ddp_kit.setup.build import Built, build, build_model
 from ddp_kit.training.step import train_step
 
