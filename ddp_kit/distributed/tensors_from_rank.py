@@ -1,5 +1,6 @@
 """Several tensors of rank 0 to all ranks in one message: as bytes, since gloo knows few dtypes."""
 
+import ctypes
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,18 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a tensor's bytes, flat; a view where the memory allows one."""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return plain.reshape(-1).view(torch.uint8)
+
+
+def view_of(content: torch.Tensor) -> memoryview:
+    """Returns the memory of flat bytes in host memory, for as long as the tensor lives.
+
+    A tensor that NumPy has looked at cannot be resized any more, which observers of quantisation
+    do.
+    """
+    if not len(content):
+        return memoryview(b"")
+    kind = ctypes.c_ubyte * len(content)
+    return memoryview(kind.from_address(content.data_ptr()))
 
 
 def tensors_from_rank_0(

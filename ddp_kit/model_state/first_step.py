@@ -11,7 +11,7 @@ from typing import final
 
 from ddp_kit.distributed.collectives import gather_bytes
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.distributed.tensors_from_rank import as_bytes
+from ddp_kit.distributed.tensors_from_rank import as_bytes, view_of
 from ddp_kit.errors import some
 from ddp_kit.io.logs import logger
 from ddp_kit.model_state.attributes import PlainAttributes
@@ -33,7 +33,7 @@ class FirstStep:
             tensor = place.tensor
             if tensor is not None:
                 # Host-device synchronisation, in the first step alone.
-                seen[place.name] = zlib.crc32(as_bytes(tensor).cpu().numpy().tobytes())
+                seen[place.name] = zlib.crc32(view_of(as_bytes(tensor).cpu()))
         for name, value in attributes.saved().items():
             seen[name] = zlib.crc32(json.dumps(value).encode())
         self._seen.append(seen)

@@ -6,7 +6,7 @@ later is noticed in that step; what else does, at the next save or evaluation.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import final
 
 from torch import nn
@@ -104,24 +104,44 @@ class ForwardState:
         self._before: Snapshot | None = None
 
     def take(self, changes: Changes, *, trained: set[int]) -> None:
-        """Takes what was seen to change.
+        """Takes what was seen to change on any rank. Every rank calls it, with the model as it was.
 
         Args: `trained` the parameters that an optimizer steps, by their identity.
         """
-        known = {place.name for place in (*self.first.places, *self.weights.places)}
-        for place in changes.places:
-            if self.statistics.owns(place.module, place.attribute):
-                self.statistics.watch_assignments()
-            elif place.name in known or place.name in self._words:
-                continue
-            elif place.register == BUFFERS or id(place.tensor) not in trained:
-                self.first.places.append(place)
-            else:
-                self.weights.places.append(place)
-        self.attributes.add(changes.plain)
-        self._attribute_names.update(attribute.name for attribute in changes.plain)
-        self.reshaped |= changes.reshaped
+        names = [place.name for place in changes.places]
+        plain = [attribute.name for attribute in changes.plain]
+        own = json.dumps([names, plain, sorted(changes.reshaped)]).encode()
+        for row in gather_bytes(self._group, own):
+            others_names, others_plain, reshaped = json.loads(row)
+            names += [name for name in others_names if name not in names]
+            plain += [name for name in others_plain if name not in plain]
+            self.reshaped.update(reshaped)
+        # In one order on all ranks.
+        places = {place.name: place for place in (*changes.places, *places_of(self._model))}
+        for name in sorted(set(names) & places.keys()):
+            self._take_place(places[name], trained)
+        self.attributes.add(self._attributes_named(plain))
+        self._attribute_names.update(plain)
         self.settle()
+
+    def _take_place(self, place: Place, trained: set[int]) -> None:
+        kept = (*self.first.places, *self.weights.places)
+        if self.statistics.owns(place.module, place.attribute):
+            self.statistics.watch_assignments()
+        elif place.name in self._words or any(other.name == place.name for other in kept):
+            return
+        elif place.register == BUFFERS or id(place.tensor) not in trained:
+            self.first.places.append(place)
+        else:
+            self.weights.places.append(place)
+
+    def _attributes_named(self, names: Iterable[str]) -> list[Attribute]:
+        modules = dict(self._model.named_modules())
+        found = []
+        for name in sorted(names):
+            owner, _, key = name.rpartition(".")
+            found.append(Attribute(name, modules[owner], key))
+        return found
 
     def has_attribute(self, name: str) -> bool:
         """Whether an attribute is the model's own, and no strategy's."""
@@ -182,12 +202,7 @@ class ForwardState:
                 f'Recipe(buffers={{"{unseen[0]}": ...}}) what stays of it: "mean", "sum", "first" '
                 'or "own".'
             )
-        modules = dict(self._model.named_modules())
-        found = []
-        for name in sorted(names):
-            owner, _, key = name.rpartition(".")
-            found.append(Attribute(name, modules[owner], key))
-        new = self.attributes.add(found)
+        new = self.attributes.add(self._attributes_named(names))
         if new:
             self.attributes.agree()
             self.settle()

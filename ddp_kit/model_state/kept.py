@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from ddp_kit.model_state.places import Place
+from ddp_kit.model_state.places import Place, is_same_memory
 
 
 class Kept(Protocol):
@@ -79,7 +79,7 @@ class Base:
             self.place.put(self.tensor)
         if self.tensor is None or self._memory is None:
             return
-        if self.tensor.data_ptr() != self._memory.data_ptr():
+        if not is_same_memory(self.tensor, self._memory):
             self.tensor.data = self._memory
 
 

@@ -64,6 +64,11 @@ def kinds_of(model: nn.Module) -> dict[str, Kind]:
     return {place.name: kind_of(place.tensor) for place in places if place.register == BUFFERS}
 
 
+def is_same_memory(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
+    """Whether a tensor is still what `memory` was detached from: no `.data =`, no `resize_`."""
+    return tensor.data_ptr() == memory.data_ptr() and tensor.shape == memory.shape
+
+
 @dataclass
 class Attribute:
     """A plain attribute of a module: anything that is in no register."""

@@ -15,7 +15,15 @@ from ddp_kit.data.seeding import generators_put_back
 from ddp_kit.distributed.local_shard import is_split
 from ddp_kit.distributed.tensors_from_rank import kind_of
 from ddp_kit.model_state.images import Image, image_of, same_bits
-from ddp_kit.model_state.places import BUFFERS, PARAMETERS, Attribute, Place, own_keys, places_of
+from ddp_kit.model_state.places import (
+    BUFFERS,
+    PARAMETERS,
+    Attribute,
+    Place,
+    is_same_memory,
+    own_keys,
+    places_of,
+)
 
 
 @dataclass
@@ -49,7 +57,7 @@ class _Noted:
             return False
         if self.tensor is None or self.memory is None or self.values is None:
             return True
-        if self.tensor.data_ptr() != self.memory.data_ptr():
+        if not is_same_memory(self.tensor, self.memory):
             return False
         return same_bits(self.memory, self.values)
 
@@ -60,7 +68,7 @@ class _Noted:
             self.place.put(self.tensor)
         if self.tensor is None or self.memory is None or self.values is None:
             return
-        if self.tensor.data_ptr() != self.memory.data_ptr():
+        if not is_same_memory(self.tensor, self.memory):
             self.tensor.data = self.memory
         if not same_bits(self.memory, self.values):
             self.memory.copy_(self.values)

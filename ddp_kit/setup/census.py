@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ddp_kit.errors import ConfigError, some
+from ddp_kit.model_state.images import same_bits
 from ddp_kit.model_state.places import BUFFERS, PARAMETERS, Attribute
 from ddp_kit.model_state.untouched import Changes, Snapshot
 from ddp_kit.training.state import Training
@@ -60,14 +61,17 @@ class Census:
         if self._training.strategy.shards is None:
             yield
             return
-        versions: dict[int, list[int]] = {}
+        names = {id(module): prefix for prefix, module in self._model.named_modules()}
+        values: dict[int, dict[str, torch.Tensor]] = {}
 
         def before(module: nn.Module, inputs: Any) -> None:
-            versions[id(module)] = _versions(module)
+            values[id(module)] = _own_weights(module)
 
         def after(module: nn.Module, inputs: Any, output: Any) -> None:
-            if versions.get(id(module)) != _versions(module):
-                self._changed_weights += [name for name, _ in module.named_parameters()]
+            found = values.pop(id(module), {})
+            for key, parameter in module._parameters.items():
+                if parameter is not None and not same_bits(parameter.detach(), found[key]):
+                    self._changed_weights.append(f"{names[id(module)]}.{key}".lstrip("."))
 
         handles = []
         for module in self._model.modules():
@@ -197,9 +201,13 @@ def all_like_the_first(value: Any, size: int) -> Any:
     return value
 
 
-def _versions(module: nn.Module) -> list[int]:
-    held = module._parameters.values()
-    return [parameter._version for parameter in held if parameter is not None]
+def _own_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns copies of the parameters that a module itself has."""
+    found = {}
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            found[key] = parameter.detach().clone()
+    return found
 
 
 def _are_close(one: float, other: float) -> bool:

@@ -101,14 +101,13 @@ def wrap_parts(
     if exact:
         require_exact(feed, group)
     packet = ControlPacket(group)
-    words = words_by_name(model, buffers or {})
     is_split = strategy.shards is not None
     forward_state = ForwardState(
         model,
         group,
         feed.plan,
         control_packet=packet,
-        words=words,
+        words=words_by_name(model, buffers or {}),
         is_whole=not is_split,
         always=has_checkpointed_activations,
         exact=exact,
@@ -130,9 +129,6 @@ def wrap_parts(
     if tuning:
         training.tuned += _fused(parts)
     _add_objectives(parts, dry_run, precision=precision, seed=feed.seed)
-    changed = [attribute.name for attribute in forward_state.attributes.attributes]
-    if changed:
-        training.notes.append(attribute_note(changed))
     return training
 
 
@@ -160,12 +156,17 @@ def _most_micro_batches(plan: BatchPlan, world_size: int) -> int:
 def _add_objectives(
     parts: Sequence[Part], dry_run: DryRun, *, precision: Precision, seed: int
 ) -> None:
+    """Makes the objectives in order, and notes what their passes were seen to change."""
     for i, part in enumerate(parts):
         draws = forward_key(seed, objective=i)
         objective = _objective(
             part, dry_run, precision=precision, is_only=len(parts) == 1, draws=draws
         )
         dry_run.training.objectives.append(objective)
+    training = dry_run.training
+    changed = [attribute.name for attribute in training.forward_state.attributes.attributes]
+    if changed:
+        training.notes.append(attribute_note(changed))
 
 
 def _objective(

@@ -13,6 +13,7 @@ import torch
 
 from ddp_kit.distributed.collectives import first_difference, gather_bytes
 from ddp_kit.distributed.local_shard import is_split
+from ddp_kit.distributed.tensors_from_rank import view_of
 from ddp_kit.errors import DdpKitError, some
 from ddp_kit.training.state import Training
 
@@ -73,7 +74,7 @@ def digests_of(tensors: list[torch.Tensor]) -> list[int]:
         if memory.is_cuda:
             own.append(checksum(memory))
         else:
-            own.append(zlib.crc32(memory.numpy()))  # type: ignore[arg-type]
+            own.append(zlib.crc32(view_of(memory)))
     on_device = [digest for digest in own if isinstance(digest, torch.Tensor)]
     read = iter(torch.stack(on_device).tolist() if on_device else ())
     return [next(read) if isinstance(digest, torch.Tensor) else digest for digest in own]
