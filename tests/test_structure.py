@@ -32,7 +32,7 @@ BUDGETS = {
     "faces": 1100,
     "io": 720,
     "config": 1160,
-    "distributed": 2130,
+    "distributed": 2140,
     "data": 2780,
     "trackers": 710,
     "strategies": 2640,
