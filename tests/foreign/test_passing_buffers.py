@@ -147,12 +147,18 @@ def live_oddly(settings: Settings) -> dict[str, list[Any]]:
     return {name: life.state[name].tolist() for name in ("short", "unsigned", "wide")}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_buffers_of_any_kind_are_trained_saved_and_gone_on_from(
-    tmp_path: Path, world_size: int
+    tmp_path: Path, world_size: int, precision: Any
 ) -> None:
     settings = Settings(
-        max_steps=4, micro_batch=4, save_every=2, run_dir=str(tmp_path), change=("max_steps",)
+        max_steps=4,
+        micro_batch=4,
+        save_every=2,
+        run_dir=str(tmp_path),
+        change=("max_steps",),
+        precision=precision,
     )
     for steps in (2, 4):
         own = replace(settings, max_steps=steps)
