@@ -164,7 +164,7 @@ def accelerated(group: Group, dataset: Dataset[Any]) -> Callable[[int], None]:
 class Alone:
     """Accelerate has summed already."""
 
-    training, world_size = None, 1
+    pg, world_size = None, 1
 
 
 def summed(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> LossSum:

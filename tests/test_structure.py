@@ -32,7 +32,7 @@ BUDGETS = {
     "faces": 1100,
     "io": 720,
     "config": 1160,
-    "distributed": 2140,
+    "distributed": 2160,
     "data": 2780,
     "trackers": 710,
     "strategies": 2640,

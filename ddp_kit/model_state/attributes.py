@@ -11,7 +11,7 @@ from typing import Any, final
 
 from torch import nn
 
-from ddp_kit.distributed.collectives import from_rank
+from ddp_kit.distributed.collectives import short_from_rank_0
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError, some
 from ddp_kit.io.logs import logger
@@ -81,7 +81,7 @@ class PlainAttributes:
 
     def _take_rank_0s(self, own: list[Encoded]) -> None:
         text = json.dumps(own).encode() if self._group.rank == 0 else b""
-        values = json.loads(from_rank(self._group, text))
+        values = json.loads(short_from_rank_0(self._group, text))
         for attribute, value in zip(self.attributes, values, strict=True):
             if value is None and image_of(attribute.value).is_large:
                 continue
