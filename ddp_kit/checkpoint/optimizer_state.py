@@ -3,7 +3,7 @@ schedule, by parameter name, so that another world size or strategy can read it.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ddp_kit.checkpoint.format.encoding import decode, encode, references
-from ddp_kit.checkpoint.format.opened import Item, Opened
-from ddp_kit.distributed.local_shard import held, is_split
+from ddp_kit.checkpoint.format.opened import Opened
+from ddp_kit.distributed.local_shard import Item, held, memory_of
 from ddp_kit.errors import ConfigError
 from ddp_kit.training.state import ObjectiveState
 
@@ -36,13 +36,14 @@ def objective_values(
     for i, group in enumerate(objective.optimizer.param_groups):
         own = {key: value for key, value in group.items() if key not in KEEPS_OWN}
         groups.append(encode(own, shared, name=f"{prefix}group.{i}"))
-    for parameter, kept in _state_by_parameter(objective):
+    for parameter, kept in objective.optimizer_view.items():
         name = names[id(parameter)]
         found: dict[str, torch.Tensor] = {}
         states[name] = {
             key: encode(value, found, name=f"{prefix}{name}/{key}") for key, value in kept.items()
         }
-        items |= _items_to_save(objective, parameter, found)
+        for reference, tensor in found.items():
+            items[reference] = _to_save(objective, parameter, reference, tensor)
     schedule = None
     if objective.scheduler is not None:
         schedule = objective.scheduler.state_dict()
@@ -57,51 +58,22 @@ def objective_values(
     }
 
 
-def _state_by_parameter(
-    objective: ObjectiveState,
-) -> Iterator[tuple[nn.Parameter, Mapping[str, Any]]]:
-    """Yields the optimizer's state by parameter, where there is some."""
-    if objective.moments is not None:
-        for parameter, kept in objective.moments.items():
-            if kept:
-                yield parameter, kept
-        return
-    states = objective.optimizer.state
-    for group in objective.optimizer.param_groups:
-        for parameter in group["params"]:
-            if states.get(parameter):
-                yield parameter, states[parameter]
+def _to_save(
+    objective: ObjectiveState, parameter: nn.Parameter, name: str, tensor: torch.Tensor
+) -> Item:
+    """Returns a tensor of a parameter's state as a checkpoint takes it.
 
-
-def _items_to_save(
-    objective: ObjectiveState, parameter: nn.Parameter, found: Mapping[str, torch.Tensor]
-) -> Mapping[str, Item]:
-    """Returns the tensors that were found in a parameter's state as a checkpoint takes them.
-
-    Raises: ConfigError for one that cannot be split as its parameter is.
+    Raises: ConfigError if it is neither one number nor split as its parameter is: no later attempt
+        could split it.
     """
-    if objective.moments is not None:
-        moments = objective.moments
-        return {name: moments.part(parameter, tensor) for name, tensor in found.items()}
-    if is_split(parameter):
-        _require_alike(parameter, found)
-    if objective.owns is not None:
-        return {name: held(tensor) for name, tensor in found.items()}
-    return found
-
-
-def _require_alike(parameter: nn.Parameter, found: Mapping[str, torch.Tensor]) -> None:
-    """Raises: ConfigError for state that is neither one number nor split as its parameter is: no
-    later attempt could split it.
-    """
-    for name, tensor in found.items():
-        is_alike = is_split(tensor) and tensor.shape == parameter.shape
-        if tensor.dim() and not is_alike:
-            raise ConfigError(
-                f"the optimizer's {name} has shape {tuple(tensor.shape)} on a rank and its "
-                f"parameter, of which ranks hold rows, {tuple(parameter.shape)}: only what is "
-                "shaped alike can be split alike. Type --strategy zero1, or another optimizer."
-            )
+    item = objective.optimizer_view.part(parameter, tensor)
+    if item is None:
+        raise ConfigError(
+            f"the optimizer's {name} has shape {tuple(tensor.shape)} on a rank and its "
+            f"parameter, of which ranks hold rows, {tuple(parameter.shape)}: only what is "
+            "shaped alike can be split alike. Type --strategy zero1, or another optimizer."
+        )
+    return item
 
 
 def allocate(
@@ -124,71 +96,38 @@ def allocate(
     for name, kept in saved["state"].items():
         parameter = names.get(name)
         for reference in references(kept):
-            tensor = _tensor_for(reference, opened, objective, parameter, live)
-            tensors[reference] = tensor
-            if parameter is not None and _is_partitioned(opened, reference, objective, parameter):
-                assert objective.moments is not None
-                targets[reference] = objective.moments.part(parameter, tensor)
-            else:
-                targets[reference] = tensor
+            item = _memory_for(reference, opened, objective, parameter, live)
+            tensors[reference] = memory_of(item)
+            targets[reference] = item
     return tensors
 
 
-def _tensor_for(
+def _memory_for(
     reference: str,
     opened: Opened,
     objective: ObjectiveState,
     parameter: nn.Parameter | None,
     live: Mapping[str, Item],
-) -> torch.Tensor:
-    """Returns the tensor that an optimizer has under that name, else a new one where torch would
-    have it: like the parameter, a scalar on the CPU; without memory for what other ranks keep.
+) -> Item:
+    """Returns the tensor that an optimizer has under that name, else a new one.
 
     Raises: ConfigError if it is not shaped like its parameter, where that is split over the ranks.
     """
     shape, dtype = opened.kinds[reference]
-    if parameter is not None and _is_kept_elsewhere(objective, parameter):
-        return torch.empty(shape, dtype=dtype, device="meta")
-    if parameter is not None and _is_partitioned(opened, reference, objective, parameter):
-        assert objective.moments is not None
-        return objective.moments.empty(parameter, dtype=dtype)
     has = live.get(reference)
     if isinstance(has, torch.Tensor) and has.shape == shape and has.dtype == dtype:
         return has
     if parameter is None:
+        # Of a parameter that this model lacks: what does not fit is told together.
         return torch.empty(shape, dtype=dtype, device="cpu")
-    whole_shape = held(parameter).shape
-    is_in_parts = is_split(parameter) or objective.moments is not None
-    if is_in_parts and shape and shape != whole_shape:
+    item = objective.optimizer_view.empty(parameter, shape=shape, dtype=dtype)
+    if item is None:
         raise ConfigError(
             f"{opened.folder} cannot go on with this --strategy: the optimizer's {reference} has "
-            f"shape {shape}, its parameter {whole_shape}, and only what is shaped alike can be "
-            "split alike. Type --strategy ddp, or zero1."
+            f"shape {shape}, its parameter {held(parameter).shape}, and only what is shaped alike "
+            "can be split alike. Type --strategy ddp, or zero1."
         )
-    if parameter.shape == shape:
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    if shape or _steps_on_device(objective.optimizer):
-        return torch.empty(shape, dtype=dtype, device=parameter.device)
-    return torch.empty(shape, dtype=dtype, device="cpu")
-
-
-def _is_kept_elsewhere(objective: ObjectiveState, parameter: nn.Parameter) -> bool:
-    """Whether another rank alone keeps the optimizer's state of a parameter."""
-    return objective.owns is not None and not objective.owns(parameter)
-
-
-def _is_partitioned(
-    opened: Opened, reference: str, objective: ObjectiveState, parameter: nn.Parameter
-) -> bool:
-    """Whether a tensor of the optimizer's state is in the partitions that it steps."""
-    if objective.moments is None or _is_kept_elsewhere(objective, parameter):
-        return False
-    shape, _ = opened.kinds[reference]
-    return shape == held(parameter).shape
-
-
-def _steps_on_device(optimizer: Optimizer) -> bool:
-    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return item
 
 
 def restore_objective(
@@ -201,17 +140,8 @@ def restore_objective(
 ) -> None:
     """Gives an optimizer its state back, from tensors that have been read. See `restore_state`."""
     optimizer = objective.optimizer
-    optimizer.state.clear()
-    for name, kept in saved["state"].items():
-        parameter = names[name]
-        if _is_kept_elsewhere(objective, parameter):
-            continue
-        if objective.moments is not None:
-            objective.moments.restore(parameter, decode(kept, tensors))
-        else:
-            optimizer.state[parameter] = decode(kept, tensors)
-    if objective.refresh is not None:
-        objective.refresh()
+    states = {names[name]: decode(kept, tensors) for name, kept in saved["state"].items()}
+    objective.optimizer_view.restore(states)
     for own, group in zip(optimizer.param_groups, saved["groups"], strict=True):
         numbers = decode(group, tensors)
         if not keeps_hyperparameters:

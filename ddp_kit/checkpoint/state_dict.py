@@ -18,7 +18,7 @@ from torch import nn
 from ddp_kit.checkpoint.format.encoding import decode, encode, references
 from ddp_kit.checkpoint.format.fit import Kind, require_fit
 from ddp_kit.checkpoint.format.layout import NAMES
-from ddp_kit.checkpoint.format.opened import Item, Opened
+from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.sharding import Piece, Shape, cut
 from ddp_kit.checkpoint.optimizer_state import (
     advance_schedule,
@@ -28,7 +28,7 @@ from ddp_kit.checkpoint.optimizer_state import (
 )
 from ddp_kit.checkpoint.weights import tied_names
 from ddp_kit.distributed.collectives import gather_bytes
-from ddp_kit.distributed.local_shard import Fragment, Held, held, is_split
+from ddp_kit.distributed.local_shard import Fragment, Held, Item, held, is_split, memory_of
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.stopping.early_stopping import EarlyStopping
@@ -93,8 +93,7 @@ def _part(item: Item) -> Held | Fragment:
 
 def _kind(item: Item) -> Kind:
     part = _part(item)
-    content = part.rows if isinstance(part, Held) else part.content
-    return tuple(part.shape), content.dtype
+    return tuple(part.shape), memory_of(part).dtype
 
 
 def state_of(
@@ -130,7 +129,7 @@ def state_of(
     for name, item in items.items():
         shape, dtype = _kind(item)
         kinds[name] = [list(shape), NAMES[dtype]]
-    if any(objective.owns is not None for objective in training.objectives):
+    if not all(objective.optimizer_view.has_all for objective in training.objectives):
         _share_what_each_rank_knows(training, objectives, kinds)
     values["tensors"] = kinds
     tensors, own_rows = _by_who_has_them(items, training.group)

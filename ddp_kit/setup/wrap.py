@@ -160,6 +160,7 @@ def _objective(
     training = dry_run.training
     model = training.model
     device = training.group.device
+    on_cuda = device.type == "cuda"
     _check_scheduler(part)
     parameters = _trained(model, part, is_only=is_only)
     own = {id(parameter) for parameter in parameters}
@@ -168,32 +169,26 @@ def _objective(
         for parameter in model.parameters()
         if parameter.requires_grad and id(parameter) not in own
     ]
-    reads_found_inf = device.type == "cuda" and getattr(
-        part.optimizer, "_step_supports_amp_scaling", False
-    )
     call = LossCall(model, part.loss, precision=precision, device=device)
     wrapped, count = dry_run.run(call, part.optimizer, parameters, frozen)
-    is_plain = wrapped.step is None and training.strategy.shards is None
     dtypes = {parameter.dtype for parameter in parameters}
     place = local(parameters[0]).device
+    view = wrapped.optimizer_view
     return ObjectiveState(
         name="" if is_only else f"{part.trains}/",
         call=wrapped.call,
         parameters=parameters,
         frozen=frozen,
         optimizer=part.optimizer,
+        optimizer_view=view,
         scheduler=part.scheduler,
         count=count,
         scale=LossScale.of(precision),
-        step=wrapped.step,
-        owns=wrapped.owns,
-        moments=wrapped.moments,
-        refresh=wrapped.refresh,
         found_inf=torch.zeros((), device=place),
         one=torch.ones((), device=place),
         is_mixed=len(dtypes) > 1 or parameters[0].is_complex(),
         # The host need not wait for each step's verdict.
-        is_deferred=reads_found_inf and is_only and is_plain and precision != "fp16",
+        is_deferred=view.heeds_found_inf and on_cuda and is_only and precision != "fp16",
         may_draw=not type(part.optimizer).__module__.startswith("torch.optim."),
     )
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError, no_gradient
 from ddp_kit.settings import Comm
+from ddp_kit.strategies.optimizer_view import WholeOptimizer
 from ddp_kit.strategies.whole import Whole, Wrapped
 
 
@@ -35,7 +36,7 @@ class DataParallel(Whole):
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` in a DDP wrapper that the group releases before it is destroyed."""
-        return Wrapped(call=self.ddp(call))
+        return Wrapped(call=self.ddp(call), optimizer_view=WholeOptimizer(optimizer))
 
     def ddp(self, call: nn.Module) -> DistributedDataParallel:
         """Returns the wrapper."""

@@ -21,7 +21,7 @@ from ddp_kit.errors import DdpKitError
 from ddp_kit.metrics import LossSum, Number, Totals
 from ddp_kit.settings import Precision
 from ddp_kit.strategies.base import Strategy
-from ddp_kit.strategies.deepspeed.partitions import PartitionedState
+from ddp_kit.strategies.optimizer_view import OptimizerView
 from ddp_kit.strategies.precision import LossScale, autocast
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.loss_count import Count
@@ -129,7 +129,10 @@ class ObjectiveState:
     parameters: list[nn.Parameter]
     # The other objectives': their gradients are not computed.
     frozen: list[nn.Parameter]
+    # The recipe's, which has the groups and their rates.
     optimizer: Optimizer
+    # Steps it, and gives and takes its state.
+    optimizer_view: OptimizerView
     count: Count
     scheduler: Any = None
     scale: LossScale = field(default_factory=lambda: LossScale(is_on=False))
@@ -141,12 +144,6 @@ class ObjectiveState:
     # do.
     may_draw: bool = False
     found_inf: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    # As the strategy has it: see `strategies.whole.Wrapped`.
-    step: Callable[[], None] | None = None
-    owns: Callable[[nn.Parameter], bool] | None = None
-    moments: PartitionedState | None = None
-    refresh: Callable[[], None] | None = None
 
     # Tensors that are kept ready: the weight of the last backward pass, and 1.
     weight: tuple[float, torch.Tensor] = field(default_factory=lambda: (0.0, torch.zeros(())))

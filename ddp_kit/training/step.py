@@ -19,7 +19,6 @@ from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.seeding import seed_forward
 from ddp_kit.distributed.collectives import anywhere, over_shards
 from ddp_kit.stopping.signals import StopFlag
-from ddp_kit.strategies.fused_step import step_quietly
 from ddp_kit.training.nonfinite import find_non_finite, listed, look_back, raise_unless_overflow
 from ddp_kit.training.state import ObjectiveState, StepSums, Sums, Training
 
@@ -191,10 +190,7 @@ def _apply(
         found.zero_()
         raise_unless_overflow(training, objective, batch, sums)
         return False
-    if objective.step is None:
-        step_quietly(objective.optimizer)
-        return True
-    objective.step()
+    objective.optimizer_view.step()
     # As torch's schedulers note a step.
     objective.optimizer._opt_called = True  # type: ignore[attr-defined]
     return True
@@ -219,7 +215,7 @@ def _step_deferred(
     found = objective.found_inf
     # Fused optimizers read it, as GradScaler has it.
     objective.optimizer.found_inf = found  # type: ignore[attr-defined]
-    step_quietly(objective.optimizer)
+    objective.optimizer_view.step()
     seen = torch.empty_like(found, device="cpu", pin_memory=found.is_cuda)
     seen.copy_(found, non_blocking=True)
     training.suspect = (batch, sums, seen)
