@@ -20,7 +20,7 @@ from ddp_kit.data.seeding import forward_key, generators_put_back, seed_forward
 from ddp_kit.distributed.collectives import first_difference, gather_rows, sum_by_name
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
-from ddp_kit.metrics import Totals, means
+from ddp_kit.metrics import Sums, means, settled, tensor_of
 from ddp_kit.recipe import Pairs, Recipe
 from ddp_kit.settings import Precision
 from ddp_kit.strategies.precision import autocast
@@ -108,8 +108,9 @@ def evaluate(
             if heed is not None:
                 heed()
     names = sorted(found.names)
-    blocks = [int(own[0]) for own in found.indices]
-    sums = sum_by_name(group, found.totals.tensor(names), names=names, order=blocks)
+    blocks = [int(indices[0]) for indices in found.indices]
+    own = tensor_of(found.sums, names, device=group.device)
+    sums = sum_by_name(group, own, names=names, order=blocks)
     metrics = means(sums)
     if found.rows or summarize is not None:
         rows = _in_sample_order(group, found.rows, found.indices)
@@ -126,7 +127,7 @@ class _Pass:
         self._device = group.device
         self._measure = measure
         self._seed = seed
-        self.totals = Totals(group.device)
+        self.sums: list[Sums] = []
         self.names: set[str] = set()  # of the sums
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.indices: list[Indices] = []
@@ -143,7 +144,7 @@ class _Pass:
             if isinstance(value, torch.Tensor):
                 self._take_rows(name, value, micro_batch)
         if not request.is_padding:
-            self.totals.add(sums)
+            self.sums.append(settled(sums, device=self._device))
             self.indices.append(request.indices)
 
     def _take_rows(self, name: str, rows: torch.Tensor, micro_batch: MicroBatch) -> None:

@@ -101,14 +101,14 @@ class Reporter:
         samples = step * training.plan.global_batch
         head = {"kind": "train", "step": step, "epoch": epoch, "samples": samples}
         names = self._agreed(sums.names(), training)
-        values, works = launch_sums(training, sums, names)
+        on_the_way = launch_sums(training, sums, names)
         tail = learning_rates(sums) | self._rates(training, now)
         tail["peak_memory_mib"] = self._peak(now, training.group.device)
         scale = training.objectives[0].scale
         if scale.is_on:
             tail["loss_scale"] = scale.scale
             tail["skipped"] = training.skipped
-        self._pending = StepRecord(head, tail, names, values, works, dict(sums.grad_norms))
+        self._pending = StepRecord(head, tail, names, on_the_way, dict(sums.grad_norms))
         self._since_step = step
         self._since_time = now
         self._wait_s = 0.0
@@ -166,9 +166,7 @@ class Reporter:
         if pending is None:
             return
         self._pending = None
-        for work in pending.works:
-            if work is not None:
-                work.wait()
+        pending.sums.wait()
         if self._trackers:
             self._arrived.append(pending)
 

@@ -18,7 +18,7 @@ from ddp_kit.data.loader import RankBatch
 from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
-from ddp_kit.metrics import LossSum, Number, Totals
+from ddp_kit.metrics import LossSum, Number, Sums
 from ddp_kit.settings import Precision
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.optimizer_view import OptimizerView
@@ -29,7 +29,6 @@ from ddp_kit.training.running_stats import RunningStatistics
 
 # Of a loss's total. In another type the gradient would be rounded to it, and 1 / count with it.
 TOTAL_DTYPES = (torch.float32, torch.float64)
-Sums = Mapping[str, tuple[Number, Number]]
 
 
 class SavesState(Protocol):
@@ -213,12 +212,13 @@ class StepSums:
             found.update(prefix + name for name in sums)
         return sorted(found)
 
-    def totals(self, device: torch.device) -> Totals:
-        """Returns this rank's sums by name, in float64, a row each micro-batch."""
-        totals = Totals(device)
+    def rows(self) -> list[Sums]:
+        """Returns the sums of each micro-batch, of all objectives, with the objectives' names
+        before them."""
+        rows: list[Sums] = []
         for i in range(self.size):
             row: dict[str, tuple[Number, Number]] = {}
             for prefix, sums in self.parts[i :: self.size]:
                 row |= {prefix + name: pair for name, pair in sums.items()}
-            totals.add(row)
-        return totals
+            rows.append(row)
+        return rows

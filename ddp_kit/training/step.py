@@ -18,9 +18,10 @@ from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.seeding import seed_forward
 from ddp_kit.distributed.collectives import anywhere, over_shards
+from ddp_kit.metrics import Sums
 from ddp_kit.stopping.signals import StopFlag
 from ddp_kit.training.nonfinite import find_non_finite, listed, look_back, raise_unless_overflow
-from ddp_kit.training.state import ObjectiveState, StepSums, Sums, Training
+from ddp_kit.training.state import ObjectiveState, StepSums, Training
 
 OPTIMIZER = -1  # stands for the micro-batch in the keys of an optimizer's draws
 

@@ -103,6 +103,7 @@ class Trace:
 def trace(group: Group, recipe: Recipe, settings: Settings) -> Trace:
     """Runs a recipe's steps on this rank and returns what happened, losses and samples over all ranks."""
     from ddp_kit.distributed.collectives import gather_rows, sum_by_name
+    from ddp_kit.metrics import tensor_of
 
     made: Built = build(recipe, settings, group)
     gradient, losses, samples = {}, [], []
@@ -115,9 +116,8 @@ def trace(group: Group, recipe: Recipe, settings: Settings) -> Trace:
                 if p.grad is not None
             }
         numbers = range(sums.first, sums.first + sums.size)
-        total, count = sum_by_name(
-            group, sums.totals(group.device).tensor(["loss"]), names=["loss"], order=numbers
-        )["loss"]
+        own = tensor_of(sums.rows(), ["loss"], device=group.device)
+        total, count = sum_by_name(group, own, names=["loss"], order=numbers)["loss"]
         losses.append(total / count)
         samples.append(
             torch.cat(

@@ -34,6 +34,7 @@ from ddp_kit.distributed.local_shard import whole
 from ddp_kit.distributed.process_group import Group, process_group
 from ddp_kit.distributed.topology import Topology
 from ddp_kit.errors import ConfigError, NonFiniteError
+from ddp_kit.metrics import tensor_of
 from ddp_kit.settings import DeepSpeed
 from ddp_kit.setup.build import build
 from ddp_kit.testing import run_ranks
@@ -109,9 +110,8 @@ def run(
     for batch in feed.batches(start=start, end=end):
         sums = train_step(training, batch)
         slots = range(sums.first, sums.first + sums.size)
-        total, count = sum_by_name(
-            group, sums.totals(group.device).tensor(["loss"]), names=["loss"], order=slots
-        )["loss"]
+        own = tensor_of(sums.rows(), ["loss"], device=group.device)
+        total, count = sum_by_name(group, own, names=["loss"], order=slots)["loss"]
         losses.append(total / count)
         if norms is not None:
             norms.append(float(sums.grad_norms[""]))
