@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ddp_kit.distributed.collectives import first_difference
+from ddp_kit.distributed.collectives import first_difference, same_everywhere
 from ddp_kit.distributed.local_shard import whole
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
@@ -69,8 +69,8 @@ def require_equal(model: nn.Module, *, group: Group) -> None:
     if group.control_pg is None:
         return
     named = dict(model.named_parameters()) | dict(model.named_buffers())
-    shapes = "\n".join(f"{name} {tuple(named[name].shape)}" for name in named)
-    if first_difference(group, [zlib.crc32(shapes.encode())]) is not None:
+    shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in named.items()]
+    if not same_everywhere(group, shapes):
         raise DdpKitError(
             "the ranks built different models: names or shapes of the parameters differ. "
             "The model must not depend on the rank."

@@ -5,7 +5,7 @@ are never unpickled. In one process without a group each function returns what i
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,11 @@ def first_difference(group: Group, values: Sequence[int]) -> int | None:
     return None
 
 
+def same_everywhere(group: Group, texts: Iterable[str]) -> bool:
+    """Whether all ranks have the same names, or other texts, in the same order."""
+    return first_difference(group, [zlib.crc32("\n".join(texts).encode())]) is None
+
+
 def sum_over_ranks(group: Group, values: torch.Tensor) -> torch.Tensor:
     """Returns the sum of a CPU tensor over all ranks; it is also changed in place."""
     if group.control_pg is not None:
@@ -54,8 +59,7 @@ def sum_by_name(
     Returns: the sums of each name's values, after a host-device synchronisation.
     Raises: DdpKitError on every rank if the names differ between ranks.
     """
-    digest = zlib.crc32("\n".join(names).encode())
-    if first_difference(group, [digest]) is not None:
+    if not same_everywhere(group, names):
         raise DdpKitError(
             f"the ranks report different metrics; rank {group.rank} has {', '.join(names)}."
         )

@@ -5,7 +5,6 @@ means, and no padding that counts. Rows are collected in sample order. The bare 
 DDP's wrapper.
 """
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,7 @@ from torch import nn
 
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.seeding import forward_key, generators_put_back, seed_forward
-from ddp_kit.distributed.collectives import first_difference, gather_rows, sum_by_name
+from ddp_kit.distributed.collectives import gather_rows, same_everywhere, sum_by_name
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
 from ddp_kit.metrics import Sums, means, settled, tensor_of
@@ -168,7 +167,7 @@ def _in_sample_order(
     Raises: DdpKitError if ranks have rows of different names.
     """
     names = sorted(rows)
-    if first_difference(group, [zlib.crc32("\n".join(names).encode())]) is not None:
+    if not same_everywhere(group, names):
         raise DdpKitError(
             "the ranks' `evaluate` returned rows under different names; "
             f"rank {group.rank} has {', '.join(names)}."

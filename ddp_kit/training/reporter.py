@@ -8,13 +8,12 @@ no branch on rank: only rank 0 is given trackers, the others have none.
 import resource
 import sys
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ddp_kit.distributed.collectives import first_difference
+from ddp_kit.distributed.collectives import same_everywhere
 from ddp_kit.errors import DdpKitError
 from ddp_kit.trackers.base import RunInfo, Tracker
 from ddp_kit.training.state import StepSums, Training
@@ -136,8 +135,7 @@ class Reporter:
         Raises: DdpKitError if a batch has others: sums under different names would be added up.
         """
         if not self._names:
-            signature = zlib.crc32("\n".join(names).encode())
-            if first_difference(training.group, [signature]) is not None:
+            if not same_everywhere(training.group, names):
                 raise DdpKitError(
                     f"the ranks' losses report different metrics; rank {training.group.rank} has "
                     f"{', '.join(names)}. {ALWAYS}"
