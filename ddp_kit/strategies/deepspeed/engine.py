@@ -7,7 +7,7 @@ are ours.
 
 Weights, gradients and optimizer state stay fp32. At stages 1 to 3 the optimizer steps copies of the
 weights, in flat partitions, and DeepSpeed copies them back into the model: what else writes weights
-(a restore) must `refresh` these.
+(`PartitionedOptimizer.restore`) refreshes these.
 
 Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models,
 arXiv 1910.02054.
