@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ddp_kit import schedules as schedules
-    from ddp_kit.checkpoint.checkpointer import restore as restore
-    from ddp_kit.checkpoint.checkpointer import save as save
+    from ddp_kit.checkpoint.own_loop import restore as restore
+    from ddp_kit.checkpoint.own_loop import save as save
     from ddp_kit.data import orders as orders
     from ddp_kit.data.batch_plan import plan_batches as plan_batches
     from ddp_kit.data.dataset import Data as Data
@@ -45,8 +45,8 @@ HOMES = {
     "Callback": "ddp_kit.recipe",
     "Objective": "ddp_kit.recipe",
     "Recipe": "ddp_kit.recipe",
-    "restore": "ddp_kit.checkpoint.checkpointer",
-    "save": "ddp_kit.checkpoint.checkpointer",
+    "restore": "ddp_kit.checkpoint.own_loop",
+    "save": "ddp_kit.checkpoint.own_loop",
     "Draws": "ddp_kit.data.seeding",
     "Settings": "ddp_kit.settings",
     "should_stop": "ddp_kit.training.step",

@@ -202,7 +202,7 @@ def rest_of(
 
 def _address(tensor: torch.Tensor) -> int:
     """Returns by what a tensor is told from others: where its content is."""
-    if hasattr(tensor, "to_local"):
+    if hasattr(tensor, "to_local") or tensor.layout != torch.strided:
         return id(tensor)
     return tensor.data_ptr() or id(tensor)
 

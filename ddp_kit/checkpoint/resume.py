@@ -172,6 +172,7 @@ def resume_data(opened: Opened, feed: Feed, *, world_size: int, restarts: bool) 
             "start."
         )
     place = places[feed.rank]
-    feed.progress.begin = StreamPosition(
-        place["epoch"], place["position"], decode(place["state"], {})
-    )
+    begin = StreamPosition(place["epoch"], place["position"], decode(place["state"], {}))
+    feed.progress.begin = begin
+    # A save may come before the first batch: that of an evaluation which the attempt before owed.
+    feed.progress.note(opened.manifest.step, begin)

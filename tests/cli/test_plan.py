@@ -19,7 +19,7 @@ from cases import classify, normed, vectors
 from paths import KIT
 
 from ddp_kit import Data, Objective
-from ddp_kit.checkpoint.checkpointer import save
+from ddp_kit.checkpoint.own_loop import save
 from ddp_kit.cli.plan.command import main
 from ddp_kit.cli.plan.costs import Costs, costs_of
 from ddp_kit.cli.plan.fake_group import fake_group

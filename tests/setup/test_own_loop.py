@@ -13,8 +13,8 @@ from cases import Settings, recipe
 from paths import ROOT
 
 from ddp_kit import process_group, should_stop, train_step
-from ddp_kit.checkpoint.checkpointer import save
 from ddp_kit.checkpoint.format.storage import LocalDisk
+from ddp_kit.checkpoint.own_loop import save
 from ddp_kit.checkpoint.retention import steps
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.distributed.process_group import Group

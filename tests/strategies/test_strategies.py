@@ -13,7 +13,7 @@ from paths import KIT
 from torch import nn
 
 import ddp_kit
-from ddp_kit.checkpoint.checkpointer import save
+from ddp_kit.checkpoint.own_loop import save
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.config.validation import check
 from ddp_kit.distributed.local_shard import is_split, local, whole

@@ -15,7 +15,7 @@ from launching import train
 from paths import KIT
 
 from ddp_kit import Recipe
-from ddp_kit.checkpoint.checkpointer import restore, save
+from ddp_kit.checkpoint.own_loop import restore, save
 from ddp_kit.checkpoint.state_dict import state_of
 from ddp_kit.distributed.local_shard import whole
 from ddp_kit.distributed.process_group import Group, process_group
