@@ -40,9 +40,9 @@ def restore_rest(
         been read, on the CPU.
     """
     placed = dict(tensors)
-    device = optimizer.param_groups[0]["params"][0].device
     for name in rest.get("on_device", ()):
-        placed[name] = tensors[name].to(device)
+        # Only where each rank has whole parameters is there such a tensor.
+        placed[name] = tensors[name].to(optimizer.param_groups[0]["params"][0].device)
     _restore(optimizer, rest, names, placed)
 
 
