@@ -9,11 +9,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from ddp_kit.checkpoint.format.encoding import encode
 from ddp_kit.errors import ConfigError, some
-from ddp_kit.strategies.optimizer_view import OptimizerView, kept_states
+from ddp_kit.strategies.optimizer_view import kept_states
 from ddp_kit.training.optimizer_marks import (
     Marks,
     attribute_texts,
@@ -21,6 +22,7 @@ from ddp_kit.training.optimizer_marks import (
     own_attributes,
     tensors_in,
 )
+from ddp_kit.training.state import ObjectiveState
 
 
 def has_own_state_dict(optimizer: Optimizer) -> bool:
@@ -35,8 +37,11 @@ def has_own_state_dict(optimizer: Optimizer) -> bool:
 class Rest:
     """It is gathered from one optimizer, and those that it wraps, into JSON values and tensors."""
 
-    def __init__(self, names: Mapping[int, str], tensors: dict[str, torch.Tensor]):
+    def __init__(
+        self, model: nn.Module, names: Mapping[int, str], tensors: dict[str, torch.Tensor]
+    ):
         """Args: `names` of the model's parameters by their `id`; `tensors` gets those found."""
+        self._of_model = {_address(tensor) for tensor in tensors_in(model)}
         self._names = names
         self._tensors = tensors
 
@@ -99,7 +104,8 @@ class Rest:
         return found
 
     def _addresses_of_parameters(self, optimizer: Optimizer) -> set[int]:
-        found = set()
+        """Returns those of the model's tensors too."""
+        found = set(self._of_model)
         for group in optimizer.param_groups:
             found |= {_address(parameter) for parameter in group["params"]}
         return found
@@ -166,8 +172,7 @@ class Rest:
 
 
 def rest_of(
-    view: OptimizerView,
-    marks: Marks,
+    objective: ObjectiveState,
     names: Mapping[int, str],
     tensors: dict[str, torch.Tensor],
     *,
@@ -179,9 +184,10 @@ def rest_of(
     Raises: ConfigError for what a checkpoint cannot hold, and where ranks step different
         parameters, for what may not be the same on all of them.
     """
+    view = objective.optimizer_view
     optimizer = view.stepped
     found: dict[str, torch.Tensor] = {}
-    values = Rest(names, found).of(optimizer, marks, name=name)
+    values = Rest(objective.model, names, found).of(optimizer, objective.marks, name=name)
     if not view.has_whole and (found or values.keys() - {"attributes"}):
         kinds = {
             "attributes": "tensors as attributes",

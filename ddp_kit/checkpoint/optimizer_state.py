@@ -51,7 +51,7 @@ def objective_values(
         saved = {key: _to_save(objective, parameter, key, found[key]) for key in found}
         _add(items, saved)
     encoded = encode(_schedule_state(objective), shared, name=f"scheduler/{objective.name}")
-    rest = rest_of(view, objective.marks, names, shared, name=f"{prefix}rest")
+    rest = rest_of(objective, names, shared, name=f"{prefix}rest")
     _add(items, shared)
     return {
         "name": objective.name,

@@ -184,6 +184,7 @@ def _objective(
     view = wrapped.optimizer_view
     return ObjectiveState(
         name="" if is_only else f"{part.trains}/",
+        model=model,
         call=wrapped.call,
         parameters=parameters,
         frozen=frozen,

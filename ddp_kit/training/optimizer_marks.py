@@ -5,8 +5,10 @@ changed is state, and the rest is how the optimizer was built.
 """
 
 import collections
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from torch.optim import Optimizer
 
 DEEPEST = 8  # objects in objects that are looked into
 CONTAINERS = (list, tuple, set, frozenset, collections.deque)
+# Objects in which numbers change that are no state of an optimizer.
+TOOLS = (ModuleType, logging.Logger, nn.Module)
 # Attributes that are set from outside: by schedulers, by fused kernels and by our step.
 SET_FROM_OUTSIDE = {"step", "found_inf", "grad_scale", "_opt_called", "_step_supports_amp_scaling"}
 
@@ -120,7 +124,7 @@ def _parts_of(value: Any) -> list[Any]:
         return [*value.keys(), *value.values()]
     if isinstance(value, CONTAINERS):
         return list(value)
-    if callable(value):
+    if callable(value) or isinstance(value, TOOLS):
         return []
     return list(getattr(value, "__dict__", {}).values())
 
@@ -134,7 +138,7 @@ def text_of(value: Any, *, elsewhere: Collection[int] = (), depth: int = DEEPEST
     kind = type(value).__name__
     if id(value) in elsewhere or isinstance(value, torch.Tensor) or depth == 0:
         return kind
-    if isinstance(value, nn.Module) or callable(value):
+    if isinstance(value, TOOLS) or callable(value):
         return f"{kind} {id(value)}"
 
     def inside(parts: Collection[Any]) -> list[str]:

@@ -125,6 +125,8 @@ class ObjectiveState:
     """An objective as it is trained."""
 
     name: str
+    # Without what a strategy wraps around it.
+    model: nn.Module
     call: nn.Module
     parameters: list[nn.Parameter]
     # The other objectives': their gradients are not computed.

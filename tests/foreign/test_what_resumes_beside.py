@@ -1,6 +1,8 @@
 """What models and optimizers of other people keep where bare torch does not look: it comes back, or is refused after the first step by name."""
 
 import io
+import json
+import logging
 import os
 import signal
 from collections import defaultdict, deque
@@ -11,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Settings, recipe, vectors
+from cases import Settings, normed, recipe, vectors
 from lives import live
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, Optimizer
 
-from ddp_kit import LossSum, Recipe, run
+from ddp_kit import LossSum, Recipe, run, schedules
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import steps
 from ddp_kit.distributed.local_shard import local
@@ -579,3 +581,36 @@ def test_the_best_checkpoint_is_tested_with_the_extra_state_it_had(tmp_path: Pat
     outcome = run(made, settings)
     assert seen[-1] == 2
     assert len(outcome.model.first.calls) == 6
+
+
+class Companions(SGD):
+    """Holds tools and the model, none of which is state of its own."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__((p for p in model.parameters() if p.requires_grad), lr=0.1, momentum=0.9)
+        self.model, self.log, self.math = model, logging.getLogger("own"), torch
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.views = {"groups": self.param_groups, "first": self.param_groups[0]}
+        self.hook = lambda: self.log
+
+    def step(self, closure: Any = None) -> None:
+        self.log.debug("a step over %d", len(self.params))
+        super().step(closure)
+
+
+def test_tools_and_the_model_itself_are_no_state_of_an_optimizer(tmp_path: Path) -> None:
+    """The logger has a cache, the model buffers and frozen weights, the groups a rate that moves."""
+
+    def model() -> nn.Module:
+        made = normed()
+        made[0].requires_grad_(False)
+        return made
+
+    settings = replace(SETTINGS, run_dir=str(tmp_path))
+    parts: dict[str, Any] = {
+        "optimizer": Companions,
+        "scheduler": lambda optimizer, steps: schedules.warmup_cosine(optimizer, steps),
+    }
+    assert run(recipe(settings, model=model, **parts), settings).step == 9
+    state = json.loads((tmp_path / "checkpoints" / "step-00000009" / "state.json").read_text())
+    assert [entry["rest"] for entry in state["objectives"]] == [{}]
