@@ -13,6 +13,7 @@ import torch
 from cases import Settings, recipe
 from torch import nn
 
+from ddp_kit.distributed import control_packet
 from ddp_kit.distributed.collectives import gather_rows
 from ddp_kit.distributed.control_packet import INTERVAL_S, ControlPacket
 from ddp_kit.distributed.process_group import Group
@@ -62,6 +63,16 @@ def trained(group: Group, *, stop: StopFlag, callbacks: Any) -> Ending:
     )
     made.training.control_packet.close()
     return ending
+
+
+class Clock:
+    """Time as the packet sees it, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
 
 
 def at_the_same(group: Group, number: int) -> bool:
@@ -124,13 +135,15 @@ def test_every_boundary_gives_every_rank_the_same_decision(group: Group) -> None
 
 @pytest.mark.ranks(2)
 def test_packets_of_short_steps_are_sent_at_an_interval_that_the_packet_itself_gives(
-    group: Group,
+    group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1's steps take longer, and its pace is the one that counts; steps of any length are heard within about the interval."""
     for pause_s, steps in ((0.01 * (1 + group.rank), 60), (0.15, 6)):
+        clock = Clock()
+        monkeypatch.setattr(control_packet, "time", clock)
         control, due = ControlPacket(group), []
         for step in range(1, steps):
-            time.sleep(pause_s)
+            clock.now += pause_s
             before = control._next
             control.boundary()
             if control._next != before:
@@ -180,10 +193,14 @@ def test_a_bad_loss_on_two_ranks_names_one_of_them_on_all(group: Group) -> None:
 
 
 @pytest.mark.ranks(2)
-def test_a_save_that_is_asked_for_until_it_begins_is_decided_once(group: Group) -> None:
+def test_a_save_that_is_asked_for_until_it_begins_is_decided_once(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(control_packet, "time", clock)
     control, asked, decided = ControlPacket(group), True, []
     for step in range(1, 8):
-        time.sleep(0.11)
+        clock.now += 0.11
         decision = control.boundary(saves=asked and group.rank == 0)
         if decision.saves:
             asked = False
