@@ -123,7 +123,8 @@ def test_a_loop_of_ones_own_stops_on_all_ranks_at_the_same_step(group: Group) ->
 def test_every_boundary_gives_every_rank_the_same_decision(group: Group) -> None:
     """Signals on several ranks: the highest number wins, and with it the name of the highest rank that had it."""
     control, seen = ControlPacket(group), []
-    for step in range(1, 2000):
+    # A packet that is due before step 100 is sent at the latest after 1,000 steps, and read after as many.
+    for step in range(1, 4000):
         decision = control.boundary(stop=Stop.SIGUSR1 if step > 100 else 0)
         seen.append((step, decision.stop, decision.stop_rank))
         if decision.stop:
