@@ -44,6 +44,7 @@ class Cadence:
         """Nothing is to be done."""
 
     def on_step(self, step: int) -> None:
+        print(f"step {step} is done", flush=True)
         time.sleep(self.settings.pace_s)
         if step == self.settings.fails_at and self.rank == "1":
             raise ValueError("the recipe's own fault")
