@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +110,9 @@ def _close_all_but(kept: set[int]) -> None:
 
 
 def _as_a_program(surroundings: Surroundings) -> None:
-    """Signals and streams as a new program finds them."""
+    """Signals, warnings and streams as a new program finds them."""
+    warnings.resetwarnings()
+    warnings.simplefilter("default")
     for number in processes.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
