@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from warm import LAUNCHER, LIMIT_S, TRAIN, Started, started
 
 PACED = str(KIT / "paced.py")
 PATIENT = str(KIT / "patient.py")
-LONG = ("--max-steps", "100000", "--pace-s", "0.02")
 FULL = {"stdout": "/dev/full", "stderr": "/dev/full"}
 CLOSED = {"stdout": "", "stderr": ""}
 
@@ -123,10 +123,12 @@ def test_a_log_whose_disk_is_full_costs_no_run(tmp_path: Path) -> None:
 
 
 def test_a_hangup_saves_and_ends_as_sigterm_does(tmp_path: Path) -> None:
-    with one_rank(tmp_path, *LONG) as run:
+    with one_rank(tmp_path, "--pace-s", "0.5") as run:
         run.until(lambda: has_begun(tmp_path))
         run.send(signal.SIGHUP)
-        run.send(signal.SIGHUP)  # from the kernel, and from the shell
+        # one from the kernel, and one from the shell; at once they would be one
+        time.sleep(0.2)
+        run.send(signal.SIGHUP)
         assert run.ended() == 143, run.output
     ended = status(tmp_path)
     assert (ended["status"], ended["exit_code"]) == ("preempted", 143)
