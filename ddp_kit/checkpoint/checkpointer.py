@@ -42,6 +42,7 @@ class About:
     run_id: str
     binding: Mapping[str, Any] = field(default_factory=dict)
     steps_per_epoch: int = 0
+    length: int = 0
 
 
 class Checkpointer:
@@ -199,8 +200,6 @@ class Checkpointer:
     def _manifest(self, metrics: Mapping[str, float]) -> Manifest:
         """Returns the manifest of the current step, without files."""
         training = self._training
-        steps_per_epoch = self._about.steps_per_epoch
-        epoch = training.step // steps_per_epoch if steps_per_epoch else 0
         binding = json.dumps(self._about.binding, sort_keys=True)
         finite_or_text: dict[str, float | str] = {}
         for name, value in metrics.items():
@@ -212,16 +211,17 @@ class Checkpointer:
             settings_sha256=hashlib.sha256(binding.encode()).hexdigest(),
             time=time.time(),
             best_by=self._best_by(),
-            cursor={
-                "step": training.step,
-                "epoch": epoch,
-                "samples": training.step * training.plan.global_batch,
-            },
+            cursor=training.place.cursor(
+                training.step,
+                global_batch=training.plan.global_batch,
+                steps_per_epoch=self._about.steps_per_epoch,
+            ),
             metrics=finite_or_text,
         )
 
     def _state(self) -> State:
-        more = {
+        more: dict[str, Any] = {
+            "place": {**vars(self._training.place), "length": self._about.length},
             "settings": dict(self._about.binding),
             "run_id": self._about.run_id,
             "best": repr(self._best),

@@ -6,6 +6,7 @@ Looking changes nothing, since the folder may be a live run's. Whoever saves the
 from pathlib import Path
 
 from ddp_kit.checkpoint.checkpointer import About, Checkpointer
+from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import Keep
 from ddp_kit.checkpoint.state_dict import restore_state
@@ -31,17 +32,32 @@ def restore(training: Training, path: Path | str) -> int:
 
     Returns: the steps that are done, 0 if there is no checkpoint:
         `feed.batches(start=training.step, ...)` goes on with the next one.
-    Raises: ConfigError with a table if it does not fit the model and optimizer, with nothing
-        changed.
+    Raises: ConfigError with a table if it does not fit the model and optimizer, or is of another
+        global batch, with nothing changed.
     """
     checkpointer = _of_ones_own(training, path)
     # This attempt's own save may be in flight.
     checkpointer.finish()
     opened = checkpointer.find(Path(path))
     if opened is not None:
+        _require_same_batch(opened, training)
         restore_state(opened, training)
         checkpointer.resumed(opened)
     return training.step
+
+
+def _require_same_batch(opened: Opened, training: Training) -> None:
+    """Raises: ConfigError if the steps of a checkpoint were of another global batch: the step
+    counter would be another place in the data.
+    """
+    step = opened.manifest.step
+    samples = opened.manifest.cursor.get("samples", 0)
+    now = training.plan.global_batch
+    if step and samples and samples != step * now:
+        raise ConfigError(
+            f"{opened.folder} was saved with a global batch of {samples / step:g} samples, and "
+            f"this loop has {now}. Give build_loader the one that it was saved with."
+        )
 
 
 def _of_ones_own(training: Training, path: Path | str) -> Checkpointer:

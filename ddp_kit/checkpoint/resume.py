@@ -5,7 +5,7 @@ What is free to change changes nothing about the experiment.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ddp_kit.checkpoint.checkpointer import Checkpointer
@@ -16,6 +16,7 @@ from ddp_kit.config.rules import rules
 from ddp_kit.config.secrets import is_secret_setting
 from ddp_kit.data.iterable import StreamPosition
 from ddp_kit.data.loader import Feed
+from ddp_kit.data.place import Place, place_for
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
 from ddp_kit.io.tables import aligned
@@ -27,13 +28,16 @@ from ddp_kit.training.state import Training
 FREE = {name for name, rule in rules(Settings).items() if rule.is_free}
 RECIPE = "recipe's text"
 OTHER_RULE = {"early_stop.metric", "early_stop.mode"}
+DATA = "training data"
+# What --change calls that which is no field.
+WORDS = {RECIPE: "recipe", DATA: "data"}
 SEALED = "pbkdf2:"  # no JSON text begins so
 ROUNDS = 100_000  # 0.05 s: a short password should not be found by trying
 
 
-def binding(settings: Settings, *, recipe: str) -> dict[str, str]:
+def binding(settings: Settings, *, recipe: str, data: str = "") -> dict[str, str]:
     """Returns what a later attempt must share, as {name: JSON text}: all settings but the free
-    ones, and the recipe's hash.
+    ones, the recipe's hash, and how much data there are (`described`; "": left out).
 
     Checkpoints hold it and may be given away: a secret's text is replaced by a hash.
     """
@@ -48,7 +52,18 @@ def binding(settings: Settings, *, recipe: str) -> dict[str, str]:
             continue
         bound[name] = _sealed(name, text) if is_secret_setting(name, text) else text
     bound[RECIPE] = recipe
+    if data:
+        bound[DATA] = data
     return bound
+
+
+def described(feed: Feed) -> str:
+    """Returns how much training data there are, in words."""
+    size = feed.data.known_length
+    if not size:
+        return "of unknown length"
+    words = f"{size} samples"
+    return words if feed.length == size else f"{words}, {feed.length} an epoch"
 
 
 def _sealed(name: str, text: str) -> str:
@@ -70,9 +85,11 @@ def _is_same(name: str, old: str | None, new: str | None) -> bool:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, str]) -> list[str]:
     """Returns the names of what differs. A setting that the old attempt did not know had today's
-    default.
+    default; of its data it may not have told.
     """
     defaults = flatten(Settings())
+    if DATA in new:
+        defaults[DATA] = new[DATA]
     return [
         name
         for name in {**old, **new}
@@ -92,7 +109,7 @@ def require_unchanged(
     allowed = []
     refused = []
     for name in differences(old, new):
-        if name in names or (name == RECIPE and "recipe" in names):
+        if WORDS.get(name, name) in names:
             allowed.append(name)
         else:
             refused.append(name)
@@ -101,9 +118,10 @@ def require_unchanged(
     rows = [("setting", "checkpoint", "now")]
     for name in refused:
         was = _shown(name, old.get(name))
-        rows.append((flag(name), was, _shown(name, new.get(name))))
+        called = name if name == DATA else flag(name)
+        rows.append((called, was, _shown(name, new.get(name))))
     table = "\n".join(f"  {line}" for line in aligned(rows))
-    words = " ".join("recipe" if name == RECIPE else name for name in refused)
+    words = " ".join(WORDS.get(name, name) for name in refused)
     raise ConfigError(
         f"the run in {opened.folder} was started with other settings:\n{table}\n"
         f"Type them as they were, or --change {words} to go on with the new ones, or another "
@@ -120,6 +138,8 @@ def _shown(name: str, text: Any) -> str:
     if name == RECIPE:
         # A hash, of which some digits are enough.
         return text[:12]
+    if name == DATA:
+        return text
     if text.startswith(SEALED) or is_secret_setting(name, text):
         return REDACTED
     return text[:40]
@@ -129,6 +149,7 @@ def resume(
     opened: Opened,
     training: Training,
     *,
+    feed: Feed,
     settings: Settings,
     new: Mapping[str, str],
     early_stopping: EarlyStopping,
@@ -139,6 +160,8 @@ def resume(
     Raises: ConfigError for a checkpoint that does not fit, with nothing changed.
     """
     changed = require_unchanged(opened, new, change=settings.change)
+    place, again = _place_in(opened, feed, changed=changed)
+    schedule_at = place.batches(opened.values["step"]) if settings.epochs else None
     # What was best by another metric says nothing.
     is_other_rule = not OTHER_RULE.isdisjoint(changed)
     restore_state(
@@ -146,10 +169,37 @@ def resume(
         training,
         early_stopping=None if is_other_rule else early_stopping,
         keeps_hyperparameters=not changed,
+        schedule_at=schedule_at,
     )
+    training.place.take(place)
+    if again:
+        training.notes.append(
+            f"the place in the data is rounded down to a whole global batch: {again} samples come "
+            "again in this epoch"
+        )
     assert isinstance(training.checkpoints, Checkpointer)
     training.checkpoints.resumed(opened)
     return changed
+
+
+def _place_in(opened: Opened, feed: Feed, *, changed: Sequence[str]) -> tuple[Place, int]:
+    """Returns where a run goes on in its data, and how many samples come again."""
+    values = opened.values
+    known = values.get("place") or {}
+    place = Place(ahead=known.get("ahead", 0), samples_ahead=known.get("samples_ahead", 0))
+    if "global_batch" not in changed and DATA not in changed:
+        return place, 0
+    global_batch = int(values["settings"]["global_batch"])
+    # Checkpoints of before do not tell.
+    steps_per_epoch = known.get("length", feed.length) // global_batch
+    step = values["step"]
+    cursor = place.cursor(step, global_batch=global_batch, steps_per_epoch=steps_per_epoch)
+    batches_before = cursor["epoch"] * steps_per_epoch
+    cursor["offset"] = (place.batches(step) - batches_before) * global_batch
+    goes_on = feed.progress is not None and feed.progress.begin is not None
+    return place_for(
+        cursor, global_batch=feed.plan.global_batch, length=feed.length, goes_on=goes_on
+    )
 
 
 def resume_data(opened: Opened, feed: Feed, *, world_size: int, restarts: bool) -> None:

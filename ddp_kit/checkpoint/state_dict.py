@@ -216,12 +216,13 @@ def restore_state(
     *,
     early_stopping: EarlyStopping | None = None,
     keeps_hyperparameters: bool = True,
+    schedule_at: int | None = None,
 ) -> None:
     """Puts a checkpoint's state into a run that was built alike. Every rank calls it.
 
     Args: `keeps_hyperparameters` False: the optimizer's numbers (momentum, weight decay, ...) are
         this attempt's, which has not stepped yet, and so is its schedule: of the file's it takes
-        the position alone.
+        the position alone, or that of `schedule_at` steps.
     Raises: ConfigError with a table if the tensors do not fit, or a schedule does not go as far,
         with nothing restored.
     """
@@ -244,7 +245,11 @@ def restore_state(
     require_fit(found, wanted, where=opened.folder)
     if not keeps_hyperparameters:
         for objective in training.objectives:
-            advance_schedule(objective, steps=values["step"], where=opened.folder)
+            advance_schedule(
+                objective,
+                steps=values["step"] if schedule_at is None else schedule_at,
+                where=opened.folder,
+            )
     # From here on the run changes. What other ranks keep is on the meta device here.
     is_elsewhere = {
         name for name, item in targets.items() if isinstance(item, torch.Tensor) and item.is_meta

@@ -139,15 +139,18 @@ class TrainingStream(IterableDataset[MicroBatch]):
         seed: int,
         start: int,
         end: int,
+        ahead: int = 0,
         progress: StreamProgress | None = None,
     ):
-        """Args: `start`, `end` the steps; `progress` of a data set with a state of its own."""
+        """Args: `start`, `end` the steps; `ahead` as `Place` has it; `progress` of a data set with
+        a state of its own."""
         super().__init__()
         self._data = data
         self._plan = plan
         self._seed = seed
         self._start = start
         self._end = end
+        self._ahead = ahead
         self._progress = progress
         self._rank = rank
         self._own = plan.of_rank(rank)
@@ -191,7 +194,7 @@ class TrainingStream(IterableDataset[MicroBatch]):
         if self._progress is not None and self._progress.begin is not None:
             place = self._progress.begin
         # From its start a stream is replayed.
-        step = 0 if place == StreamPosition() else self._start
+        step = self._ahead if place == StreamPosition() else self._start
         epoch = place.epoch
         while step < self._end:
             samples = Samples(self._data, keyed=keyed, epoch=epoch, begin=place)

@@ -9,7 +9,7 @@ import copy
 import itertools
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from ddp_kit.data.batch_plan import BatchPlan, plan_batches
 from ddp_kit.data.dataset import Data, as_data, as_evaluation_data
 from ddp_kit.data.evaluation_stream import EvaluationStream
 from ddp_kit.data.iterable import StreamProgress, TrainingStream, is_stateful
+from ddp_kit.data.place import Place
 from ddp_kit.data.prefetch import on_device
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
@@ -47,7 +48,7 @@ class Feed:
     """A rank's training batches, from any step on: it has no state of its own.
 
     `sampler` is None for an iterable data set; `progress` is that of an iterable data set with a
-    state of its own.
+    state of its own; `place` says where in the data a step is.
     """
 
     data: Data
@@ -58,13 +59,19 @@ class Feed:
     num_workers: int = 0
     sampler: GlobalBatchSampler | None = None
     progress: StreamProgress | None = None
+    place: Place = field(default_factory=Place)
+
+    @property
+    def length(self) -> int:
+        """Samples of an epoch with its ragged tail; 0 if an iterable one does not know."""
+        if self.sampler is not None:
+            return self.sampler.length
+        return length_of(self.data.dataset)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch; 0 if an iterable data set does not know its length."""
-        if self.sampler is not None:
-            return self.sampler.steps_per_epoch
-        return length_of(self.data.dataset) // self.plan.global_batch
+        return self.length // self.plan.global_batch
 
     def batches(self, *, start: int, end: int) -> Generator[RankBatch, None, None]:
         """Yields the batches of steps start to end - 1.
@@ -80,7 +87,7 @@ class Feed:
             yield from self._read_stream(start=start, end=end)
             return
         reader = Reader(self.data, seed=self.seed, training=True)
-        requests = self.sampler.requests(start=start, end=end)
+        requests = self.sampler.requests(start=start, end=end, ahead=self.place.ahead)
         if self.num_workers:
             yield from with_workers(reader, requests, num_workers=self.num_workers)
             return
@@ -96,6 +103,7 @@ class Feed:
             seed=self.seed,
             start=start,
             end=end,
+            ahead=self.place.ahead,
             progress=self.progress,
         )
         if self.num_workers:

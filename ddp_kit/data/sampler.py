@@ -67,6 +67,11 @@ class GlobalBatchSampler(DistributedSampler[Any]):
             )
 
     @property
+    def length(self) -> int:
+        """Samples in an epoch, with its ragged tail."""
+        return self._length
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch, the same at any world size."""
         return self._length // self._plan.global_batch
@@ -112,10 +117,13 @@ class GlobalBatchSampler(DistributedSampler[Any]):
             "seeds by its arguments."
         )
 
-    def requests(self, *, start: int, end: int) -> Iterator[Request]:
-        """Yields this rank's micro-batches of steps start to end - 1; any start costs the same."""
+    def requests(self, *, start: int, end: int, ahead: int = 0) -> Iterator[Request]:
+        """Yields this rank's micro-batches of steps start to end - 1; any start costs the same.
+
+        Args: `ahead` as `Place` has it.
+        """
         for step in range(start, end):
-            epoch, k = divmod(step, self.steps_per_epoch)
+            epoch, k = divmod(step - ahead, self.steps_per_epoch)
             begin = k * self._plan.global_batch
             for index, first, stop in self._own:
                 places = slice(begin + first, begin + stop)

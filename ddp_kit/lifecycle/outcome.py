@@ -61,13 +61,13 @@ def _write_ending(
     directory: RunDir, attempt: Attempt, context: RunContext, ending: Ending, *, digest: str
 ) -> None:
     step = context.built.training.step
-    steps_per_epoch = context.built.cadence.steps_per_epoch
+    cadence = context.built.cadence
     reporter = context.reporter
     status = directory.status(
         ending.status,
         reason=ending.reason,
         step=step,
-        epoch=step // steps_per_epoch if steps_per_epoch else 0,
+        epoch=cadence.place.epoch(step, steps_per_epoch=cadence.steps_per_epoch),
         metrics=attempt.metrics,
         weights_sha256=digest,
         exit_code=ending.exit_code,

@@ -12,7 +12,7 @@ from ddp_kit.checkpoint.best_weights import best_weights
 from ddp_kit.checkpoint.checkpointer import About, Checkpointer
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.storage import LocalDisk
-from ddp_kit.checkpoint.resume import binding, resume, resume_data
+from ddp_kit.checkpoint.resume import binding, described, resume, resume_data
 from ddp_kit.checkpoint.retention import keep_of
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.distributed.collectives import from_rank
@@ -26,7 +26,7 @@ from ddp_kit.lifecycle.reporters import reporter_of
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.lifecycle.start import RunPlace, begins_from, open_directory
 from ddp_kit.recipe import Recipe
-from ddp_kit.setup.build import build, require_same_settings
+from ddp_kit.setup.build import build, cadence_of, require_same_settings
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, heeding
 from ddp_kit.training.loop import Ending, fit, stopped
@@ -123,7 +123,7 @@ def _take_over(opened: Opened | None, attempt: Attempt, context: RunContext) -> 
     source = context.request.source
     built = context.built
     training = built.training
-    bound = binding(settings, recipe=source.sha256 if source else "")
+    bound = binding(settings, recipe=source.sha256 if source else "", data=described(built.feed))
     training.checkpoints = Checkpointer(
         training,
         LocalDisk(context.place.checkpoints),
@@ -131,6 +131,7 @@ def _take_over(opened: Opened | None, attempt: Attempt, context: RunContext) -> 
             run_id=context.place.run_id,
             binding=bound,
             steps_per_epoch=built.cadence.steps_per_epoch,
+            length=built.feed.length,
         ),
         keep=keep_of(settings, built.evaluator.names),
         minutes=settings.save_minutes,
@@ -147,13 +148,17 @@ def _take_over(opened: Opened | None, attempt: Attempt, context: RunContext) -> 
         world_size=training.group.world_size,
         restarts=settings.resume_data == "restart",
     )
-    return resume(
+    changed = resume(
         opened,
         training,
+        feed=built.feed,
         settings=settings,
         new=bound,
         early_stopping=context.early_stopping,
     )
+    # The place may be another one now.
+    built.cadence = cadence_of(settings, built.feed)
+    return changed
 
 
 def _was_finished(context: RunContext) -> bool:

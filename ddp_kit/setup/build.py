@@ -95,7 +95,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     """
     model = build_model(recipe, settings, group)
     feed = train_feed(model, recipe, settings, group)
-    cadence = _cadence(settings, feed)
+    cadence = cadence_of(settings, feed)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "the model has nothing to train: it has no parameters, or all of them are frozen."
@@ -145,7 +145,11 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     )
 
 
-def _cadence(settings: Settings, feed: Feed) -> Cadence:
+def cadence_of(settings: Settings, feed: Feed) -> Cadence:
+    """Returns when things happen in a run of this feed, at its place in the data.
+
+    Raises: ConfigError if epochs were asked for and have no known length.
+    """
     if settings.epochs and not feed.steps_per_epoch:
         raise ConfigError(
             f"--epochs {settings.epochs}: the training data is iterable and has no length, or less "
@@ -153,11 +157,14 @@ def _cadence(settings: Settings, feed: Feed) -> Cadence:
             "or type --epochs 0 --max-steps N."
         )
     end = _scheduled_steps(settings, feed)
+    if settings.epochs:
+        end += feed.place.ahead
     if settings.max_steps:
         end = min(end, settings.max_steps)
     return Cadence(
         end=end,
         steps_per_epoch=feed.steps_per_epoch,
+        place=feed.place,
         eval_every=settings.eval_every,
         save_every=settings.save_every,
     )

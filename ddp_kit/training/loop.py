@@ -5,10 +5,11 @@ does is said elsewhere.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.place import Place
 from ddp_kit.distributed.control_packet import Decision
 from ddp_kit.recipe import Callback
 from ddp_kit.stopping.early_stopping import EarlyStopping
@@ -23,11 +24,13 @@ from ddp_kit.training.step import train_step
 class Cadence:
     """When things happen, in optimizer steps.
 
-    `steps_per_epoch` is 0 where an iterable data set does not know its length.
+    `steps_per_epoch` is 0 where an iterable data set does not know its length; `place` says in
+    which epoch a step is.
     """
 
     end: int
     steps_per_epoch: int
+    place: Place = field(default_factory=Place)
     eval_every: int = 0
     save_every: int = 0
 
@@ -43,14 +46,13 @@ class Cadence:
 
     def last_epoch(self, step: int) -> int:
         """Returns the epoch of the last of `step` steps, 0 where epochs have no known length."""
-        if not self.steps_per_epoch:
-            return 0
-        return (step - 1) // self.steps_per_epoch
+        return self.place.epoch(step - 1, steps_per_epoch=self.steps_per_epoch)
 
     def _is_due(self, step: int, *, every: int) -> bool:
         if step == self.end:
             return True
-        if self.steps_per_epoch > 0 and step % self.steps_per_epoch == 0:
+        batches = self.place.batches(step)
+        if self.steps_per_epoch > 0 and batches % self.steps_per_epoch == 0:
             return True
         return every > 0 and step % every == 0
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ddp_kit.data.batch_plan import BatchPlan
 from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.place import Place
 from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
@@ -170,6 +171,8 @@ class Training:
     objectives: list[ObjectiveState]
     statistics: RunningStatistics
     plan: BatchPlan
+    # Where in the data a step is.
+    place: Place = field(default_factory=Place)
     grad_clip: float = 0.0
     average: WeightAverage | None = None
     step: int = 0
