@@ -33,7 +33,7 @@ BUDGETS = {
     "io": 720,
     "config": 1160,
     "distributed": 2080,
-    "data": 3300,
+    "data": 3650,
     "trackers": 710,
     "strategies": 2660,
     "stopping": 510,

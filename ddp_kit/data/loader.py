@@ -5,11 +5,10 @@ torch's loader workers. Order and randomness are not decided here: `sampler` and
 """
 
 import contextlib
-import copy
 import itertools
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from ddp_kit.data.place import Place
 from ddp_kit.data.prefetch import on_device
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
-from ddp_kit.data.stream_checks import require_beginning_again
+from ddp_kit.data.stream_checks import start_of_stream
 from ddp_kit.data.stream_length import length_of
 from ddp_kit.data.transfer import Placement
 from ddp_kit.data.workers import by_one_worker, with_workers
@@ -119,7 +118,9 @@ class Feed:
         """
         size = self.plan.largest
         if self.sampler is None:
-            answer = self._start_of_stream(size)
+            answer = start_of_stream(
+                self.data, plan=self.plan, seed=self.seed, num_workers=self.num_workers
+            )
         else:
             request = self.sampler.request(0, slice(0, size), step=0, micro_batch=0)
             reader = Reader(self.data, seed=self.seed, training=True)
@@ -128,21 +129,6 @@ class Feed:
             else:
                 answer = reader.read([request])[0]
         return MicroBatch(answer.request, self.placement(answer.batch))
-
-    def _start_of_stream(self, size: int) -> MicroBatch:
-        whole = replace(self.plan, global_batch=size, bounds=(0, size), firsts=(0, 1))
-        stream = TrainingStream(self.data, plan=whole, rank=0, seed=self.seed, start=0, end=1)
-        if self.num_workers:
-            return by_one_worker(stream, None)
-        if self.progress is None:
-            answer = next(iter(stream))
-            again = next(iter(stream))
-            require_beginning_again(answer.batch, again.batch, what="training data")
-            return answer
-        state = copy.deepcopy(self.data.dataset.state_dict())
-        answer = next(iter(stream))
-        self.data.dataset.load_state_dict(state)
-        return answer
 
 
 def build_loader(

@@ -224,11 +224,16 @@ class OneShot(IterableDataset[Any]):
 
 
 @pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stream_that_does_not_begin_again_is_refused_before_samples_are_lost(
-    group: Group,
+    num_workers: int, group: Group
 ) -> None:
-    settings = Settings(run_dir="")
-    for name, what in (("train_data", "training data"), ("eval_data", "evaluation data")):
+    settings = Settings(run_dir="", num_workers=num_workers)
+    kinds = [("train_data", "training data")]
+    # A new worker for each evaluation has a stream that nobody has read.
+    if not num_workers:
+        kinds.append(("eval_data", "evaluation data"))
+    for name, what in kinds:
         with pytest.raises(DataError, match=f"the {what} does not begin again"):
             build(recipe(settings, **{name: OneShot}), settings, group)
 
