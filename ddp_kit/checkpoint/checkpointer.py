@@ -211,7 +211,7 @@ class Checkpointer:
             settings_sha256=hashlib.sha256(binding.encode()).hexdigest(),
             time=time.time(),
             best_by=self._best_by(),
-            cursor=training.place.cursor(
+            cursor=training.cursor.told(
                 training.step,
                 global_batch=training.plan.global_batch,
                 steps_per_epoch=self._about.steps_per_epoch,
@@ -221,7 +221,7 @@ class Checkpointer:
 
     def _state(self) -> State:
         more: dict[str, Any] = {
-            "place": {**vars(self._training.place), "length": self._about.length},
+            "cursor": {**vars(self._training.cursor), "length": self._about.length},
             "settings": dict(self._about.binding),
             "run_id": self._about.run_id,
             "best": repr(self._best),

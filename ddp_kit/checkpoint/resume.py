@@ -14,9 +14,9 @@ from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.state_dict import restore_state
 from ddp_kit.config.rules import rules
 from ddp_kit.config.secrets import is_secret_setting
+from ddp_kit.data.cursor import Cursor, cursor_for
 from ddp_kit.data.iterable import StreamPosition
 from ddp_kit.data.loader import Feed
-from ddp_kit.data.place import Place, place_for
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
 from ddp_kit.io.tables import aligned
@@ -160,8 +160,8 @@ def resume(
     Raises: ConfigError for a checkpoint that does not fit, with nothing changed.
     """
     changed = require_unchanged(opened, new, change=settings.change)
-    place, again = _place_in(opened, feed, changed=changed)
-    schedule_at = place.batches(opened.values["step"]) if settings.epochs else None
+    cursor, again = _cursor_in(opened, feed, changed=changed)
+    schedule_at = cursor.batches(opened.values["step"]) if settings.epochs else None
     # What was best by another metric says nothing.
     is_other_rule = not OTHER_RULE.isdisjoint(changed)
     restore_state(
@@ -171,7 +171,7 @@ def resume(
         keeps_hyperparameters=not changed,
         schedule_at=schedule_at,
     )
-    training.place.take(place)
+    training.cursor.take(cursor)
     if again:
         training.notes.append(
             f"the place in the data is rounded down to a whole global batch: {again} samples come "
@@ -182,23 +182,23 @@ def resume(
     return changed
 
 
-def _place_in(opened: Opened, feed: Feed, *, changed: Sequence[str]) -> tuple[Place, int]:
+def _cursor_in(opened: Opened, feed: Feed, *, changed: Sequence[str]) -> tuple[Cursor, int]:
     """Returns where a run goes on in its data, and how many samples come again."""
     values = opened.values
-    known = values.get("place") or {}
-    place = Place(ahead=known.get("ahead", 0), samples_ahead=known.get("samples_ahead", 0))
+    known = values.get("cursor") or {}
+    cursor = Cursor(ahead=known.get("ahead", 0), samples_ahead=known.get("samples_ahead", 0))
     if "global_batch" not in changed and DATA not in changed:
-        return place, 0
+        return cursor, 0
     global_batch = int(values["settings"]["global_batch"])
     # Checkpoints of before do not tell.
     steps_per_epoch = known.get("length", feed.length) // global_batch
     step = values["step"]
-    cursor = place.cursor(step, global_batch=global_batch, steps_per_epoch=steps_per_epoch)
-    batches_before = cursor["epoch"] * steps_per_epoch
-    cursor["offset"] = (place.batches(step) - batches_before) * global_batch
+    told = cursor.told(step, global_batch=global_batch, steps_per_epoch=steps_per_epoch)
+    batches_before = told["epoch"] * steps_per_epoch
+    told["offset"] = (cursor.batches(step) - batches_before) * global_batch
     goes_on = feed.progress is not None and feed.progress.begin is not None
-    return place_for(
-        cursor, global_batch=feed.plan.global_batch, length=feed.length, goes_on=goes_on
+    return cursor_for(
+        told, global_batch=feed.plan.global_batch, length=feed.length, goes_on=goes_on
     )
 
 

@@ -142,7 +142,7 @@ class TrainingStream(IterableDataset[MicroBatch]):
         ahead: int = 0,
         progress: StreamProgress | None = None,
     ):
-        """Args: `start`, `end` the steps; `ahead` as `Place` has it; `progress` of a data set with
+        """Args: `start`, `end` the steps; `ahead` as `Cursor` has it; `progress` of a data set with
         a state of its own."""
         super().__init__()
         self._data = data

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches
+from ddp_kit.data.cursor import Cursor
 from ddp_kit.data.dataset import Data, as_data, as_evaluation_data
 from ddp_kit.data.evaluation_stream import EvaluationStream
 from ddp_kit.data.iterable import StreamProgress, TrainingStream, is_stateful
-from ddp_kit.data.place import Place
 from ddp_kit.data.prefetch import on_device
 from ddp_kit.data.reader import MicroBatch, Reader, Request
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
@@ -47,7 +47,7 @@ class Feed:
     """A rank's training batches, from any step on: it has no state of its own.
 
     `sampler` is None for an iterable data set; `progress` is that of an iterable data set with a
-    state of its own; `place` says where in the data a step is.
+    state of its own; `cursor` says where in the data a step is.
     """
 
     data: Data
@@ -58,7 +58,7 @@ class Feed:
     num_workers: int = 0
     sampler: GlobalBatchSampler | None = None
     progress: StreamProgress | None = None
-    place: Place = field(default_factory=Place)
+    cursor: Cursor = field(default_factory=Cursor)
 
     @property
     def length(self) -> int:
@@ -86,7 +86,7 @@ class Feed:
             yield from self._read_stream(start=start, end=end)
             return
         reader = Reader(self.data, seed=self.seed, training=True)
-        requests = self.sampler.requests(start=start, end=end, ahead=self.place.ahead)
+        requests = self.sampler.requests(start=start, end=end, ahead=self.cursor.ahead)
         if self.num_workers:
             yield from with_workers(reader, requests, num_workers=self.num_workers)
             return
@@ -102,7 +102,7 @@ class Feed:
             seed=self.seed,
             start=start,
             end=end,
-            ahead=self.place.ahead,
+            ahead=self.cursor.ahead,
             progress=self.progress,
         )
         if self.num_workers:

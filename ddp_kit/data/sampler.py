@@ -120,7 +120,7 @@ class GlobalBatchSampler(DistributedSampler[Any]):
     def requests(self, *, start: int, end: int, ahead: int = 0) -> Iterator[Request]:
         """Yields this rank's micro-batches of steps start to end - 1; any start costs the same.
 
-        Args: `ahead` as `Place` has it.
+        Args: `ahead` as `Cursor` has it.
         """
         for step in range(start, end):
             epoch, k = divmod(step - ahead, self.steps_per_epoch)

@@ -67,7 +67,7 @@ def _write_ending(
         ending.status,
         reason=ending.reason,
         step=step,
-        epoch=cadence.place.epoch(step, steps_per_epoch=cadence.steps_per_epoch),
+        epoch=cadence.cursor.epoch(step, steps_per_epoch=cadence.steps_per_epoch),
         metrics=attempt.metrics,
         weights_sha256=digest,
         exit_code=ending.exit_code,

@@ -158,13 +158,13 @@ def cadence_of(settings: Settings, feed: Feed) -> Cadence:
         )
     end = _scheduled_steps(settings, feed)
     if settings.epochs:
-        end += feed.place.ahead
+        end += feed.cursor.ahead
     if settings.max_steps:
         end = min(end, settings.max_steps)
     return Cadence(
         end=end,
         steps_per_epoch=feed.steps_per_epoch,
-        place=feed.place,
+        cursor=feed.cursor,
         eval_every=settings.eval_every,
         save_every=settings.save_every,
     )

@@ -127,7 +127,7 @@ def wrap_parts(
         objectives=[],
         statistics=statistics,
         plan=feed.plan,
-        place=feed.place,
+        cursor=feed.cursor,
         grad_clip=grad_clip,
         rounds=_most_micro_batches(feed.plan, group.world_size) if is_split else 0,
     )

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ddp_kit.data.cursor import Cursor
 from ddp_kit.data.loader import RankBatch
-from ddp_kit.data.place import Place
 from ddp_kit.distributed.control_packet import Decision
 from ddp_kit.recipe import Callback
 from ddp_kit.stopping.early_stopping import EarlyStopping
@@ -24,13 +24,13 @@ from ddp_kit.training.step import train_step
 class Cadence:
     """When things happen, in optimizer steps.
 
-    `steps_per_epoch` is 0 where an iterable data set does not know its length; `place` says in
+    `steps_per_epoch` is 0 where an iterable data set does not know its length; `cursor` says in
     which epoch a step is.
     """
 
     end: int
     steps_per_epoch: int
-    place: Place = field(default_factory=Place)
+    cursor: Cursor = field(default_factory=Cursor)
     eval_every: int = 0
     save_every: int = 0
 
@@ -46,12 +46,12 @@ class Cadence:
 
     def last_epoch(self, step: int) -> int:
         """Returns the epoch of the last of `step` steps, 0 where epochs have no known length."""
-        return self.place.epoch(step - 1, steps_per_epoch=self.steps_per_epoch)
+        return self.cursor.epoch(step - 1, steps_per_epoch=self.steps_per_epoch)
 
     def _is_due(self, step: int, *, every: int) -> bool:
         if step == self.end:
             return True
-        batches = self.place.batches(step)
+        batches = self.cursor.batches(step)
         if self.steps_per_epoch > 0 and batches % self.steps_per_epoch == 0:
             return True
         return every > 0 and step % every == 0

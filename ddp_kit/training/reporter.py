@@ -105,7 +105,7 @@ class Reporter:
         """Begins a record: its sums over ranks set out."""
         now = time.perf_counter()
         step = training.step
-        samples = training.place.samples(step, global_batch=training.plan.global_batch)
+        samples = training.cursor.samples(step, global_batch=training.plan.global_batch)
         head = {"kind": "train", "step": step, "epoch": epoch, "samples": samples}
         names = self._agreed(sums.names(), training) + self._losses.names()
         rows = [{**own, **mean} for own, mean in zip(sums.rows(), self._losses.rows(), strict=True)]

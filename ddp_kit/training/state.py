@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ddp_kit.data.batch_plan import BatchPlan
+from ddp_kit.data.cursor import Cursor
 from ddp_kit.data.loader import RankBatch
-from ddp_kit.data.place import Place
 from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
@@ -172,7 +172,7 @@ class Training:
     statistics: RunningStatistics
     plan: BatchPlan
     # Where in the data a step is.
-    place: Place = field(default_factory=Place)
+    cursor: Cursor = field(default_factory=Cursor)
     grad_clip: float = 0.0
     average: WeightAverage | None = None
     step: int = 0

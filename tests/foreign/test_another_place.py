@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, Subset
 import ddp_kit
 from ddp_kit import Data, LossSum, Recipe, process_group
 from ddp_kit.checkpoint.state_dict import state_of
-from ddp_kit.data.place import place_for
+from ddp_kit.data.cursor import cursor_for
 from ddp_kit.data.seeding import permutation
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.json_lines import read_json
@@ -216,11 +216,11 @@ def test_ragged_tails_do_not_add_up_to_an_epoch(after: int, length: int) -> None
     before = 10
     for step in range(300):
         epoch, k = divmod(step, length // before)
-        cursor = {"step": step, "epoch": epoch, "offset": k * before, "samples": step * before}
-        place, again = place_for(cursor, global_batch=after, length=length)
+        told = {"step": step, "epoch": epoch, "offset": k * before, "samples": step * before}
+        cursor, again = cursor_for(told, global_batch=after, length=length)
         per_epoch = length // after
-        found, batch = divmod(place.batches(step), per_epoch)
-        assert place.samples(step, global_batch=after) == step * before
+        found, batch = divmod(cursor.batches(step), per_epoch)
+        assert cursor.samples(step, global_batch=after) == step * before
         if found == epoch:
             assert batch * after + again == k * before
             assert again < after
@@ -337,15 +337,15 @@ def test_a_checkpoint_of_before_is_taken_for_one_of_todays_data(
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr("ddp_kit.lifecycle.run.described", lambda feed: "")
-        patched.setattr("ddp_kit.checkpoint.checkpointer.state_of", without_place)
+        patched.setattr("ddp_kit.checkpoint.checkpointer.state_of", without_cursor)
         go(Long(max_steps=20), tmp_path / "run", vectors())
     changed = Long(global_batch=48, change=("global_batch",))
     life, _ = go(changed, tmp_path / "run", vectors())
     assert of_kind(life, "train", "step", "epoch", "samples")[-1] == (30, 3, 4 * SIZE)
 
 
-def without_place(training: Any, *, early_stopping: Any, more: dict[str, Any]) -> Any:
-    del more["place"]
+def without_cursor(training: Any, *, early_stopping: Any, more: dict[str, Any]) -> Any:
+    del more["cursor"]
     return state_of(training, early_stopping=early_stopping, more=more)
 
 

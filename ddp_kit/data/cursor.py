@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(kw_only=True)
-class Place:
+class Cursor:
     """What turns the steps of a run into places in its data, the same on all ranks.
 
     `ahead` are the steps taken beyond those that today's settings would have taken; `samples_ahead`
@@ -32,7 +32,7 @@ class Place:
         """Returns the epochs that are over, 0 where they have no known length."""
         return self.batches(step) // steps_per_epoch if steps_per_epoch else 0
 
-    def cursor(self, step: int, *, global_batch: int, steps_per_epoch: int) -> dict[str, int]:
+    def told(self, step: int, *, global_batch: int, steps_per_epoch: int) -> dict[str, int]:
         """Returns how far `step` steps are: "step", "epoch" and "samples"."""
         return {
             "step": step,
@@ -40,31 +40,31 @@ class Place:
             "samples": self.samples(step, global_batch=global_batch),
         }
 
-    def take(self, other: "Place") -> None:
-        """Becomes another place: several parts of a run hold this one."""
+    def take(self, other: "Cursor") -> None:
+        """Becomes another one: several parts of a run hold this one."""
         self.ahead = other.ahead
         self.samples_ahead = other.samples_ahead
 
 
-def place_for(
-    cursor: Mapping[str, int], *, global_batch: int, length: int, goes_on: bool = False
-) -> tuple[Place, int]:
-    """Returns the place of a run that goes on with another global batch or other data.
+def cursor_for(
+    told: Mapping[str, int], *, global_batch: int, length: int, goes_on: bool = False
+) -> tuple[Cursor, int]:
+    """Returns the cursor of a run that goes on with another global batch or other data.
 
     Epochs that are over stay over. Of the one that has begun the samples stay consumed, rounded
     down to whole global batches.
 
-    Args: `cursor` as `Place.cursor` has it, and in "offset" the samples into that epoch; `length`
+    Args: `told` as `Cursor.told` has it, and in "offset" the samples into that epoch; `length`
         samples of an epoch now, 0 if that is not known; `goes_on` whether the data go on from a
         state of their own, at the very sample: then the batches that are left count.
-    Returns: the place, and how many samples come again.
+    Returns: the cursor, and how many samples come again.
     """
-    step = cursor["step"]
-    epoch = cursor["epoch"]
-    offset = cursor["offset"]
+    step = told["step"]
+    epoch = told["epoch"]
+    offset = told["offset"]
     again = 0
     if not length:
-        batches, again = divmod(cursor["samples"], global_batch)
+        batches, again = divmod(told["samples"], global_batch)
     else:
         # Data that did not know their length have all samples in one epoch.
         epoch += offset // length
@@ -76,5 +76,5 @@ def place_for(
         elif within < steps_per_epoch:
             again = offset - within * global_batch
         batches = epoch * steps_per_epoch + within
-    samples_ahead = cursor["samples"] - step * global_batch
-    return Place(ahead=step - batches, samples_ahead=samples_ahead), again
+    samples_ahead = told["samples"] - step * global_batch
+    return Cursor(ahead=step - batches, samples_ahead=samples_ahead), again
