@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from ddp_kit import LossSum, build_loader, process_group, wrap
-from ddp_kit.data.loader import batches_of
+from ddp_kit.data.own_loader import batches_of
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.settings import EarlyStop
 from ddp_kit.stopping.early_stopping import EarlyStopping

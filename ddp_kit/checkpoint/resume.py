@@ -59,7 +59,9 @@ def binding(settings: Settings, *, recipe: str, data: str = "") -> dict[str, str
 
 def described(feed: Feed) -> str:
     """Returns how much training data there are, in words."""
-    size = feed.data.known_length
+    if feed.streams is not None:
+        return f"each rank's own, {feed.streams.shortest or 'an unknown number of'} samples"
+    size = feed.data.shared_length
     if not size:
         return "of unknown length"
     words = f"{size} samples"
@@ -207,8 +209,15 @@ def resume_data(opened: Opened, feed: Feed, *, world_size: int, restarts: bool) 
     it.
 
     Raises: ConfigError at another number of ranks, unless the data may be read again from their
-        start (`restarts`).
+        start (`restarts`); then too if they are each rank's own.
     """
+    wrote = opened.manifest.world_size
+    if feed.data.sharded and wrote != world_size:
+        raise ConfigError(
+            f"the training data of {opened.folder} are each rank's own (sharded=True) on {wrote} "
+            f"ranks, and there are {world_size} now, which would have other samples. Start "
+            f"{wrote} ranks, or a new run with its weights: --init-from."
+        )
     if feed.progress is None:
         return
     places = opened.values.get("data")

@@ -85,6 +85,28 @@ def require_same_order(group: Group, order: NDArray[np.int64], *, epoch: int) ->
             )
 
 
+def require_own_samples(group: Group, batch: Any, *, what: str) -> None:
+    """Looks whether streams that are each rank's own begin with other samples. Every rank calls it.
+
+    Args: `batch` the first samples, None if there are none.
+    Raises: DataError on every rank that names one without samples, or two with the same.
+    """
+    own = None if batch is None else _print_of(batch)
+    prints = [json.loads(row) for row in gather_bytes(group, json.dumps(own).encode())]
+    for rank, found in enumerate(prints):
+        if found is None:
+            raise DataError(
+                f"the {what} is each rank's own (sharded=True), and rank {rank} has no samples."
+            )
+        for other in range(rank):
+            if found and _are_alike(found, prints[other]):
+                raise DataError(
+                    f"the {what} is said to be each rank's own (sharded=True), and rank {rank} has "
+                    f"the same first samples as rank {other}. Leave sharded out of a stream that "
+                    "is the same on all ranks: ddp_kit takes each rank's share of it."
+                )
+
+
 def are_same(first: Any, other: Any) -> bool:
     """Whether two batches hold the same samples, as far as `require_same_samples` compares them."""
     return _are_alike(_print_of(first), _print_of(other))
@@ -96,7 +118,9 @@ def _refusal(what: str, *, rank: int, is_iterable: bool) -> str:
         return (
             f"{said} Every rank must get the whole stream, of which ddp_kit takes its share: "
             "leave out what shares it out by rank "
-            "(split_by_node, split_dataset_by_node, [rank::world_size])."
+            "(split_by_node, split_dataset_by_node, [rank::world_size]). Or say that it is each "
+            "rank's own, Data(stream, sharded=True): the numbers are then those of this number of "
+            "ranks."
         )
     return (
         f"{said} It must hold the same samples on every rank and draw from the default generators "

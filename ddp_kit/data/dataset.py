@@ -32,7 +32,8 @@ class Data:
         vectorised, from draws keyed by (seed, epoch, index, how often the sample came before in the
         epoch); `order(seed, epoch, size)` returns the indices of an epoch, a pure function
         (default: a permutation); `count(batch)` the loss's count where it varies but is known
-        before the forward pass.
+        before the forward pass; `sharded` of a stream: it is each rank's own already, and a rank
+        takes all of its samples from it. The numbers are then those of one number of ranks.
 
     An iterable data set is evaluated by at most one worker whatever `num_workers` is: each would
     read the whole stream.
@@ -43,6 +44,7 @@ class Data:
     augment: Callable[[Any, Draws], Any] | None = None
     order: Order | None = None
     count: Callable[[Any], int] | None = None
+    sharded: bool = False
 
     @property
     def is_iterable(self) -> bool:
@@ -50,8 +52,11 @@ class Data:
         return isinstance(self.dataset, IterableDataset)
 
     @property
-    def known_length(self) -> int:
-        """Samples in the data set, 0 if it is iterable and does not know."""
+    def shared_length(self) -> int:
+        """Samples in the data set, the same on all ranks; 0 if it is iterable and does not know, or
+        is each rank's own."""
+        if self.sharded:
+            return 0
         return length_of(self.dataset) if self.is_iterable else len(self)
 
     def __len__(self) -> int:
@@ -69,7 +74,8 @@ def as_data(given: Any, *, what: str = "data") -> Data:
     """Returns what a recipe gave as `Data`.
 
     Args: `what` data it is, in words, for the error.
-    Raises: DataError if it is no data set, or a Subset whose indices are none.
+    Raises: DataError if it is no data set, or a Subset whose indices are none; ConfigError for
+        `sharded` of what is no stream.
     """
     data = given if isinstance(given, Data) else Data(given)
     dataset = data.dataset
@@ -78,6 +84,12 @@ def as_data(given: Any, *, what: str = "data") -> Data:
         raise DataError(
             f"the {what}: expected a data set with __getitem__ and __len__, or an "
             f"IterableDataset; got {type(dataset).__name__}."
+        )
+    if data.sharded and not data.is_iterable:
+        raise ConfigError(
+            f"the {what}: Data(sharded=True) is for a stream (an IterableDataset) that is each "
+            "rank's own; of a data set with __getitem__ ddp_kit takes each rank's share. Leave it "
+            "out, and what shares the data out."
         )
     try:
         require_subsets(dataset)

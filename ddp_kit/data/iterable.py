@@ -21,9 +21,10 @@ from torch.utils.data._utils import worker as torch_worker
 from ddp_kit.data.batch_plan import BatchPlan
 from ddp_kit.data.dataset import Data
 from ddp_kit.data.odd_samples import collated
+from ddp_kit.data.own_stream import OwnStreams
 from ddp_kit.data.reader import MicroBatch, Request
 from ddp_kit.data.seeding import Draws, Purpose, generators_aside, key, seed_generators
-from ddp_kit.data.stream_length import LengthWatch
+from ddp_kit.data.stream_length import LengthWatch, length_of
 from ddp_kit.errors import DataError
 
 
@@ -141,9 +142,10 @@ class TrainingStream(IterableDataset[MicroBatch]):
         end: int,
         ahead: int = 0,
         progress: StreamProgress | None = None,
+        streams: OwnStreams | None = None,
     ):
         """Args: `start`, `end` the steps; `ahead` as `Cursor` has it; `progress` of a data set with
-        a state of its own."""
+        a state of its own; `streams` if this one is the rank's own."""
         super().__init__()
         self._data = data
         self._plan = plan
@@ -154,6 +156,17 @@ class TrainingStream(IterableDataset[MicroBatch]):
         self._progress = progress
         self._rank = rank
         self._own = plan.of_rank(rank)
+        self._share = self._own[-1][2] - self._own[0][1]
+        # What is read for a step, and where this rank's share of it begins.
+        self._size = plan.global_batch
+        self._begin = self._own[0][1]
+        self._streams = streams
+        if streams is not None:
+            self._size = self._share
+            self._begin = 0
+            if rank:
+                # Else ranks would draw the same for other samples.
+                self._seed = key(seed, Purpose.STREAM, rank)
         self._collate = data.collate or default_collate
         self._may_draw = data.collate is not None or data.augment is not None
 
@@ -168,7 +181,7 @@ class TrainingStream(IterableDataset[MicroBatch]):
         watch = LengthWatch(
             self._data.dataset,
             global_batch=self._plan.global_batch,
-            is_told=self._rank == 0 and worker == 0,
+            is_told=self._rank == 0 and worker == 0 and self._streams is None,
         )
         own_first = self._own[0][1]
         taken = 0
@@ -177,9 +190,10 @@ class TrainingStream(IterableDataset[MicroBatch]):
                 continue
             for index, start, stop in self._own:
                 if taken % workers == worker:
-                    indices = np.arange(position + start, position + stop)
-                    request = Request(step, epoch, index, indices)
                     part = samples[start - own_first : stop - own_first]
+                    first = position + self._begin + start - own_first
+                    indices = np.arange(first, first + len(part))
+                    request = Request(step, epoch, index, indices)
                     yield self._micro_batch(request, part, keyed)
                 taken += 1
 
@@ -196,13 +210,15 @@ class TrainingStream(IterableDataset[MicroBatch]):
         # From its start a stream is replayed.
         step = self._ahead if place == StreamPosition() else self._start
         epoch = place.epoch
+        anew = self._place_of_pass()
         while step < self._end:
             samples = Samples(self._data, keyed=keyed, epoch=epoch, begin=place)
             before = step
-            while step < self._end:
+            while step < self._end and not self._is_over(samples.position):
                 position = samples.position
                 kept = self._own_of(samples)
-                if samples.position - position < self._plan.global_batch:
+                if samples.position - position < self._size:
+                    self._require_all(samples.position)
                     watch.ended(samples.position)
                     break
                 watch.read(samples.position)
@@ -218,16 +234,35 @@ class TrainingStream(IterableDataset[MicroBatch]):
                     "give the stream more samples."
                 )
             epoch += 1
-            place = StreamPosition()
+            place = anew
+
+    def _place_of_pass(self) -> StreamPosition:
+        """Returns where a new pass begins: a stream that is not read to its end must be told."""
+        if self._streams is None or self._progress is None:
+            return StreamPosition()
+        return StreamPosition(state=copy.deepcopy(self._data.dataset.state_dict()))
+
+    def _is_over(self, position: int) -> bool:
+        """Whether the epoch of all ranks' own streams is over."""
+        if self._streams is None or not self._streams.steps_per_epoch:
+            return False
+        return position >= self._streams.steps_per_epoch * self._share
+
+    def _require_all(self, position: int) -> None:
+        """Raises: DataError if a rank's own stream ended before the epoch of all ranks."""
+        if self._streams is not None and self._streams.steps_per_epoch:
+            raise DataError(
+                f"the training stream of rank {self._rank} ended after {position} samples, where "
+                f"its __len__ says {length_of(self._data.dataset)}: the ranks would no longer take "
+                "the same steps. Mend __len__, or leave it out and type --epochs 0 --max-steps N."
+            )
 
     def _own_of(self, samples: Samples) -> list[Any]:
-        """Reads a global batch and returns this rank's samples of it."""
-        begin = self._own[0][1]
-        end = self._own[-1][2]
+        """Reads what a step takes and returns this rank's samples of it."""
         kept = []
-        with samples.run(self._plan.global_batch) as run:
+        with samples.run(self._size) as run:
             for number, sample in enumerate(run):
-                if begin <= number < end:
+                if self._begin <= number < self._begin + self._share:
                     kept.append(sample)
         return kept
 

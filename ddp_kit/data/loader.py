@@ -11,15 +11,14 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches
 from ddp_kit.data.cursor import Cursor
 from ddp_kit.data.dataset import Data, as_data, as_evaluation_data
 from ddp_kit.data.evaluation_stream import EvaluationStream
 from ddp_kit.data.iterable import StreamProgress, TrainingStream, is_stateful
+from ddp_kit.data.own_stream import OwnStreams, agreed_streams, in_lockstep
 from ddp_kit.data.prefetch import on_device
-from ddp_kit.data.reader import MicroBatch, Reader, Request
+from ddp_kit.data.reader import MicroBatch, Reader
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
 from ddp_kit.data.stream_checks import start_of_stream
 from ddp_kit.data.stream_length import length_of
@@ -47,7 +46,8 @@ class Feed:
     """A rank's training batches, from any step on: it has no state of its own.
 
     `sampler` is None for an iterable data set; `progress` is that of an iterable data set with a
-    state of its own; `cursor` says where in the data a step is.
+    state of its own; `streams` are there if each rank has its own; `cursor` says where in the data
+    a step is.
     """
 
     data: Data
@@ -58,6 +58,7 @@ class Feed:
     num_workers: int = 0
     sampler: GlobalBatchSampler | None = None
     progress: StreamProgress | None = None
+    streams: OwnStreams | None = None
     cursor: Cursor = field(default_factory=Cursor)
 
     @property
@@ -65,6 +66,8 @@ class Feed:
         """Samples of an epoch with its ragged tail; 0 if an iterable one does not know."""
         if self.sampler is not None:
             return self.sampler.length
+        if self.streams is not None:
+            return self.streams.steps_per_epoch * self.plan.global_batch
         return length_of(self.data.dataset)
 
     @property
@@ -104,6 +107,7 @@ class Feed:
             end=end,
             ahead=self.cursor.ahead,
             progress=self.progress,
+            streams=self.streams,
         )
         if self.num_workers:
             yield from with_workers(stream, None, num_workers=self.num_workers)
@@ -143,14 +147,21 @@ def build_loader(
 ) -> Feed:
     """Returns this rank's loader of training batches from a `Data` or a bare data set.
 
+    Every rank calls it.
+
     Args: `global_batch` samples per optimizer step over all ranks; `micro_batch` the most samples
         of one forward pass, 0 for a rank's whole share; `num_workers` loader workers of this rank.
     Raises: ConfigError for sizes that cannot be; DataError if an epoch holds less than one global
         batch.
     """
     plan = plan_batches(global_batch, micro_batch=micro_batch, world_size=group.world_size)
+    given = as_data(data, what="training data")
+    streams = None
+    if given.sharded:
+        streams = agreed_streams(given, plan=plan, group=group)
     return feed_of(
-        as_data(data, what="training data"),
+        given,
+        streams=streams,
         plan=plan,
         rank=group.rank,
         seed=seed,
@@ -160,7 +171,14 @@ def build_loader(
 
 
 def feed_of(
-    data: Data, *, plan: BatchPlan, rank: int, seed: int, placement: Placement, num_workers: int = 0
+    data: Data,
+    *,
+    plan: BatchPlan,
+    rank: int,
+    seed: int,
+    placement: Placement,
+    num_workers: int = 0,
+    streams: OwnStreams | None = None,
 ) -> Feed:
     """Returns a rank's loader by a plan that is made already.
 
@@ -192,6 +210,7 @@ def feed_of(
         num_workers=num_workers,
         sampler=sampler,
         progress=progress,
+        streams=streams,
     )
 
 
@@ -210,15 +229,19 @@ def evaluation_batches(
 
     Args: `what` data it is, in words, for errors.
     """
+    given = as_evaluation_data(data, what=what)
     answers = _evaluation(
-        as_evaluation_data(data, what=what),
+        given,
         micro_batch=micro_batch,
-        rank=group.rank,
-        world_size=group.world_size,
+        rank=0 if given.sharded else group.rank,
+        world_size=1 if given.sharded else group.world_size,
         num_workers=num_workers,
         what=what,
     )
-    yield from on_device(answers, placement or Placement(group.device))
+    placed = on_device(answers, placement or Placement(group.device))
+    if given.sharded:
+        placed = in_lockstep(placed, group=group, what=what)
+    yield from placed
 
 
 def first_of_evaluation(
@@ -267,17 +290,3 @@ def grouped(micro_batches: Iterable[MicroBatch], *, per_step: int) -> Iterator[R
             yield RankBatch(request.step, request.epoch, of_step, time.perf_counter() - begin)
             of_step = []
             begin = time.perf_counter()
-
-
-def batches_of(loader: Iterable[Any], *, group: Group, size: int) -> Iterator[RankBatch]:
-    """Yields what a loader of one's own has read as this rank's part of global batches.
-
-    That is one micro-batch of `size` samples a step. The loader answers for order, shares and
-    placement; samples are named by their place in the batch.
-    """
-    indices = np.arange(size)
-    begin = time.perf_counter()
-    for step, batch in enumerate(loader):
-        request = Request(step, 0, group.rank, indices)
-        yield RankBatch(step, 0, [MicroBatch(request, batch)], time.perf_counter() - begin)
-        begin = time.perf_counter()

@@ -123,6 +123,11 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
             "one of the sets of eval_data is named 'test', as the metrics of test_data are in "
             "status.json: name it otherwise."
         )
+    if feed.data.sharded and group.world_size > 1:
+        training.notes.append(
+            "the training data are each rank's own (sharded=True): which samples a step sees "
+            "depends on the number of ranks"
+        )
     training.notes += split_notes(model, feed.plan, settings, group)
     evaluator = Evaluator(
         recipe=recipe,

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ddp_kit.data.agreement import require_same_samples
+from ddp_kit.data.agreement import require_own_samples, require_same_samples
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.seeding import generators_put_back, seed_forward
-from ddp_kit.distributed.collectives import first_difference
+from ddp_kit.distributed.collectives import first_difference, max_over_ranks
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DdpKitError, no_gradient
 from ddp_kit.metrics import Sums
@@ -43,12 +43,16 @@ class DryRun:
         self._allows_unused = allows_unused
         self._exact = exact
         self._batch = feed.dry_run_batch()
-        require_same_samples(
-            training.group,
-            self._batch.batch,
-            what="training data",
-            is_iterable=feed.data.is_iterable,
-        )
+        what = "training data"
+        if feed.data.sharded:
+            require_own_samples(training.group, self._batch.batch, what=what)
+        else:
+            require_same_samples(
+                training.group,
+                self._batch.batch,
+                what=what,
+                is_iterable=feed.data.is_iterable,
+            )
 
     def run(
         self,
@@ -183,6 +187,9 @@ def _count_of(count: int | torch.Tensor, size: int, *, feed: Feed, group: Group)
     exponent = 0
     if 0 < whole < math.inf:
         exponent = round(math.log2(whole))
+    if feed.data.sharded:
+        # The ranks' samples are not the same.
+        exponent = max_over_ranks(group, [exponent])[0]
     found = [int(is_fixed), int(count) if is_fixed else 0, exponent]
     if first_difference(group, found) is not None:
         raise DdpKitError(

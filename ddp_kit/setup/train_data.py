@@ -28,7 +28,7 @@ def train_feed(model: nn.Module, recipe: Recipe, settings: Settings, group: Grou
     """
     what = "training data"
     data = as_data(made_under_seed(recipe.train_data, seed=settings.seed, what=what), what=what)
-    require_same_lengths(group, {"": data.known_length}, what=what)
+    require_same_lengths(group, {"": data.shared_length}, what=what)
     if data.is_iterable and is_stateful(data.dataset) and settings.resume_data == "state":
         require_resumable(data, seed=settings.seed, after=settings.global_batch)
     wanted = placement_of(model, settings, group)

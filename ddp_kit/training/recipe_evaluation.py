@@ -12,7 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from ddp_kit.data.agreement import require_same_lengths, require_same_samples
+from ddp_kit.data.agreement import (
+    require_own_samples,
+    require_same_lengths,
+    require_same_samples,
+)
 from ddp_kit.data.dataset import Data, as_evaluation_data
 from ddp_kit.data.loader import evaluation_batches, first_of_evaluation
 from ddp_kit.data.seeding import forward_key, made_under_seed, seed_forward
@@ -186,6 +190,9 @@ class Evaluator:
             first = self._first_batch(data, what=what)
             if data.is_iterable:
                 require_beginning_again(first, self._first_batch(data, what=what), what=what)
+            if data.sharded:
+                require_own_samples(self.group, first, what=what)
+                continue
             require_same_samples(self.group, first, what=what, is_iterable=data.is_iterable)
 
     def _first_batch(self, data: Data, *, what: str) -> Any:
@@ -252,7 +259,7 @@ def made_sets(
     sets: dict[str, Data] = {}
     if make is not None:
         sets = _by_prefix(made_under_seed(make, seed=seed, what=f"{what} data"), what=what)
-    lengths = {prefix.removesuffix("/"): data.known_length for prefix, data in sets.items()}
+    lengths = {prefix.removesuffix("/"): data.shared_length for prefix, data in sets.items()}
     require_same_lengths(group, lengths, what=f"{what} data")
     _refuse_empty(sets, what=what)
     return sets
