@@ -3,7 +3,6 @@ schedule, by parameter name, so that another world size or strategy can read it.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ def objective_values(
         "state": states,
         "rest": rest,
         "scheduler": encoded,
-        "scale": asdict(objective.scale),
+        "scale": objective.scale.to_save(),
     }
 
 

@@ -6,9 +6,10 @@ Looking changes nothing, since the folder may be a live run's. Whoever saves the
 from pathlib import Path
 
 from ddp_kit.checkpoint.checkpointer import About, Checkpointer
+from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import Keep
-from ddp_kit.checkpoint.state_dict import require_same_batch, restore_state
+from ddp_kit.checkpoint.state_dict import restore_state
 from ddp_kit.errors import ConfigError
 from ddp_kit.training.nonfinite import look_back
 from ddp_kit.training.state import Training
@@ -39,10 +40,26 @@ def restore(training: Training, path: Path | str) -> int:
     checkpointer.finish()
     opened = checkpointer.find(Path(path))
     if opened is not None:
-        require_same_batch(opened, training)
+        _require_same_batch(opened, training)
         restore_state(opened, training)
         checkpointer.resumed(opened)
     return training.step
+
+
+def _require_same_batch(opened: Opened, training: Training) -> None:
+    """Looks at what the steps of a checkpoint consumed, for a loop of one's own.
+
+    Raises: ConfigError if it was another global batch: the step counter would be another place in
+        the data.
+    """
+    step = opened.manifest.step
+    samples = opened.manifest.cursor.get("samples", 0)
+    now = training.plan.global_batch
+    if step and samples and samples != step * now:
+        raise ConfigError(
+            f"{opened.folder} was saved with a global batch of {samples / step:g} samples, and "
+            f"this loop has {now}. Give build_loader the one that it was saved with."
+        )
 
 
 def _of_ones_own(training: Training, path: Path | str) -> Checkpointer:

@@ -210,22 +210,6 @@ def _share_what_each_rank_knows(
             entry["state"] |= state
 
 
-def require_same_batch(opened: Opened, training: Training) -> None:
-    """Looks at what the steps of a checkpoint consumed, for a loop of one's own.
-
-    Raises: ConfigError if it was another global batch: the step counter would be another place in
-        the data.
-    """
-    step = opened.manifest.step
-    samples = opened.manifest.cursor.get("samples", 0)
-    now = training.plan.global_batch
-    if step and samples and samples != step * now:
-        raise ConfigError(
-            f"{opened.folder} was saved with a global batch of {samples / step:g} samples, and "
-            f"this loop has {now}. Give build_loader the one that it was saved with."
-        )
-
-
 def restore_state(
     opened: Opened,
     training: Training,

@@ -7,7 +7,7 @@ is seen in the reduced gradients, which are the same on all ranks.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -60,6 +60,12 @@ class LossScale:
         if self.good_steps >= self.growth_interval:
             self.scale = min(self.scale * 2, LARGEST_SCALE)
             self.good_steps = 0
+
+    def to_save(self) -> dict[str, float]:
+        """Returns what a checkpoint keeps of it."""
+        kept = asdict(self)
+        del kept["steps_at_floor"]
+        return kept
 
     @property
     def is_hopeless(self) -> bool:
