@@ -250,11 +250,8 @@ def restore_state(
                 steps=values["step"] if schedule_at is None else schedule_at,
                 where=opened.folder,
             )
-    # From here on the run changes. What other ranks keep is on the meta device here.
-    is_elsewhere = {
-        name for name, item in targets.items() if isinstance(item, torch.Tensor) and item.is_meta
-    }
-    opened.copy_into({name: item for name, item in targets.items() if name not in is_elsewhere})
+    # From here on the run changes.
+    opened.copy_into(_kept_here(targets))
     for objective in training.objectives:
         restore_objective(
             objective,
@@ -271,6 +268,16 @@ def restore_state(
     if early_stopping is not None and "early_stopping" in values:
         for key, value in decode(values["early_stopping"], tensors).items():
             setattr(early_stopping, key, value)
+
+
+def _kept_here(items: Mapping[str, Item]) -> dict[str, Item]:
+    """Returns items without those that other ranks keep, which are on the meta device here."""
+    kept = {}
+    for name, item in items.items():
+        is_elsewhere = isinstance(item, torch.Tensor) and item.is_meta
+        if not is_elsewhere:
+            kept[name] = item
+    return kept
 
 
 def _empty_like_saved(opened: Opened) -> dict[str, torch.Tensor]:

@@ -117,12 +117,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     if settings.ema:
         training.average = WeightAverage(model, decay=settings.ema)
     training.base_sha256 = base_hash
-    sets = made_sets(recipe.eval_data, what="evaluation", seed=settings.seed, group=group)
-    if "test/" in sets and recipe.test_data is not None:
-        raise ConfigError(
-            "one of the sets of eval_data is named 'test', as the metrics of test_data are in "
-            "status.json: name it otherwise."
-        )
+    sets = _evaluation_sets(recipe, settings, group)
     if feed.data.sharded and group.world_size > 1:
         training.notes.append(
             "the training data are each rank's own (sharded=True): which samples a step sees "
@@ -148,6 +143,17 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     return Built(
         training=training, feed=feed, evaluator=evaluator, test_sets=test_sets, cadence=cadence
     )
+
+
+def _evaluation_sets(recipe: Recipe, settings: Settings, group: Group) -> Mapping[str, Data]:
+    """Raises: ConfigError for a set whose metrics would stand under the name of the test data's."""
+    sets = made_sets(recipe.eval_data, what="evaluation", seed=settings.seed, group=group)
+    if "test/" in sets and recipe.test_data is not None:
+        raise ConfigError(
+            "one of the sets of eval_data is named 'test', as the metrics of test_data are in "
+            "status.json: name it otherwise."
+        )
+    return sets
 
 
 def cadence_of(settings: Settings, feed: Feed) -> Cadence:
