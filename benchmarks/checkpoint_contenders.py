@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.utils.data import TensorDataset
 
 from ddp_kit import LossSum, build_loader, wrap
-from ddp_kit.checkpoint.checkpointer import About, Checkpointer, restore
+from ddp_kit.checkpoint.checkpointer import About, Checkpointer
 from ddp_kit.checkpoint.format.storage import LocalDisk
+from ddp_kit.checkpoint.own_loop import restore
 from ddp_kit.checkpoint.retention import Keep
 from ddp_kit.checkpoint.state_dict import state_of
 from ddp_kit.distributed.process_group import Group

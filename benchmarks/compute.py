@@ -22,7 +22,7 @@ from turns import compare, serve, show
 import ddp_kit
 from ddp_kit import LossSum, Recipe
 from ddp_kit.settings import Settings
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.training.step import train_step
 
 BATCH = 128
@@ -129,7 +129,7 @@ def ours(*, tuning: bool, precision: str = "fp32") -> None:
         def optimizer(net: nn.Module) -> torch.optim.Optimizer:
             return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 
-        made = compose(
+        made = build(
             Recipe(model=model, loss=loss, optimizer=optimizer, train_data=data), settings, group
         )
         batches = made.feed.batches(start=0, end=10**9)

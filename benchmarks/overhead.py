@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from ddp_kit import LossSum, build_loader, process_group, wrap
-from ddp_kit.data.loader import batches_of
+from ddp_kit.data.own_loader import batches_of
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.settings import EarlyStop
 from ddp_kit.stopping.early_stopping import EarlyStopping
@@ -37,7 +37,7 @@ from ddp_kit.stopping.signals import StopFlag
 from ddp_kit.trackers.base import RunInfo
 from ddp_kit.trackers.console import Console
 from ddp_kit.trackers.jsonl import JsonlTracker
-from ddp_kit.training.loop import Pace, fit
+from ddp_kit.training.loop import Cadence, fit
 from ddp_kit.training.reporter import Reporter
 
 BATCH, LOG_EVERY = 64, 10
@@ -93,8 +93,8 @@ def endless(group: Group, dataset: Dataset[Any]) -> Iterator[list[torch.Tensor]]
 
 def logged(loss: torch.Tensor, group: Group) -> None:
     mean = loss.detach().clone()
-    if group.training is not None:
-        dist.all_reduce(mean, group=group.training)
+    if group.pg is not None:
+        dist.all_reduce(mean, group=group.pg)
     print(f"loss {mean.item() / group.world_size:.4f}", file=io.StringIO())
 
 
@@ -158,7 +158,8 @@ def accelerated(group: Group, dataset: Dataset[Any]) -> Callable[[int], None]:
 class Alone:
     """Accelerate has summed already."""
 
-    training, world_size = None, 1
+    pg = None
+    world_size = 1
 
 
 def summed(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> LossSum:
@@ -186,7 +187,7 @@ def ours(
     )
     folder.mkdir(parents=True, exist_ok=True)
     reporter.start(RunInfo(run_dir=folder, name="overhead"), step=0)
-    pace = Pace(end=10**9, steps_per_epoch=0)
+    cadence = Cadence(end=10**9, steps_per_epoch=0)
     batches = feed.batches(start=0, end=10**9)
     if loader:
         batches = batches_of(endless(group, dataset), group=group, size=BATCH)
@@ -196,13 +197,13 @@ def ours(
         fit(
             training,
             taken,
-            pace=pace,
+            cadence=cadence,
             report=reporter,
             evaluate=lambda epoch: {},
             early_stopping=EarlyStopping(EarlyStop()),
             stop=StopFlag(),
         )
-        training.control.close()
+        training.control_packet.close()
 
     return run
 

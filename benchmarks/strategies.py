@@ -37,7 +37,7 @@ from ddp_kit import LossSum, Recipe, process_group
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.process_tuning import M_MMAP_THRESHOLD
 from ddp_kit.settings import DeepSpeed, Fsdp
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.training.step import train_step
 
 # 19 million parameters: 300 MB with gradients and AdamW's moments.
@@ -114,9 +114,9 @@ def ours(group: Group, strategy: str) -> Callable[[], None]:
         optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-4),
         train_data=data,
     )
-    made = compose(recipe, settings, group)
+    made = build(recipe, settings, group)
     found = made.feed.batches(start=0, end=10**9)
-    group.closing.callback(made.training.control.close)
+    group.closing.callback(made.training.control_packet.close)
 
     def step() -> None:
         train_step(made.training, next(found))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ddp_kit import schedules as schedules
-    from ddp_kit.checkpoint.checkpointer import restore as restore
-    from ddp_kit.checkpoint.checkpointer import save as save
+    from ddp_kit.checkpoint.own_loop import restore as restore
+    from ddp_kit.checkpoint.own_loop import save as save
     from ddp_kit.data import orders as orders
     from ddp_kit.data.batch_plan import plan_batches as plan_batches
     from ddp_kit.data.dataset import Data as Data
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ddp_kit.data.loader import build_loader as build_loader
     from ddp_kit.data.seeding import Draws as Draws
     from ddp_kit.distributed.process_group import process_group as process_group
+    from ddp_kit.metrics import LossMean as LossMean
     from ddp_kit.metrics import LossSum as LossSum
     from ddp_kit.recipe import Callback as Callback
     from ddp_kit.recipe import Objective as Objective
@@ -38,13 +39,14 @@ HOMES = {
     "first_on_node": "ddp_kit.data.first_on_node",
     "build_loader": "ddp_kit.data.loader",
     "LossSum": "ddp_kit.metrics",
+    "LossMean": "ddp_kit.metrics",
     "process_group": "ddp_kit.distributed.process_group",
     "signals_noted": "ddp_kit.stopping.signals",
     "Callback": "ddp_kit.recipe",
     "Objective": "ddp_kit.recipe",
     "Recipe": "ddp_kit.recipe",
-    "restore": "ddp_kit.checkpoint.checkpointer",
-    "save": "ddp_kit.checkpoint.checkpointer",
+    "restore": "ddp_kit.checkpoint.own_loop",
+    "save": "ddp_kit.checkpoint.own_loop",
     "Draws": "ddp_kit.data.seeding",
     "Settings": "ddp_kit.settings",
     "should_stop": "ddp_kit.training.step",

@@ -6,6 +6,7 @@ these.
 
 import difflib
 import importlib
+import itertools
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
@@ -37,13 +38,24 @@ class NonFiniteError(DdpKitError):
 def summary(error: BaseException) -> str:
     """Returns kind and message of an error.
 
-    Of one that torch brought from a loader worker it is the worker's own last line.
+    Of one that torch brought from a loader worker they are the worker's own.
     """
     lines = str(error).strip().splitlines()
     # Torch puts the worker's whole traceback into the message.
     if len(lines) > 1 and lines[1].startswith("Original Traceback"):
-        return f"{lines[-1]} (in a loader worker)"
+        return f"{_raised(lines)} (in a loader worker)"
     return f"{type(error).__name__}: {error}"
+
+
+def _raised(traceback: Sequence[str]) -> str:
+    """Returns the line of a traceback that names the error: notes and the rest of a message of
+    several lines come after it.
+    """
+    found = traceback[-1]
+    for before, line in itertools.pairwise(traceback):
+        if before.startswith(" ") and line and not line.startswith(" "):
+            found = line
+    return found
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

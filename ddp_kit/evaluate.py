@@ -21,9 +21,9 @@ from ddp_kit.lifecycle.session import recipe_path, run_command, session
 from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
 from ddp_kit.settings import DeepSpeed, Fsdp, Settings
 from ddp_kit.setup.build import require_same_settings
-from ddp_kit.setup.model import build_model, placement_of, settle_memory_format
+from ddp_kit.setup.model import build_model, choose_memory_format, placement_of
 from ddp_kit.trackers.console import evaluation_line
-from ddp_kit.training.recipe_evaluation import Evaluator, data_sets
+from ddp_kit.training.recipe_evaluation import Evaluator, made_sets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def _flags(words: Sequence[str]) -> list[str]:
 def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
     """Evaluates each set of the recipe. Every rank calls it; rank 0 prints."""
     recipe: Recipe = source.build(settings)
-    kinds = {"eval": recipe.eval_data, "test": recipe.test_data}
+    kinds = {"evaluation": recipe.eval_data, "test": recipe.test_data}
     if not any(kinds.values()):
         raise ConfigError(f"{source.path.name} has neither eval_data nor test_data to evaluate.")
     model = build_model(recipe, settings, group)
@@ -81,21 +81,24 @@ def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
     micro_batch = settings.global_batch
     if isinstance(settings.micro_batch, int) and settings.micro_batch:
         micro_batch = settings.micro_batch
-    for kind, make in kinds.items():
+    for what, make in kinds.items():
         if make is None:
             continue
         evaluator = Evaluator(
             recipe=recipe,
             settings=settings,
             group=group,
-            sets=data_sets(make(), what=kind),
+            sets=made_sets(make, what=what, seed=settings.seed, group=group),
+            what=f"{what} data",
             micro_batch=micro_batch,
             placement=placement_of(model, settings, group),
         )
-        evaluator.placement = settle_memory_format(
+        evaluator.compare_sets()
+        evaluator.placement = choose_memory_format(
             model, evaluator.placement, partial(evaluator, model, limit=1)
         )
         metrics = evaluator(model)
+        kind = "test" if what == "test" else "eval"
         if group.rank == 0:
             print(evaluation_line({"kind": kind, "step": 0, **metrics}).replace("step 0  ", ""))
             print(json_text({"kind": kind, **metrics}))

@@ -6,12 +6,14 @@ differ.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import final
 
 import torch
 
 Number = torch.Tensor | float | int
+Sums = Mapping[str, tuple[Number, Number]]  # of a micro-batch: {name: (sum, count)}
+ABSENT = (0.0, 0.0)  # of a micro-batch that has none of a name
 
 
 @dataclass(slots=True)
@@ -26,86 +28,75 @@ class LossSum:
 
     total: torch.Tensor
     count: int | torch.Tensor
-    metrics: Mapping[str, tuple[Number, Number]] = field(default_factory=dict)
+    metrics: Sums = field(default_factory=dict)
 
     def plus_mean(self, term: torch.Tensor) -> "LossSum":
         """Returns the loss with a term of the mean (L1, L2, an auxiliary loss).
 
         The term, a scalar, is multiplied by the count, so that the division keeps it.
         """
-        return replace(self, total=self.total + term * self.count)
+        return LossSum(self.total + term * self.count, self.count, self.metrics)
 
     def sums(self) -> dict[str, tuple[Number, Number]]:
         """Returns the loss itself and the metrics, detached, as {name: (sum, count)}."""
         return {"loss": (self.total.detach(), self.count), **self.metrics}
 
 
-class Totals:
-    """Keeps named (sum, count) pairs of micro-batches in float64 on a device.
+@final
+class LossMean(LossSum):
+    """What a loss returns that has a mean at hand in place of a sum, as torch's losses give it.
 
-    It keeps a row for each, and not their sum: ranks put the rows of all in order and then add, so
-    that the sum does not depend on who had which. On a CPU rows are lists of numbers, which cost
-    less than tensors; on a device nothing is read back until `read`.
+    It is turned into the sum, and is a LossSum from there on.
+
+    Args: `mean` over the `count` of this micro-batch, a scalar tensor with a graph; `count` and
+        `metrics` as those of LossSum. A count of 0 has no mean: return a LossSum where that occurs.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        # Of each row its names, in order, and what stands under them: a tensor (len(names), 2), on
-        # a CPU [[sum, count], ...].
-        self._rows: list[tuple[list[str], Any]] = []
+    __slots__ = ()
 
-    def add(self, sums: Mapping[str, tuple[Number, Number]]) -> None:
-        """Adds one micro-batch's pairs."""
-        names = sorted(sums)
-        if self._device.type == "cpu":
-            pairs = [[_number(value) for value in sums[name]] for name in names]
-            self._rows.append((names, pairs))
-            return
-        values = []
+    def __init__(self, mean: torch.Tensor, count: int | torch.Tensor, metrics: Sums | None = None):
+        super().__init__(mean * count, count, {} if metrics is None else metrics)
+
+
+def settled(sums: Sums, *, device: torch.device) -> Sums:
+    """Returns a micro-batch's pairs as float64 tensors of their own, which later changes of the
+    given ones do not reach."""
+    names = sorted(sums)
+    found = {}
+    for name, pair in zip(names, tensor_of([sums], names, device=device)[0], strict=True):
+        found[name] = (pair[0], pair[1])
+    return found
+
+
+def tensor_of(rows: Sequence[Sums], names: Sequence[str], *, device: torch.device) -> torch.Tensor:
+    """Returns micro-batches' pairs as one float64 tensor (micro-batches, len(names), 2).
+
+    A row is kept for each micro-batch, and not their sum: ranks put the rows of all in order and
+    then add, so that the sum does not depend on who had which. Nothing is read back from a device.
+    """
+    shape = (len(rows), len(names), 2)
+    if device.type == "cpu":
+        # A tensor of each number would cost more than all the rest.
+        return torch.tensor(numbers_of(rows, names), dtype=torch.float64).view(shape)
+    values = []
+    for sums in rows:
         for name in names:
-            for value in sums[name]:
-                tensor = torch.as_tensor(value, dtype=torch.float64, device=self._device)
-                values.append(tensor.detach())
-        row = torch.stack(values).view(-1, 2) if values else self._blank(0, 2)
-        self._rows.append((names, row))
+            for value in sums.get(name, ABSENT):
+                tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+                values.append(tensor.detach().reshape(()))
+    if not values:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+    return torch.stack(values).view(shape)
 
-    def rows(self, names: Sequence[str]) -> list[list[list[float]]]:
-        """Returns the pairs on a CPU as numbers: [micro-batch][name] -> [sum, count].
 
-        They are [0, 0] where a micro-batch has none of a name.
-        """
-        assert self._device.type == "cpu"
-        found = []
-        for own, pairs in self._rows:
-            by_name = dict(zip(own, pairs, strict=True))
-            found.append([by_name.get(name, [0.0, 0.0]) for name in names])
-        return found
-
-    def tensor(self, names: Sequence[str]) -> torch.Tensor:
-        """Returns the pairs as one float64 tensor (micro-batches, len(names), 2).
-
-        They are (0, 0) where a micro-batch has none of a name.
-        """
-        if self._device.type == "cpu":
-            numbers = torch.tensor(self.rows(names), dtype=torch.float64)
-            return numbers.view(len(self._rows), len(names), 2)
-        rows = []
-        absent = self._blank(2)
-        for own, pairs in self._rows:
-            by_name = dict(zip(own, pairs, strict=True))
-            rows.append(torch.stack([by_name.get(name, absent) for name in names]))
-        return torch.stack(rows) if rows else self._blank(0, len(names), 2)
-
-    def read(self) -> dict[str, tuple[float, float]]:
-        """Returns the sums of the pairs as floats. Waits for the device."""
-        names = sorted(set().union(*(own for own, _ in self._rows)))
-        if not names:
-            return {}
-        sums = self.tensor(names).sum(0).tolist()
-        return {name: (total, count) for name, (total, count) in zip(names, sums, strict=True)}
-
-    def _blank(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=torch.float64, device=self._device)
+def numbers_of(rows: Sequence[Sums], names: Sequence[str]) -> list[list[list[float]]]:
+    """Returns micro-batches' pairs as numbers: [micro-batch][name] -> [sum, count]. Waits for the
+    device that has them."""
+    found = []
+    for sums in rows:
+        pairs = [sums.get(name, ABSENT) for name in names]
+        found.append([[_number(value) for value in pair] for pair in pairs])
+    return found
 
 
 def _number(value: Number) -> float:

@@ -4,6 +4,7 @@ A recipe is a Settings dataclass and a function named `recipe`, in a file or a m
 class to inherit from, and nothing to register.
 """
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ddp_kit.data.seeding import made_under_seed
 from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.metrics import LossSum, Number
 from ddp_kit.settings import Settings
@@ -28,7 +30,7 @@ from ddp_kit.trackers.base import Tracker
 Loaded = TypeVar("Loaded")
 Loss = Callable[[Any, Any], LossSum]
 Scheduler = Callable[[Optimizer, int], Any]
-Pairs = Mapping[str, tuple[Number, Number] | torch.Tensor]
+Pairs = Mapping[str, Sequence[Number] | torch.Tensor]
 
 
 class Callback(Protocol):
@@ -75,7 +77,7 @@ class Recipe:
         test_data: `test_data()`, alike.
         evaluate: `evaluate(model, batch) -> {name: (sum, count) or rows}` (default: the loss's
             sums).
-        summarize: `summarize(means, rows) -> {name: float}`.
+        summarize: `summarize(means, rows) -> {name: float}`; rank 0's is everybody's.
         samples: `samples(model) -> {name: image or text}`, on all ranks.
         objectives: in place of loss and optimizer.
         callbacks: observers of the run, on every rank.
@@ -151,7 +153,10 @@ def load_recipe(spec: str) -> RecipeSource:
         or Settings.
     """
     is_file = spec.endswith(".py") or "/" in spec or Path(spec).exists()
-    module = _from_file(Path(spec)) if is_file else _from_module(spec)
+    # The seed of a run stands in the settings, which are not known yet.
+    module = made_under_seed(
+        lambda: _from_file(Path(spec)) if is_file else _from_module(spec), seed=0, what="import"
+    )
     build = getattr(module, "recipe", None)
     if not callable(build) or isinstance(build, type):
         raise ConfigError(
@@ -168,7 +173,13 @@ def load_recipe(spec: str) -> RecipeSource:
     if not _accepts_one(build):
         raise ConfigError(f"{spec}: `recipe` must take one argument, the settings.")
     path = Path(inspect.getfile(module)).resolve()
-    return RecipeSource(path.stem, path, path.read_text(), settings, build)
+
+    @functools.wraps(build)
+    def build_under_seed(given: Settings) -> Recipe:
+        made: Recipe = made_under_seed(build, given, seed=given.seed, what="recipe")
+        return made
+
+    return RecipeSource(path.stem, path, path.read_text(), settings, build_under_seed)
 
 
 def _refuse_settings(settings: type[Settings], spec: str) -> None:

@@ -44,7 +44,7 @@ def main(steps: int = 400, folder: str = "runs/own_loop") -> None:
         for batch in feed.batches(start=training.step, end=steps):  # >>
             sums = ddp_kit.train_step(training, batch)  # >> forward, backward, step
             if training.step % 100 == 0 and group.rank == 0:
-                total, count = sums.totals(group.device).read()["loss"]
+                total, count = sums.read()["loss"]
                 print(f"step {training.step}  loss of rank 0 {total / count:.4f}")
             is_stopping = ddp_kit.should_stop(training, stop)  # >> all ranks at the same step
             if is_stopping or training.step % 100 == 0:

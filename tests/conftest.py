@@ -1,10 +1,14 @@
 """What every test of ddp_kit has: the kit itself (its own plugin), pytest's pytester, a SLURM, and a check that nothing is left behind."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: its threads wait for each other by spinning, on cores that other tests could use.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["pytester", "ddp_kit.testing.plugin", "clusters", "small_cifar"]
 

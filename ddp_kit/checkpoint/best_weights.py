@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from ddp_kit.checkpoint.extra_state import extra_of
 from ddp_kit.checkpoint.format.layout import DamagedError
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.reader import open_checkpoint
@@ -40,10 +41,12 @@ def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterato
         if average is not None:
             averaged = {}
             for name in average.names:
-                if f"model/{name}" in live:
+                # The run may average since a later step than that.
+                if f"model/{name}" in live and f"ema/{name}" in opened.kinds:
                     averaged[f"ema/{name}"] = live[f"model/{name}"]
             opened.copy_into(averaged)
-        yield opened.manifest.step
+        with extra_of(opened, training.model):
+            yield opened.manifest.step
     finally:
         with torch.no_grad():
             for name, tensor in last.items():

@@ -21,16 +21,15 @@ from ddp_kit.checkpoint.format.commit import Ranks
 from ddp_kit.checkpoint.format.encoding import encode
 from ddp_kit.checkpoint.format.layout import Manifest
 from ddp_kit.checkpoint.format.opened import Opened
-from ddp_kit.checkpoint.format.storage import LocalDisk, Storage
+from ddp_kit.checkpoint.format.storage import Storage
 from ddp_kit.checkpoint.format.writer import FAILURES, Saved, Writer
 from ddp_kit.checkpoint.retention import Keep, clear, set_aside_newer
-from ddp_kit.checkpoint.state_dict import State, restore_state, state_of
-from ddp_kit.data.iterable import Course, Place
+from ddp_kit.checkpoint.state_dict import State, state_of
+from ddp_kit.data.iterable import StreamPosition, StreamProgress
 from ddp_kit.distributed.collectives import from_rank, gather_bytes
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import logger
 from ddp_kit.stopping.early_stopping import EarlyStopping
-from ddp_kit.training.nonfinite import look_back
 from ddp_kit.training.state import Training
 
 
@@ -43,6 +42,7 @@ class About:
     run_id: str
     binding: Mapping[str, Any] = field(default_factory=dict)
     steps_per_epoch: int = 0
+    length: int = 0
 
 
 class Checkpointer:
@@ -57,11 +57,13 @@ class Checkpointer:
         keep: Keep,
         minutes: float = 0.0,
         early_stopping: EarlyStopping | None = None,
-        course: Course | None = None,
+        progress: StreamProgress | None = None,
         on_end: Callable[[Saved], None] | None = None,
+        owns_folder: bool = True,
     ):
-        """Args: `minutes` of wall time after which rank 0 asks for a save; `course` of data with a
-        state of its own; `on_end` hears of each save that has ended.
+        """Args: `minutes` of wall time after which rank 0 asks for a save; `progress` of data
+        with a state of its own; `on_end` hears of each save that has ended; `owns_folder` whether
+        no other run saves there: else what is there is left alone until the first save.
         """
         self.storage = storage
         self.saved_step = -1  # of the newest checkpoint begun or resumed from
@@ -72,16 +74,18 @@ class Checkpointer:
         self._keep = keep
         self._minutes = minutes
         self._early_stopping = early_stopping
-        self._course = course
+        self._progress = progress
         self._on_end = on_end or _warn
         self._best = math.nan
         group = training.group
-        token = from_rank(group, uuid.uuid4().hex[:12].encode()).decode()
+        self._token = from_rank(group, uuid.uuid4().hex[:12].encode()).decode()
+        self._owns_folder = owns_folder
+        self._has_looked = False  # for a checkpoint to go on from
         own_group = None
-        if group.control is not None:
+        if group.control_pg is not None:
             own_group = group.join_another(backend="gloo")
         ranks = Ranks(group.rank, group.world_size, own_group)
-        self._writer = Writer(storage, ranks, device=group.device, token=token, keep=keep)
+        self._writer = Writer(storage, ranks, device=group.device, token=self._token, keep=keep)
         group.closing.callback(self._close)
         self._last_save = time.monotonic()
 
@@ -110,7 +114,7 @@ class Checkpointer:
         Raises: ConfigError for a state that is not tensors and plain data.
         """
         state = self._state()
-        self._writer.reserve(state.tensors, state.own)
+        self._writer.reserve(state.tensors, state.own, state.values)
 
     def after(self, metrics: Mapping[str, float], *, is_due: bool) -> None:
         """Saves if that is due or an evaluation's `metrics` are the best so far. Every rank calls
@@ -139,9 +143,27 @@ class Checkpointer:
         """
         self.saved_step = opened.manifest.step
         self.committed_step = self.saved_step
-        self._best = float(opened.values["best"])
-        if self._training.group.rank == 0:
+        if opened.manifest.best_by in ("", self._best_by()):
+            self._best = float(opened.values["best"])
+        if self._training.group.rank == 0 and self._owns_folder:
             set_aside_newer(self.storage, self.saved_step)
+
+    def _take_folder(self) -> None:
+        """Clears away what a killed attempt left, and what is of no past of this one's."""
+        if self._owns_folder:
+            return
+        self._owns_folder = True
+        if self._training.group.rank == 0:
+            clear(self.storage, token=self._token)
+            if self._has_looked:
+                set_aside_newer(self.storage, max(self.saved_step, 0))
+
+    def find(self, path: Path) -> Opened | None:
+        """Returns the newest good checkpoint of this attempt's own folder at `path`, None without
+        one. Every rank calls it.
+        """
+        self._has_looked = True
+        return find(Origin(path), group=self._training.group, sets_aside=self._owns_folder)
 
     def save(self, metrics: Mapping[str, float], *, again: bool = False) -> None:
         """Begins a save of the current step, unless it has one (`again` replaces it). `metrics` are
@@ -158,6 +180,7 @@ class Checkpointer:
         if training.step == self.saved_step and not again:
             return
         self.finish()
+        self._take_folder()
         state = self._state()
         copied = self._writer.save(
             state.tensors,
@@ -170,15 +193,14 @@ class Checkpointer:
         self.saved_step = training.step
         self._last_save = time.monotonic()
 
+    def _best_by(self) -> str:
+        """Returns how the best checkpoint is told, "" if none is."""
+        return f"{self._keep.mode} {self._keep.metric}" if self._keep.metric else ""
+
     def _manifest(self, metrics: Mapping[str, float]) -> Manifest:
         """Returns the manifest of the current step, without files."""
         training = self._training
-        steps_per_epoch = self._about.steps_per_epoch
-        epoch = training.step // steps_per_epoch if steps_per_epoch else 0
         binding = json.dumps(self._about.binding, sort_keys=True)
-        best_by = ""
-        if self._keep.metric:
-            best_by = f"{self._keep.mode} {self._keep.metric}"
         finite_or_text: dict[str, float | str] = {}
         for name, value in metrics.items():
             finite_or_text[name] = value if math.isfinite(value) else repr(value)
@@ -188,28 +210,29 @@ class Checkpointer:
             world_size=training.group.world_size,
             settings_sha256=hashlib.sha256(binding.encode()).hexdigest(),
             time=time.time(),
-            best_by=best_by,
-            cursor={
-                "step": training.step,
-                "epoch": epoch,
-                "samples": training.step * training.plan.global_batch,
-            },
+            best_by=self._best_by(),
+            cursor=training.cursor.told(
+                training.step,
+                global_batch=training.plan.global_batch,
+                steps_per_epoch=self._about.steps_per_epoch,
+            ),
             metrics=finite_or_text,
         )
 
     def _state(self) -> State:
-        more = {
+        more: dict[str, Any] = {
+            "cursor": {**vars(self._training.cursor), "length": self._about.length},
             "settings": dict(self._about.binding),
             "run_id": self._about.run_id,
             "best": repr(self._best),
         }
-        if self._course is not None:
-            more["data"] = self._places(self._course)
+        if self._progress is not None:
+            more["data"] = self._places(self._progress)
         return state_of(self._training, early_stopping=self._early_stopping, more=more)
 
-    def _places(self, course: Course) -> list[Any]:
+    def _places(self, progress: StreamProgress) -> list[Any]:
         """Returns where each rank's data stand after the current step."""
-        place = course.after.get(self._training.step, Place())
+        place = progress.after.get(self._training.step, StreamPosition())
         tensors: dict[str, torch.Tensor] = {}
         own = encode(vars(place), tensors, name="the training data's state_dict")
         if tensors:
@@ -245,52 +268,3 @@ class Checkpointer:
 def _warn(saved: Saved) -> None:
     if saved.error or saved.note:
         logger.warning("%s", saved.error or saved.note)
-
-
-def save(training: Training, path: Path | str) -> None:
-    """Saves the state of a loop of one's own into a folder; training waits for the copy only. Every
-    rank calls it at the same steps. The newest three stay.
-
-    Raises: SaveError on every rank after three failures in a row; NonFiniteError on every rank,
-        with nothing saved, if the last step turns out not to have been applied.
-    """
-    look_back(training)
-    _of_ones_own(training, path).save({})
-
-
-def restore(training: Training, path: Path | str) -> int:
-    """Puts a loop of one's own into the state of the newest good checkpoint in a folder. Every rank
-    calls it, before the first step.
-
-    Returns: the steps that are done, 0 if there is no checkpoint:
-        `feed.batches(start=training.step, ...)` goes on with the next one.
-    Raises: ConfigError with a table if it does not fit the model and optimizer, with nothing
-        changed.
-    """
-    # Clears away what a killed attempt left.
-    checkpointer = _of_ones_own(training, path)
-    # This attempt's own save may be in flight.
-    checkpointer.finish()
-    opened = find(Origin(Path(path)), group=training.group, sets_aside=True)
-    if opened is not None:
-        restore_state(opened, training)
-        checkpointer.resumed(opened)
-    return training.step
-
-
-def _of_ones_own(training: Training, path: Path | str) -> Checkpointer:
-    """Returns the checkpointer of a loop of one's own. Raises: ConfigError for a second folder."""
-    storage = LocalDisk(Path(path))
-    if training.checkpoints is None:
-        if training.group.rank == 0:
-            clear(storage)
-        training.checkpoints = Checkpointer(
-            training, storage, about=About(run_id="own"), keep=Keep()
-        )
-    assert isinstance(training.checkpoints, Checkpointer)
-    if training.checkpoints.storage != storage:
-        raise ConfigError(
-            f"this run's checkpoints are in another folder than {path}: save and restore take one "
-            "folder for one training."
-        )
-    return training.checkpoints

@@ -2,23 +2,25 @@
 schedule, by parameter name, so that another world size or strategy can read it.
 """
 
-import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from ddp_kit.checkpoint.format.encoding import decode, encode, references
-from ddp_kit.checkpoint.format.opened import Item, Opened
-from ddp_kit.distributed.local_shard import held, is_split
+from ddp_kit.checkpoint.format.opened import Opened
+from ddp_kit.checkpoint.hyperparameters import (
+    KEEPS_OWN,
+    counted_keys,
+    with_own_hyperparameters,
+)
+from ddp_kit.checkpoint.kinds import kind_of, kind_of_schedule
+from ddp_kit.checkpoint.optimizer_rest import has_own_state_dict, rest_of
+from ddp_kit.checkpoint.optimizer_rest_back import restore_rest
+from ddp_kit.distributed.local_shard import Item, held, memory_of
 from ddp_kit.errors import ConfigError
 from ddp_kit.training.state import ObjectiveState
-
-# Of a parameter group: how it is computed, which is each attempt's own, not what.
-KEEPS_OWN = {"params", "foreach", "fused", "capturable", "differentiable"}
 
 
 def objective_values(
@@ -36,72 +38,74 @@ def objective_values(
     for i, group in enumerate(objective.optimizer.param_groups):
         own = {key: value for key, value in group.items() if key not in KEEPS_OWN}
         groups.append(encode(own, shared, name=f"{prefix}group.{i}"))
-    for parameter, kept in _state_by_parameter(objective):
+    view = objective.optimizer_view
+    # One that says itself what its state is has it in its rest.
+    kept_by_us = [] if has_own_state_dict(view.stepped) else view.items()
+    for parameter, kept in kept_by_us:
         name = names[id(parameter)]
         found: dict[str, torch.Tensor] = {}
         states[name] = {
             key: encode(value, found, name=f"{prefix}{name}/{key}") for key, value in kept.items()
         }
-        items |= _items_to_save(objective, parameter, found)
-    schedule = None
-    if objective.scheduler is not None:
-        schedule = objective.scheduler.state_dict()
-    encoded = encode(schedule, shared, name=f"scheduler/{objective.name}")
-    items |= shared
+        saved = {key: _to_save(objective, parameter, key, found[key]) for key in found}
+        _add(items, saved)
+    encoded = encode(_schedule_state(objective), shared, name=f"scheduler/{objective.name}")
+    rest = rest_of(objective, names, shared, name=f"{prefix}rest")
+    _add(items, shared)
     return {
         "name": objective.name,
+        "optimizer": kind_of(objective.optimizer),
+        "schedule": kind_of_schedule(objective.scheduler),
         "groups": groups,
+        "counted": counted_keys(objective),
         "state": states,
+        "rest": rest,
         "scheduler": encoded,
-        "scale": asdict(objective.scale),
+        "scale": objective.scale.to_save(),
     }
 
 
-def _state_by_parameter(
-    objective: ObjectiveState,
-) -> Iterator[tuple[nn.Parameter, Mapping[str, Any]]]:
-    """Yields the optimizer's state by parameter, where there is some."""
-    if objective.moments is not None:
-        for parameter, kept in objective.moments.items():
-            if kept:
-                yield parameter, kept
-        return
-    states = objective.optimizer.state
-    for group in objective.optimizer.param_groups:
-        for parameter in group["params"]:
-            if states.get(parameter):
-                yield parameter, states[parameter]
-
-
-def _items_to_save(
-    objective: ObjectiveState, parameter: nn.Parameter, found: Mapping[str, torch.Tensor]
-) -> Mapping[str, Item]:
-    """Returns the tensors that were found in a parameter's state as a checkpoint takes them.
-
-    Raises: ConfigError for one that cannot be split as its parameter is.
-    """
-    if objective.moments is not None:
-        moments = objective.moments
-        return {name: moments.part(parameter, tensor) for name, tensor in found.items()}
-    if is_split(parameter):
-        _require_alike(parameter, found)
-    if objective.owns is not None:
-        return {name: held(tensor) for name, tensor in found.items()}
-    return found
-
-
-def _require_alike(parameter: nn.Parameter, found: Mapping[str, torch.Tensor]) -> None:
-    """Raises: ConfigError for state that is neither one number nor split as its parameter is: no
-    later attempt could split it.
-    """
-    for name, tensor in found.items():
-        is_alike = is_split(tensor) and tensor.shape == parameter.shape
-        if tensor.dim() and not is_alike:
+def _add(items: dict[str, Item], more: Mapping[str, Item]) -> None:
+    """Adds tensors. Raises: ConfigError if two have one name: one would be read as both."""
+    for name, item in more.items():
+        if name in items:
             raise ConfigError(
-                f"the optimizer's {name} has shape {tuple(tensor.shape)} on a rank and its "
-                f"parameter, of which ranks hold rows, {tuple(parameter.shape)}: only what is "
-                "shaped alike can be split alike. Type --strategy zero1, or another optimizer."
+                f"two tensors of the optimizer would be {name} in a checkpoint: a name of a "
+                "parameter and a key of its state hold a slash. Name one of them otherwise."
             )
+        items[name] = item
+
+
+def _schedule_state(objective: ObjectiveState) -> Any:
+    """Returns a schedule's state, None without one. Raises: ConfigError if it cannot tell it."""
+    scheduler = objective.scheduler
+    if scheduler is None:
+        return None
+    if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
+        raise ConfigError(
+            f"the scheduler ({type(scheduler).__name__}) has no state_dict and load_state_dict, "
+            "without which no run can go on from a checkpoint. Give it both, of numbers, texts and "
+            "lists of them, or take one of torch's or of ddp_kit.schedules."
+        )
+    return scheduler.state_dict()
+
+
+def _to_save(
+    objective: ObjectiveState, parameter: nn.Parameter, name: str, tensor: torch.Tensor
+) -> Item:
+    """Returns a tensor of a parameter's state as a checkpoint takes it.
+
+    Raises: ConfigError if it is neither one number nor split as its parameter is: no later attempt
+        could split it.
+    """
+    item = objective.optimizer_view.part(parameter, tensor)
+    if item is None:
+        raise ConfigError(
+            f"the optimizer's {name} has shape {tuple(tensor.shape)} on a rank and its "
+            f"parameter, of which ranks hold rows, {tuple(parameter.shape)}: only what is "
+            "shaped alike can be split alike. Type --strategy zero1, or another optimizer."
+        )
+    return item
 
 
 def allocate(
@@ -124,71 +128,38 @@ def allocate(
     for name, kept in saved["state"].items():
         parameter = names.get(name)
         for reference in references(kept):
-            tensor = _tensor_for(reference, opened, objective, parameter, live)
-            tensors[reference] = tensor
-            if parameter is not None and _is_partitioned(opened, reference, objective, parameter):
-                assert objective.moments is not None
-                targets[reference] = objective.moments.part(parameter, tensor)
-            else:
-                targets[reference] = tensor
+            item = _memory_for(reference, opened, objective, parameter, live)
+            tensors[reference] = memory_of(item)
+            targets[reference] = item
     return tensors
 
 
-def _tensor_for(
+def _memory_for(
     reference: str,
     opened: Opened,
     objective: ObjectiveState,
     parameter: nn.Parameter | None,
     live: Mapping[str, Item],
-) -> torch.Tensor:
-    """Returns the tensor that an optimizer has under that name, else a new one where torch would
-    have it: like the parameter, a scalar on the CPU; without memory for what other ranks keep.
+) -> Item:
+    """Returns the tensor that an optimizer has under that name, else a new one.
 
     Raises: ConfigError if it is not shaped like its parameter, where that is split over the ranks.
     """
     shape, dtype = opened.kinds[reference]
-    if parameter is not None and _is_kept_elsewhere(objective, parameter):
-        return torch.empty(shape, dtype=dtype, device="meta")
-    if parameter is not None and _is_partitioned(opened, reference, objective, parameter):
-        assert objective.moments is not None
-        return objective.moments.empty(parameter, dtype=dtype)
     has = live.get(reference)
     if isinstance(has, torch.Tensor) and has.shape == shape and has.dtype == dtype:
         return has
     if parameter is None:
+        # Of a parameter that this model lacks: what does not fit is told together.
         return torch.empty(shape, dtype=dtype, device="cpu")
-    whole_shape = held(parameter).shape
-    is_in_parts = is_split(parameter) or objective.moments is not None
-    if is_in_parts and shape and shape != whole_shape:
+    item = objective.optimizer_view.empty(parameter, shape=shape, dtype=dtype)
+    if item is None:
         raise ConfigError(
             f"{opened.folder} cannot go on with this --strategy: the optimizer's {reference} has "
-            f"shape {shape}, its parameter {whole_shape}, and only what is shaped alike can be "
-            "split alike. Type --strategy ddp, or zero1."
+            f"shape {shape}, its parameter {held(parameter).shape}, and only what is shaped alike "
+            "can be split alike. Type --strategy ddp, or zero1."
         )
-    if parameter.shape == shape:
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    if shape or _steps_on_device(objective.optimizer):
-        return torch.empty(shape, dtype=dtype, device=parameter.device)
-    return torch.empty(shape, dtype=dtype, device="cpu")
-
-
-def _is_kept_elsewhere(objective: ObjectiveState, parameter: nn.Parameter) -> bool:
-    """Whether another rank alone keeps the optimizer's state of a parameter."""
-    return objective.owns is not None and not objective.owns(parameter)
-
-
-def _is_partitioned(
-    opened: Opened, reference: str, objective: ObjectiveState, parameter: nn.Parameter
-) -> bool:
-    """Whether a tensor of the optimizer's state is in the partitions that it steps."""
-    if objective.moments is None or _is_kept_elsewhere(objective, parameter):
-        return False
-    shape, _ = opened.kinds[reference]
-    return shape == held(parameter).shape
-
-
-def _steps_on_device(optimizer: Optimizer) -> bool:
-    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return item
 
 
 def restore_objective(
@@ -201,22 +172,14 @@ def restore_objective(
 ) -> None:
     """Gives an optimizer its state back, from tensors that have been read. See `restore_state`."""
     optimizer = objective.optimizer
-    optimizer.state.clear()
-    for name, kept in saved["state"].items():
-        parameter = names[name]
-        if _is_kept_elsewhere(objective, parameter):
-            continue
-        if objective.moments is not None:
-            objective.moments.restore(parameter, decode(kept, tensors))
-        else:
-            optimizer.state[parameter] = decode(kept, tensors)
-    if objective.refresh is not None:
-        objective.refresh()
-    for own, group in zip(optimizer.param_groups, saved["groups"], strict=True):
-        numbers = decode(group, tensors)
-        if not keeps_hyperparameters:
-            numbers = _counted(optimizer, numbers)
-        own.update(numbers)
+    states = {names[name]: decode(kept, tensors) for name, kept in saved["state"].items()}
+    numbers = [decode(group, tensors) for group in saved["groups"]]
+    if not keeps_hyperparameters:
+        numbers = with_own_hyperparameters(objective, saved, numbers)
+    objective.optimizer_view.restore(states)
+    restore_rest(objective.optimizer_view.stepped, saved.get("rest", {}), names, tensors)
+    for own, group in zip(optimizer.param_groups, numbers, strict=True):
+        own.update(group)
     if objective.scheduler is not None and keeps_hyperparameters:
         objective.scheduler.load_state_dict(decode(saved["scheduler"], tensors))
     # Another precision begins with its own scale.
@@ -246,18 +209,3 @@ def advance_schedule(objective: ObjectiveState, *, steps: int, where: str) -> No
             f"not go as far: {error} "
             "Type more --epochs or --max-steps, or the settings as they were."
         ) from error
-
-
-def _counted(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what an optimizer itself counts in a group, as schedule-free ones do: what it adds to
-    the arguments it is built with.
-    """
-    arguments = {"lr"}
-    for kind in type(optimizer).__mro__:
-        if "__init__" in vars(kind):
-            arguments |= set(inspect.signature(vars(kind)["__init__"]).parameters)
-    return {
-        key: value
-        for key, value in group.items()
-        if key in optimizer.defaults and key not in arguments
-    }

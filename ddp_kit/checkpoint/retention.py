@@ -99,14 +99,17 @@ def retire(storage: Storage, keep: Keep) -> None:
         storage.remove(f"{folder}.deleted")
 
 
-def clear(storage: Storage) -> None:
-    """Removes what killed attempts left: temporary folders, half-deleted and replaced ones. At
-    start, before anything is read or saved.
+def clear(storage: Storage, *, token: str = "") -> None:
+    """Removes what killed attempts left: temporary folders, half-deleted and replaced ones. Whoever
+    calls it is the only one who saves there.
+
+    Args: `token` of the saves that are this attempt's own.
     """
     names = storage.list("")
     for name in names:
         step, _, rest = name.partition(".")
-        is_leftover = rest.startswith("tmp-") or rest in ("deleted", "replaced")
+        is_temporary = rest.startswith("tmp-") and rest != f"tmp-{token}"
+        is_leftover = is_temporary or rest in ("deleted", "replaced")
         if rest == "replaced" and step not in names:
             storage.rename(name, step)
         elif FOLDER.fullmatch(step) and is_leftover:

@@ -4,7 +4,7 @@ A later attempt that gets all of it back goes on bit for bit. Randomness is no p
 and the seed give every draw again.
 
 Names: `model/NAME`, `ema/NAME`, `optimizer/OBJECTIVE NAME/KEY`, with the bare model's parameter
-names.
+names; `extra/MODULE`, and what an optimizer keeps beside: `optimizer/OBJECTIVE rest`.
 """
 
 import json
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddp_kit.checkpoint.extra_state import extra_states, restore_extra
 from ddp_kit.checkpoint.format.encoding import decode, encode, references
 from ddp_kit.checkpoint.format.fit import Kind, require_fit
 from ddp_kit.checkpoint.format.layout import NAMES
-from ddp_kit.checkpoint.format.opened import Item, Opened
+from ddp_kit.checkpoint.format.opened import Opened
+from ddp_kit.checkpoint.format.shard import MOST_DIMENSIONS
 from ddp_kit.checkpoint.format.sharding import Piece, Shape, cut
 from ddp_kit.checkpoint.optimizer_state import (
     advance_schedule,
@@ -26,9 +28,14 @@ from ddp_kit.checkpoint.optimizer_state import (
     objective_values,
     restore_objective,
 )
+from ddp_kit.checkpoint.same_state import (
+    match_average,
+    require_equal_on_ranks,
+    require_same_run,
+)
 from ddp_kit.checkpoint.weights import tied_names
 from ddp_kit.distributed.collectives import gather_bytes
-from ddp_kit.distributed.local_shard import Fragment, Held, held, is_split
+from ddp_kit.distributed.local_shard import Fragment, Held, Item, held, is_split, memory_of
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.stopping.early_stopping import EarlyStopping
@@ -91,10 +98,21 @@ def _part(item: Item) -> Held | Fragment:
     return held(item) if isinstance(item, torch.Tensor) else item
 
 
-def _kind(item: Item) -> Kind:
+def _kind(name: str, item: Item) -> Kind:
+    """Returns an item's shape and dtype. Raises: ConfigError if no checkpoint can hold it."""
     part = _part(item)
-    content = part.rows if isinstance(part, Held) else part.content
-    return tuple(part.shape), content.dtype
+    memory = memory_of(part)
+    if memory.dtype not in NAMES or memory.layout != torch.strided:
+        raise ConfigError(
+            f"{name} is a tensor of {memory.dtype}, {memory.layout}, which a checkpoint cannot "
+            f"hold: expected a dense one of {', '.join(sorted(map(str, NAMES)))}."
+        )
+    if len(part.shape) > MOST_DIMENSIONS:
+        raise ConfigError(
+            f"{name} has {len(part.shape)} dimensions; a checkpoint holds {MOST_DIMENSIONS} at "
+            "most."
+        )
+    return tuple(part.shape), memory.dtype
 
 
 def state_of(
@@ -111,10 +129,15 @@ def state_of(
     items = _model_items(training)
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     objectives = [objective_values(objective, names, items) for objective in training.objectives]
+    extra: dict[str, torch.Tensor] = {}
+    extra_values = extra_states(training.model, extra)
+    items |= extra
+    require_equal_on_ranks(training, objectives, extra_values, items)
     values: dict[str, Any] = {
         "step": training.step,
         "skipped": training.skipped,
         "objectives": objectives,
+        "extra": extra_values,
         "base_sha256": training.base_sha256,
         "tied": tied_names(training.model),
     }
@@ -128,9 +151,9 @@ def state_of(
     values |= more or {}
     kinds: dict[str, Any] = {}
     for name, item in items.items():
-        shape, dtype = _kind(item)
+        shape, dtype = _kind(name, item)
         kinds[name] = [list(shape), NAMES[dtype]]
-    if any(objective.owns is not None for objective in training.objectives):
+    if not all(objective.optimizer_view.has_all for objective in training.objectives):
         _share_what_each_rank_knows(training, objectives, kinds)
     values["tensors"] = kinds
     tensors, own_rows = _by_who_has_them(items, training.group)
@@ -193,36 +216,42 @@ def restore_state(
     *,
     early_stopping: EarlyStopping | None = None,
     keeps_hyperparameters: bool = True,
+    schedule_at: int | None = None,
 ) -> None:
     """Puts a checkpoint's state into a run that was built alike. Every rank calls it.
 
     Args: `keeps_hyperparameters` False: the optimizer's numbers (momentum, weight decay, ...) are
         this attempt's, which has not stepped yet, and so is its schedule: of the file's it takes
-        the position alone.
+        the position alone, or that of `schedule_at` steps.
     Raises: ConfigError with a table if the tensors do not fit, or a schedule does not go as far,
         with nothing restored.
     """
     values = opened.values
     saved = {entry["name"]: entry for entry in values["objectives"]}
-    _require_same_run(opened, training, saved)
+    require_same_run(opened, training, saved, keeps_hyperparameters=keeps_hyperparameters)
     names = dict(training.model.named_parameters())
     targets = _model_items(training)
+    found = dict(opened.kinds)
+    begins_average = False
+    if not keeps_hyperparameters:
+        begins_average = match_average(found, targets, training.average)
     tensors: dict[str, torch.Tensor] = {}
     for objective in training.objectives:
         tensors |= allocate(opened, objective, saved[objective.name], names, targets)
     of_no_parameter = _empty_like_saved(opened)
     targets |= of_no_parameter
     tensors |= of_no_parameter
-    wanted = {name: _kind(item) for name, item in targets.items()}
-    require_fit(opened.kinds, wanted, where=opened.folder)
+    wanted = {name: _kind(name, item) for name, item in targets.items()}
+    require_fit(found, wanted, where=opened.folder)
     if not keeps_hyperparameters:
         for objective in training.objectives:
-            advance_schedule(objective, steps=values["step"], where=opened.folder)
-    # From here on the run changes. What other ranks keep is on the meta device here.
-    is_elsewhere = {
-        name for name, item in targets.items() if isinstance(item, torch.Tensor) and item.is_meta
-    }
-    opened.copy_into({name: item for name, item in targets.items() if name not in is_elsewhere})
+            advance_schedule(
+                objective,
+                steps=values["step"] if schedule_at is None else schedule_at,
+                where=opened.folder,
+            )
+    # From here on the run changes.
+    opened.copy_into(_kept_here(targets))
     for objective in training.objectives:
         restore_objective(
             objective,
@@ -231,6 +260,9 @@ def restore_state(
             tensors,
             keeps_hyperparameters=keeps_hyperparameters,
         )
+    restore_extra(values.get("extra", {}), training.model, tensors)
+    if begins_average and training.average is not None:
+        training.average.restart()
     training.step = values["step"]
     training.skipped = values["skipped"]
     if early_stopping is not None and "early_stopping" in values:
@@ -238,34 +270,25 @@ def restore_state(
             setattr(early_stopping, key, value)
 
 
-def _require_same_run(opened: Opened, training: Training, saved: Mapping[str, Any]) -> None:
-    """Raises: ConfigError if a checkpoint has other objectives, other parameter groups or another
-    frozen base than the run.
-    """
-    own_groups = {
-        objective.name: len(objective.optimizer.param_groups) for objective in training.objectives
-    }
-    if {name: len(entry["groups"]) for name, entry in saved.items()} != own_groups:
-        raise ConfigError(
-            f"{opened.folder} has other objectives or parameter groups than this recipe."
-        )
-    saved_base = opened.values["base_sha256"]
-    if saved_base != training.base_sha256:
-        raise ConfigError(
-            f"{opened.folder} was saved over frozen weights of SHA-256 "
-            f"{saved_base[:12] or '(all saved)'}; this life has "
-            f"{training.base_sha256[:12] or 'no --save-trainable-only'}. "
-            "Start from the same base: --init-from as the first life had it."
-        )
+def _kept_here(items: Mapping[str, Item]) -> dict[str, Item]:
+    """Returns items without those that other ranks keep, which are on the meta device here."""
+    kept = {}
+    for name, item in items.items():
+        is_elsewhere = isinstance(item, torch.Tensor) and item.is_meta
+        if not is_elsewhere:
+            kept[name] = item
+    return kept
 
 
 def _empty_like_saved(opened: Opened) -> dict[str, torch.Tensor]:
-    """Returns memory for the tensors in parameter groups and schedules, which are values of no
-    parameter: they are on the CPU, as the file has them.
+    """Returns memory for the tensors in parameter groups, schedules and what else optimizers and
+    modules keep, which are values of no parameter: they are on the CPU, as the file has them.
     """
-    tensors = {}
+    kept: list[Any] = [opened.values.get("extra")]
     for entry in opened.values["objectives"]:
-        for name in references([entry["groups"], entry["scheduler"]]):
-            shape, dtype = opened.kinds[name]
-            tensors[name] = torch.empty(shape, dtype=dtype)
+        kept += [entry["groups"], entry["scheduler"], entry.get("rest")]
+    tensors = {}
+    for name in references(kept):
+        shape, dtype = opened.kinds[name]
+        tensors[name] = torch.empty(shape, dtype=dtype)
     return tensors

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ddp_kit.distributed.collectives import first_difference
+from ddp_kit.distributed.collectives import first_difference, same_everywhere
 from ddp_kit.distributed.local_shard import whole
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
@@ -23,7 +23,8 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(sorted(named.items()))
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Returns the content of a tensor."""
     plain = tensor.detach().cpu().resolve_conj().contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
 
@@ -45,7 +46,7 @@ def sha256_of(tensors: Mapping[str, torch.Tensor]) -> str:
         tensor = whole(part)
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name} {dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
@@ -66,16 +67,16 @@ def require_equal(model: nn.Module, *, group: Group) -> None:
     Raises: DdpKitError on every rank if they do not hold the same weights, naming the first that
         differs.
     """
-    if group.control is None:
+    if group.control_pg is None:
         return
     named = dict(model.named_parameters()) | dict(model.named_buffers())
-    shapes = "\n".join(f"{name} {tuple(named[name].shape)}" for name in named)
-    if first_difference(group, [zlib.crc32(shapes.encode())]) is not None:
+    shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in named.items()]
+    if not same_everywhere(group, shapes):
         raise DdpKitError(
             "the ranks built different models: names or shapes of the parameters differ. "
             "The model must not depend on the rank."
         )
-    at = first_difference(group, [zlib.crc32(_bytes(tensor)) for tensor in named.values()])
+    at = first_difference(group, [zlib.crc32(bytes_of(tensor)) for tensor in named.values()])
     if at is not None:
         raise DdpKitError(
             f"the ranks start from different values of {list(named)[at]}. Draw initial weights "

@@ -15,7 +15,7 @@ from ddp_kit.distributed.topology import read_topology
 from ddp_kit.errors import ConfigError
 from ddp_kit.lifecycle.session import recipe_path, run_command, session
 from ddp_kit.recipe import load_recipe
-from ddp_kit.setup.build import Composition, compose, require_same_settings
+from ddp_kit.setup.build import Built, build, require_same_settings
 from ddp_kit.trackers.console import duration, evaluation_line
 from ddp_kit.training.reporter import peak_memory_mib
 from ddp_kit.training.step import train_step
@@ -38,14 +38,14 @@ def _check(argv: Sequence[str]) -> int:
         raise ConfigError("ddp-kit check leaves nothing, so --tracker has no effect: leave it out.")
     with session(settings) as group:
         require_same_settings(group, settings, text=source.text)
-        made = compose(source.build(settings), settings, group)
+        made = build(source.build(settings), settings, group)
         lines = _figures(made, group)
         if group.rank == 0:
             print("\n".join(lines))
     return 0
 
 
-def _figures(made: Composition, group: Group) -> list[str]:
+def _figures(made: Built, group: Group) -> list[str]:
     """Trains and evaluates. Returns what to print. Every rank calls it."""
     training = made.training
     times = _train(made)
@@ -57,14 +57,14 @@ def _figures(made: Composition, group: Group) -> list[str]:
         f"model   {weights:,} parameters",
         f"step    {step_s:.3g} s, {samples_per_s:,.0f} samples/s (the first one {times[0]:.3g} s)",
     ]
-    end = made.pace.end
+    end = made.cadence.end
     run_s = end * step_s
     evaluations = 0
     if made.evaluator.sets:
         line, evaluation_s = _evaluate(made, group)
         lines.append(line)
         steps = itertools.islice(range(1, end + 1), COUNTED)
-        evaluations = sum(made.pace.evaluates(step) for step in steps)
+        evaluations = sum(made.cadence.evaluates(step) for step in steps)
         run_s += evaluations * evaluation_s
     lines += [
         f"memory  {peak_memory_mib(group.device):,.0f} MiB at the peak of a rank",
@@ -75,22 +75,22 @@ def _figures(made: Composition, group: Group) -> list[str]:
     return lines
 
 
-def _train(made: Composition) -> list[float]:
+def _train(made: Built) -> list[float]:
     """Trains the first steps. Returns the seconds that each took, its batch included."""
     times = []
-    batches = made.feed.batches(start=0, end=min(STEPS, made.pace.end))
+    batches = made.feed.batches(start=0, end=min(STEPS, made.cadence.end))
     for _ in range(STEPS):
         begin = time.perf_counter()
         batch = next(batches, None)
         if batch is not None:
             train_step(made.training, batch)
         times.append(time.perf_counter() - begin)
-    made.training.control.close()
+    made.training.control_packet.close()
     batches.close()
     return times
 
 
-def _evaluate(made: Composition, group: Group) -> tuple[str, float]:
+def _evaluate(made: Built, group: Group) -> tuple[str, float]:
     """Evaluates some micro-batches of each set. Returns a line, and the seconds for all of them."""
     evaluator = made.evaluator
     training = made.training

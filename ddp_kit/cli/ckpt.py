@@ -20,10 +20,10 @@ from ddp_kit.checkpoint.format.layout import (
     folder_of,
 )
 from ddp_kit.checkpoint.format.opened import Opened
-from ddp_kit.checkpoint.format.reader import describe, retried, verify_file
+from ddp_kit.checkpoint.format.reader import read_headers, retried, verify_file
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import read_manifest
-from ddp_kit.distributed.failures import Blame
+from ddp_kit.distributed.failures import FailureReport
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import Topology
 from ddp_kit.errors import ConfigError, DdpKitError, some
@@ -55,7 +55,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _alone() -> Group:
     """Returns this process, as the functions that ranks call together want it."""
-    return Group(topology=Topology(), device=torch.device("cpu"), blame=Blame(rank=0, world_size=1))
+    return Group(
+        topology=Topology(),
+        device=torch.device("cpu"),
+        failure_report=FailureReport(rank=0, world_size=1),
+    )
 
 
 def ls(run: Path, /) -> int:
@@ -151,7 +155,7 @@ def _verified(storage: LocalDisk, step: int) -> Manifest:
     manifest = retried(lambda: read_manifest(storage, step))
     for name, wanted in manifest.files.items():
         verify_file(storage, f"{folder}/{name}", wanted, thorough=True)
-    describe(storage, folder, manifest)
+    read_headers(storage, folder, manifest)
     return manifest
 
 

@@ -12,7 +12,7 @@ from ddp_kit.distributed.topology import Topology, read_topology
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.json_lines import json_text
 from ddp_kit.io.redact import redact
-from ddp_kit.lifecycle.env_facts import describe
+from ddp_kit.lifecycle.env_facts import environment_facts
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,9 +40,9 @@ def _facts() -> dict[str, object]:
     if torch.cuda.is_available():
         device = torch.device("cuda")
     try:
-        return describe(read_topology(), device)
+        return environment_facts(read_topology(), device)
     except ConfigError as error:
-        return {**describe(Topology(), device), "topology": str(error), "source": {}}
+        return {**environment_facts(Topology(), device), "topology": str(error), "source": {}}
 
 
 def _lines(facts: Mapping[str, object]) -> list[str]:

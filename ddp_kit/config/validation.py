@@ -67,7 +67,7 @@ def _length(settings: Settings) -> Iterator[str]:
 
 def _resuming(settings: Settings) -> Iterator[str]:
     if settings.change:
-        known = [*flatten(settings), "recipe"]
+        known = [*flatten(settings), "recipe", "data"]
         for name in settings.change:
             own = name.lstrip("-").replace("-", "_")
             if own not in known:

@@ -5,7 +5,9 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ddp_kit.distributed.collectives import gather_bytes
 from ddp_kit.distributed.process_group import Group
@@ -15,6 +17,10 @@ from ddp_kit.errors import DataError
 SPOTS = 64
 # Decoding and resizing may round otherwise on another kind of CPU.
 TOLERANCE = 1e-3
+EVERYWHERE = (
+    "Every rank must have all of the data, of which ddp_kit takes its share: leave out what shares "
+    "them out by rank, and draws that are not seeded."
+)
 
 
 def require_same_samples(group: Group, batch: Any, *, what: str, is_iterable: bool) -> None:
@@ -34,6 +40,73 @@ def require_same_samples(group: Group, batch: Any, *, what: str, is_iterable: bo
             raise DataError(_refusal(what, rank=rank, is_iterable=is_iterable))
 
 
+def require_same_lengths(group: Group, lengths: Mapping[str, int], *, what: str) -> None:
+    """Compares the lengths of data sets over ranks. Every rank calls it, with {} too.
+
+    Args: `lengths` by the name of each set ("" for the only one), 0 where a stream does not know;
+        `what` data they are, in words.
+    Raises: DataError on every rank that names the first one whose data are others than rank 0's.
+    """
+    rows = gather_bytes(group, json.dumps(list(lengths.items())).encode())
+    every = [dict(json.loads(row)) for row in rows]
+    first = every[0]
+    for rank, other in enumerate(every):
+        if list(other) != list(first):
+            raise DataError(
+                f"the ranks have different {what}: {_names_of(other)} on rank {rank}, "
+                f"{_names_of(first)} on rank 0. {EVERYWHERE}"
+            )
+        for name, length in other.items():
+            if length != first[name]:
+                raise DataError(
+                    f"the {what}{' ' if name else ''}{name} has {length} samples on rank {rank} "
+                    f"and {first[name]} on rank 0. {EVERYWHERE}"
+                )
+
+
+def _names_of(lengths: Mapping[str, int]) -> str:
+    if not lengths:
+        return "none"
+    return ", ".join(lengths) or "one set"
+
+
+def require_same_order(group: Group, order: NDArray[np.int64], *, epoch: int) -> None:
+    """Compares an epoch's order over ranks. Every rank calls it.
+
+    Raises: DataError on every rank that names the first one whose order is not rank 0's.
+    """
+    rows = gather_bytes(group, str(zlib.crc32(order.tobytes())).encode())
+    for rank, row in enumerate(rows):
+        if row != rows[0]:
+            raise DataError(
+                f"the order of epoch {epoch} is another one on rank {rank} than on rank 0. "
+                "Data.order must be a function of seed, epoch and size alone: leave out what "
+                "depends on the rank, and draws that are not seeded."
+            )
+
+
+def require_own_samples(group: Group, batch: Any, *, what: str) -> None:
+    """Looks whether streams that are each rank's own begin with other samples. Every rank calls it.
+
+    Args: `batch` the first samples, None if there are none.
+    Raises: DataError on every rank that names one without samples, or two with the same.
+    """
+    own = None if batch is None else _print_of(batch)
+    prints = [json.loads(row) for row in gather_bytes(group, json.dumps(own).encode())]
+    for rank, found in enumerate(prints):
+        if found is None:
+            raise DataError(
+                f"the {what} is each rank's own (sharded=True), and rank {rank} has no samples."
+            )
+        for other in range(rank):
+            if found and _are_alike(found, prints[other]):
+                raise DataError(
+                    f"the {what} is said to be each rank's own (sharded=True), and rank {rank} has "
+                    f"the same first samples as rank {other}. Leave sharded out of a stream that "
+                    "is the same on all ranks: ddp_kit takes each rank's share of it."
+                )
+
+
 def are_same(first: Any, other: Any) -> bool:
     """Whether two batches hold the same samples, as far as `require_same_samples` compares them."""
     return _are_alike(_print_of(first), _print_of(other))
@@ -45,7 +118,9 @@ def _refusal(what: str, *, rank: int, is_iterable: bool) -> str:
         return (
             f"{said} Every rank must get the whole stream, of which ddp_kit takes its share: "
             "leave out what shares it out by rank "
-            "(split_by_node, split_dataset_by_node, [rank::world_size])."
+            "(split_by_node, split_dataset_by_node, [rank::world_size]). Or say that it is each "
+            "rank's own, Data(stream, sharded=True): the numbers are then those of this number of "
+            "ranks."
         )
     return (
         f"{said} It must hold the same samples on every rank and draw from the default generators "

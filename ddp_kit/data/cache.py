@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddp_kit.data.first_on_node import cache_path, first_on_node
-from ddp_kit.errors import DataError, require
+from ddp_kit.errors import DataError, require, some
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# torchvision's `IMG_EXTENSIONS`.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Images decoded before they are written: bounds the memory.
 GROUP = 1024
 # Pixels up to which the calling thread decodes faster than several.
@@ -42,20 +43,24 @@ class DecodedFolder:
 
 
 def decoded_folder(folder: Path, *, size: tuple[int, int] | None = None) -> DecodedFolder:
-    """Decodes `folder`/<class>/<image> once a node. Any rank may call it.
+    """Decodes `folder`/<class>/.../<image> once a node. Any rank may call it.
 
-    That is torchvision's `ImageFolder` layout, with the same classes in the same order.
+    Images, labels and classes are those of torchvision's `ImageFolder`, in its order: each folder
+    in `folder` is a class, hidden ones too, with the images in it and in folders below it.
 
     Args: `size` (height, width) to which each image is resized; without it they must all be of one.
-    Raises: DataError if there are no class folders or images, or as `decoded` does.
+    Raises: DataError if there are no class folders, one of them holds no image, or as `decoded`
+        does.
     """
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     # Not Path objects, which triple the time that a large listing takes at every start.
     paths: list[str] = []
     labels: list[int] = []
+    empty: list[str] = []
     for label, name in enumerate(classes):
-        with os.scandir(folder / name) as entries:
-            found = sorted(entry.path for entry in entries if entry.name.lower().endswith(SUFFIXES))
+        found = _images_below(os.fspath(folder / name))
+        if not found:
+            empty.append(name)
         paths += found
         labels += [label] * len(found)
     if not paths:
@@ -63,8 +68,23 @@ def decoded_folder(folder: Path, *, size: tuple[int, int] | None = None) -> Deco
             f"{folder} holds no images; expected are folders, one a class, "
             f"of files {', '.join(SUFFIXES)}."
         )
+    if empty:
+        raise DataError(
+            f"{folder}: no image is in {some(empty)}. Every folder is a class and takes a place "
+            "among the labels: remove what is none, or put images into it "
+            f"({', '.join(SUFFIXES)})."
+        )
     images = decoded(paths, beside=folder, size=size)
     return DecodedFolder(images, np.asarray(labels, np.int64), tuple(classes))
+
+
+def _images_below(folder: str) -> list[str]:
+    """Returns the images in a folder and below it, in the order of torchvision's `make_dataset`."""
+    found = []
+    for root, _, names in sorted(os.walk(folder, followlinks=True)):
+        images = [name for name in sorted(names) if name.lower().endswith(SUFFIXES)]
+        found += [f"{root}/{name}" for name in images]
+    return found
 
 
 def decoded(
@@ -72,9 +92,10 @@ def decoded(
 ) -> NDArray[np.uint8]:
     """Decodes image files, once a node, into `<beside>.decoded-<key>.npy` and maps that.
 
-    See `cache_path` for the folder. The key hashes names, number, total bytes and newest
-    modification time of the files, and `size`: a changed set is decoded anew. Any rank may call it;
-    the first does the work, the others wait on a file lock.
+    See `cache_path` for the folder. The key hashes each file's name, bytes, modification time and
+    change time (of its content, name or mode, which nobody can set), and `size`: a changed set is
+    decoded anew, a copy of it too. Any rank may call it; the first does the work, the others wait
+    on a file lock.
 
     Returns: uint8 (N, H, W, 3) in the order of `paths`, memory-mapped read-only.
     Raises: DataError if a file is no image, or without `size` (height, width) of another size than
@@ -88,17 +109,16 @@ def decoded(
 
 
 def _key(names: Sequence[str], *, beside: Path, size: tuple[int, int] | None) -> str:
-    newest_ns = 0
-    total_bytes = 0
+    # Left out of the key: the folder may be moved together with its cache.
+    prefix = str(beside)
+    described = [repr(size)]
     for name in names:
         status = os.stat(name)  # noqa: PTH116 (a third of the time of Path(name).stat())
-        newest_ns = max(newest_ns, status.st_mtime_ns)
-        total_bytes += status.st_size
-    described = [str((len(names), newest_ns, total_bytes, size))]
-    # Left out of the key: the data may be moved together with its cache.
-    prefix = str(beside)
-    described += [name.removeprefix(prefix) for name in names]
-    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
+        own = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        described.append(f"{name.removeprefix(prefix)}\0{own}")
+    # Names are bytes to the system, which need not be text.
+    text = "\n".join(described).encode(errors="surrogateescape")
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _decode_into(file: Path, names: Sequence[str], *, size: tuple[int, int] | None) -> None:

@@ -6,7 +6,6 @@ the group exists, and is let go by the kernel when its holder dies.
 """
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import DataError
 from ddp_kit.io.atomic import sync
+from ddp_kit.io.lock import lock_at_once
 
 POLL_S = 0.05
 # How long a process waits before it says so.
@@ -93,28 +93,14 @@ def _acquire(lock: Path, *, wanted: Path) -> int:
 
 
 def _try_lock(lock: Path, *, wanted: Path) -> int | None:
-    descriptor = -1
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(descriptor).st_ino == lock.stat().st_ino:
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        # Held by another process, or unlinked by its holder between our open and our look at the
-        # name: try again.
-        pass
+        return lock_at_once(lock)
     except OSError as error:
-        if descriptor >= 0:
-            os.close(descriptor)
         raise DataError(
             f"{wanted} is not there, and making it failed: {error.strerror} ({lock}). It needs a "
             "folder that can be written, on a file system with locks. Type: export "
             "DDP_KIT_CACHE=DIR for caches of decoded data, or give downloads another data folder."
         ) from error
-    if descriptor >= 0:
-        os.close(descriptor)
-    return None
 
 
 def _make(path: Path, make: Callable[[Path], None]) -> None:

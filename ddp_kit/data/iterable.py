@@ -20,16 +20,16 @@ from torch.utils.data._utils import worker as torch_worker
 
 from ddp_kit.data.batch_plan import BatchPlan
 from ddp_kit.data.dataset import Data
+from ddp_kit.data.odd_samples import collated
+from ddp_kit.data.own_stream import OwnStreams
 from ddp_kit.data.reader import MicroBatch, Request
 from ddp_kit.data.seeding import Draws, Purpose, generators_aside, key, seed_generators
+from ddp_kit.data.stream_length import LengthWatch, length_of
 from ddp_kit.errors import DataError
-
-# Samples of an evaluation that are read under one seed, at any micro-batch and number of ranks.
-EVALUATION_RUN = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamPosition:
     """Where a stream stands: its next sample, and the data set's own state (None: its start)."""
 
     epoch: int = 0
@@ -37,7 +37,7 @@ class Place:
     state: Any = None
 
 
-class Course:
+class StreamProgress:
     """The places of a stream after the last few global batches, for a checkpoint of any of them.
 
     Several are kept because a loader may have read ahead of training.
@@ -45,11 +45,11 @@ class Course:
 
     def __init__(self) -> None:
         # From which a resumed run reads on.
-        self.begin: Place | None = None
+        self.begin: StreamPosition | None = None
         # By the number of steps done.
-        self.after: dict[int, Place] = {}
+        self.after: dict[int, StreamPosition] = {}
 
-    def note(self, steps: int, place: Place) -> None:
+    def note(self, steps: int, place: StreamPosition) -> None:
         """Notes where the stream stands once the batches of `steps` steps are read."""
         self.after[steps] = place
         self.after.pop(steps - 8, None)
@@ -95,7 +95,9 @@ class Samples:
     first sample: runs must begin at the same positions for every reader.
     """
 
-    def __init__(self, data: Data, *, keyed: Keyed, epoch: int, begin: Place = Place()):
+    def __init__(
+        self, data: Data, *, keyed: Keyed, epoch: int, begin: StreamPosition = StreamPosition()
+    ):
         self._dataset = data.dataset
         self._keyed = keyed
         self._epoch = epoch
@@ -138,17 +140,33 @@ class TrainingStream(IterableDataset[MicroBatch]):
         seed: int,
         start: int,
         end: int,
-        course: Course | None = None,
+        ahead: int = 0,
+        progress: StreamProgress | None = None,
+        streams: OwnStreams | None = None,
     ):
-        """Args: `start`, `end` the steps; `course` of a data set with a state of its own."""
+        """Args: `start`, `end` the steps; `ahead` as `Cursor` has it; `progress` of a data set with
+        a state of its own; `streams` if this one is the rank's own."""
         super().__init__()
         self._data = data
         self._plan = plan
         self._seed = seed
         self._start = start
         self._end = end
-        self._course = course
+        self._ahead = ahead
+        self._progress = progress
+        self._rank = rank
         self._own = plan.of_rank(rank)
+        self._share = self._own[-1][2] - self._own[0][1]
+        # What is read for a step, and where this rank's share of it begins.
+        self._size = plan.global_batch
+        self._begin = self._own[0][1]
+        self._streams = streams
+        if streams is not None:
+            self._size = self._share
+            self._begin = 0
+            if rank:
+                # Else ranks would draw the same for other samples.
+                self._seed = key(seed, Purpose.STREAM, rank)
         self._collate = data.collate or default_collate
         self._may_draw = data.collate is not None or data.augment is not None
 
@@ -160,41 +178,53 @@ class TrainingStream(IterableDataset[MicroBatch]):
             worker = info.id
             workers = info.num_workers
         keyed = Keyed(self._seed)
+        watch = LengthWatch(
+            self._data.dataset,
+            global_batch=self._plan.global_batch,
+            is_told=self._rank == 0 and worker == 0 and self._streams is None,
+        )
         own_first = self._own[0][1]
         taken = 0
-        for step, epoch, position, samples in self._global_batches(keyed):
+        for step, epoch, position, samples in self._global_batches(keyed, watch):
             if step < self._start:
                 continue
             for index, start, stop in self._own:
                 if taken % workers == worker:
-                    indices = np.arange(position + start, position + stop)
-                    request = Request(step, epoch, index, indices)
                     part = samples[start - own_first : stop - own_first]
+                    first = position + self._begin + start - own_first
+                    indices = np.arange(first, first + len(part))
+                    request = Request(step, epoch, index, indices)
                     yield self._micro_batch(request, part, keyed)
                 taken += 1
 
-    def _global_batches(self, keyed: Keyed) -> Iterator[tuple[int, int, int, list[Any]]]:
+    def _global_batches(
+        self, keyed: Keyed, watch: LengthWatch
+    ) -> Iterator[tuple[int, int, int, list[Any]]]:
         """Yields (step, epoch, position of the global batch in the stream, this rank's samples).
 
         A ragged tail is dropped.
         """
-        place = Place()
-        if self._course is not None and self._course.begin is not None:
-            place = self._course.begin
+        place = StreamPosition()
+        if self._progress is not None and self._progress.begin is not None:
+            place = self._progress.begin
         # From its start a stream is replayed.
-        step = 0 if place == Place() else self._start
+        step = self._ahead if place == StreamPosition() else self._start
         epoch = place.epoch
+        anew = self._place_of_pass()
         while step < self._end:
             samples = Samples(self._data, keyed=keyed, epoch=epoch, begin=place)
             before = step
-            while step < self._end:
+            while step < self._end and not self._is_over(samples.position):
                 position = samples.position
                 kept = self._own_of(samples)
-                if samples.position - position < self._plan.global_batch:
+                if samples.position - position < self._size:
+                    self._require_all(samples.position)
+                    watch.ended(samples.position)
                     break
-                if self._course is not None:
+                watch.read(samples.position)
+                if self._progress is not None:
                     state = copy.deepcopy(self._data.dataset.state_dict())
-                    self._course.note(step + 1, Place(epoch, samples.position, state))
+                    self._progress.note(step + 1, StreamPosition(epoch, samples.position, state))
                 yield step, epoch, position, kept
                 step += 1
             if step == before and not place.position:
@@ -204,83 +234,47 @@ class TrainingStream(IterableDataset[MicroBatch]):
                     "give the stream more samples."
                 )
             epoch += 1
-            place = Place()
+            place = anew
+
+    def _place_of_pass(self) -> StreamPosition:
+        """Returns where a new pass begins: a stream that is not read to its end must be told."""
+        if self._streams is None or self._progress is None:
+            return StreamPosition()
+        return StreamPosition(state=copy.deepcopy(self._data.dataset.state_dict()))
+
+    def _is_over(self, position: int) -> bool:
+        """Whether the epoch of all ranks' own streams is over."""
+        if self._streams is None or not self._streams.steps_per_epoch:
+            return False
+        return position >= self._streams.steps_per_epoch * self._share
+
+    def _require_all(self, position: int) -> None:
+        """Raises: DataError if a rank's own stream ended before the epoch of all ranks."""
+        if self._streams is not None and self._streams.steps_per_epoch:
+            raise DataError(
+                f"the training stream of rank {self._rank} ended after {position} samples, where "
+                f"its __len__ says {length_of(self._data.dataset)}: the ranks would no longer take "
+                "the same steps. Mend __len__, or leave it out and type --epochs 0 --max-steps N."
+            )
 
     def _own_of(self, samples: Samples) -> list[Any]:
-        """Reads a global batch and returns this rank's samples of it."""
-        begin = self._own[0][1]
-        end = self._own[-1][2]
+        """Reads what a step takes and returns this rank's samples of it."""
         kept = []
-        with samples.run(self._plan.global_batch) as run:
+        with samples.run(self._size) as run:
             for number, sample in enumerate(run):
-                if begin <= number < end:
+                if self._begin <= number < self._begin + self._share:
                     kept.append(sample)
         return kept
 
     def _micro_batch(self, request: Request, samples: list[Any], keyed: Keyed) -> MicroBatch:
         if not self._may_draw:
-            return MicroBatch(request, self._collate(samples))
+            return MicroBatch(request, self._batch(request, samples))
         with keyed.by(Purpose.BATCH, request.epoch, int(request.indices[0])):
-            batch = self._collate(samples)
+            batch = self._batch(request, samples)
             if self._data.augment is not None:
                 draws = Draws(self._seed, request.epoch, request.indices)
                 batch = self._data.augment(batch, draws)
         return MicroBatch(request, batch)
 
-
-class EvaluationStream(IterableDataset[MicroBatch]):
-    """A rank's micro-batches of an evaluation over an iterable data set: every world_size-th.
-
-    Each sample is read once over all ranks. All ranks have the same number of micro-batches: those
-    without one more repeat the stream's first sample, marked as padding.
-    """
-
-    def __init__(self, data: Data, *, micro_batch: int, rank: int, world_size: int):
-        super().__init__()
-        self._data = data
-        self._size = micro_batch
-        self._rank = rank
-        self._world_size = world_size
-        self._collate = data.collate or default_collate
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        keyed = Keyed(0)
-        spare: list[Any] = []
-        blocks = 0
-        for block in self._blocks(keyed):
-            spare = spare or block[:1]
-            if blocks % self._world_size == self._rank:
-                yield self._answer(block, blocks, keyed)
-            blocks += 1
-        ranks_with_one_more = blocks % self._world_size
-        if ranks_with_one_more and self._rank >= ranks_with_one_more:
-            request = Request(0, 0, blocks, np.zeros(1, dtype=np.int64), is_padding=True)
-            yield MicroBatch(request, self._answer(spare, blocks, keyed).batch)
-
-    def _blocks(self, keyed: Keyed) -> Iterator[list[Any]]:
-        """Yields the samples of each micro-batch of all ranks, in order."""
-        block: list[Any] = []
-        for sample in self._samples(keyed):
-            block.append(sample)
-            if len(block) == self._size:
-                yield block
-                block = []
-        if block:
-            yield block
-
-    def _samples(self, keyed: Keyed) -> Iterator[Any]:
-        samples = Samples(self._data, keyed=keyed, epoch=0)
-        while True:
-            with samples.run(EVALUATION_RUN) as run:
-                found = list(run)
-            yield from found
-            if len(found) < EVALUATION_RUN:
-                return
-
-    def _answer(self, samples: list[Any], block: int, keyed: Keyed) -> MicroBatch:
-        first = block * self._size
-        request = Request(0, 0, block, np.arange(first, first + len(samples)))
-        if self._data.collate is None:
-            return MicroBatch(request, self._collate(samples))
-        with keyed.by(Purpose.BATCH, 0, first):
-            return MicroBatch(request, self._collate(samples))
+    def _batch(self, request: Request, samples: list[Any]) -> Any:
+        return collated(samples, self._collate, indices=request.indices, what="training data")

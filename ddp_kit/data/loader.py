@@ -5,22 +5,23 @@ torch's loader workers. Order and randomness are not decided here: `sampler` and
 """
 
 import contextlib
-import copy
 import itertools
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches
-from ddp_kit.data.dataset import Data, as_data
-from ddp_kit.data.iterable import Course, EvaluationStream, TrainingStream, is_stateful
+from ddp_kit.data.cursor import Cursor
+from ddp_kit.data.dataset import Data, as_data, as_evaluation_data
+from ddp_kit.data.evaluation_stream import EvaluationStream
+from ddp_kit.data.iterable import StreamProgress, TrainingStream, is_stateful
+from ddp_kit.data.own_stream import OwnStreams, agreed_streams, in_lockstep
 from ddp_kit.data.prefetch import on_device
-from ddp_kit.data.reader import MicroBatch, Reader, Request
+from ddp_kit.data.reader import MicroBatch, Reader
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
-from ddp_kit.data.stream_checks import require_beginning_again
+from ddp_kit.data.stream_checks import start_of_stream
+from ddp_kit.data.stream_length import length_of
 from ddp_kit.data.transfer import Placement
 from ddp_kit.data.workers import by_one_worker, with_workers
 from ddp_kit.distributed.process_group import Group
@@ -44,8 +45,9 @@ class RankBatch(NamedTuple):
 class Feed:
     """A rank's training batches, from any step on: it has no state of its own.
 
-    `sampler` is None for an iterable data set; `course` is that of an iterable data set with a
-    state of its own.
+    `sampler` is None for an iterable data set; `progress` is that of an iterable data set with a
+    state of its own; `streams` are there if each rank has its own; `cursor` says where in the data
+    a step is.
     """
 
     data: Data
@@ -55,17 +57,23 @@ class Feed:
     placement: Placement
     num_workers: int = 0
     sampler: GlobalBatchSampler | None = None
-    course: Course | None = None
+    progress: StreamProgress | None = None
+    streams: OwnStreams | None = None
+    cursor: Cursor = field(default_factory=Cursor)
+
+    @property
+    def length(self) -> int:
+        """Samples of an epoch with its ragged tail; 0 if an iterable one does not know."""
+        if self.sampler is not None:
+            return self.sampler.length
+        if self.streams is not None:
+            return self.streams.steps_per_epoch * self.plan.global_batch
+        return length_of(self.data.dataset)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch; 0 if an iterable data set does not know its length."""
-        if self.sampler is not None:
-            return self.sampler.steps_per_epoch
-        try:
-            return len(self.data.dataset) // self.plan.global_batch
-        except TypeError:
-            return 0
+        return self.length // self.plan.global_batch
 
     def batches(self, *, start: int, end: int) -> Generator[RankBatch, None, None]:
         """Yields the batches of steps start to end - 1.
@@ -81,7 +89,7 @@ class Feed:
             yield from self._read_stream(start=start, end=end)
             return
         reader = Reader(self.data, seed=self.seed, training=True)
-        requests = self.sampler.requests(start=start, end=end)
+        requests = self.sampler.requests(start=start, end=end, ahead=self.cursor.ahead)
         if self.num_workers:
             yield from with_workers(reader, requests, num_workers=self.num_workers)
             return
@@ -97,7 +105,9 @@ class Feed:
             seed=self.seed,
             start=start,
             end=end,
-            course=self.course,
+            ahead=self.cursor.ahead,
+            progress=self.progress,
+            streams=self.streams,
         )
         if self.num_workers:
             yield from with_workers(stream, None, num_workers=self.num_workers)
@@ -112,7 +122,9 @@ class Feed:
         """
         size = self.plan.largest
         if self.sampler is None:
-            answer = self._start_of_stream(size)
+            answer = start_of_stream(
+                self.data, plan=self.plan, seed=self.seed, num_workers=self.num_workers
+            )
         else:
             request = self.sampler.request(0, slice(0, size), step=0, micro_batch=0)
             reader = Reader(self.data, seed=self.seed, training=True)
@@ -121,21 +133,6 @@ class Feed:
             else:
                 answer = reader.read([request])[0]
         return MicroBatch(answer.request, self.placement(answer.batch))
-
-    def _start_of_stream(self, size: int) -> MicroBatch:
-        whole = replace(self.plan, global_batch=size, bounds=(0, size), firsts=(0, 1))
-        stream = TrainingStream(self.data, plan=whole, rank=0, seed=self.seed, start=0, end=1)
-        if self.num_workers:
-            return by_one_worker(stream, None)
-        if self.course is None:
-            answer = next(iter(stream))
-            again = next(iter(stream))
-            require_beginning_again(answer.batch, again.batch, what="training data")
-            return answer
-        state = copy.deepcopy(self.data.dataset.state_dict())
-        answer = next(iter(stream))
-        self.data.dataset.load_state_dict(state)
-        return answer
 
 
 def build_loader(
@@ -150,14 +147,21 @@ def build_loader(
 ) -> Feed:
     """Returns this rank's loader of training batches from a `Data` or a bare data set.
 
+    Every rank calls it.
+
     Args: `global_batch` samples per optimizer step over all ranks; `micro_batch` the most samples
         of one forward pass, 0 for a rank's whole share; `num_workers` loader workers of this rank.
     Raises: ConfigError for sizes that cannot be; DataError if an epoch holds less than one global
         batch.
     """
     plan = plan_batches(global_batch, micro_batch=micro_batch, world_size=group.world_size)
+    given = as_data(data, what="training data")
+    streams = None
+    if given.sharded:
+        streams = agreed_streams(given, plan=plan, group=group)
     return feed_of(
-        as_data(data),
+        given,
+        streams=streams,
         plan=plan,
         rank=group.rank,
         seed=seed,
@@ -167,7 +171,14 @@ def build_loader(
 
 
 def feed_of(
-    data: Data, *, plan: BatchPlan, rank: int, seed: int, placement: Placement, num_workers: int = 0
+    data: Data,
+    *,
+    plan: BatchPlan,
+    rank: int,
+    seed: int,
+    placement: Placement,
+    num_workers: int = 0,
+    streams: OwnStreams | None = None,
 ) -> Feed:
     """Returns a rank's loader by a plan that is made already.
 
@@ -175,7 +186,7 @@ def feed_of(
         state; DataError if an epoch holds less than one global batch.
     """
     sampler = None
-    course = None
+    progress = None
     if not data.is_iterable:
         sampler = GlobalBatchSampler(data, plan=plan, rank=rank, seed=seed, order=data.order)
     elif data.order is not None:
@@ -184,7 +195,7 @@ def feed_of(
             "leave it out."
         )
     elif is_stateful(data.dataset):
-        course = Course()
+        progress = StreamProgress()
         if num_workers:
             raise ConfigError(
                 "the training data keeps its own state, which only the training process can save: "
@@ -198,7 +209,8 @@ def feed_of(
         placement=placement,
         num_workers=num_workers,
         sampler=sampler,
-        course=course,
+        progress=progress,
+        streams=streams,
     )
 
 
@@ -209,35 +221,47 @@ def evaluation_batches(
     micro_batch: int,
     placement: Placement | None = None,
     num_workers: int = 0,
+    what: str = "evaluation data",
 ) -> Generator[MicroBatch, None, None]:
     """Yields this rank's micro-batches of an evaluation, the same number on every rank.
 
     Each sample is read once over all ranks.
+
+    Args: `what` data it is, in words, for errors.
     """
+    given = as_evaluation_data(data, what=what)
     answers = _evaluation(
-        as_data(data),
+        given,
         micro_batch=micro_batch,
-        rank=group.rank,
-        world_size=group.world_size,
+        rank=0 if given.sharded else group.rank,
+        world_size=1 if given.sharded else group.world_size,
         num_workers=num_workers,
+        what=what,
     )
-    yield from on_device(answers, placement or Placement(group.device))
+    placed = on_device(answers, placement or Placement(group.device))
+    if given.sharded:
+        placed = in_lockstep(placed, group=group, what=what)
+    yield from placed
 
 
-def first_of_evaluation(data: Data, *, micro_batch: int, num_workers: int = 0) -> MicroBatch | None:
+def first_of_evaluation(
+    data: Data, *, micro_batch: int, num_workers: int = 0, what: str = "evaluation data"
+) -> MicroBatch | None:
     """Returns the first micro-batch of a whole evaluation set, on the CPU; None of an empty one."""
     batches = _evaluation(
-        data, micro_batch=micro_batch, rank=0, world_size=1, num_workers=num_workers
+        data, micro_batch=micro_batch, rank=0, world_size=1, num_workers=num_workers, what=what
     )
     with contextlib.closing(batches) as answers:
         return next(answers, None)
 
 
 def _evaluation(
-    data: Data, *, micro_batch: int, rank: int, world_size: int, num_workers: int
+    data: Data, *, micro_batch: int, rank: int, world_size: int, num_workers: int, what: str
 ) -> Generator[MicroBatch, None, None]:
     if data.is_iterable:
-        stream = EvaluationStream(data, micro_batch=micro_batch, rank=rank, world_size=world_size)
+        stream = EvaluationStream(
+            data, micro_batch=micro_batch, rank=rank, world_size=world_size, what=what
+        )
         if num_workers:
             # One worker: each would read the whole stream for its part of it.
             yield from with_workers(stream, None, num_workers=1)
@@ -247,7 +271,7 @@ def _evaluation(
     requests = evaluation_requests(
         len(data), micro_batch=micro_batch, rank=rank, world_size=world_size
     )
-    reader = Reader(data, seed=0, training=False)
+    reader = Reader(data, seed=0, training=False, what=what)
     if num_workers:
         yield from with_workers(reader, requests, num_workers=num_workers)
         return
@@ -266,17 +290,3 @@ def grouped(micro_batches: Iterable[MicroBatch], *, per_step: int) -> Iterator[R
             yield RankBatch(request.step, request.epoch, of_step, time.perf_counter() - begin)
             of_step = []
             begin = time.perf_counter()
-
-
-def batches_of(loader: Iterable[Any], *, group: Group, size: int) -> Iterator[RankBatch]:
-    """Yields what a loader of one's own has read as this rank's part of global batches.
-
-    That is one micro-batch of `size` samples a step. The loader answers for order, shares and
-    placement; samples are named by their place in the batch.
-    """
-    indices = np.arange(size)
-    begin = time.perf_counter()
-    for step, batch in enumerate(loader):
-        request = Request(step, 0, group.rank, indices)
-        yield RankBatch(step, 0, [MicroBatch(request, batch)], time.perf_counter() - begin)
-        begin = time.perf_counter()

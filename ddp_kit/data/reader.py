@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 
 from ddp_kit.data.dataset import BatchReader, Data, tensors_of, without_subsets
 from ddp_kit.data.keyed_generators import KeyedGenerators
+from ddp_kit.data.odd_samples import collated, require_as_many, sample_named
 from ddp_kit.data.seeding import Draws, Purpose, key, sample_keys
 
 # In the keys of evaluation's draws: each evaluation has the same ones.
@@ -53,7 +54,9 @@ class MicroBatch(NamedTuple):
 class Reader:
     """Answers requests from a map-style data set. `training` switches augmentation on."""
 
-    def __init__(self, data: Data, *, seed: int, training: bool):
+    def __init__(self, data: Data, *, seed: int, training: bool, what: str = "training data"):
+        """Args: `what` data it is, in words, for errors."""
+        self._what = what
         self._seed = seed
         self._training = training
         self._dataset, self._subset = without_subsets(data.dataset)
@@ -115,24 +118,41 @@ class Reader:
             at = torch.from_numpy(indices)
             return tuple(tensor.index_select(0, at) for tensor in self._tensors)
         if self._by_batch is None:
-            return self._collate(self._samples(request, indices))
+            return self._collated(request, self._samples(request, indices))
         draws = None
         if self._training and self._by_batch.takes_draws:
             draws = self._draws(request)
         self._seed_for_batch(request)
         answer = self._by_batch(indices, draws)
-        return self._collate(answer) if isinstance(answer, list) else answer
+        require_as_many(answer, len(indices), what=self._what)
+        return self._collated(request, answer) if isinstance(answer, list) else answer
+
+    def _collated(self, request: Request, samples: list[Any]) -> Any:
+        below = None if self._subset is None else self._subset[request.indices]
+        return collated(
+            samples, self._collate, indices=request.indices, below=below, what=self._what
+        )
 
     def _samples(self, request: Request, indices: NDArray[np.int64]) -> list[Any]:
+        samples: list[Any] = []
+        try:
+            self._read_into(samples, request, indices)
+        except Exception as error:
+            named = sample_named(len(samples), indices=request.indices)
+            error.add_note(f"while reading {named} of the {self._what}")
+            raise
+        return samples
+
+    def _read_into(self, samples: list[Any], request: Request, indices: NDArray[np.int64]) -> None:
         dataset = self._dataset
         if not self._generators.are_seeded:
-            return [dataset[index] for index in indices.tolist()]
+            for index in indices.tolist():
+                samples.append(dataset[index])  # noqa: PERF401 (an error must find those before it)
+            return
         keys = sample_keys(self._seed, self._epoch(request), request.indices, request.occurrences)
-        samples = []
         for index, value in zip(indices.tolist(), keys.tolist(), strict=True):
             self._generators.seed(value)
             samples.append(dataset[index])
-        return samples
 
     def _seed_for_batch(self, request: Request) -> None:
         if not self._generators.are_seeded:

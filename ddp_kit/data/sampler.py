@@ -14,8 +14,16 @@ from torch.utils.data import DistributedSampler
 
 from ddp_kit.data.batch_plan import BatchPlan
 from ddp_kit.data.dataset import Order
+from ddp_kit.data.indices import as_indices
 from ddp_kit.data.reader import Request
-from ddp_kit.data.seeding import occurrences_in, permutation
+from ddp_kit.data.seeding import (
+    Purpose,
+    generators_put_back,
+    key,
+    occurrences_in,
+    permutation,
+    seed_generators,
+)
 from ddp_kit.errors import DataError
 
 
@@ -59,6 +67,11 @@ class GlobalBatchSampler(DistributedSampler[Any]):
             )
 
     @property
+    def length(self) -> int:
+        """Samples in an epoch, with its ragged tail."""
+        return self._length
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch, the same at any world size."""
         return self._length // self._plan.global_batch
@@ -66,11 +79,18 @@ class GlobalBatchSampler(DistributedSampler[Any]):
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
         """Returns the order of an epoch.
 
-        Raises: DataError if a user's order leaves the data set or changes its length.
+        Raises: DataError if a user's order gives no indices into the data set, another number of
+            them than before, or others when it is asked again.
         """
         if self._known_epoch != epoch:
-            order = np.asarray(self._order(self.seed, epoch, self._size), dtype=np.int64)
-            self._check_order(order, epoch)
+            order = self._new_order(epoch)
+            if self._known_epoch < 0:
+                self._require_pure(order, epoch)
+            elif len(order) != self._length:
+                raise DataError(
+                    f"the order of epoch {epoch} has {len(order)} samples, "
+                    f"that of epoch 0 has {self._length}; expected the same."
+                )
             self._known_epoch = epoch
             self._known_order = order
             self._occurrences = None
@@ -78,24 +98,32 @@ class GlobalBatchSampler(DistributedSampler[Any]):
                 self._occurrences = occurrences_in(order)
         return self._known_order
 
-    def _check_order(self, order: NDArray[np.int64], epoch: int) -> None:
-        is_list = order.ndim == 1
-        if is_list and len(order):
-            is_list = bool(order.min() >= 0 and order.max() < self._size)
-        if not is_list:
-            raise DataError(
-                f"the order of epoch {epoch} is not a list of indices from 0 to {self._size - 1}."
-            )
-        if self._known_epoch >= 0 and len(order) != self._length:
-            raise DataError(
-                f"the order of epoch {epoch} has {len(order)} samples, "
-                f"that of epoch 0 has {self._length}; expected the same."
-            )
+    def _new_order(self, epoch: int) -> NDArray[np.int64]:
+        if self._order is permutation or not self._size:
+            return permutation(self.seed, epoch, self._size)
+        # One that draws from the default generators is then a function of seed and epoch too.
+        with generators_put_back():
+            seed_generators(key(self.seed, Purpose.ORDER, epoch))
+            given = self._order(self.seed, epoch, self._size)
+        return as_indices(given, what=f"Data.order for epoch {epoch}", below=self._size)
 
-    def requests(self, *, start: int, end: int) -> Iterator[Request]:
-        """Yields this rank's micro-batches of steps start to end - 1; any start costs the same."""
+    def _require_pure(self, order: NDArray[np.int64], epoch: int) -> None:
+        if self._order is permutation or np.array_equal(order, self._new_order(epoch)):
+            return
+        raise DataError(
+            f"Data.order gave another list for epoch {epoch} the second time. It must be a "
+            "function of its arguments, or neither ranks nor a resumed run could have the same "
+            "one: let it draw from the default generators, which are keyed, or from one that it "
+            "seeds by its arguments."
+        )
+
+    def requests(self, *, start: int, end: int, ahead: int = 0) -> Iterator[Request]:
+        """Yields this rank's micro-batches of steps start to end - 1; any start costs the same.
+
+        Args: `ahead` as `Cursor` has it.
+        """
         for step in range(start, end):
-            epoch, k = divmod(step, self.steps_per_epoch)
+            epoch, k = divmod(step - ahead, self.steps_per_epoch)
             begin = k * self._plan.global_batch
             for index, first, stop in self._own:
                 places = slice(begin + first, begin + stop)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ddp_kit.data.reader import MicroBatch, Request
+from ddp_kit.errors import DataError
 
 
 def with_workers(
@@ -43,6 +44,9 @@ def with_workers(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield from answers
+    except DataError as error:
+        # torch has put the worker's traceback before the message.
+        raise DataError(str(error).rpartition("DataError: ")[2].rstrip()) from error
     finally:
         # A traceback would keep it alive, and the garbage collector ends workers only after 5 s.
         answers._shutdown_workers()

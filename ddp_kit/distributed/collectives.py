@@ -5,7 +5,7 @@ are never unpickled. In one process without a group each function returns what i
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,10 @@ from ddp_kit.errors import DdpKitError
 
 def max_over_ranks(group: Group, values: Sequence[int]) -> list[int]:
     """Returns the element-wise maximum of int64 values. The lengths must be equal on all ranks."""
-    if group.control is None:
+    if group.control_pg is None:
         return list(values)
     packet = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(packet, dist.ReduceOp.MAX, group=group.control)
+    dist.all_reduce(packet, dist.ReduceOp.MAX, group=group.control_pg)
     result: list[int] = packet.tolist()
     return result
 
@@ -37,10 +37,15 @@ def first_difference(group: Group, values: Sequence[int]) -> int | None:
     return None
 
 
+def same_everywhere(group: Group, texts: Iterable[str]) -> bool:
+    """Whether all ranks have the same names, or other texts, in the same order."""
+    return first_difference(group, [zlib.crc32("\n".join(texts).encode())]) is None
+
+
 def sum_over_ranks(group: Group, values: torch.Tensor) -> torch.Tensor:
     """Returns the sum of a CPU tensor over all ranks; it is also changed in place."""
-    if group.control is not None:
-        dist.all_reduce(values, group=group.control)
+    if group.control_pg is not None:
+        dist.all_reduce(values, group=group.control_pg)
     return values
 
 
@@ -54,8 +59,7 @@ def sum_by_name(
     Returns: the sums of each name's values, after a host-device synchronisation.
     Raises: DdpKitError on every rank if the names differ between ranks.
     """
-    digest = zlib.crc32("\n".join(names).encode())
-    if first_difference(group, [digest]) is not None:
+    if not same_everywhere(group, names):
         raise DdpKitError(
             f"the ranks report different metrics; rank {group.rank} has {', '.join(names)}."
         )
@@ -67,27 +71,27 @@ def sum_by_name(
 
 def from_rank(group: Group, data: bytes, *, source: int = 0) -> bytes:
     """Returns the bytes that `source` gave; what the other ranks give is ignored."""
-    if group.control is None:
+    if group.control_pg is None:
         return data
     size = torch.tensor([len(data)], dtype=torch.int64)
-    dist.broadcast(size, source, group=group.control)
+    dist.broadcast(size, source, group=group.control_pg)
     content = torch.zeros(int(size), dtype=torch.uint8)
     if data and group.rank == source:
         content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    dist.broadcast(content, source, group=group.control)
+    dist.broadcast(content, source, group=group.control_pg)
     return bytes(content.numpy().tobytes())
 
 
 def gather_bytes(group: Group, data: bytes) -> list[bytes]:
     """Returns every rank's bytes, in rank order."""
-    if group.control is None:
+    if group.control_pg is None:
         return [data]
     sizes = _of_each_rank(group, len(data))
     own = torch.zeros(max(max(sizes), 1), dtype=torch.uint8)
     if data:
         own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     every = [torch.empty_like(own) for _ in range(group.world_size)]
-    dist.all_gather(every, own, group=group.control)
+    dist.all_gather(every, own, group=group.control_pg)
     found = []
     for content, size in zip(every, sizes, strict=True):
         found.append(bytes(content.numpy().tobytes()[:size]))
@@ -99,13 +103,15 @@ def gather_rows(group: Group, rows: torch.Tensor) -> list[torch.Tensor]:
 
     The number of rows may differ; dtype and trailing shape may not.
     """
-    if group.control is None:
+    if group.control_pg is None:
         return [rows]
     counts = _of_each_rank(group, len(rows))
     own = torch.zeros((max(counts), *rows.shape[1:]), dtype=rows.dtype)
     own[: len(rows)] = rows
     every = [torch.empty_like(own) for _ in range(group.world_size)]
-    dist.all_gather(every, own, group=group.control)
+    # As bytes: gloo does not know all dtypes.
+    received = [content.view(torch.uint8) for content in every]
+    dist.all_gather(received, own.view(torch.uint8), group=group.control_pg)
     return [content[:count] for content, count in zip(every, counts, strict=True)]
 
 

@@ -48,7 +48,7 @@ class Decision:
 NOTHING = Decision()
 
 
-class Control:
+class ControlPacket:
     """Sends this rank's packet and reads what all ranks agreed.
 
     Every rank calls `boundary` after every step.
@@ -144,9 +144,9 @@ class Control:
         self._packet[Field.CULPRIT] = self._with_rank(self._culprit_step + 1)
         self._packet[Field.STEP_US] = int((now - then) / steps * 1e6) if steps > 0 else 0
         self._packet[Field.SAVE] = int(saves)
-        if self._group.control is not None:
+        if self._group.control_pg is not None:
             self._work = dist.all_reduce(
-                self._packet, dist.ReduceOp.MAX, group=self._group.control, async_op=True
+                self._packet, dist.ReduceOp.MAX, group=self._group.control_pg, async_op=True
             )
 
     def _with_rank(self, value: int) -> int:

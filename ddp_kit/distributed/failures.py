@@ -38,7 +38,7 @@ LOSS_SIGNS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Failure:
     """A failure as one rank sees it: its own error, and whose came first."""
 
     error: BaseException
@@ -86,7 +86,7 @@ class Verdict:
         return head + "".join(traceback.format_exception(self.error))
 
 
-class Blame:
+class FailureReport:
     """One rank's end of the store in which failures are told.
 
     Without a store each rank is alone.
@@ -103,7 +103,7 @@ class Blame:
         self._is_told = False
         self._has_spoken = False
 
-    def judge(self, error: BaseException) -> Verdict:
+    def find_culprit(self, error: BaseException) -> Failure:
         """Tells the peers of this rank's failure and returns whose came first.
 
         Every rank that fails calls it, before it leaves the group. Word is left before connections
@@ -111,7 +111,7 @@ class Blame:
         """
         if self._world_size == 1 or not is_lost_peer(error):
             culprit, message = self.tell(error)
-            return Verdict(
+            return Failure(
                 error=error,
                 rank=self._rank,
                 culprit=culprit,
@@ -126,15 +126,15 @@ class Blame:
         if found is None:
             return self._silent(error)
         culprit, message = found
-        return Verdict(error=error, rank=self._rank, culprit=culprit, message=message)
+        return Failure(error=error, rank=self._rank, culprit=culprit, message=message)
 
-    def _silent(self, error: BaseException) -> Verdict:
+    def _silent(self, error: BaseException) -> Failure:
         """Returns the failure of a rank that lost a peer which left no word."""
         gone = self._missing(LOST, within_s=SILENCE_S if self._rank == 0 else 0)
         message = "a peer is gone that left no word (killed, or out of memory)"
         if self._rank == 0 or self._store is None:
             message += f"; not heard of: rank {', '.join(map(str, gone))}"
-        return Verdict(
+        return Failure(
             error=error,
             rank=self._rank,
             culprit=gone[0] if gone else -1,

@@ -68,6 +68,18 @@ class Fragment:
         self.content.copy_(held.rows.reshape(-1)[start : start + len(self.content)])
 
 
+Item = torch.Tensor | Held | Fragment  # a tensor, which says itself what of it is here, or a part
+
+
+def memory_of(item: Item) -> torch.Tensor:
+    """Returns the tensor, or the memory of a part."""
+    if isinstance(item, Held):
+        return item.rows
+    if isinstance(item, Fragment):
+        return item.content
+    return item
+
+
 def is_split(tensor: torch.Tensor) -> bool:
     """Whether ranks hold parts of a tensor."""
     return hasattr(tensor, "to_local") or hasattr(tensor, "ds_tensor")
@@ -94,8 +106,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def held(tensor: torch.Tensor, content: torch.Tensor | None = None) -> Held | Fragment:
     """Returns this rank's part of a tensor.
 
-    Args: `content` the part of another tensor (an average, a moment) that is split alike; None:
-        the tensor's own.
+    Args: `content` the part of another tensor (an average, optimizer state) that is split alike;
+        None: the tensor's own.
     Raises: ConfigError if it is split in another way than by rows.
     """
     rows = local(tensor) if content is None else content

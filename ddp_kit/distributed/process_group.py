@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ddp_kit.distributed.failures import Blame
+from ddp_kit.distributed.failures import FailureReport
 from ddp_kit.distributed.gloo_abort import Connections, abandon
 from ddp_kit.distributed.node_check import NodeCheck, node_check
 from ddp_kit.distributed.process_tuning import set_threads, tune_process
-from ddp_kit.distributed.rendezvous import gather, hosts_store, rendezvous
+from ddp_kit.distributed.rendezvous import Place, gather, hosts_store, place_of, rendezvous
 from ddp_kit.distributed.topology import Topology, environment_default, read_topology
 from ddp_kit.errors import ConfigError
 
@@ -30,18 +30,18 @@ class Group:
 
     In one process without a group, all three process groups are None.
 
-    `sums` is for small sums beside backward: on CUDA the training group itself. On a CPU it is one
-    of its own, since after a collective that failed unread gloo may let another one of the same
+    `sums_pg` is for small sums beside backward: on CUDA the training group itself. On a CPU it is
+    one of its own, since after a collective that failed unread gloo may let another one of the same
     group wait until its timeout. Whoever holds the training group (a DDP wrapper) registers its
     release in `closing`: it must be gone before the group is.
     """
 
     topology: Topology
     device: torch.device
-    blame: Blame
-    training: dist.ProcessGroup | None = None
-    control: dist.ProcessGroup | None = None
-    sums: dist.ProcessGroup | None = None
+    failure_report: FailureReport
+    pg: dist.ProcessGroup | None = None
+    control_pg: dist.ProcessGroup | None = None
+    sums_pg: dist.ProcessGroup | None = None
     # Those of who communicates beside training.
     others: list[dist.ProcessGroup] = field(default_factory=list)
     timeout_s: float = 600
@@ -72,7 +72,7 @@ class Group:
         for look in list(self.unseen.values()):
             look()
 
-    def settle(self) -> None:
+    def shorten_timeouts(self) -> None:
         """Shortens the timeouts once the first step (compilation, first batch) is done.
 
         Every rank calls it.
@@ -83,7 +83,7 @@ class Group:
     @property
     def all(self) -> list[dist.ProcessGroup]:
         """The process groups that there are."""
-        candidates = (self.training, self.control, self.sums, *self.others)
+        candidates = (self.pg, self.control_pg, self.sums_pg, *self.others)
         return [group for group in candidates if group is not None]
 
     def join_another(self, *, backend: str | None = None) -> dist.ProcessGroup:
@@ -161,18 +161,20 @@ def process_group(
 
     Args: `topology` read from the environment if not given; `device` auto, cpu or cuda;
         `init_method` a `file://` address in place of the environment's; `first_timeout_s` bounds
-        the waits until `Group.settle`, `timeout_s` those after; `threads` CPU threads of this rank
-        (0: its share of the cores); `tuning` switches on the defaults for speed; `run_dir` is where
-        a node check, if the launcher asks for one, leaves the names of bad nodes.
+        the waits until `Group.shorten_timeouts`, `timeout_s` those after; `threads` CPU threads of
+        this rank (0: its share of the cores); `tuning` switches on the defaults for speed;
+        `run_dir` is where a node check, if the launcher asks for one, leaves the names of bad
+        nodes.
     Yields: the Group. One process that was not started as a rank gets one without process groups.
     Raises: ConfigError for a device that is not to be had, NodesError for nodes that failed the
         check, DdpKitError if rank 0 is not found in time, and what torch raises.
     """
     topology = read_topology() if topology is None else topology
+    place = place_of(topology, init_method=init_method)
     check = node_check(topology, run_dir)
     chosen = check.device(lambda: choose_device(device, topology=topology))
-    alone = Blame(rank=topology.rank, world_size=topology.world_size)
-    group = Group(topology=topology, device=chosen, blame=alone, timeout_s=timeout_s)
+    alone = FailureReport(rank=topology.rank, world_size=topology.world_size)
+    group = Group(topology=topology, device=chosen, failure_report=alone, timeout_s=timeout_s)
     if tuning:
         group.tuned += tune_process(topology, chosen)
     group.tuned.append(f"CPU threads a rank: {set_threads(topology, threads=threads)}")
@@ -186,10 +188,10 @@ def process_group(
     with ExitStack() as stack:
         if topology.nodes == 1:
             stack.enter_context(environment_default("GLOO_SOCKET_IFNAME", _loopback()))
-        with check.judging():
-            usual = timedelta(seconds=first_timeout_s)
-            _join(group, init_method=init_method, usual=usual, check=check)
+        usual = timedelta(seconds=first_timeout_s)
         with _leaving(group):
+            with check.judging():
+                _join(group, place, init_method=init_method, usual=usual, check=check)
             yield group
             group.read_unseen()
 
@@ -204,13 +206,13 @@ def _leaving(group: Group) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        group.blame.tell(error)
-        is_awaited = group.blame.is_awaited
+        group.failure_report.tell(error)
+        is_awaited = group.failure_report.is_awaited
         if is_awaited:
             group.connections.shut_sending()
         _leave(group, failed=True)
         if is_awaited:
-            group.blame.linger()
+            group.failure_report.linger()
         raise
     _leave(group, failed=False)
 
@@ -220,14 +222,16 @@ def _loopback() -> str:
     return next((name for name in ("lo", "lo0") if name in names), names[0])
 
 
-def _join(group: Group, *, init_method: str | None, usual: timedelta, check: NodeCheck) -> None:
+def _join(
+    group: Group, place: Place, *, init_method: str | None, usual: timedelta, check: NodeCheck
+) -> None:
     """Finds the peers and makes the groups, in the time that the node check leaves, if it is on."""
     topology = group.topology
     timeout = check.timeout(usual)
-    with rendezvous(topology, init_method=init_method, timeout=timeout) as store:
+    with rendezvous(topology, place, init_method=init_method, timeout=timeout) as store:
         check.roll_call(store, group.device)
         gather(store, topology, timeout=timeout)
-    group.blame = Blame(
+    group.failure_report = FailureReport(
         rank=topology.rank,
         world_size=topology.world_size,
         store=dist.PrefixStore("ddp_kit_blame", store),
@@ -237,8 +241,8 @@ def _join(group: Group, *, init_method: str | None, usual: timedelta, check: Nod
         training = _make_training_group(group, store, timeout=timeout)
         check.passed("met")
         _make_small_groups(group, training, timeout=timeout)
-    assert group.control is not None
-    _wait_for_all(group.control, "cpu")
+    assert group.control_pg is not None
+    _wait_for_all(group.control_pg, "cpu")
     check.try_sum(training, group.device)
     if timeout != usual:
         store.set_timeout(usual)
@@ -260,19 +264,19 @@ def _make_training_group(
     )
     training = dist.group.WORLD
     assert training is not None
-    group.training = training
+    group.pg = training
     return training
 
 
 def _make_small_groups(group: Group, training: dist.ProcessGroup, *, timeout: timedelta) -> None:
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)  # every rank is in it
-    group.control = control
-    group.sums = training
+    group.control_pg = control
+    group.sums_pg = training
     if group.device.type != "cuda":
         sums = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(sums, dist.ProcessGroup)
-        group.sums = sums
+        group.sums_pg = sums
 
 
 def _leave(group: Group, *, failed: bool) -> None:
@@ -283,7 +287,7 @@ def _leave(group: Group, *, failed: bool) -> None:
         group.closing.close()
     finally:
         group.unseen.clear()
-        group.training = group.control = group.sums = None
+        group.pg = group.control_pg = group.sums_pg = None
         group.others.clear()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -3,6 +3,9 @@
 A port that was derived and is taken is no failure: rank 0 tells, at the first of some derived ports
 that is free, on which port the store is, and the others ask at all of them. The answer begins with
 this job's sign, so that no other run's store is taken for ours.
+
+A process may meet its peers again, for a second run. Their store stays, since its port could be
+another's by then, and each meeting has names of its own in it.
 """
 
 import contextlib
@@ -13,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -33,37 +37,76 @@ def hosts_store(topology: Topology) -> bool:
     return topology.rank == 0 and not _is_agents()
 
 
+@dataclass
+class Place:
+    """Where this process has met its peers: how often, and in which store."""
+
+    meetings: int = 0
+    store: dist.Store | None = None
+
+
+# By process, since a fork has none of its parent's connections, and by address. They live as long
+# as the process does.
+_places: dict[tuple[int, str], Place] = {}
+
+
+def place_of(topology: Topology, *, init_method: str | None = None) -> Place:
+    """Returns where this process meets its peers, with one more meeting counted: every rank calls
+    it as often, also where what follows fails on it.
+    """
+    address = init_method
+    if address is None:
+        address = f"{topology.rendezvous_host}:{topology.port} {topology.meeting}"
+    place = _places.setdefault((os.getpid(), address), Place())
+    place.meetings += 1
+    return place
+
+
 @contextmanager
 def rendezvous(
-    topology: Topology, *, timeout: timedelta, init_method: str | None = None
+    topology: Topology, place: Place, *, timeout: timedelta, init_method: str | None = None
 ) -> Iterator[dist.Store]:
-    """Yields the store of all ranks.
+    """Yields the store of all ranks, with names for this meeting alone.
 
     While it lasts, those that are still to come are told where it is. Every rank calls it.
 
-    Args: `init_method` a `file://` address in place of the environment's.
+    Args: `place` where they meet; `init_method` a `file://` address in place of the environment's.
     Raises: ConfigError if no derived port is free, DdpKitError if rank 0 is not found in time, and
         what torch raises.
     """
+    meeting = f"ddp_kit_meeting_{place.meetings}"
     if init_method is not None:
-        yield _torchs_store(init_method, topology, timeout=timeout)
+        store = _torchs_store(init_method, topology, timeout=timeout)
+        yield dist.PrefixStore(meeting, store)
         return
     # The agent's store outlives the ranks, and keeps their addresses. Rank 0's does not, and agents
     # of several nodes may count differently.
     life = "0"
     if _is_agents():
         life = environment().get("TORCHELASTIC_RESTART_COUNT", "0")
-    with _whole_store(topology, timeout=timeout) as store:
-        yield dist.PrefixStore(f"ddp_kit_life_{life}", store)
+    with _whole_store(topology, place, timeout=timeout) as store:
+        yield dist.PrefixStore(meeting, dist.PrefixStore(f"ddp_kit_life_{life}", store))
 
 
 @contextmanager
-def _whole_store(topology: Topology, *, timeout: timedelta) -> Iterator[dist.Store]:
+def _whole_store(topology: Topology, place: Place, *, timeout: timedelta) -> Iterator[dist.Store]:
+    if place.store is not None:
+        place.store.set_timeout(timeout)
+        yield place.store
+        return
+    with _new_store(topology, timeout=timeout) as store:
+        yield store
+        # All ranks have it.
+        place.store = store
+
+
+@contextmanager
+def _new_store(topology: Topology, *, timeout: timedelta) -> Iterator[dist.Store]:
     if _is_agents():  # it listens where torchrun says
         yield _torchs_store("env://", topology, timeout=timeout)
         return
     is_local = topology.nodes == 1
-    host = topology.master
+    host = topology.rendezvous_host
     if is_local or topology.rank == 0:
         host = "127.0.0.1"
     if topology.rank:

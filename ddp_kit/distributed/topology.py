@@ -38,7 +38,7 @@ class Topology:
     node_rank: int = 0
     nodes: int = 1
     launcher: str = "none"
-    master: str = ""
+    rendezvous_host: str = ""
     port: int = 0
     # This job's sign, where the port was derived: another job may have derived the same.
     meeting: str = ""
@@ -167,7 +167,7 @@ def _torchrun(environ: Mapping[str, str]) -> Topology:
         node_rank=node_rank,
         nodes=nodes,
         launcher=launcher,
-        master=environ["MASTER_ADDR"],
+        rendezvous_host=environ["MASTER_ADDR"],
         port=_integer(environ, "MASTER_PORT"),
         source=source,
     )
@@ -199,7 +199,7 @@ def _slurm(environ: Mapping[str, str]) -> Topology:
         node_rank=node_rank,
         nodes=len(tasks),
         launcher="slurm",
-        master=environ.get("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"])),
+        rendezvous_host=environ.get("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"])),
         port=port,
         meeting=sign,
         source={

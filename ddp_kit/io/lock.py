@@ -1,4 +1,4 @@
-"""A lock on a file that one process of one host holds at a time."""
+"""Locks on files, each held by one process of one host at a time."""
 
 import contextlib
 import errno
@@ -20,9 +20,6 @@ def exclusive(lock: Path) -> Iterator[IO[str]]:
         opened without one.
     """
     while True:
-        # Another process may unlink the file between our open and our flock; then ours is no
-        # longer the one on disk: once more.
-        current = None
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
             try:
@@ -30,8 +27,37 @@ def exclusive(lock: Path) -> Iterator[IO[str]]:
             except OSError as error:
                 if error.errno not in NO_FLOCK:
                     raise
-            with contextlib.suppress(FileNotFoundError):
-                current = lock.stat()
-            if current is not None and os.path.samestat(os.fstat(file.fileno()), current):
+            if _is_at(lock, file.fileno()):
                 yield file
                 return
+
+
+def lock_at_once(lock: Path) -> int | None:
+    """Opens and locks a file, whose folders are made, if no other process has it.
+
+    Returns: a descriptor, which holds the lock until it is closed; None if the lock is another's,
+        or was until just now.
+    Raises: OSError if it cannot be opened or locked.
+    """
+    descriptor = -1
+    is_ours = False
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = _is_at(lock, descriptor)
+    except (BlockingIOError, FileNotFoundError):
+        return None
+    finally:
+        if descriptor >= 0 and not is_ours:
+            os.close(descriptor)
+    return descriptor if is_ours else None
+
+
+def _is_at(lock: Path, descriptor: int) -> bool:
+    """Whether an open file is the one on disk: another process may have unlinked it between our
+    open and our lock."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), lock.stat())
+    except FileNotFoundError:
+        return False

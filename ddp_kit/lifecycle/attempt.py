@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ddp_kit.checkpoint.checkpointer import Checkpointer
 from ddp_kit.checkpoint.format.writer import Saved
-from ddp_kit.distributed.failures import Verdict
+from ddp_kit.distributed.failures import Failure
 from ddp_kit.io.json_lines import read_json
 from ddp_kit.io.logs import logger
 from ddp_kit.io.polling import wait_until
@@ -21,11 +21,11 @@ from ddp_kit.lifecycle.session import exit_code
 from ddp_kit.lifecycle.start import RunPlace
 from ddp_kit.recipe import Recipe, RecipeSource
 from ddp_kit.settings import Settings
-from ddp_kit.setup.build import Composition
+from ddp_kit.setup.build import Built
 from ddp_kit.stopping.early_stopping import EarlyStopping
-from ddp_kit.stopping.grace_period import Grace
+from ddp_kit.stopping.grace_period import GracePeriod
 from ddp_kit.stopping.signals import StopFlag, Stopped
-from ddp_kit.stopping.stop_watcher import Watch
+from ddp_kit.stopping.stop_watcher import StopWatcher
 from ddp_kit.training.reporter import Reporter
 
 STATUS_S = 3.0
@@ -55,7 +55,7 @@ class RunContext:
     directory: RunDir | None  # rank 0 only
     place: RunPlace
     recipe: Recipe
-    composition: Composition
+    built: Built
     reporter: Reporter
     early_stopping: EarlyStopping
 
@@ -71,8 +71,8 @@ class Attempt:
         self.context: RunContext | None = None
         self.has_begun = False  # from then on the run directory tells of this attempt
         self.metrics: dict[str, float] = {}  # of the last evaluation
-        self.watch: Watch | None = None  # rank 0 only
-        self._grace: Grace | None = None
+        self.stop_watcher: StopWatcher | None = None  # rank 0 only
+        self._grace_period: GracePeriod | None = None
         # The content of status.json after a failure, where this rank has written it.
         self._told: Mapping[str, object] | None = None
 
@@ -81,40 +81,44 @@ class Attempt:
 
         Raises: ConfigError if the environment's grace period is no number.
         """
-        training = context.composition.training
+        training = context.built.training
         checkpointer = training.checkpoints
         assert isinstance(checkpointer, Checkpointer)
-        self._grace = Grace(training.control, training.group.topology)
+        self._grace_period = GracePeriod(training.control_packet, training.group.topology)
         if context.directory is None:
             return
         end = math.inf
         if self.request.settings.max_hours:
             end = self.request.began + 3600 * self.request.settings.max_hours
-        self.watch = Watch(
-            context.directory.path, self.stop, checkpoints=checkpointer, grace=self._grace, end=end
+        self.stop_watcher = StopWatcher(
+            context.directory.path,
+            self.stop,
+            checkpoints=checkpointer,
+            grace_period=self._grace_period,
+            end=end,
         )
 
     def close(self) -> None:
         """Ends the watch."""
-        if self.watch is not None:
-            self.watch.close()
+        if self.stop_watcher is not None:
+            self.stop_watcher.close()
 
     def saved(self, save: Saved) -> None:
         """Takes a save that has ended: tells of it, and what a stop needs now."""
         assert self.context is not None
         reporter = self.context.reporter
         _tell_of_save(reporter, save)
-        if save.error or self._grace is None:
+        if save.error or self._grace_period is None:
             return
-        self._grace.saved(save.seconds)
-        statement = self._grace.statement()
+        self._grace_period.saved(save.seconds)
+        statement = self._grace_period.statement()
         if statement:
             logger.info("%s", statement)
             reporter.event("grace", step=save.step, message=statement)
-        warning = self._grace.warning()
+        warning = self._grace_period.warning()
         if warning:
             logger.warning("%s", warning)
-        if self.watch is not None and self.watch.saved():
+        if self.stop_watcher is not None and self.stop_watcher.saved():
             reporter.event("acknowledged", step=save.step, message="the file SAVE")
 
     @property
@@ -122,14 +126,14 @@ class Attempt:
         """The steps that are done."""
         if self.context is None:
             return 0
-        return self.context.composition.training.step
+        return self.context.built.training.step
 
     @property
     def advice(self) -> str:
         """What to type to go on with the run; "" if there is nothing to go on from."""
         if self.context is None or not self.request.args:
             return ""
-        training = self.context.composition.training
+        training = self.context.built.training
         if training.checkpoints is None or training.checkpoints.committed_step <= 0:
             return ""
         command = resume_command(
@@ -137,27 +141,27 @@ class Attempt:
         )
         return f"to go on from step {training.checkpoints.committed_step}: {command}"
 
-    def failed(self, verdict: Verdict) -> None:
+    def failed(self, failure: Failure) -> None:
         """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its
         peers does. What an earlier attempt left stays until this one has begun.
         """
         if self.place is not None and self.place.earlier and not self.has_begun:
             return
         if self.directory is not None:
-            self._write(self.directory, verdict)
-        elif isinstance(verdict.error, Stopped) and self.place is not None:
+            self._write(self.directory, failure)
+        elif isinstance(failure.error, Stopped) and self.place is not None:
             _await_status(self.place.path)
-        elif verdict.is_silent and self.place is not None:
+        elif failure.is_silent and self.place is not None:
             directory = RunDir(self.place.path)
             with directory.inherited() as is_heir:
                 if is_heir and _status_of(directory.path) == "running":
-                    self._write(directory, verdict)
+                    self._write(directory, failure)
 
-    def _write(self, directory: RunDir, verdict: Verdict) -> None:
-        error = verdict.error
-        reason = verdict.reason
+    def _write(self, directory: RunDir, failure: Failure) -> None:
+        error = failure.error
+        reason = failure.reason
         status: Status = "failed"
-        if isinstance(error, Stopped) and verdict.is_own:
+        if isinstance(error, Stopped) and failure.is_own:
             status = "preempted" if error.stop.is_preemption else "stopped"
         self._told = {"status": status, "reason": reason, "step": self.step}
         try:
@@ -172,14 +176,14 @@ class Attempt:
             # A full disk, which may be why this attempt failed.
             logger.warning("status.json could not be written: %s", failure)
 
-    def after_failure(self, verdict: Verdict) -> None:
+    def after_failure(self, failure: Failure) -> None:
         """Tells the trackers of a failure that has been written down, and a person how to go on."""
         if self._told is None:
             return
         if self.has_begun and self.context is not None:
             reporter = self.context.reporter
             kind = "failure" if self._told["status"] == "failed" else "stop"
-            reporter.event(kind, step=self.step, rank=verdict.culprit, message=verdict.reason)
+            reporter.event(kind, step=self.step, rank=failure.culprit, message=failure.reason)
             reporter.finish(self._told)
         if self.advice:
             sys.stderr.write(f"{self.advice}\n")

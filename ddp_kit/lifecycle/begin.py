@@ -13,7 +13,7 @@ from ddp_kit.lifecycle.attempt import Attempt, RunContext
 from ddp_kit.lifecycle.history import job_facts, require_progress
 from ddp_kit.lifecycle.start import write_facts
 from ddp_kit.settings import to_json
-from ddp_kit.setup.build import Composition
+from ddp_kit.setup.build import Built
 from ddp_kit.trackers.base import RunInfo
 
 
@@ -24,19 +24,19 @@ def begin(attempt: Attempt, context: RunContext, *, is_first: bool, owes_evaluat
     """
     request = context.request
     place = context.place
-    training = context.composition.training
+    training = context.built.training
     if context.directory is not None:
         supersede(place.path / "metrics.jsonl", step=training.step, owes_evaluation=owes_evaluation)
         write_facts(
             context.directory, request.settings, training.group, place=place, source=request.source
         )
         context.directory.status("running", step=training.step)
-    say(context.composition, training.group, place.path)
+    say(context.built, training.group, place.path)
     info = RunInfo(
         run_dir=place.path,
         name=request.name,
         settings=redact(to_json(request.settings)),
-        total_steps=context.composition.pace.end,
+        total_steps=context.built.cadence.end,
     )
     attempt.has_begun = True
     context.reporter.start(info, step=training.step)
@@ -51,17 +51,17 @@ def begin(attempt: Attempt, context: RunContext, *, is_first: bool, owes_evaluat
     attempt.watch_for_stops(context)
 
 
-def say(composition: Composition, group: Group, path: Path) -> None:
+def say(built: Built, group: Group, path: Path) -> None:
     """The lines at start: where, the split, the defaults for speed, and what wrapping found."""
-    training = composition.training
+    training = built.training
     topology = group.topology
     # One process has nothing to say of its launcher.
     level = logging.DEBUG if topology.launcher == "none" else logging.INFO
     logger.log(level, "ranks by %s: %s", topology.launcher, facts(topology))
     tuned = [*group.tuned, *training.tuned]
-    if composition.evaluator.placement.channels_last:
+    if built.evaluator.placement.channels_last:
         tuned.append("channels_last")
-    end = composition.pace.end
+    end = built.cadence.end
     logger.info("run %s on %s x %s, %d steps", path, group.world_size, group.device.type, end)
     logger.info("batch: %s", batch_plan.describe(training.plan))
     logger.info("for speed (--no-tuning switches it off): %s", ", ".join(tuned))

@@ -33,7 +33,7 @@ TOLD_PREFIXES = (
 )
 
 
-def describe(
+def environment_facts(
     topology: Topology, device: torch.device, *, recipe_folder: Path | None = None
 ) -> dict[str, object]:
     """Returns the facts as JSON values. Called by rank 0 alone; `recipe_folder` is where the git

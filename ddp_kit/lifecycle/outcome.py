@@ -35,7 +35,7 @@ def outcome_of(
     context: RunContext, ending: Ending, *, metrics: Mapping[str, float], digest: str
 ) -> Outcome:
     """Returns an ending as `run` hands it to its caller."""
-    training = context.composition.training
+    training = context.built.training
     return Outcome(
         status=ending.status,
         reason=ending.reason,
@@ -60,21 +60,25 @@ def leave_ending(attempt: Attempt, context: RunContext, ending: Ending, *, diges
 def _write_ending(
     directory: RunDir, attempt: Attempt, context: RunContext, ending: Ending, *, digest: str
 ) -> None:
-    step = context.composition.training.step
-    steps_per_epoch = context.composition.pace.steps_per_epoch
+    step = context.built.training.step
+    cadence = context.built.cadence
     reporter = context.reporter
     status = directory.status(
         ending.status,
         reason=ending.reason,
         step=step,
-        epoch=step // steps_per_epoch if steps_per_epoch else 0,
+        epoch=cadence.cursor.epoch(step, steps_per_epoch=cadence.steps_per_epoch),
         metrics=attempt.metrics,
         weights_sha256=digest,
         exit_code=ending.exit_code,
     )
     if ending.exit_code == REQUEUE:
         directory.ask_requeue(ending.reason)
-    if attempt.watch is not None and ending.stop is Stop.FILE and attempt.watch.take("STOP"):
+    if (
+        attempt.stop_watcher is not None
+        and ending.stop is Stop.FILE
+        and attempt.stop_watcher.take("STOP")
+    ):
         reporter.event("acknowledged", step=step, message="the file STOP")
     kind = "finish" if ending.status == "finished" else "stop"
     reporter.event(kind, step=step, message=ending.reason)

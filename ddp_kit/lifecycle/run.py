@@ -12,7 +12,7 @@ from ddp_kit.checkpoint.best_weights import best_weights
 from ddp_kit.checkpoint.checkpointer import About, Checkpointer
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.storage import LocalDisk
-from ddp_kit.checkpoint.resume import binding, resume, resume_data
+from ddp_kit.checkpoint.resume import binding, described, resume, resume_data
 from ddp_kit.checkpoint.retention import keep_of
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.distributed.collectives import from_rank
@@ -26,11 +26,10 @@ from ddp_kit.lifecycle.reporters import reporter_of
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.lifecycle.start import RunPlace, begins_from, open_directory
 from ddp_kit.recipe import Recipe
-from ddp_kit.setup.build import compose, require_same_settings
+from ddp_kit.setup.build import build, cadence_of, require_same_settings
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, heeding
 from ddp_kit.training.loop import Ending, fit, stopped
-from ddp_kit.training.recipe_evaluation import data_sets
 
 
 def train_attempt(
@@ -58,10 +57,10 @@ def train_attempt(
     changed = _take_over(opened, attempt, context)
     if opened is not None and not changed and _was_finished(context):
         return _finished_before(context)
-    training = context.composition.training
+    training = context.built.training
     owes_evaluation = (
         opened is not None
-        and context.composition.pace.evaluates(training.step)
+        and context.built.cadence.evaluates(training.step)
         and not opened.manifest.metrics
     )
     begin(attempt, context, is_first=opened is None, owes_evaluation=owes_evaluation)
@@ -70,7 +69,7 @@ def train_attempt(
         callback.on_start(training.model)
     # An early stop is final, but the test data are still to be evaluated.
     is_over = opened is not None and not changed and context.early_stopping.is_over
-    end = context.composition.pace.end
+    end = context.built.cadence.end
     if is_over:
         end = training.step
     ending = _fit(attempt, context, end=end, owes_evaluation=owes_evaluation)
@@ -103,14 +102,14 @@ def _build(
     own = settings
     if opened is not None and not settings.save_trainable_only:
         own = replace(settings, init_from="")
-    composition = compose(recipe, own, group, is_resumed=opened is not None)
+    built = build(recipe, own, group, is_resumed=opened is not None)
     return RunContext(
         request=attempt.request,
         stop=attempt.stop,
         directory=attempt.directory,
         place=place,
         recipe=recipe,
-        composition=composition,
+        built=built,
         reporter=reporter_of(recipe, settings, group),
         early_stopping=EarlyStopping(settings.early_stop),
     )
@@ -122,21 +121,22 @@ def _take_over(opened: Opened | None, attempt: Attempt, context: RunContext) -> 
     """
     settings = context.request.settings
     source = context.request.source
-    composition = context.composition
-    training = composition.training
-    bound = binding(settings, recipe=source.sha256 if source else "")
+    built = context.built
+    training = built.training
+    bound = binding(settings, recipe=source.sha256 if source else "", data=described(built.feed))
     training.checkpoints = Checkpointer(
         training,
         LocalDisk(context.place.checkpoints),
         about=About(
             run_id=context.place.run_id,
             binding=bound,
-            steps_per_epoch=composition.pace.steps_per_epoch,
+            steps_per_epoch=built.cadence.steps_per_epoch,
+            length=built.feed.length,
         ),
-        keep=keep_of(settings, composition.evaluator.names),
+        keep=keep_of(settings, built.evaluator.names),
         minutes=settings.save_minutes,
         early_stopping=context.early_stopping,
-        course=composition.feed.course,
+        progress=built.feed.progress,
         on_end=attempt.saved,
     )
     if opened is None:
@@ -144,23 +144,27 @@ def _take_over(opened: Opened | None, attempt: Attempt, context: RunContext) -> 
     attempt.metrics = {name: float(value) for name, value in opened.manifest.metrics.items()}
     resume_data(
         opened,
-        composition.feed,
+        built.feed,
         world_size=training.group.world_size,
         restarts=settings.resume_data == "restart",
     )
-    return resume(
+    changed = resume(
         opened,
         training,
+        feed=built.feed,
         settings=settings,
         new=bound,
         early_stopping=context.early_stopping,
     )
+    # The place may be another one now.
+    built.cadence = cadence_of(settings, built.feed)
+    return changed
 
 
 def _was_finished(context: RunContext) -> bool:
     """Whether an earlier attempt came to the end that this one has."""
     place = context.place
-    is_at_end = context.composition.training.step >= context.composition.pace.end
+    is_at_end = context.built.training.step >= context.built.cadence.end
     return place.is_finished and (is_at_end or place.is_stopped_early)
 
 
@@ -176,19 +180,19 @@ def _finished_before(context: RunContext) -> Outcome:
 
 def _fit(attempt: Attempt, context: RunContext, *, end: int, owes_evaluation: bool) -> Ending:
     """Trains up to step `end`. Returns how the loop ended."""
-    composition = context.composition
-    training = composition.training
+    built = context.built
+    training = built.training
 
     def evaluate(epoch: int) -> dict[str, float]:
-        if composition.evaluator.sets:
+        if built.evaluator.sets:
             attempt.metrics = _evaluate(context, epoch=epoch)
         return attempt.metrics
 
-    with closing(composition.feed.batches(start=training.step, end=end)) as batches:
+    with closing(built.feed.batches(start=training.step, end=end)) as batches:
         return fit(
             training,
             batches,
-            pace=composition.pace,
+            cadence=built.cadence,
             report=context.reporter,
             evaluate=evaluate,
             early_stopping=context.early_stopping,
@@ -200,10 +204,10 @@ def _fit(attempt: Attempt, context: RunContext, *, end: int, owes_evaluation: bo
 
 def _evaluate(context: RunContext, *, epoch: int) -> dict[str, float]:
     """Evaluates and records. Raises: Abandoned if a stop leaves no time for the rest of it."""
-    training = context.composition.training
-    evaluator = context.composition.evaluator
+    training = context.built.training
+    evaluator = context.built.evaluator
     reporter = context.reporter
-    with heeding(training.control, context.stop) as heed:
+    with heeding(training.control_packet, context.stop) as heed:
         metrics = evaluator(training.model, average=training.average, heed=heed)
     reporter.log({"kind": "eval", "step": training.step, "epoch": epoch, **metrics})
     if evaluator.recipe.samples is not None:
@@ -214,7 +218,7 @@ def _evaluate(context: RunContext, *, epoch: int) -> dict[str, float]:
 
 def _end(ending: Ending, attempt: Attempt, context: RunContext) -> Outcome:
     """Waits for the last save, evaluates the test data and leaves the status."""
-    training = context.composition.training
+    training = context.built.training
     assert training.checkpoints is not None
     if ending.stop:
         # Now, on ranks that saw no sign of it.
@@ -233,13 +237,13 @@ def _end(ending: Ending, attempt: Attempt, context: RunContext) -> Outcome:
     if has_time and (training.group.rank == 0 or training.strategy.shards is not None):
         digest = weights_sha256(training.model)
     digest = from_rank(training.group, digest.encode()).decode()
-    if ending.status == "finished" and context.recipe.test_data is not None:
+    if ending.status == "finished" and context.built.test_sets:
         try:
             attempt.metrics |= _test(context)
         except Abandoned as abandoned:
             # The next attempt evaluates them.
             ending = stopped(abandoned.decision) or ending
-    training.control.close()
+    training.control_packet.close()
     for callback in context.recipe.callbacks:
         callback.on_end(ending.reason or ending.status)
     return leave_ending(attempt, context, ending, digest=digest)
@@ -249,16 +253,15 @@ def _test(context: RunContext) -> dict[str, float]:
     """Evaluates the test data once, on the weights of the best checkpoint (the last ones without
     one). Raises: Abandoned.
     """
-    assert context.recipe.test_data is not None
-    training = context.composition.training
-    evaluator = context.composition.evaluator
-    sets = data_sets(context.recipe.test_data(), what="test")
+    training = context.built.training
+    evaluator = context.built.evaluator
+    on_test = evaluator.on(context.built.test_sets)
     keep = keep_of(context.request.settings, evaluator.names)
     storage = LocalDisk(context.place.checkpoints)
     with (
         best_weights(training, storage, keep=keep) as step,
-        heeding(training.control, context.stop) as heed,
+        heeding(training.control_packet, context.stop) as heed,
     ):
-        metrics = evaluator.on(sets)(training.model, heed=heed)
+        metrics = on_test(training.model, heed=heed)
     context.reporter.log({"kind": "test", "step": step or training.step, **metrics})
     return {f"test/{name}": value for name, value in metrics.items()}

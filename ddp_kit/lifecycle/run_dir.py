@@ -66,11 +66,13 @@ class RunDir:
 
         Raises: ConfigError if the directory cannot be written or is in use by a live run.
         """
-        end = time.monotonic() + STALE_S + BEAT_S
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            while _is_lost_peer(self.holder()) and time.monotonic() < end:
-                time.sleep(1.0)
+            wait_until(
+                lambda: not _is_lost_peer(self.holder()),
+                within_s=STALE_S + BEAT_S,
+                pause_s=1.0,
+            )
             self._take_lock()
             # Of an attempt that is over.
             (self.path / "requeue").unlink(missing_ok=True)

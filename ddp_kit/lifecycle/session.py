@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ddp_kit.distributed.failures import Verdict
+from ddp_kit.distributed.failures import Failure
 from ddp_kit.distributed.process_group import Group, process_group
 from ddp_kit.distributed.topology import is_first_rank
 from ddp_kit.errors import ConfigError, DdpKitError
@@ -21,7 +21,7 @@ from ddp_kit.strategies.precision import arithmetic, deterministic
 
 OTHERS_SPEAK_S = 5.0  # a busy machine starts the first rank that much later than the others
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
-OnFailure = Callable[[Verdict], None]
+OnFailure = Callable[[Failure], None]
 
 
 @contextmanager
@@ -36,9 +36,9 @@ def session(
     """Enters the group that the settings ask for. Every rank calls it. A node check leaves its
     findings in `run_dir`.
 
-    On an error each rank finds out who the culprit is, `on_failure(verdict)` may write it down, and
+    On an error each rank finds out who the culprit is, `on_failure(failure)` may write it down, and
     with `speaks` the culprit's message goes to stderr, first and once, and the error becomes a
-    SystemExit with its exit code. `after_failure(verdict)` does what may take its time.
+    SystemExit with its exit code. `after_failure(failure)` does what may take its time.
     """
     # A convolution's gradient has other bits on two threads than on one.
     threads = settings.threads or int(settings.exact)
@@ -52,17 +52,17 @@ def session(
             ):
                 yield group
         except BaseException as error:
-            verdict = group.blame.judge(error)
-            text = verdict.words()
-            logger.debug("%s", redact_text(text or verdict.reason))
+            failure = group.failure_report.find_culprit(error)
+            text = failure.words()
+            logger.debug("%s", redact_text(text or failure.reason))
             if on_failure is not None:
-                on_failure(verdict)
+                on_failure(failure)
             if speaks:
                 sys.stdout.flush()
                 sys.stderr.write(without_secrets(text))
                 sys.stderr.flush()
             if after_failure is not None:
-                after_failure(verdict)
+                after_failure(failure)
             if not speaks or isinstance(error, SystemExit):
                 raise
             raise SystemExit(exit_code(error)) from error

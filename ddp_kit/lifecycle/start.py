@@ -28,7 +28,7 @@ from ddp_kit.io.logs import logger
 from ddp_kit.io.polling import wait_until
 from ddp_kit.io.process import process_start
 from ddp_kit.io.redact import redact
-from ddp_kit.lifecycle.env_facts import describe
+from ddp_kit.lifecycle.env_facts import environment_facts
 from ddp_kit.lifecycle.history import last_step, starts_of_job
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.recipe import RecipeSource
@@ -48,6 +48,8 @@ class RunPlace:
     earlier: Mapping[str, object]  # the status that an earlier attempt left
     last_step: int = 0  # that the attempt before is known to have done
     starts: Sequence[int] = ()  # at which this job's earlier attempts began
+    origin: str = ""  # what --resume named when the run began from it
+    is_restarted: bool = False  # by SLURM or torchrun's agent, with the command as it was
 
     @property
     def checkpoints(self) -> Path:
@@ -111,11 +113,18 @@ def _claim(
             "Type another --run-dir, or leave --resume out."
         )
     claimed(directory)
-    run_id = ""
+    facts: Mapping[str, object] = {}
     if earlier:
-        run_id = str(read_json(path / "settings.json").get("run_id", ""))
+        facts = read_json(path / "settings.json")
+    run_id = str(facts.get("run_id", ""))
+    starts = starts_of_job(path)
     place = replace(
-        place, run_id=run_id or place.run_id, earlier=earlier, starts=starts_of_job(path)
+        place,
+        run_id=run_id or place.run_id,
+        earlier=earlier,
+        starts=starts,
+        origin=str(facts.get("resumed_from", "")),
+        is_restarted=bool(starts) or _restarts_by_agent() > 0,
     )
     if earlier:
         place = replace(place, last_step=last_step(path, earlier))
@@ -157,6 +166,9 @@ def write_facts(
     begun.
     """
     about: dict[str, object] = {"run_id": place.run_id, "agent": _agent(), "recipe": place.name}
+    about["resumed_from"] = place.origin
+    if settings.resume not in ("auto", "never"):
+        about["resumed_from"] = _whole_path(settings.resume)
     defaults: Mapping[str, object] = {}
     folder = None
     if source is not None:
@@ -167,7 +179,9 @@ def write_facts(
     about["settings"] = redact(to_json(settings))
     about["defaults"] = redact(defaults)
     directory.write_json("settings.json", about)
-    directory.write_json("env.json", describe(group.topology, group.device, recipe_folder=folder))
+    directory.write_json(
+        "env.json", environment_facts(group.topology, group.device, recipe_folder=folder)
+    )
 
 
 def begins_from(settings: Settings, group: Group, place: RunPlace) -> Opened | None:
@@ -194,13 +208,21 @@ def begins_from(settings: Settings, group: Group, place: RunPlace) -> Opened | N
 
 
 def _named(resume: str, group: Group, place: RunPlace) -> Opened:
-    """Returns the checkpoint that --resume names. Raises: ConfigError."""
-    origin = origin_of(Path(resume), flag_text="--resume")
-    opened = find(origin, group=group)
+    """Returns the checkpoint that --resume names, or the newest one of this run if it has begun
+    from there before: a job that is started again has its command as it was. Raises: ConfigError.
+    """
+    is_here = _is_in(Path(resume), place.checkpoints)
+    has_own = bool(candidates(LocalDisk(place.checkpoints), group=group))
+    is_same = place.origin == _whole_path(resume)
+    # Whoever goes back in a run of their own may want to do so once more.
+    if is_same and has_own and (place.is_restarted or not is_here):
+        opened = find(Origin(place.checkpoints), group=group, sets_aside=True)
+        if opened is not None:
+            return opened
+    opened = find(origin_of(Path(resume), flag_text="--resume"), group=group)
     if opened is None:
         raise ConfigError(f"--resume {resume}: there is no good checkpoint in it.")
-    is_here = origin.folder.resolve() == place.checkpoints.resolve()
-    if not is_here and candidates(LocalDisk(place.checkpoints), group=group):
+    if not is_here and has_own and not is_same:
         raise ConfigError(
             f"--resume {resume}: --run-dir {place.path} has checkpoints of its own. "
             "Type another --run-dir."
@@ -208,12 +230,26 @@ def _named(resume: str, group: Group, place: RunPlace) -> Opened:
     return opened
 
 
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether a path of a run, of its checkpoints or of one of them has them in a folder."""
+    whole = path.resolve()
+    return folder.resolve() in (whole, whole.parent, whole / "checkpoints")
+
+
+def _whole_path(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def _restarts_by_agent() -> int:
+    """Returns how often torchrun's agent has started the ranks again."""
+    return int(environment().get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def default_path(name: str) -> Path:
     """Returns the run directory of a run that names none: that of its first attempt, if torchrun's
     agent has restarted the ranks.
     """
-    environ = environment()
-    if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if _restarts_by_agent():
         for path in sorted(Path("runs").glob("*/settings.json"), reverse=True):
             if read_json(path).get("agent") == _agent():
                 return path.parent

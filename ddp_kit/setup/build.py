@@ -4,6 +4,7 @@ Here stands the order in which a recipe's factories are called, and which settin
 Nothing is run but what the start needs: the dry run, and one micro-batch of the evaluation.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,35 +14,27 @@ from ddp_kit.checkpoint.find import is_checkpoint
 from ddp_kit.checkpoint.retention import best_notes
 from ddp_kit.checkpoint.weights import base_sha256, require_equal
 from ddp_kit.config.secrets import is_secret_setting
-from ddp_kit.data.batch_plan import plan_batches
-from ddp_kit.data.dataset import Data, as_data
-from ddp_kit.data.iterable import is_stateful
-from ddp_kit.data.loader import Feed, build_loader, feed_of
-from ddp_kit.data.stream_checks import require_resumable
-from ddp_kit.data.transfer import Placement
+from ddp_kit.data.dataset import Data
+from ddp_kit.data.loader import Feed
+from ddp_kit.data.seeding import made_under_seed
 from ddp_kit.distributed.collectives import first_difference, gather_bytes
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings, digest, flag, flatten
-from ddp_kit.setup.find_batch_size import find_micro_batch
 from ddp_kit.setup.meta_init import Reads, materialise
-from ddp_kit.setup.model import (
-    build_model,
-    load_first_weights,
-    placement_of,
-    settle_memory_format,
-)
+from ddp_kit.setup.model import build_model, load_first_weights
 from ddp_kit.setup.start_notes import split_notes
+from ddp_kit.setup.train_data import train_feed
 from ddp_kit.setup.wrap import Part, part_of, wrap_parts
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.checks import require_splittable
 from ddp_kit.training.ema import WeightAverage
-from ddp_kit.training.loop import Pace
-from ddp_kit.training.recipe_evaluation import Evaluator, data_sets
-from ddp_kit.training.state import LossCall, Training
+from ddp_kit.training.loop import Cadence
+from ddp_kit.training.recipe_evaluation import Evaluator, made_sets
+from ddp_kit.training.state import Training
 
 
 def require_same_settings(group: Group, settings: Settings, *, text: str) -> None:
@@ -84,26 +77,25 @@ def _by_rank(name: str, values: list[str]) -> str:
 
 
 @dataclass(kw_only=True)
-class Composition:
+class Built:
     """The parts of a run on this rank."""
 
     training: Training
     feed: Feed
     evaluator: Evaluator
-    pace: Pace
+    test_sets: Mapping[str, Data]
+    cadence: Cadence
 
 
-def compose(
-    recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool = False
-) -> Composition:
+def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool = False) -> Built:
     """Calls the recipe's factories and wraps what they give. Every rank calls it.
 
     Args: `is_resumed`: a checkpoint's state will follow.
     Raises: ConfigError, DataError or DdpKitError for what cannot be trained as given.
     """
     model = build_model(recipe, settings, group)
-    feed = _train_loader(model, recipe, settings, group)
-    pace = _pace(settings, feed)
+    feed = train_feed(model, recipe, settings, group)
+    cadence = cadence_of(settings, feed)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "the model has nothing to train: it has no parameters, or all of them are frozen."
@@ -125,72 +117,50 @@ def compose(
     if settings.ema:
         training.average = WeightAverage(model, decay=settings.ema)
     training.base_sha256 = base_hash
+    sets = _evaluation_sets(recipe, settings, group)
+    if feed.data.sharded and group.world_size > 1:
+        training.notes.append(
+            "the training data are each rank's own (sharded=True): which samples a step sees "
+            "depends on the number of ranks"
+        )
     training.notes += split_notes(model, feed.plan, settings, group)
     evaluator = Evaluator(
         recipe=recipe,
         settings=settings,
         group=group,
-        sets=data_sets(recipe.eval_data(), what="evaluation") if recipe.eval_data else {},
+        sets=sets,
         micro_batch=feed.plan.largest,
         placement=feed.placement,
         enter=strategy.enter,
     )
+    test_sets = made_sets(recipe.test_data, what="test", seed=settings.seed, group=group)
     evaluator.dry_run(model)
+    evaluator.on(test_sets).compare_sets()
+    training.notes += evaluator.notes
     training.notes += best_notes(
         settings.early_stop, evaluator.names, has_test=recipe.test_data is not None
     )
-    return Composition(training=training, feed=feed, evaluator=evaluator, pace=pace)
-
-
-def _train_loader(model: nn.Module, recipe: Recipe, settings: Settings, group: Group) -> Feed:
-    """Makes the recipe's data set, and its loader for the memory format that the model can have."""
-    data = as_data(recipe.train_data())
-    if data.is_iterable and is_stateful(data.dataset) and settings.resume_data == "state":
-        require_resumable(data, seed=settings.seed, after=settings.global_batch)
-    wanted = placement_of(model, settings, group)
-    placement = settle_memory_format(
-        model, wanted, lambda: _run_losses(model, recipe, data, wanted, settings, group)
+    return Built(
+        training=training, feed=feed, evaluator=evaluator, test_sets=test_sets, cadence=cadence
     )
-    micro_batch = settings.micro_batch
-    if micro_batch == "auto":
-        micro_batch = find_micro_batch(
-            model, recipe.parts(), data, placement=placement, settings=settings, group=group
+
+
+def _evaluation_sets(recipe: Recipe, settings: Settings, group: Group) -> Mapping[str, Data]:
+    """Raises: ConfigError for a set whose metrics would stand under the name of the test data's."""
+    sets = made_sets(recipe.eval_data, what="evaluation", seed=settings.seed, group=group)
+    if "test/" in sets and recipe.test_data is not None:
+        raise ConfigError(
+            "one of the sets of eval_data is named 'test', as the metrics of test_data are in "
+            "status.json: name it otherwise."
         )
-    return build_loader(
-        data,
-        group=group,
-        global_batch=settings.global_batch,
-        micro_batch=micro_batch,
-        seed=settings.seed,
-        num_workers=settings.num_workers,
-        placement=placement,
-    )
+    return sets
 
 
-def _run_losses(
-    model: nn.Module,
-    recipe: Recipe,
-    data: Data,
-    placement: Placement,
-    settings: Settings,
-    group: Group,
-) -> None:
-    """Runs the losses on two samples, as many as BatchNorm needs."""
-    plan = plan_batches(min(2, settings.global_batch), micro_batch=0, world_size=1)
-    feed = feed_of(
-        data,
-        plan=plan,
-        rank=0,
-        seed=settings.seed,
-        placement=placement,
-        num_workers=settings.num_workers,
-    )
-    batch = feed.dry_run_batch().batch
-    for part in recipe.parts():
-        LossCall(model, part.loss, precision=settings.precision, device=group.device)(batch)
+def cadence_of(settings: Settings, feed: Feed) -> Cadence:
+    """Returns when things happen in a run of this feed, at its place in the data.
 
-
-def _pace(settings: Settings, feed: Feed) -> Pace:
+    Raises: ConfigError if epochs were asked for and have no known length.
+    """
     if settings.epochs and not feed.steps_per_epoch:
         raise ConfigError(
             f"--epochs {settings.epochs}: the training data is iterable and has no length, or less "
@@ -198,11 +168,14 @@ def _pace(settings: Settings, feed: Feed) -> Pace:
             "or type --epochs 0 --max-steps N."
         )
     end = _scheduled_steps(settings, feed)
+    if settings.epochs:
+        end += feed.cursor.ahead
     if settings.max_steps:
         end = min(end, settings.max_steps)
-    return Pace(
+    return Cadence(
         end=end,
         steps_per_epoch=feed.steps_per_epoch,
+        cursor=feed.cursor,
         eval_every=settings.eval_every,
         save_every=settings.save_every,
     )
@@ -272,10 +245,21 @@ def _parts(model: nn.Module, recipe: Recipe, settings: Settings, feed: Feed) -> 
     """Builds each objective's optimizer and scheduler."""
     parts = []
     for objective in recipe.parts():
-        optimizer = objective.optimizer(part_of(model, objective.trains))
+        optimizer = made_under_seed(
+            objective.optimizer,
+            part_of(model, objective.trains),
+            seed=settings.seed,
+            what=f"optimizer {objective.trains}",
+        )
         scheduler = None
         if objective.scheduler:
-            scheduler = objective.scheduler(optimizer, _scheduled_steps(settings, feed))
+            scheduler = made_under_seed(
+                objective.scheduler,
+                optimizer,
+                _scheduled_steps(settings, feed),
+                seed=settings.seed,
+                what=f"scheduler {objective.trains}",
+            )
         part = Part(
             loss=objective.loss, optimizer=optimizer, scheduler=scheduler, trains=objective.trains
         )

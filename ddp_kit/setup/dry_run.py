@@ -8,18 +8,22 @@ back.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ddp_kit.data.agreement import require_same_samples
+from ddp_kit.data.agreement import require_own_samples, require_same_samples
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.seeding import generators_put_back, seed_forward
-from ddp_kit.distributed.collectives import first_difference
+from ddp_kit.distributed.collectives import first_difference, max_over_ranks
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DdpKitError, no_gradient
+from ddp_kit.metrics import Sums
 from ddp_kit.strategies import Wrapped
+from ddp_kit.training.answers import require_pairs
+from ddp_kit.training.growth import as_it_was, means_among, note_of_loss, note_of_metrics
 from ddp_kit.training.loss_count import Count, FixedCount, FoundCount, KnownCount
 from ddp_kit.training.nonfinite import samples_named
 from ddp_kit.training.running_stats import Buffer, buffers_put_back
@@ -39,12 +43,16 @@ class DryRun:
         self._allows_unused = allows_unused
         self._exact = exact
         self._batch = feed.dry_run_batch()
-        require_same_samples(
-            training.group,
-            self._batch.batch,
-            what="training data",
-            is_iterable=feed.data.is_iterable,
-        )
+        what = "training data"
+        if feed.data.sharded:
+            require_own_samples(training.group, self._batch.batch, what=what)
+        else:
+            require_same_samples(
+                training.group,
+                self._batch.batch,
+                what=what,
+                is_iterable=feed.data.is_iterable,
+            )
 
     def run(
         self,
@@ -52,8 +60,13 @@ class DryRun:
         optimizer: Optimizer,
         parameters: Sequence[nn.Parameter],
         frozen: Sequence[nn.Parameter],
+        *,
+        forward_key: int,
+        trains: str = "",
     ) -> tuple[Wrapped, Count]:
         """Runs and wraps the call of a loss that trains `parameters`. Every rank calls it.
+
+        Args: `forward_key` of the objective, for its draws; `trains` its part of the model.
 
         Returns: the wrapped call, ready for the first step, and how the loss's count will be known.
         Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer.
@@ -63,8 +76,10 @@ class DryRun:
             generators_put_back(),
             buffers_put_back(self.training.model) as buffers,
         ):
+            seed_forward(forward_key, 0, 0, device=self.training.group.device)
             count = self._run_bare(call, parameters)
             _note_buffers(self.training, buffers, exact=self._exact)
+            self._note_means(call, forward_key=forward_key, trains=trains)
             wrapped = self.training.strategy.wrap(call, optimizer)
             if self.training.group.world_size > 1:
                 self._run_wrapped(wrapped.call, parameters)
@@ -77,9 +92,9 @@ class DryRun:
         """
         training = self.training
         batch = self._batch
-        seed_forward(training.forward_key, 0, 0, device=training.group.device)
         with samples_named(batch, "before the first step"):
-            total, count, _ = training.strategy.enter(call, batch.batch)
+            total, count, metrics = training.strategy.enter(call, batch.batch)
+        require_pairs(metrics)
         self._check_count_beforehand(count)
         known = _count_of(count, batch.size, feed=self._feed, group=training.group)
         if not total.requires_grad:
@@ -98,6 +113,29 @@ class DryRun:
         for parameter in parameters:
             parameter.grad = None
         return known
+
+    def _note_means(self, call: LossCall, *, forward_key: int, trains: str) -> None:
+        """Notes what looks like a mean where a sum is meant, by a few samples more.
+
+        It runs where each rank has the whole model: a loss that fails half way does no harm there.
+        """
+        training = self.training
+        if training.strategy.shards is not None:
+            return
+
+        def run(batch: Any, draws: int) -> Sums:
+            seed_forward(forward_key, 0, draws, device=training.group.device)
+            total, count, metrics = call(batch)
+            return {"loss": (total.detach(), count), **metrics}
+
+        with as_it_was(training.model):
+            found = means_among(run, self._batch.batch, size=self._batch.size)
+        what = f"the loss of {trains}" if trains else "the loss"
+        if "loss" in found:
+            training.notes.append(note_of_loss(what))
+            found.remove("loss")
+        if found:
+            training.notes.append(note_of_metrics(found, what=what))
 
     def _check_count_beforehand(self, count: int | torch.Tensor) -> None:
         count_of = self._feed.data.count
@@ -149,6 +187,9 @@ def _count_of(count: int | torch.Tensor, size: int, *, feed: Feed, group: Group)
     exponent = 0
     if 0 < whole < math.inf:
         exponent = round(math.log2(whole))
+    if feed.data.sharded:
+        # The ranks' samples are not the same.
+        exponent = max_over_ranks(group, [exponent])[0]
     found = [int(is_fixed), int(count) if is_fixed else 0, exponent]
     if first_difference(group, found) is not None:
         raise DdpKitError(
@@ -195,7 +236,7 @@ def _note_buffers(
             continue
         if buffer.tensor.untyped_storage().data_ptr() in statistics.owned:
             continue
-        if torch.equal(buffer.settle(), value):
+        if torch.equal(buffer.in_place(), value):
             continue
         if exact:
             raise ConfigError(

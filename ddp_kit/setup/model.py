@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ddp_kit.checkpoint.init_from import load_weights
-from ddp_kit.data.seeding import Purpose, generators_put_back, key
+from ddp_kit.data.seeding import Purpose, generators_put_back, key, seed_generators
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest
@@ -38,7 +38,7 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
         load_first_weights(model, settings, group)
     _check_device(settings, group)
     if settings.sync_batchnorm:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.training)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.pg)
     device: torch.device | str = group.device
     if is_meta:
         device = "meta"
@@ -57,8 +57,11 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
 def _fresh_model(recipe: Recipe, *, seed: int, is_meta: bool) -> nn.Module:
     """Calls the recipe's `model()` under the run's seed."""
     device = torch.device("meta") if is_meta else nullcontext()
+    weights_key = key(seed, Purpose.WEIGHTS)
     with generators_put_back(), device:
-        torch.manual_seed(key(seed, Purpose.WEIGHTS))
+        seed_generators(weights_key)
+        # That of the device too.
+        torch.manual_seed(weights_key)
         model = recipe.model()
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -136,7 +139,7 @@ def placement_of(model: nn.Module, settings: Settings, group: Group) -> Placemen
     )
 
 
-def settle_memory_format(
+def choose_memory_format(
     model: nn.Module, placement: Placement, trial: Callable[[], object]
 ) -> Placement:
     """Returns the placement to use, and gives the model the memory format that goes with it.

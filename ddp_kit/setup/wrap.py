@@ -4,7 +4,7 @@ Nothing is repaired here: an optimizer that does not hold what it should is name
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from ddp_kit.checkpoint.weights import require_equal
 from ddp_kit.data.batch_plan import BatchPlan, require_subtrees
 from ddp_kit.data.loader import Feed
 from ddp_kit.data.seeding import forward_key
-from ddp_kit.distributed.control_packet import Control
+from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.local_shard import local
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest, some
+from ddp_kit.io.logs import logger
 from ddp_kit.metrics import LossSum
 from ddp_kit.settings import Precision, Settings
 from ddp_kit.setup.dry_run import DryRun
@@ -27,6 +28,7 @@ from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.fused_step import fuse
 from ddp_kit.strategies.precision import LossScale
+from ddp_kit.training.optimizer_marks import marks_of
 from ddp_kit.training.running_stats import RunningStatistics
 from ddp_kit.training.state import LossCall, ObjectiveState, Training
 
@@ -65,7 +67,7 @@ def wrap(
     """
     require_equal(model, group=group)
     settings = Settings(exact=exact, find_unused_parameters=find_unused_parameters)
-    return wrap_parts(
+    training = wrap_parts(
         model,
         [Part(loss=loss, optimizer=optimizer, scheduler=scheduler)],
         strategy=choose_strategy(group, settings),
@@ -77,6 +79,10 @@ def wrap(
         exact=exact,
         tuning=tuning,
     )
+    if group.rank == 0:
+        for note in training.notes:
+            logger.warning("note: %s", note)
+    return training
 
 
 def wrap_parts(
@@ -115,13 +121,13 @@ def wrap_parts(
     is_split = strategy.shards is not None
     training = Training(
         group=group,
-        control=Control(group),
+        control_packet=ControlPacket(group),
         strategy=strategy,
         model=model,
         objectives=[],
         statistics=statistics,
         plan=feed.plan,
-        forward_key=forward_key(feed.seed),
+        cursor=feed.cursor,
         grad_clip=grad_clip,
         rounds=_most_micro_batches(feed.plan, group.world_size) if is_split else 0,
     )
@@ -131,9 +137,10 @@ def wrap_parts(
         fused = [fuse(part.optimizer) for part in parts]
     if fused and all(fused):
         training.tuned.append("fused optimizer")
-    for part in parts:
+    for i, part in enumerate(parts):
+        draws = forward_key(feed.seed, objective=i)
         training.objectives.append(
-            _objective(part, dry_run, precision=precision, is_only=len(parts) == 1)
+            _objective(part, dry_run, precision=precision, is_only=len(parts) == 1, draws=draws)
         )
     return training
 
@@ -154,12 +161,13 @@ def _most_micro_batches(plan: BatchPlan, world_size: int) -> int:
 
 
 def _objective(
-    part: Part, dry_run: DryRun, *, precision: Precision, is_only: bool
+    part: Part, dry_run: DryRun, *, precision: Precision, is_only: bool, draws: int
 ) -> ObjectiveState:
-    """Checks one objective, runs it dry and wraps it."""
+    """Checks one objective, runs it dry and wraps it. Args: `draws` its `forward_key`."""
     training = dry_run.training
     model = training.model
     device = training.group.device
+    on_cuda = device.type == "cuda"
     _check_scheduler(part)
     parameters = _trained(model, part, is_only=is_only)
     own = {id(parameter) for parameter in parameters}
@@ -168,32 +176,31 @@ def _objective(
         for parameter in model.parameters()
         if parameter.requires_grad and id(parameter) not in own
     ]
-    reads_found_inf = device.type == "cuda" and getattr(
-        part.optimizer, "_step_supports_amp_scaling", False
-    )
     call = LossCall(model, part.loss, precision=precision, device=device)
-    wrapped, count = dry_run.run(call, part.optimizer, parameters, frozen)
-    is_plain = wrapped.step is None and training.strategy.shards is None
+    wrapped, count = dry_run.run(
+        call, part.optimizer, parameters, frozen, forward_key=draws, trains=part.trains
+    )
     dtypes = {parameter.dtype for parameter in parameters}
     place = local(parameters[0]).device
+    view = wrapped.optimizer_view
     return ObjectiveState(
         name="" if is_only else f"{part.trains}/",
+        model=model,
         call=wrapped.call,
         parameters=parameters,
         frozen=frozen,
         optimizer=part.optimizer,
+        optimizer_view=view,
         scheduler=part.scheduler,
         count=count,
+        marks=replace(marks_of(view.stepped), groups=marks_of(part.optimizer).groups),
+        forward_key=draws,
         scale=LossScale.of(precision),
-        step=wrapped.step,
-        owns=wrapped.owns,
-        moments=wrapped.moments,
-        refresh=wrapped.refresh,
         found_inf=torch.zeros((), device=place),
         one=torch.ones((), device=place),
         is_mixed=len(dtypes) > 1 or parameters[0].is_complex(),
         # The host need not wait for each step's verdict.
-        is_deferred=reads_found_inf and is_only and is_plain and precision != "fp16",
+        is_deferred=view.heeds_found_inf and on_cuda and is_only and precision != "fp16",
         may_draw=not type(part.optimizer).__module__.startswith("torch.optim."),
     )
 

@@ -5,7 +5,7 @@ It is measured and not guessed: before the first save nothing is known, and noth
 
 from collections import deque
 
-from ddp_kit.distributed.control_packet import Control
+from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.topology import Topology, environment
 from ddp_kit.errors import ConfigError
 
@@ -15,12 +15,12 @@ AGENT_S = 30.0
 RECENT = 5
 
 
-class Grace:
+class GracePeriod:
     """What a stop needs, and what it is given. `has_s` is 0 if that is not known."""
 
-    def __init__(self, control: Control, topology: Topology):
+    def __init__(self, control_packet: ControlPacket, topology: Topology):
         """Raises: ConfigError if DDP_KIT_GRACE_S is no number."""
-        self._control = control
+        self._control_packet = control_packet
         self._saves = deque[float](maxlen=RECENT)
         self._giver = "DDP_KIT_GRACE_S"
         self.has_s = _given_s()
@@ -39,14 +39,14 @@ class Grace:
         """Seconds that a stop needs at most; 0 while no save has been measured."""
         if not self._saves:
             return 0.0
-        return sum(self._control.agreement_s()) + 2 * max(self._saves)
+        return sum(self._control_packet.agreement_s()) + 2 * max(self._saves)
 
     def statement(self) -> str:
         """Returns the sum in words, the first time that it is known, else ""."""
         if not self._saves or self._has_said:
             return ""
         self._has_said = True
-        step_s, agreement_s = self._control.agreement_s()
+        step_s, agreement_s = self._control_packet.agreement_s()
         save_s = max(self._saves)
         return (
             f"a stop needs up to {_s(self.needs_s)}: "

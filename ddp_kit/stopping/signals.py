@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
-from ddp_kit.distributed.control_packet import Control, Decision
+from ddp_kit.distributed.control_packet import ControlPacket, Decision
 from ddp_kit.distributed.topology import environment
 
 # The exit code for "saved, please start me again", if the launcher has asked for it.
 REQUEUE = 75
 # Of prctl.h.
 PR_SET_PDEATHSIG = 1
-# SLURM sends SIGTERM twice, torchrun's agent repeats what its workers got, and so does the shell of
+# SLURM sends SIGTERM twice, torchrun's agent repeats what its ranks got, and so does the shell of
 # a closed terminal.
 ECHO_S = 5.0
 
@@ -170,22 +170,22 @@ def signals_noted() -> Iterator[StopFlag]:
 
 
 @contextmanager
-def heeding(control: Control, flag: StopFlag) -> Iterator[Callable[[], None]]:
+def heeding(control_packet: ControlPacket, flag: StopFlag) -> Iterator[Callable[[], None]]:
     """Yields what an evaluation calls after each micro-batch, on every rank alike.
 
     Raises: Abandoned, where that is called, once all ranks agree to stop.
     """
 
     def heed() -> None:
-        decision = control.boundary(stop=flag.stop)
+        decision = control_packet.boundary(stop=flag.stop)
         if decision.stop:
             raise Abandoned(decision)
 
-    control.begin_kind("evaluation")
+    control_packet.begin_kind("evaluation")
     try:
         yield heed
     finally:
-        control.begin_kind("training")
+        control_packet.begin_kind("training")
 
 
 def leaves_with_agent(launcher: str) -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from ddp_kit.distributed.topology import environment
 from ddp_kit.io.process import process_start
-from ddp_kit.stopping.grace_period import Grace
+from ddp_kit.stopping.grace_period import GracePeriod
 from ddp_kit.stopping.signals import Stop, StopFlag
 
 POLL_S = 1.0
@@ -33,7 +33,7 @@ class AsksForSaves(Protocol):
         """Asks for a save at the next boundary of all ranks."""
 
 
-class Watch:
+class StopWatcher:
     """Looks for `STOP` and `SAVE` in a run directory, and at the times when the run has to end.
 
     Whoever makes one closes it.
@@ -45,7 +45,7 @@ class Watch:
         flag: StopFlag,
         *,
         checkpoints: AsksForSaves,
-        grace: Grace,
+        grace_period: GracePeriod,
         end: float = math.inf,
     ):
         """Args: `checkpoints` are asked for a save, `grace` for what a stop needs; `end`: when
@@ -53,7 +53,7 @@ class Watch:
         self._folder = folder
         self._flag = flag
         self._checkpoints = checkpoints
-        self._grace = grace
+        self._grace_period = grace_period
         self._end = end
         self._job_end = _job_end()
         self._is_saving = False
@@ -104,7 +104,7 @@ class Watch:
             self._is_saving = True
         if time.monotonic() >= self._end:
             self._flag.ask(Stop.MAX_HOURS)
-        needs_s = self._grace.needs_s or UNKNOWN_S
+        needs_s = self._grace_period.needs_s or UNKNOWN_S
         if time.time() >= self._job_end - MARGIN_S - needs_s:
             self._flag.ask(Stop.JOB_END)
 

@@ -30,7 +30,7 @@ class Strategy(Protocol):
         it."""
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
-        """Returns what is to be called in place of a loss call, and how its optimizer steps.
+        """Returns what is to be called in place of a loss call, and its optimizer's view.
 
         Raises: ConfigError for an optimizer that the strategy cannot split.
         """

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError, no_gradient
 from ddp_kit.settings import Comm
+from ddp_kit.strategies.optimizer_view import WholeOptimizer
 from ddp_kit.strategies.whole import Whole, Wrapped
 
 
@@ -35,7 +36,7 @@ class DataParallel(Whole):
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` in a DDP wrapper that the group releases before it is destroyed."""
-        return Wrapped(call=self.ddp(call))
+        return Wrapped(call=self.ddp(call), optimizer_view=WholeOptimizer(optimizer))
 
     def ddp(self, call: nn.Module) -> DistributedDataParallel:
         """Returns the wrapper."""
@@ -43,7 +44,7 @@ class DataParallel(Whole):
         wrapped = DistributedDataParallel(
             call,
             device_ids=[device] if device.type == "cuda" else None,
-            process_group=self._group.training,
+            process_group=self._group.pg,
             find_unused_parameters=self._find_unused,
             gradient_as_bucket_view=True,
             **_no_buffer_sync(),
@@ -56,7 +57,7 @@ class DataParallel(Whole):
             )
 
             hook = bf16_compress_hook if self._comm == "bf16" else fp16_compress_hook
-            wrapped.register_comm_hook(self._group.training, hook)
+            wrapped.register_comm_hook(self._group.pg, hook)
         return wrapped
 
     @contextmanager

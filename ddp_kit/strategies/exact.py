@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.tree_sum import Fold, Leaf
 from ddp_kit.strategies.ddp import DataParallel
+from ddp_kit.strategies.optimizer_view import WholeOptimizer
 from ddp_kit.strategies.ordered_allreduce import Future, OrderedAllReduce
 from ddp_kit.strategies.whole import Whole, Wrapped
 
@@ -79,7 +80,7 @@ class ExactSingle(Whole):
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` itself."""
         self._leaves[call] = _Leaves(call)
-        return Wrapped(call=call)
+        return Wrapped(call=call, optimizer_view=WholeOptimizer(optimizer))
 
     @contextmanager
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:
@@ -121,7 +122,7 @@ class ExactDataParallel(Whole):
             )
 
         wrapped.register_comm_hook(self._all_reduce, hook)
-        return Wrapped(call=wrapped)
+        return Wrapped(call=wrapped, optimizer_view=WholeOptimizer(optimizer))
 
     @contextmanager
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:

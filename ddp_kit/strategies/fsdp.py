@@ -5,8 +5,6 @@ model, whose forward calls any function: so parts of the model may be used freel
 FSDP2 cannot split is refused before (`checks`).
 """
 
-import re
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
@@ -29,15 +27,12 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import Fsdp, Precision
 from ddp_kit.strategies.fsdp_modules import modules_to_wrap
-from ddp_kit.strategies.fused_step import step_quietly
+from ddp_kit.strategies.fsdp_optimizer import SplitOptimizer
 from ddp_kit.strategies.outside_use import FSDP_MESSAGE, PartialReadGuard
 from ddp_kit.strategies.precision import AUTOCAST
 from ddp_kit.strategies.root import CallThroughRoot, Root
 from ddp_kit.strategies.usage_guard import UsageGuard
 from ddp_kit.strategies.whole import Function, Wrapped
-
-# Words by which torch's errors about split tensors are known.
-SPLIT_TENSOR_WORDS = {"DTensor", "DeviceMesh", "placement"}
 
 
 @final
@@ -57,7 +52,7 @@ class FullyShardedDataParallel:
         self.shards: dist.ProcessGroup | None
         if settings.cpu_offload:
             # Gradients are then in host memory, where NCCL does not reach.
-            self.shards = group.control
+            self.shards = group.control_pg
         else:
             self.shards = self._mesh.get_group(self._mesh.ndim - 1)
         self._root: Any = None
@@ -87,7 +82,7 @@ class FullyShardedDataParallel:
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` through the root. The optimizer was built from the split parameters."""
         through = CallThroughRoot(self._root, call, self._guard)
-        return Wrapped(call=through, step=_stepping(optimizer))
+        return Wrapped(call=through, optimizer_view=SplitOptimizer(optimizer))
 
     def enter(self, function: Function, *args: Any) -> Any:
         """Calls it through the root, and frees what was gathered.
@@ -144,10 +139,10 @@ def _mesh(group: Group, *, is_hybrid: bool) -> DeviceMesh:
 
     Raises: ConfigError if nodes differ.
     """
-    assert group.training is not None
+    assert group.pg is not None
     kind = group.device.type
     if not is_hybrid:
-        return DeviceMesh.from_group(group.training, kind, mesh_dim_names=("shard",))
+        return DeviceMesh.from_group(group.pg, kind, mesh_dim_names=("shard",))
     topology = group.topology
     if topology.nodes * topology.local_world_size != group.world_size:
         raise ConfigError(
@@ -163,41 +158,6 @@ def _mesh(group: Group, *, is_hybrid: bool) -> DeviceMesh:
             dist.all_reduce(torch.zeros(1, device=group.device), group=own)
             group.others.append(own)
     return mesh
-
-
-def _stepping(optimizer: Optimizer) -> Callable[[], None]:
-    """Returns what steps an optimizer, watched for the first time."""
-    kind = type(optimizer).__name__
-    has_stepped = False
-
-    def step() -> None:
-        nonlocal has_stepped
-        if has_stepped:
-            _step(optimizer)
-            return
-        has_stepped = True
-        with PartialReadGuard(
-            f"--strategy fsdp: {kind} reads numbers off weights or gradients that are split. "
-            "Type --strategy zero1."
-        ):
-            _step(optimizer)
-
-    return step
-
-
-def _step(optimizer: Optimizer) -> None:
-    """Raises: ConfigError for an optimizer that does what FSDP2's tensors cannot."""
-    try:
-        step_quietly(optimizer)
-    except (NotImplementedError, RuntimeError) as error:
-        words = re.findall(r"\w+", str(error))
-        if SPLIT_TENSOR_WORDS.isdisjoint(words):
-            raise
-        kind = type(optimizer).__name__
-        raise ConfigError(
-            f"--strategy fsdp: {kind} cannot step weights that are split ({error}). "
-            "Type --strategy zero1."
-        ) from error
 
 
 def gathered_dtype(model: nn.Module, precision: Precision) -> torch.dtype | None:

@@ -48,6 +48,10 @@ def step_quietly(optimizer: Optimizer) -> None:
     That is done only if neither is there, and saves 20 to 30 us.
     """
     announced = type(optimizer).step
+    if not getattr(announced, "hooked", False):
+        # A wrapper around another optimizer may lack all that torch's constructor makes.
+        optimizer.step()
+        return
     own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     is_heard = (
         own_hooks
@@ -55,7 +59,7 @@ def step_quietly(optimizer: Optimizer) -> None:
         or _global_optimizer_post_hooks
         or _profiler_enabled()
     )
-    if is_heard or not getattr(announced, "hooked", False):
+    if is_heard:
         optimizer.step()
         return
     # As torch's schedulers note a step.

@@ -7,7 +7,7 @@ is seen in the reduced gradients, which are the same on all ranks.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from ddp_kit.settings import Precision
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 2.0**-24
+# Doubled any further it would soon be inf, and stay so when halved.
+LARGEST_SCALE = 2.0**100
+MOST_AT_FLOOR = 20  # steps in a row that overflow at the smallest scale
 
 
 @dataclass
@@ -32,6 +35,8 @@ class LossScale:
     scale: float = 1.0
     good_steps: int = 0
     growth_interval: int = 2000
+    # In a row, that overflowed at the smallest scale. Counted anew in each attempt.
+    steps_at_floor: int = 0
 
     @classmethod
     def of(cls, precision: Precision) -> "LossScale":
@@ -45,13 +50,27 @@ class LossScale:
         if not self.is_on:
             return
         if overflowed:
+            if self.scale == SMALLEST_SCALE:
+                self.steps_at_floor += 1
             self.scale = max(self.scale / 2, SMALLEST_SCALE)
             self.good_steps = 0
             return
+        self.steps_at_floor = 0
         self.good_steps += 1
         if self.good_steps >= self.growth_interval:
-            self.scale *= 2
+            self.scale = min(self.scale * 2, LARGEST_SCALE)
             self.good_steps = 0
+
+    def to_save(self) -> dict[str, float]:
+        """Returns what a checkpoint keeps of it."""
+        kept = asdict(self)
+        del kept["steps_at_floor"]
+        return kept
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether no scale is small enough: what is not finite does not come from fp16."""
+        return self.steps_at_floor >= MOST_AT_FLOOR
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -6,6 +6,7 @@ from typing import final
 from torch import nn
 from torch.optim import Optimizer
 
+from ddp_kit.strategies.optimizer_view import WholeOptimizer
 from ddp_kit.strategies.whole import Whole, Wrapped
 
 
@@ -17,7 +18,7 @@ class Single(Whole):
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` itself."""
-        return Wrapped(call=call)
+        return Wrapped(call=call, optimizer_view=WholeOptimizer(optimizer))
 
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """Nothing is ever summed over ranks."""

@@ -11,26 +11,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from ddp_kit.strategies.deepspeed.partitions import PartitionedState
+from ddp_kit.strategies.optimizer_view import OptimizerView
 
 Function = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapped:
-    """A loss call as a strategy has it, and how its optimizer's state is kept."""
+    """A loss call and its optimizer as a strategy has them."""
 
     call: nn.Module
     """stands for the loss call"""
-    step: Callable[[], None] | None = None
-    """steps the optimizer; None: the optimizer itself does"""
-    owns: Callable[[nn.Parameter], bool] | None = None
-    """of which parameters this rank keeps the optimizer's state; None: of all, whole or split as
-    the parameter is"""
-    moments: PartitionedState | None = None
-    """the optimizer's state by parameter, where it steps partitions"""
-    refresh: Callable[[], None] | None = None
-    """takes weights that were read into the model into those partitions"""
+    optimizer_view: OptimizerView
+    """steps the optimizer, and gives and takes its state"""
 
 
 def arguments_of(optimizer: Optimizer) -> dict[str, Any]:

@@ -10,17 +10,26 @@ arXiv 1910.02054.
 """
 
 import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, final
 
+import torch
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
+from ddp_kit.distributed.local_shard import Item, held
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, some
 from ddp_kit.strategies.checks import require_separate
 from ddp_kit.strategies.ddp import DataParallel
+from ddp_kit.strategies.optimizer_view import (
+    State,
+    empty_as_torch_has_it,
+    kept_states,
+    replace_states,
+)
 from ddp_kit.strategies.whole import Whole, Wrapped, arguments_of
 
 # Types of an optimizer's own attributes that are compared with those of the one built again.
@@ -56,15 +65,53 @@ class ZeroOne(Whole):
         optimizer.state = zero.optim.state
         for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             setattr(zero.optim, name, getattr(optimizer, name))
-        own = {id(parameter) for parameter in _parameters_of(zero.optim)}
         self._group.closing.callback(_release, zero)
-        return Wrapped(
-            call=self._ddp.ddp(call), step=zero.step, owns=lambda parameter: id(parameter) in own
-        )
+        return Wrapped(call=self._ddp.ddp(call), optimizer_view=ZeroOneOptimizer(optimizer, zero))
 
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """DDP's."""
         return self._ddp.micro_batch(wrapped, is_last=is_last)
+
+
+@final
+class ZeroOneOptimizer:
+    """Each rank keeps the whole state of its own parameters."""
+
+    has_all = False
+    has_whole = False
+    heeds_found_inf = False
+
+    def __init__(self, optimizer: Optimizer, zero: Any):
+        """`optimizer` has the groups, and the state that `zero` steps by."""
+        self.stepped: Optimizer = zero.optim
+        self._optimizer = optimizer
+        self._zero = zero
+        self._own = {id(parameter) for parameter in _parameters_of(zero.optim)}
+
+    def step(self) -> None:
+        """See OptimizerView. The owners send what they have stepped to the others."""
+        self._zero.step()
+
+    def items(self) -> Iterator[tuple[nn.Parameter, State]]:
+        """See OptimizerView."""
+        yield from kept_states(self._optimizer)
+
+    def part(self, parameter: nn.Parameter, tensor: torch.Tensor) -> Item:
+        """See OptimizerView. All of it is here, and nowhere else."""
+        return held(tensor)
+
+    def empty(
+        self, parameter: nn.Parameter, *, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """See OptimizerView."""
+        if id(parameter) not in self._own:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return empty_as_torch_has_it(self._optimizer, parameter, shape=shape, dtype=dtype)
+
+    def restore(self, states: Mapping[nn.Parameter, State]) -> None:
+        """See OptimizerView."""
+        own = {key: state for key, state in states.items() if id(key) in self._own}
+        replace_states(self._optimizer, own)
 
 
 def rebuilt(optimizer: Optimizer, group: Group, *, in_buckets: bool = True) -> Any:
@@ -86,7 +133,7 @@ def rebuilt(optimizer: Optimizer, group: Group, *, in_buckets: bool = True) -> A
         zero = ZeroRedundancyOptimizer(
             _groups_for(optimizer),
             optimizer_class=kind,
-            process_group=group.training,
+            process_group=group.pg,
             parameters_as_bucket_view=in_buckets and are_contiguous,
             **arguments_of(optimizer),
         )

@@ -144,8 +144,8 @@ class _RanksRepr(TerminalRepr):
     def __init__(self, error: RanksError, *, item: pytest.Item) -> None:
         path, line, _ = item.location
         where = (path, (line or 0) + 1)
-        if error.blamed and error.blamed.where:
-            where = error.blamed.where
+        if error.first_failed and error.first_failed.where:
+            where = error.first_failed.where
         self.reprcrash = ReprFileLocation(*where, error.headline)
         self.text = error.merged
 

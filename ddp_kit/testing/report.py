@@ -50,11 +50,11 @@ class RanksError(Exception):
 
     def __init__(self, reports: Sequence[RankReport], *, deadline_s: float) -> None:
         self.reports = tuple(reports)
-        self.blamed = _blamed(reports)
+        self.first_failed = _first_failed(reports)
         self.culprit: int | None = None
-        if self.blamed is not None:
-            self.culprit = self.blamed.rank
-        self.merged = _merged(reports, blamed=self.blamed, deadline_s=deadline_s)
+        if self.first_failed is not None:
+            self.culprit = self.first_failed.rank
+        self.merged = _merged(reports, first_failed=self.first_failed, deadline_s=deadline_s)
         text = self.merged
         for report in reports:
             if report.output.strip():
@@ -64,9 +64,9 @@ class RanksError(Exception):
     @property
     def headline(self) -> str:
         """One line for pytest's summary."""
-        if self.blamed is None:
+        if self.first_failed is None:
             return "the ranks were not done before the deadline"
-        return f"rank {self.blamed.rank}: {self.blamed.first_line}"
+        return f"rank {self.first_failed.rank}: {self.first_failed.first_line}"
 
 
 def death(exit_code: int) -> str:
@@ -76,7 +76,7 @@ def death(exit_code: int) -> str:
     return f"killed by {signal.Signals(-exit_code).name}"
 
 
-def _blamed(reports: Sequence[RankReport]) -> RankReport | None:
+def _first_failed(reports: Sequence[RankReport]) -> RankReport | None:
     """Returns the report of the rank that failed first, None if there is none.
 
     Ranks that are only late are all innocent, or all guilty.
@@ -94,27 +94,30 @@ def _guilt(report: RankReport) -> tuple[bool, bool, float]:
     return report.is_echo, report.outcome not in ("failed", "died"), report.time
 
 
-def _merged(reports: Sequence[RankReport], *, blamed: RankReport | None, deadline_s: float) -> str:
+def _merged(
+    reports: Sequence[RankReport], *, first_failed: RankReport | None, deadline_s: float
+) -> str:
     parts = []
-    if blamed is None:
+    if first_failed is None:
         parts.append(
             f"Not done after {deadline_s:g} s (deadline_s of the test). "
             "Where the ranks were, innermost call first:"
         )
-    elif blamed.outcome in ("skipped", "xfailed"):
+    elif first_failed.outcome in ("skipped", "xfailed"):
+        outcome = f"{first_failed.outcome} ({first_failed.message})"
         parts.append(
-            f"Rank {blamed.rank} of {len(reports)} was {blamed.outcome} ({blamed.message}); "
+            f"Rank {first_failed.rank} of {len(reports)} was {outcome}; "
             "all ranks have to be, or none."
         )
     else:
-        message = blamed.message
+        message = first_failed.message
         # A traceback has all of the message at its end.
-        if blamed.traceback:
-            message = blamed.first_line
-        parts.append(f"Rank {blamed.rank} of {len(reports)} failed first: {message}")
-        details = (blamed.traceback, blamed.stacks)
+        if first_failed.traceback:
+            message = first_failed.first_line
+        parts.append(f"Rank {first_failed.rank} of {len(reports)} failed first: {message}")
+        details = (first_failed.traceback, first_failed.stacks)
         parts += [text.rstrip() for text in details if text.strip()]
-    others = [report for report in reports if report is not blamed]
+    others = [report for report in reports if report is not first_failed]
     if others:
         parts.append("\n".join(f"  {report.line}" for report in others))
     for report in others:

@@ -151,7 +151,8 @@ class Console:
 def train_line(record: Mapping[str, object], *, total: int = 0, left_s: float = 0.0) -> str:
     """Returns a train record as one line of text.
 
-    It tells position, loss, learning rate, other metrics, rate, time left.
+    It tells position, loss, learning rate, other metrics, rate, time left. The loss is the mean
+    since the record before.
 
     Args: `total` optimizer steps of the run, 0 if unknown; `left_s` seconds, 0 if unknown.
     """
@@ -161,7 +162,7 @@ def train_line(record: Mapping[str, object], *, total: int = 0, left_s: float = 
     parts = [position]
     if "epoch" in record:
         parts.append(f"epoch {record['epoch']}")
-    parts += _metrics(record)
+    parts += _metrics(_with_means(record))
     rate = record.get("samples_per_s")
     if isinstance(rate, int | float):
         digits = ",.0f" if rate >= 100 else ".3g"
@@ -211,6 +212,16 @@ def printable(text: str) -> str:
     A newline is one too, as a record is one line.
     """
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _with_means(record: Mapping[str, object]) -> dict[str, object]:
+    """Returns a train record with each `loss_mean` in the place of its `loss`."""
+    told = dict(record)
+    for name in record:
+        own = name.removesuffix("_mean")
+        if own != name and own.rpartition("/")[2] == "loss":
+            told[own] = told.pop(name)
+    return told
 
 
 def _metrics(record: Mapping[str, object]) -> list[str]:

@@ -31,6 +31,11 @@ class WeightAverage:
         self.averages = [tensor.clone() for tensor in self._live]
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begins again with the weights as they are."""
+        torch._foreach_copy_(self.averages, self._live)
+
+    @torch.no_grad()
     def update(self) -> None:
         """Takes the weights of this step into the average."""
         torch._foreach_lerp_(self.averages, self._live, 1 - self._decay)

@@ -5,7 +5,7 @@ means, and no padding that counts. Rows are collected in sample order. The bare 
 DDP's wrapper.
 """
 
-import zlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,17 +17,20 @@ from torch import nn
 
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.seeding import forward_key, generators_put_back, seed_forward
-from ddp_kit.distributed.collectives import first_difference, gather_rows, sum_by_name
+from ddp_kit.distributed.collectives import from_rank, sum_by_name
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
-from ddp_kit.metrics import Totals, means
+from ddp_kit.metrics import Sums, means, settled, tensor_of
 from ddp_kit.recipe import Pairs, Recipe
 from ddp_kit.settings import Precision
 from ddp_kit.strategies.precision import autocast
+from ddp_kit.training.answers import Answer, numbers_in
 from ddp_kit.training.nonfinite import samples_named
+from ddp_kit.training.rows import in_sample_order
 
 # Stands for the step in the keys of evaluation's draws: each evaluation has the same ones.
 EVALUATION = -1
+SUMMARY = -1  # for the micro-batch, in those of `summarize`
 Measure = Callable[[nn.Module, Any], Pairs]
 Rows = dict[str, torch.Tensor]
 Indices = np.ndarray[Any, Any]
@@ -93,13 +96,16 @@ def evaluate(
     Args:
         measure: `measure(model, batch)` gives {name: (sum, count)} or {name: rows (B, ...)}.
         summarize: `summarize(means, rows)` gets the divided sums and the rows of all samples in
-            sample order; its metrics are added to the means.
+            sample order; its metrics are added to the means. Every rank calls it, with draws that
+            are the same at each evaluation, and rank 0's answer is everybody's.
         heed: called after each micro-batch; may raise.
         enter: `enter(function, *arguments)` calls a function that uses the model as the strategy
             has it.
 
-    Raises: DdpKitError if `measure` gives rows that are not one for each sample, or of other names
-        on another rank.
+    Raises:
+        DdpKitError: `measure` gives something that is neither, or under other names on another
+            rank; `summarize` gives no numbers.
+        DataError: rows of one name differ in shape or dtype, on all ranks alike.
     """
     with evaluating(model), autocast(precision, group.device):
         found = _Pass(group, measure=partial(enter, measure), seed=seed)
@@ -108,14 +114,34 @@ def evaluate(
             if heed is not None:
                 heed()
     names = sorted(found.names)
-    blocks = [int(own[0]) for own in found.indices]
-    sums = sum_by_name(group, found.totals.tensor(names), names=names, order=blocks)
+    blocks = [int(indices[0]) for indices in found.indices]
+    own = tensor_of(found.sums, names, device=group.device)
+    sums = sum_by_name(group, own, names=names, order=blocks)
     metrics = means(sums)
     if found.rows or summarize is not None:
-        rows = _in_sample_order(group, found.rows, found.indices)
+        rows = in_sample_order(group, found.rows, found.indices)
         if summarize is not None:
-            summary = summarize(dict(metrics), rows)
-            metrics |= {name: float(value) for name, value in summary.items()}
+            metrics |= _summary(group, partial(summarize, dict(metrics), rows), seed=seed)
+    return metrics
+
+
+def _summary(group: Group, summarize: Callable[[], Any], *, seed: int) -> dict[str, float]:
+    """Returns the metrics that `summarize` gives on rank 0. Every rank calls it.
+
+    With numbers of their own, ranks would stop early, or save a best checkpoint, at other steps.
+    """
+    with generators_put_back():
+        seed_forward(forward_key(seed), EVALUATION, SUMMARY, device=group.device)
+        summary = summarize()
+    answer: dict[str, Any] = {}
+    try:
+        answer["metrics"] = numbers_in(summary)
+    except DdpKitError as error:
+        answer["refused"] = str(error)
+    answer = json.loads(from_rank(group, json.dumps(answer).encode()))
+    if "refused" in answer:
+        raise DdpKitError(answer["refused"])
+    metrics: dict[str, float] = answer["metrics"]
     return metrics
 
 
@@ -126,10 +152,11 @@ class _Pass:
         self._device = group.device
         self._measure = measure
         self._seed = seed
-        self.totals = Totals(group.device)
+        self.sums: list[Sums] = []
         self.names: set[str] = set()  # of the sums
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.indices: list[Indices] = []
+        self._kinds: dict[str, str] = {}
 
     def take(self, model: nn.Module, micro_batch: MicroBatch) -> None:
         """Measures one micro-batch. Of padding only the names are kept."""
@@ -137,43 +164,23 @@ class _Pass:
         seed_forward(forward_key(self._seed), EVALUATION, request.micro_batch, device=self._device)
         with samples_named(micro_batch, "of an evaluation"):
             measured = self._measure(model, micro_batch.batch)
-        sums = {name: value for name, value in measured.items() if isinstance(value, tuple)}
-        self.names |= sums.keys()
-        for name, value in measured.items():
-            if isinstance(value, torch.Tensor):
-                self._take_rows(name, value, micro_batch)
+        answer = Answer(measured, size=micro_batch.size)
+        self._require_kinds(answer)
+        self.names |= answer.sums.keys()
+        for name, rows in answer.rows.items():
+            own = self.rows.setdefault(name, [])
+            if not request.is_padding:
+                own.append(rows.cpu())  # host-device synchronisation
         if not request.is_padding:
-            self.totals.add(sums)
+            self.sums.append(settled(answer.sums, device=self._device))
             self.indices.append(request.indices)
 
-    def _take_rows(self, name: str, rows: torch.Tensor, micro_batch: MicroBatch) -> None:
-        """Keeps rows (B, ...) on the host."""
-        if rows.dim() == 0 or len(rows) != micro_batch.size:
-            raise DdpKitError(
-                f"evaluate: rows of {name!r} have shape {tuple(rows.shape)} for "
-                f"{micro_batch.size} samples; expected one row each."
-            )
-        own = rows.detach().cpu()  # host-device synchronisation
-        if micro_batch.request.is_padding:
-            own = own[:0]
-        self.rows.setdefault(name, []).append(own)
-
-
-def _in_sample_order(
-    group: Group, rows: dict[str, list[torch.Tensor]], indices: list[Indices]
-) -> Rows:
-    """Returns the rows of all ranks, sorted by sample index.
-
-    Raises: DdpKitError if ranks have rows of different names.
-    """
-    names = sorted(rows)
-    if first_difference(group, [zlib.crc32("\n".join(names).encode())]) is not None:
-        raise DdpKitError(
-            "the ranks' `evaluate` returned rows under different names; "
-            f"rank {group.rank} has {', '.join(names)}."
-        )
-    own = torch.empty(0, dtype=torch.int64)
-    if indices:
-        own = torch.from_numpy(np.concatenate(indices))
-    order = torch.argsort(torch.cat(gather_rows(group, own)))
-    return {name: torch.cat(gather_rows(group, torch.cat(rows[name])))[order] for name in names}
+    def _require_kinds(self, answer: Answer) -> None:
+        """Raises: DdpKitError if a name stands for rows in one micro-batch and for a pair in
+        another."""
+        for name, kind in answer.kinds.items():
+            before = self._kinds.setdefault(name, kind)
+            if kind != before:
+                raise DdpKitError(
+                    f"evaluate: {name!r} is {kind} in one micro-batch, {before} in another."
+                )

@@ -5,9 +5,10 @@ does is said elsewhere.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from ddp_kit.data.cursor import Cursor
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.distributed.control_packet import Decision
 from ddp_kit.recipe import Callback
@@ -20,14 +21,16 @@ from ddp_kit.training.step import train_step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class Cadence:
     """When things happen, in optimizer steps.
 
-    `steps_per_epoch` is 0 where an iterable data set does not know its length.
+    `steps_per_epoch` is 0 where an iterable data set does not know its length; `cursor` says in
+    which epoch a step is.
     """
 
     end: int
     steps_per_epoch: int
+    cursor: Cursor = field(default_factory=Cursor)
     eval_every: int = 0
     save_every: int = 0
 
@@ -43,14 +46,13 @@ class Pace:
 
     def last_epoch(self, step: int) -> int:
         """Returns the epoch of the last of `step` steps, 0 where epochs have no known length."""
-        if not self.steps_per_epoch:
-            return 0
-        return (step - 1) // self.steps_per_epoch
+        return self.cursor.epoch(step - 1, steps_per_epoch=self.steps_per_epoch)
 
     def _is_due(self, step: int, *, every: int) -> bool:
         if step == self.end:
             return True
-        if self.steps_per_epoch > 0 and step % self.steps_per_epoch == 0:
+        batches = self.cursor.batches(step)
+        if self.steps_per_epoch > 0 and batches % self.steps_per_epoch == 0:
             return True
         return every > 0 and step % every == 0
 
@@ -69,7 +71,7 @@ def fit(
     training: Training,
     batches: Iterable[RankBatch],
     *,
-    pace: Pace,
+    cadence: Cadence,
     report: Reporter,
     evaluate: Callable[[int], dict[str, float]],
     early_stopping: EarlyStopping,
@@ -77,7 +79,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     owes_evaluation: bool = False,
 ) -> Ending:
-    """Trains on `batches` to the end of `pace`, an early stop or a stop from outside.
+    """Trains on `batches` to the end of `cadence`, an early stop or a stop from outside.
 
     Every rank calls it; all leave at the same step. Saves go to `training.checkpoints`.
 
@@ -92,26 +94,26 @@ def fit(
     first = training.step
     checkpoints = training.checkpoints
     measure = _Measure(training, evaluate, report, early_stopping, callbacks)
-    ending = stopped(training.control.exchange(stop=stop.stop))
+    ending = stopped(training.control_packet.exchange(stop=stop.stop))
     if owes_evaluation and ending is None:
-        ending = _catch_up(training, measure, epoch=pace.last_epoch(first))
+        ending = _catch_up(training, measure, epoch=cadence.last_epoch(first))
     if ending is not None:
         return ending
     for batch in batches:
         sums = train_step(training, batch)
         step = training.step
         is_save_due = checkpoints is not None and checkpoints.is_due()
-        decision = training.control.boundary(stop=stop.stop, saves=is_save_due)
-        is_last = step == pace.end
+        decision = training.control_packet.boundary(stop=stop.stop, saves=is_save_due)
+        is_last = step == cadence.end
         report.step(training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=is_last)
         if step == first + 1:
-            training.settle()
+            training.after_first_step()
         for callback in callbacks:
             callback.on_step(step)
         if checkpoints is not None:
             checkpoints.report()
-        saves = decision.saves or pace.saves(step)
-        evaluates = pace.evaluates(step) and not decision.stop
+        saves = decision.saves or cadence.saves(step)
+        evaluates = cadence.evaluates(step) and not decision.stop
         if not (decision.stop or saves or evaluates):
             continue
         look_back(training)

@@ -97,8 +97,8 @@ class KnownCount:
         self._slots.zero_()
         for micro_batch in micro_batches:
             self._slots[micro_batch.request.micro_batch] = float(self._count(micro_batch.batch))
-        if self._group.control is not None:
-            self._work = dist.all_reduce(self._slots, group=self._group.control, async_op=True)
+        if self._group.control_pg is not None:
+            self._work = dist.all_reduce(self._slots, group=self._group.control_pg, async_op=True)
 
     def take(self, count: int | torch.Tensor, *, size: int) -> None:
         """Nothing to do: what was counted beforehand holds."""
@@ -160,8 +160,8 @@ class FoundCount:
         """Starts the sum over ranks, in the same order on all of them."""
         self._slots.zero_()
         self._slots[self._first : self._first + len(self._own)] = torch.stack(self._own)
-        if self._group.sums is not None:
-            self._work = dist.all_reduce(self._slots, group=self._group.sums, async_op=True)
+        if self._group.sums_pg is not None:
+            self._work = dist.all_reduce(self._slots, group=self._group.sums_pg, async_op=True)
 
     def factor(self) -> torch.Tensor:
         """Expected over found, a tensor on the device.

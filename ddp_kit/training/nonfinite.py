@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.autograd.graph import Node
 
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.distributed.collectives import from_rank, gather_bytes, sum_over_ranks
 from ddp_kit.errors import DdpKitError, NonFiniteError, some
+from ddp_kit.strategies.precision import MOST_AT_FLOOR
 from ddp_kit.training.loss_count import EMPTY
 from ddp_kit.training.state import ObjectiveState, StepSums, Training
 
@@ -36,6 +39,45 @@ def find_non_finite(
         if gradient.is_complex():
             gradient = torch.view_as_real(gradient.resolve_conj())
         torch._amp_foreach_non_finite_check_and_unscale_([gradient], found, one)
+
+
+@contextmanager
+def mark_added(total: torch.Tensor, mark: torch.Tensor) -> Iterator[None]:
+    """Adds `mark` to the gradient of one parameter that a total depends on, during its backward.
+
+    A total that is inf may send its parameters no gradient at all (a `where`, a clamp, a relu
+    between), not even a nan: a nan that is added travels over ranks with the gradient.
+    """
+    node = _accumulation(total.grad_fn)
+    if node is None:
+        yield
+        return
+
+    def marked(gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        gradient = gradients[0]
+        # None where a function of the user's own gives none.
+        return gradients if gradient is None else (gradient + mark.to(gradient.dtype),)
+
+    handle = node.register_prehook(marked)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _accumulation(node: Node | None) -> Node | None:
+    """Returns where the gradient of some parameter is added up, the nearest one in the graph."""
+    waiting = [node]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return node
+        waiting += [before for before, _ in node.next_functions]
+    return None
 
 
 def look_back(training: Training) -> None:
@@ -66,6 +108,7 @@ def raise_unless_overflow(
 
     Raises:
         NonFiniteError: the loss or gradient is not finite; with rank and samples, or parameters.
+            Or fp16 gradients stay so at the smallest loss scale.
         DdpKitError: the count over the whole global batch is 0.
     """
     training.statistics.restore()
@@ -73,8 +116,8 @@ def raise_unless_overflow(
     what_was_applied = _what_was_applied(training, objective)
     own = _first_bad_samples(batch, sums)
     if own is not None:
-        training.control.name_culprit(step)
-    decision = training.control.exchange()
+        training.control_packet.name_culprit(step)
+    decision = training.control_packet.exchange()
     if decision.culprit_rank >= 0:
         content = from_rank(training.group, own or b"", source=decision.culprit_rank)
         samples = np.frombuffer(content, dtype=np.int64)
@@ -85,9 +128,18 @@ def raise_unless_overflow(
         )
     if not sum_over_ranks(training.group, _own_count(objective, sums)):
         raise DdpKitError(f"step {step}: {EMPTY}.")
-    if objective.scale.is_on:
+    scale = objective.scale
+    if scale.is_on and not scale.is_hopeless:
         return
     bad = _bad_parameters(training, objective)
+    if scale.is_on:
+        raise NonFiniteError(
+            f"the gradients of the last {MOST_AT_FLOOR} steps, up to step {step}, "
+            f"are not finite at the smallest loss scale ({scale.scale:g}), in {some(bad)}: "
+            f"it is not fp16 that overflows. {what_was_applied} "
+            "A square root or logarithm of 0 does this; "
+            "--precision bf16 or fp32 ends at the first such step."
+        )
     raise NonFiniteError(
         f"the gradient of step {step} is not finite though the loss is, in {some(bad)}. "
         f"{what_was_applied} A square root or logarithm of 0 does this; or lower the learning rate."

@@ -5,25 +5,33 @@ a pass, and the recipe's `samples` are drawn here. When that is done is said in 
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from ddp_kit.data.agreement import require_same_samples
-from ddp_kit.data.dataset import Data, as_data
+from ddp_kit.data.agreement import (
+    require_own_samples,
+    require_same_lengths,
+    require_same_samples,
+)
+from ddp_kit.data.dataset import Data, as_evaluation_data
 from ddp_kit.data.loader import evaluation_batches, first_of_evaluation
-from ddp_kit.data.seeding import forward_key, seed_forward
+from ddp_kit.data.seeding import forward_key, made_under_seed, seed_forward
 from ddp_kit.data.stream_checks import require_beginning_again
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DataError, nearest
+from ddp_kit.metrics import Sums
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
+from ddp_kit.strategies.precision import autocast
+from ddp_kit.training.answers import Answer
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.evaluation import EVALUATION, bare, evaluate, evaluating, measure_of
+from ddp_kit.training.growth import as_it_was, means_among, note_of_metrics, size_of
 from ddp_kit.training.state import Training
 
 
@@ -40,10 +48,14 @@ class Evaluator:
     sets: Mapping[str, Data]
     micro_batch: int
     placement: Placement
+    # What data the sets are, in words.
+    what: str = "evaluation data"
     # The strategy's way to call a function that uses the model.
     enter: Callable[..., Any] = bare
     # What an evaluation will report, known from one micro-batch.
     names: dict[str, float] = field(default_factory=dict)
+    # What the user should read at start.
+    notes: list[str] = field(default_factory=list)
 
     def __call__(
         self,
@@ -69,7 +81,7 @@ class Evaluator:
         metrics: dict[str, float] = {}
         with _applied(average):
             for prefix, data in self.sets.items():
-                with closing(self._batches(data)) as batches:
+                with closing(self._batches(prefix, data)) as batches:
                     found = evaluate(
                         model,
                         itertools.islice(batches, limit),
@@ -84,9 +96,9 @@ class Evaluator:
                 metrics |= {prefix + name: value for name, value in found.items()}
         return metrics
 
-    def on(self, sets: Mapping[str, Data]) -> "Evaluator":
+    def on(self, sets: Mapping[str, Data], *, what: str = "test data") -> "Evaluator":
         """Returns an evaluator of other data sets, measured in the same way."""
-        return replace(self, sets=sets)
+        return replace(self, sets=sets, what=what)
 
     def weights(self, training: Training) -> AbstractContextManager[None]:
         """Puts the weights that evaluation uses into the model: the average where there is one."""
@@ -100,9 +112,10 @@ class Evaluator:
             found: Mapping[str, Any] = self.enter(self.recipe.samples, model)
             return found
 
-    def _batches(self, data: Data) -> Any:
+    def _batches(self, prefix: str, data: Data) -> Any:
         return evaluation_batches(
             data,
+            what=_named(self.what, prefix),
             group=self.group,
             micro_batch=self.micro_batch,
             placement=self.placement,
@@ -117,8 +130,10 @@ class Evaluator:
             DataError: a stream gives ranks other samples, or there is nothing to count.
             ConfigError: early stopping watches a metric that evaluation does not produce.
         """
-        self._try_streams()
-        self.names = self(model, limit=1)
+        self.compare_sets()
+        caught: list[Any] = []
+        self.names = self._catching(caught)(model, limit=1)
+        self._note_means(model, caught)
         if self._needs_summary() and self.recipe.summarize is not None and self.sets:
             self.names = self(model, limit=1, summarizes=True)
         if self.sets and not self.names:
@@ -128,20 +143,64 @@ class Evaluator:
             )
         self._require_watched()
 
-    def _try_streams(self) -> None:
-        """Raises: DataError if a stream does not begin again, for each evaluation reads it anew, or
-        gives ranks other samples: each would then measure its share of a share."""
-        for prefix, data in self.sets.items():
-            if not data.is_iterable:
-                continue
-            what = _named("evaluation data", prefix)
-            first = self._first_batch(data)
-            require_beginning_again(first, self._first_batch(data), what=what)
-            require_same_samples(self.group, first, what=what, is_iterable=True)
+    def _catching(self, caught: list[Any]) -> "Evaluator":
+        """Returns an evaluator that also notes the batches that the recipe's `evaluate` gets."""
+        measure = self.recipe.evaluate
+        if measure is None:
+            return self
 
-    def _first_batch(self, data: Data) -> Any:
+        def catching(model: Any, batch: Any) -> Any:
+            caught.append(batch)
+            return measure(model, batch)
+
+        return replace(self, recipe=replace(self.recipe, evaluate=catching))
+
+    def _note_means(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        """Notes what looks like a mean where a sum is meant, where each rank has the whole
+        model."""
+        measure = self.recipe.evaluate
+        if measure is None or self.settings.strategy not in ("ddp", "zero1"):
+            return
+
+        def run(batch: Any, draws: int) -> Sums:
+            seed_forward(forward_key(self.settings.seed), draws, 0, device=self.group.device)
+            return Answer(measure(model, batch), size=size_of(batch)).sums
+
+        found: set[str] = set()
+        for batch in batches:
+            with (
+                evaluating(model),
+                autocast(self.settings.precision, self.group.device),
+                as_it_was(model),
+            ):
+                found.update(means_among(run, batch, size=size_of(batch)))
+        if found:
+            self.notes.append(note_of_metrics(sorted(found), what="evaluate"))
+
+    def compare_sets(self) -> None:
+        """Compares the first samples of each set over ranks. Every rank calls it.
+
+        Raises: DataError if ranks have others, or if a stream does not begin again, for each
+            evaluation reads it anew.
+        """
+        for prefix, data in self.sets.items():
+            if not data.is_iterable and self.group.world_size == 1:
+                continue
+            what = _named(self.what, prefix)
+            first = self._first_batch(data, what=what)
+            if data.is_iterable:
+                require_beginning_again(first, self._first_batch(data, what=what), what=what)
+            if data.sharded:
+                require_own_samples(self.group, first, what=what)
+                continue
+            require_same_samples(self.group, first, what=what, is_iterable=data.is_iterable)
+
+    def _first_batch(self, data: Data, *, what: str) -> Any:
         first = first_of_evaluation(
-            data, micro_batch=self.micro_batch, num_workers=self.settings.num_workers
+            data,
+            micro_batch=self.micro_batch,
+            num_workers=self.settings.num_workers,
+            what=what,
         )
         return first.batch if first is not None else None
 
@@ -181,14 +240,41 @@ def _named(what: str, prefix: str) -> str:
 def data_sets(given: Any, *, what: str) -> dict[str, Data]:
     """Returns one data set, or several by name, as {prefix: Data}.
 
-    Raises: DataError if one is empty.
+    Args: `what` data it is: evaluation or test.
+    Raises: DataError if one is empty; ConfigError for what has no effect on such data.
     """
+    sets = _by_prefix(given, what=what)
+    _refuse_empty(sets, what=what)
+    return sets
+
+
+def made_sets(
+    make: Callable[[], Any] | None, *, what: str, seed: int, group: Group
+) -> dict[str, Data]:
+    """Calls a recipe's `eval_data` or `test_data`. Every rank calls it.
+
+    Returns: the sets as `data_sets` does; {} without `make`.
+    Raises: DataError on every rank if they have different sets; else as `data_sets`.
+    """
+    sets: dict[str, Data] = {}
+    if make is not None:
+        sets = _by_prefix(made_under_seed(make, seed=seed, what=f"{what} data"), what=what)
+    lengths = {prefix.removesuffix("/"): data.shared_length for prefix, data in sets.items()}
+    require_same_lengths(group, lengths, what=f"{what} data")
+    _refuse_empty(sets, what=what)
+    return sets
+
+
+def _by_prefix(given: Any, *, what: str) -> dict[str, Data]:
     several = given if isinstance(given, Mapping) else {"": given}
     sets = {}
     for name, data in several.items():
         prefix = f"{name}/" if name else ""
-        sets[prefix] = as_data(data)
+        sets[prefix] = as_evaluation_data(data, what=_named(f"{what} data", prefix))
+    return sets
+
+
+def _refuse_empty(sets: Mapping[str, Data], *, what: str) -> None:
     for prefix, data in sets.items():
         if not data.is_iterable and not len(data):
             raise DataError(f"the {_named(f'{what} data', prefix)} is empty.")
-    return sets

@@ -8,17 +8,22 @@ no branch on rank: only rank 0 is given trackers, the others have none.
 import resource
 import sys
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ddp_kit.distributed.collectives import first_difference
+from ddp_kit.distributed.collectives import same_everywhere
 from ddp_kit.errors import DdpKitError
 from ddp_kit.trackers.base import RunInfo, Tracker
 from ddp_kit.training.state import StepSums, Training
-from ddp_kit.training.step_record import StepRecord, launch_sums, learning_rates
+from ddp_kit.training.step_record import (
+    LossesSince,
+    StepRecord,
+    launch_sums,
+    learning_rates,
+    loss_scales,
+)
 
 BURST_S = 0.1  # how long a record may wait for others
 ALWAYS = "Every micro-batch must report every metric: one that does not occur in it as (0, 0)."
@@ -58,6 +63,7 @@ class Reporter:
         self._arrived: list[StepRecord] = []
         self._last_burst = 0.0
         self._names: list[str] = []
+        self._losses = LossesSince()
         self.restart_clock(0)
         # When the peak memory was asked for, and the answer.
         self._peak_asked_at = 0.0
@@ -86,6 +92,7 @@ class Reporter:
         Raises: DdpKitError if micro-batches or ranks report different metrics.
         """
         self._wait_s += wait_s
+        self._losses.take(sums)
         for progress in self._progress:
             progress(training.step)
         self._receive()
@@ -98,17 +105,15 @@ class Reporter:
         """Begins a record: its sums over ranks set out."""
         now = time.perf_counter()
         step = training.step
-        samples = step * training.plan.global_batch
+        samples = training.cursor.samples(step, global_batch=training.plan.global_batch)
         head = {"kind": "train", "step": step, "epoch": epoch, "samples": samples}
-        names = self._agreed(sums.names(), training)
-        values, works = launch_sums(training, sums, names)
+        names = self._agreed(sums.names(), training) + self._losses.names()
+        rows = [{**own, **mean} for own, mean in zip(sums.rows(), self._losses.rows(), strict=True)]
+        on_the_way = launch_sums(training, rows, names, first=sums.first)
         tail = learning_rates(sums) | self._rates(training, now)
         tail["peak_memory_mib"] = self._peak(now, training.group.device)
-        scale = training.objectives[0].scale
-        if scale.is_on:
-            tail["loss_scale"] = scale.scale
-            tail["skipped"] = training.skipped
-        self._pending = StepRecord(head, tail, names, values, works, dict(sums.grad_norms))
+        tail |= loss_scales(training)
+        self._pending = StepRecord(head, tail, names, on_the_way, dict(sums.grad_norms))
         self._since_step = step
         self._since_time = now
         self._wait_s = 0.0
@@ -136,8 +141,7 @@ class Reporter:
         Raises: DdpKitError if a batch has others: sums under different names would be added up.
         """
         if not self._names:
-            signature = zlib.crc32("\n".join(names).encode())
-            if first_difference(training.group, [signature]) is not None:
+            if not same_everywhere(training.group, names):
                 raise DdpKitError(
                     f"the ranks' losses report different metrics; rank {training.group.rank} has "
                     f"{', '.join(names)}. {ALWAYS}"
@@ -166,9 +170,7 @@ class Reporter:
         if pending is None:
             return
         self._pending = None
-        for work in pending.works:
-            if work is not None:
-                work.wait()
+        pending.sums.wait()
         if self._trackers:
             self._arrived.append(pending)
 

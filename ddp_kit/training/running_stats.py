@@ -6,8 +6,9 @@ the other ranks have seen.
 
 Each micro-batch of a step starts from the step's base statistics; what the micro-batches of all
 ranks made of them is averaged once per step by one asynchronous reduction that runs beside
-backward. `num_batches_tracked` grows by one per step, and not at all where a layer is frozen in
-evaluation mode.
+backward. `num_batches_tracked` grows by one per step, however often the step's losses call a layer,
+and not at all where a layer is frozen in evaluation mode. Only where statistics are plain means
+(`momentum=None`) and it is their count, it grows by the calls.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ class Buffer:
     attribute: str
     tensor: torch.Tensor
 
-    def settle(self) -> torch.Tensor:
+    def in_place(self) -> torch.Tensor:
         """Brings an assigned value into the first tensor, puts that back in place, returns it."""
         current = self.module._buffers[self.attribute]
         if current is not None and current is not self.tensor:
@@ -63,14 +64,15 @@ def buffers_put_back(model: nn.Module) -> Iterator[list[tuple[Buffer, torch.Tens
     finally:
         with torch.no_grad():
             for buffer, value in before:
-                buffer.settle().copy_(value)
+                buffer.in_place().copy_(value)
 
 
 class RunningStatistics:
     """Averages running statistics over the micro-batches of a step.
 
-    Every rank makes the calls of a step in this order: `begin`, then per micro-batch `rewind` and
-    `capture`, `launch` after the last forward pass, `finish` after the last backward.
+    Every rank makes the calls of a step in this order: `begin_step`, then for each objective
+    `begin`, per micro-batch `rewind` and `capture`, `launch` after the last forward pass, and
+    `finish` after the last backward.
     """
 
     def __init__(
@@ -94,6 +96,8 @@ class RunningStatistics:
         layers = [module for module in model.modules() if _has_statistics(module)]
         self._flat = _as_views(layers, ("running_mean", "running_var"))
         self._counters = _as_views(layers, ("num_batches_tracked",))
+        self._first_counters = self._counters.clone()
+        self._most_growth = _most_growth(layers).to(self._counters.device)
         self._averages = bool(layers) and (micro_batches > 1 or always)
         self.others: list[Buffer] = []  # buffers outside normalisation layers that training changes
         self._work: dist.Work | None = None
@@ -112,8 +116,13 @@ class RunningStatistics:
         """Addresses of the storages that hold running statistics."""
         return {tensor.untyped_storage().data_ptr() for tensor in (self._flat, self._counters)}
 
+    def begin_step(self) -> None:
+        """Notes how many steps the layers have seen."""
+        if self._counters.numel():
+            self._first_counters.copy_(self._counters)
+
     def begin(self) -> None:
-        """Takes the base of a step."""
+        """Takes the base of an objective's part of a step."""
         if self._flat.numel():
             self._base.copy_(self._flat)
             self._base_counters.copy_(self._counters)
@@ -140,7 +149,7 @@ class RunningStatistics:
         """Starts the sum over ranks, after the last forward pass of the step."""
         if not self._averages:
             return
-        group = self._group.sums
+        group = self._group.sums_pg
         if self._tree is None:
             if group is not None:
                 self._work = dist.all_reduce(self._deltas, group=group, async_op=True)
@@ -156,6 +165,9 @@ class RunningStatistics:
         """Writes the averages, after the last backward."""
         if self._averages or self.others:
             self._write()
+        if self._counters.numel():
+            most = self._first_counters + self._most_growth
+            torch.minimum(self._counters, most, out=self._counters)
 
     @torch.no_grad()
     def _write(self) -> None:
@@ -166,11 +178,12 @@ class RunningStatistics:
             if self._nodes:
                 self._deltas.copy_(fold(self._nodes))
             torch.add(self._base, self._changes, alpha=1 / self._total, out=self._flat)
-            torch.add(self._base_counters, self._counts > 0, out=self._counters)
+            calls = (self._counts / self._total).ceil().long()
+            torch.add(self._base_counters, calls, out=self._counters)
         for buffer in self.others:
-            tensor = buffer.settle()
-            if self._group.sums is not None:
-                dist.broadcast(tensor, 0, group=self._group.sums)
+            tensor = buffer.in_place()
+            if self._group.sums_pg is not None:
+                dist.broadcast(tensor, 0, group=self._group.sums_pg)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -185,6 +198,13 @@ def _has_statistics(module: nn.Module) -> bool:
     if not isinstance(module, _NormBase):
         return False
     return module.track_running_stats and module.running_mean is not None
+
+
+def _most_growth(layers: Sequence[nn.Module]) -> torch.Tensor:
+    """Returns by how much each layer's counter may grow in a step."""
+    counting = [layer for layer in layers if layer._buffers["num_batches_tracked"] is not None]
+    is_plain_mean = torch.tensor([layer.momentum is None for layer in counting], dtype=torch.int64)
+    return 1 + is_plain_mean * 2**31
 
 
 def _as_views(layers: Sequence[nn.Module], names: Sequence[str]) -> torch.Tensor:

@@ -14,22 +14,23 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ddp_kit.data.batch_plan import BatchPlan
+from ddp_kit.data.cursor import Cursor
 from ddp_kit.data.loader import RankBatch
-from ddp_kit.distributed.control_packet import Control
+from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
-from ddp_kit.metrics import LossSum, Number, Totals
+from ddp_kit.metrics import LossSum, Number, Sums, numbers_of
 from ddp_kit.settings import Precision
 from ddp_kit.strategies.base import Strategy
-from ddp_kit.strategies.deepspeed.partitions import PartitionedState
+from ddp_kit.strategies.optimizer_view import OptimizerView
 from ddp_kit.strategies.precision import LossScale, autocast
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.loss_count import Count
+from ddp_kit.training.optimizer_marks import Marks
 from ddp_kit.training.running_stats import RunningStatistics
 
 # Of a loss's total. In another type the gradient would be rounded to it, and 1 / count with it.
 TOTAL_DTYPES = (torch.float32, torch.float64)
-Sums = Mapping[str, tuple[Number, Number]]
 
 
 class SavesState(Protocol):
@@ -93,7 +94,7 @@ class LossCall(nn.Module):
         if not isinstance(result, LossSum) or not _is_scalar(result.total):
             raise DdpKitError(
                 "the loss must return LossSum(total, count) with a scalar tensor as total; it "
-                f"returned {_described(result)}."
+                f"returned {_described(result)}. Of a mean: LossMean(mean, count)."
             )
         if result.total.is_complex():
             raise DdpKitError(
@@ -125,12 +126,21 @@ class ObjectiveState:
     """An objective as it is trained."""
 
     name: str
+    # Without what a strategy wraps around it.
+    model: nn.Module
     call: nn.Module
     parameters: list[nn.Parameter]
     # The other objectives': their gradients are not computed.
     frozen: list[nn.Parameter]
+    # The recipe's, which has the groups and their rates.
     optimizer: Optimizer
+    # Steps it, and gives and takes its state.
+    optimizer_view: OptimizerView
     count: Count
+    # What the optimizer had before the first step.
+    marks: Marks
+    # From which the draws of its forward passes and of its optimizer follow.
+    forward_key: int
     scheduler: Any = None
     scale: LossScale = field(default_factory=lambda: LossScale(is_on=False))
     # Whether parameters are of several dtypes, or complex.
@@ -141,12 +151,6 @@ class ObjectiveState:
     # do.
     may_draw: bool = False
     found_inf: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    # As the strategy has it: see `strategies.whole.Wrapped`.
-    step: Callable[[], None] | None = None
-    owns: Callable[[nn.Parameter], bool] | None = None
-    moments: PartitionedState | None = None
-    refresh: Callable[[], None] | None = None
 
     # Tensors that are kept ready: the weight of the last backward pass, and 1.
     weight: tuple[float, torch.Tensor] = field(default_factory=lambda: (0.0, torch.zeros(())))
@@ -161,14 +165,14 @@ class Training:
     """
 
     group: Group
-    control: Control
+    control_packet: ControlPacket
     strategy: Strategy
     model: nn.Module
     objectives: list[ObjectiveState]
     statistics: RunningStatistics
     plan: BatchPlan
-    # From which every forward pass's draws follow.
-    forward_key: int
+    # Where in the data a step is.
+    cursor: Cursor = field(default_factory=Cursor)
     grad_clip: float = 0.0
     average: WeightAverage | None = None
     step: int = 0
@@ -187,10 +191,10 @@ class Training:
     # A deferred step that the host has not seen yet.
     suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None
 
-    def settle(self) -> None:
+    def after_first_step(self) -> None:
         """After the first step of an attempt: shorter timeouts, and room for the first save. Every
         rank calls it."""
-        self.group.settle()
+        self.group.shorten_timeouts()
         if self.checkpoints is not None:
             self.checkpoints.prepare()
 
@@ -216,12 +220,24 @@ class StepSums:
             found.update(prefix + name for name in sums)
         return sorted(found)
 
-    def totals(self, device: torch.device) -> Totals:
-        """Returns this rank's sums by name, in float64, a row each micro-batch."""
-        totals = Totals(device)
+    def rows(self) -> list[Sums]:
+        """Returns the sums of each micro-batch, of all objectives, with the objectives' names
+        before them."""
+        rows: list[Sums] = []
         for i in range(self.size):
             row: dict[str, tuple[Number, Number]] = {}
             for prefix, sums in self.parts[i :: self.size]:
                 row |= {prefix + name: pair for name, pair in sums.items()}
-            totals.add(row)
-        return totals
+            rows.append(row)
+        return rows
+
+    def read(self) -> dict[str, tuple[float, float]]:
+        """Returns this rank's part of each sum and count, by name: the loss and the metrics of the
+        step's micro-batches. Host-device synchronisation.
+        """
+        names = self.names()
+        found = {}
+        rows = numbers_of(self.rows(), names)
+        for i, name in enumerate(names):
+            found[name] = (sum(row[i][0] for row in rows), sum(row[i][1] for row in rows))
+        return found

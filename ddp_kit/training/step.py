@@ -3,8 +3,8 @@
 The gradient of a step is that of sum / count over the global batch (`loss_count`). Each backward
 pass runs on the sum divided by that count or an expected one, times what the strategy will divide
 by and the scale of fp16. Every rank decides from the reduced gradients, which are equal on all
-ranks, whether to apply the step; a loss that is not finite makes its own gradients nan, so that no
-rank can miss it.
+ranks, whether to apply the step; a loss that is not finite makes a gradient nan, also where it
+sends none of its own, so that no rank can miss it.
 
 Nothing here waits for the device unless a line says so.
 """
@@ -18,10 +18,16 @@ from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.seeding import seed_forward
 from ddp_kit.distributed.collectives import anywhere, over_shards
+from ddp_kit.metrics import Sums
 from ddp_kit.stopping.signals import StopFlag
-from ddp_kit.strategies.fused_step import step_quietly
-from ddp_kit.training.nonfinite import find_non_finite, listed, look_back, raise_unless_overflow
-from ddp_kit.training.state import ObjectiveState, StepSums, Sums, Training
+from ddp_kit.training.nonfinite import (
+    find_non_finite,
+    listed,
+    look_back,
+    mark_added,
+    raise_unless_overflow,
+)
+from ddp_kit.training.state import ObjectiveState, StepSums, Training
 
 OPTIMIZER = -1  # stands for the micro-batch in the keys of an optimizer's draws
 
@@ -38,6 +44,8 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
     """
     sums = StepSums(first=batch.micro_batches[0].request.micro_batch, size=len(batch.micro_batches))
     look_back(training)
+    training.statistics.begin_step()
+    is_whole = True
     for objective in training.objectives:
         optimizer = objective.optimizer
         # The rates of this step: the scheduler moves on below.
@@ -50,11 +58,13 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
             for parameter in objective.frozen:
                 parameter.requires_grad_(True)
         if not is_applied:
-            training.skipped += 1
+            is_whole = False
             # Else torch's schedulers warn of a step never taken.
             optimizer._opt_called = True  # type: ignore[attr-defined]
         if objective.scheduler is not None:
             objective.scheduler.step()
+    if not is_whole:
+        training.skipped += 1
     if training.average is not None:
         training.average.update()
     training.step += 1
@@ -90,7 +100,7 @@ def _objective_step(
         request = micro_batch.request
         with strategy.micro_batch(objective.call, is_last=i == num_passes - 1):
             seed_forward(
-                training.forward_key,
+                objective.forward_key,
                 training.step,
                 request.micro_batch,
                 device=training.group.device,
@@ -142,10 +152,15 @@ def _backward(total: torch.Tensor, weight: float, objective: ObjectiveState) -> 
     """
     if total.is_cuda:
         # inf x 0 and nan x 0 are nan: the host need not wait for the value.
-        total.backward(gradient=total.detach() * 0 + weight)
+        zero = total.detach() * 0
+        # -0.0 is what changes no bit of what it is added to.
+        with mark_added(total, -zero.abs()):
+            total.backward(gradient=zero + weight)
         return
     if not math.isfinite(total.item()):
-        weight = math.nan
+        with mark_added(total, torch.full_like(total, math.nan)):
+            total.backward(gradient=torch.full_like(total, math.nan))
+        return
     kept_weight, kept_tensor = objective.weight
     if weight != kept_weight or total.dtype != kept_tensor.dtype:
         kept_tensor = torch.full((), weight, dtype=total.dtype)
@@ -180,7 +195,7 @@ def _apply(
         sums.grad_norms[objective.name] = norm
     if objective.may_draw:
         # Each rank's generators stand where its own last micro-batch has left them.
-        seed_forward(training.forward_key, training.step, OPTIMIZER, device=training.group.device)
+        seed_forward(objective.forward_key, training.step, OPTIMIZER, device=training.group.device)
     if objective.is_deferred:
         _step_deferred(training, objective, batch, sums)
         return True
@@ -191,10 +206,7 @@ def _apply(
         found.zero_()
         raise_unless_overflow(training, objective, batch, sums)
         return False
-    if objective.step is None:
-        step_quietly(objective.optimizer)
-        return True
-    objective.step()
+    objective.optimizer_view.step()
     # As torch's schedulers note a step.
     objective.optimizer._opt_called = True  # type: ignore[attr-defined]
     return True
@@ -219,7 +231,7 @@ def _step_deferred(
     found = objective.found_inf
     # Fused optimizers read it, as GradScaler has it.
     objective.optimizer.found_inf = found  # type: ignore[attr-defined]
-    step_quietly(objective.optimizer)
+    objective.optimizer_view.step()
     seen = torch.empty_like(found, device="cpu", pin_memory=found.is_cuda)
     seen.copy_(found, non_blocking=True)
     training.suspect = (batch, sums, seen)
@@ -236,7 +248,7 @@ def should_stop(training: Training, stop: StopFlag) -> bool:
         been applied.
     """
     stop.deferring = True
-    if not training.control.boundary(stop=stop.stop).stop:
+    if not training.control_packet.boundary(stop=stop.stop).stop:
         return False
     look_back(training)
     return True

@@ -224,7 +224,7 @@ def test_a_run_whose_last_save_fails_has_not_finished(tmp_path: Path, whole: End
 
 
 def test_a_stall_of_one_ranks_disk_does_not_stop_training(tmp_path: Path, whole: Ended) -> None:
-    ended = run(tmp_path / "stalled", disk="stall 1 4 5", limit_s=30)
+    ended = run(tmp_path / "stalled", disk="wait 1 4 7", limit_s=30)
     said = ended.outputs[1]
     assert (
         said.index("the stall begins") < said.index("step 7 is done") < said.index("the stall ends")

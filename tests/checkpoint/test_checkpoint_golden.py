@@ -12,7 +12,7 @@ from ddp_kit.checkpoint.format.layout import FORMAT
 from ddp_kit.checkpoint.format.reader import open_checkpoint
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.state_dict import restore_state
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.stopping.early_stopping import EarlyStopping
 
 
@@ -27,7 +27,7 @@ def test_a_golden_checkpoint_gives_back_every_item_of_state(folder: Path) -> Non
     opened = open_checkpoint(LocalDisk(folder), 4, group=alone())
     stopping = EarlyStopping(settings().early_stop)
     with process_group(device="cpu") as group:
-        made = compose(golden_recipe(), settings(), group)
+        made = build(golden_recipe(), settings(), group)
         restore_state(opened, made.training, early_stopping=stopping)
         assert facts(made.training, stopping) == json.loads((folder / "expected.json").read_text())
     assert opened.manifest.metrics == {"loss": 0.25, "auc": "nan"}

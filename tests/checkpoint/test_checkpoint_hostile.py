@@ -33,7 +33,7 @@ from ddp_kit.checkpoint.format.layout import (
     parse_manifest,
     seal,
 )
-from ddp_kit.checkpoint.format.reader import describe, open_checkpoint
+from ddp_kit.checkpoint.format.reader import open_checkpoint, read_headers
 from ddp_kit.checkpoint.format.storage import LocalDisk, Memory
 from ddp_kit.checkpoint.retention import best
 
@@ -162,7 +162,7 @@ def test_a_large_file_without_content_takes_no_memory(tmp_path: Path) -> None:
         manifest = parse_manifest((tmp_path / NEW / MANIFEST).read_bytes(), step=step)
         files = {**manifest.files, name: Fingerprint(size, "0" * 64, 0)}
         with bounded_memory(), pytest.raises(DamagedError):  # its hash is not looked at here
-            describe(storage, NEW, Manifest(**{**vars(manifest), "files": files}))
+            read_headers(storage, NEW, Manifest(**{**vars(manifest), "files": files}))
         os.truncate(tmp_path / NEW / name, 100)
     os.truncate(tmp_path / NEW / MANIFEST, size)
     with bounded_memory(), pytest.raises(DamagedError, match=r"manifest\.json has 314572800 bytes"):

@@ -46,7 +46,7 @@ ARGS += [
     "5",
 ]  # never better than the first
 END, AT = 10, 6
-FIXED = r"settings/|run_id$|base_sha256$|tied/|tensors/|course|.*/name$"  # what the run is, not how far it is
+FIXED = r"settings/|run_id$|base_sha256$|tied/|tensors/|course|cursor/|.*/(name|optimizer|schedule)$"  # what the run is, not how far it is
 FIXED += r"|objectives/0/groups/0/(?!lr$|initial_lr$)|objectives/0/scale/(is_on|growth_interval)|objectives/0/state/"  # state/: names
 FIXED += r"|objectives/0/scheduler/(base_lrs|lr_lambdas|_is_initial|_get_lr_called|_step_count|_last_lr)"  # _last_lr: written by each step
 

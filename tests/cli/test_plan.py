@@ -19,7 +19,7 @@ from cases import classify, normed, vectors
 from paths import KIT
 
 from ddp_kit import Data, Objective
-from ddp_kit.checkpoint.checkpointer import save
+from ddp_kit.checkpoint.own_loop import save
 from ddp_kit.cli.plan.command import main
 from ddp_kit.cli.plan.costs import Costs, costs_of
 from ddp_kit.cli.plan.fake_group import fake_group
@@ -28,7 +28,7 @@ from ddp_kit.distributed.local_shard import local
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import DeepSpeed, Fsdp
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.strategies.deepspeed.config import config_of
 from ddp_kit.testing import run_ranks
 from ddp_kit.training.step import train_step
@@ -100,7 +100,7 @@ def measured(choice: dict[str, Any], folder: str) -> dict[str, int]:
 
 
 def _measured(group: Group, settings: Split, folder: str) -> dict[str, int]:
-    made = compose(split(settings, model=wide, train_data=lambda: Data(vectors())), settings, group)
+    made = build(split(settings, model=wide, train_data=lambda: Data(vectors())), settings, group)
     training = made.training
     batches = made.feed.batches(start=0, end=4)
     for _ in range(2):
@@ -117,7 +117,7 @@ def _measured(group: Group, settings: Split, folder: str) -> dict[str, int]:
     step = (sent() - before) // 2
     save(training, folder)
     training.checkpoints.finish(failures=1)
-    training.control.close()
+    training.control_packet.close()
     optimizer = training.objectives[0].optimizer
     assert training.average is not None
     partitions = []

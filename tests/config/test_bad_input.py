@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from launching import FAULTY, Ended, train, train_on_rank
 
+from ddp_kit.lifecycle import session
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.strategies import precision
 from ddp_kit.testing import start_ranks
@@ -133,13 +134,26 @@ def test_a_run_directory_in_use_by_a_live_run_is_left_alone(tmp_path: Path) -> N
     directory.release()
 
 
+def where_others_speak_soon(args: list[list[str]], errors: str) -> None:
+    session.OTHERS_SPEAK_S = 0.1
+    train_on_rank(args, errors)
+
+
 def test_without_a_cuda_device_cuda_is_refused_before_ranks_meet(tmp_path: Path) -> None:
-    ended = train("--device", "cuda", folder=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
-    assert ended.codes == [2, 2]
-    assert set(ended.errors.splitlines()) == {
+    command = [FAULTY, "--device", "cuda", "--run-dir", str(tmp_path / "run")]
+    with start_ranks(
+        where_others_speak_soon,
+        2,
+        [command, command],
+        str(tmp_path / "errors"),
+        group=False,
+        env={"CUDA_VISIBLE_DEVICES": ""},
+    ) as ranks:
+        assert [report.exit_code for report in ranks.wait()] == [2, 2]
+    assert set((tmp_path / "errors").read_text().splitlines()) == {
         "--device cuda: no CUDA device is visible here (torch.cuda.is_available() is False). Type --device cpu, or auto."
     }
-    assert not ended.run_dir.exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_half_set_rank_variables_are_listed(

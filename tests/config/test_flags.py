@@ -292,7 +292,13 @@ def test_other_ranks_than_the_first_are_refused_some_seconds_later(
         assert waits == [session.OTHERS_SPEAK_S] * int(rank)
 
 
-@pytest.mark.parametrize(("args", "code", "count"), [(["--help"], 0, 1), (["--lr", "fast"], 1, 1)])
+@pytest.mark.parametrize(
+    ("args", "code", "count"),
+    [
+        pytest.param(["--help"], 0, 1, marks=[pytest.mark.slow, pytest.mark.steady]),
+        (["--lr", "fast"], 1, 1),
+    ],
+)
 def test_under_torchrun_it_is_said_once(
     args: list[str], code: int, count: int, tmp_path: Path
 ) -> None:

@@ -180,7 +180,7 @@ def test_the_sampler_serves_torchs_own_loader_and_moves_on_by_itself() -> None:
 
 def test_an_order_is_checked() -> None:
     for order, words in (
-        (lambda *_: [0, 1, SIZE] * 5, "indices from 0"),
+        (lambda *_: [0, 1, SIZE] * 5, "the index 50 where there are 0 to 49"),
         (lambda seed, epoch, size: list(range(size - 12 * epoch)), "has 38 samples"),
     ):
         with pytest.raises(DataError, match=words):

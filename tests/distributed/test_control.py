@@ -13,11 +13,12 @@ import torch
 from cases import Settings, recipe
 from torch import nn
 
+from ddp_kit.distributed import control_packet
 from ddp_kit.distributed.collectives import gather_rows
-from ddp_kit.distributed.control_packet import INTERVAL_S, Control
+from ddp_kit.distributed.control_packet import INTERVAL_S, ControlPacket
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.settings import EarlyStop
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Stop, StopFlag, signals_noted
 from ddp_kit.training.loop import Ending, fit
@@ -49,19 +50,29 @@ class Acts:
 
 def trained(group: Group, *, stop: StopFlag, callbacks: Any) -> Ending:
     """Trains until something stops it."""
-    made = compose(recipe(FOREVER), FOREVER, group)
+    made = build(recipe(FOREVER), FOREVER, group)
     ending = fit(
         made.training,
-        made.feed.batches(start=0, end=made.pace.end),
-        pace=made.pace,
+        made.feed.batches(start=0, end=made.cadence.end),
+        cadence=made.cadence,
         report=Reporter([], log_every=50),
         evaluate=lambda epoch: {},
         early_stopping=EarlyStopping(EarlyStop()),
         stop=stop,
         callbacks=callbacks,
     )
-    made.training.control.close()
+    made.training.control_packet.close()
     return ending
+
+
+class Clock:
+    """Time as the packet sees it, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
 
 
 def at_the_same(group: Group, number: int) -> bool:
@@ -96,23 +107,24 @@ def test_a_signal_on_any_rank_stops_all_at_the_same_step(group: Group) -> None:
 
 @pytest.mark.ranks(2)
 def test_a_loop_of_ones_own_stops_on_all_ranks_at_the_same_step(group: Group) -> None:
-    made, stop = compose(recipe(FOREVER), FOREVER, group), StopFlag()
-    for batch in made.feed.batches(start=0, end=made.pace.end):
+    made, stop = build(recipe(FOREVER), FOREVER, group), StopFlag()
+    for batch in made.feed.batches(start=0, end=made.cadence.end):
         train_step(made.training, batch)
         if made.training.step == 5 and group.rank == 1:
             stop.handle(signal.SIGUSR1, None)
         if should_stop(made.training, stop):
             break
-    made.training.control.close()
+    made.training.control_packet.close()
     assert at_the_same(group, made.training.step)
-    assert made.training.step < made.pace.end
+    assert made.training.step < made.cadence.end
 
 
 @pytest.mark.ranks(1, 2, 4)
 def test_every_boundary_gives_every_rank_the_same_decision(group: Group) -> None:
     """Signals on several ranks: the highest number wins, and with it the name of the highest rank that had it."""
-    control, seen = Control(group), []
-    for step in range(1, 2000):
+    control, seen = ControlPacket(group), []
+    # A packet that is due before step 100 is sent at the latest after 1,000 steps, and read after as many.
+    for step in range(1, 4000):
         decision = control.boundary(stop=Stop.SIGUSR1 if step > 100 else 0)
         seen.append((step, decision.stop, decision.stop_rank))
         if decision.stop:
@@ -124,13 +136,15 @@ def test_every_boundary_gives_every_rank_the_same_decision(group: Group) -> None
 
 @pytest.mark.ranks(2)
 def test_packets_of_short_steps_are_sent_at_an_interval_that_the_packet_itself_gives(
-    group: Group,
+    group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1's steps take longer, and its pace is the one that counts; steps of any length are heard within about the interval."""
     for pause_s, steps in ((0.01 * (1 + group.rank), 60), (0.15, 6)):
-        control, due = Control(group), []
+        clock = Clock()
+        monkeypatch.setattr(control_packet, "time", clock)
+        control, due = ControlPacket(group), []
         for step in range(1, steps):
-            time.sleep(pause_s)
+            clock.now += pause_s
             before = control._next
             control.boundary()
             if control._next != before:
@@ -145,7 +159,7 @@ def test_packets_of_short_steps_are_sent_at_an_interval_that_the_packet_itself_g
 
 @pytest.mark.ranks(2)
 def test_a_boundary_does_not_wait_for_a_slow_peer(group: Group) -> None:
-    control = Control(group)
+    control = ControlPacket(group)
     if group.rank == 1:
         time.sleep(1.0)
     begin = time.perf_counter()
@@ -172,7 +186,7 @@ def test_a_signal_before_the_first_step_ends_the_run_and_later_ones_wait_for_a_b
 
 @pytest.mark.ranks(3)
 def test_a_bad_loss_on_two_ranks_names_one_of_them_on_all(group: Group) -> None:
-    control = Control(group)
+    control = ControlPacket(group)
     if group.rank != 1:
         control.name_culprit(7)
     decision = control.exchange()
@@ -180,10 +194,14 @@ def test_a_bad_loss_on_two_ranks_names_one_of_them_on_all(group: Group) -> None:
 
 
 @pytest.mark.ranks(2)
-def test_a_save_that_is_asked_for_until_it_begins_is_decided_once(group: Group) -> None:
-    control, asked, decided = Control(group), True, []
+def test_a_save_that_is_asked_for_until_it_begins_is_decided_once(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(control_packet, "time", clock)
+    control, asked, decided = ControlPacket(group), True, []
     for step in range(1, 8):
-        time.sleep(0.11)
+        clock.now += 0.11
         decision = control.boundary(saves=asked and group.rank == 0)
         if decision.saves:
             asked = False

@@ -31,8 +31,8 @@ def as_on_cuda(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> Group:
 
     group = alone()
     group.device = torch.device("cuda", 0)
-    group.training = group.sums = made("training")
-    group.control = made("control", "gloo")
+    group.pg = group.sums_pg = made("training")
+    group.control_pg = made("control", "gloo")
     group.others += [made("exchange"), made("saver", "gloo")]
     group.closing.callback(lambda: calls.append("threads are joined"))
     monkeypatch.setattr(process_groups.dist, "get_backend", lambda made: made.backend)
@@ -44,7 +44,7 @@ def test_after_an_error_all_nccl_groups_are_aborted_before_threads_are_joined_an
 ) -> None:
     calls: list[str] = []
     group = as_on_cuda(calls, monkeypatch)
-    control = group.control
+    control = group.control_pg
     before = sys.getrefcount(control)
     process_groups._leave(group, failed=True)
     assert calls == ["abort training", "abort exchange", "threads are joined"]

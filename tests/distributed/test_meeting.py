@@ -37,7 +37,7 @@ def sum_of_ranks(job: dict[str, str]) -> float:
     rank = int(os.environ["RANK"])
     with process_group(topology=task(rank), device="cpu", first_timeout_s=30) as group:
         total = torch.tensor([rank + 1.0])
-        dist.all_reduce(total, group=group.control)
+        dist.all_reduce(total, group=group.control_pg)
     return float(total)
 
 
@@ -95,13 +95,13 @@ def on_two_nodes(folder: str, port: int, what: str, launcher: str = "slurm") -> 
         node_rank=rank,
         nodes=2,
         launcher=launcher,
-        master="127.0.0.1",
+        rendezvous_host="127.0.0.1",
         port=port,
     )
     device = "cuda" if (what, rank) == ("no device", 1) else "cpu"
     try:
         with process_group(topology=place, device=device, run_dir=Path(folder)) as group:
-            dist.all_reduce(torch.zeros(1), group=group.control)
+            dist.all_reduce(torch.zeros(1), group=group.control_pg)
     except NodesError as error:
         return str(error)
     return ""

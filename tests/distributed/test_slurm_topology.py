@@ -100,7 +100,9 @@ def test_the_ranks_of_real_steps_know_their_places(steps: Steps) -> None:
     assert places(uneven) == [(0, 4, 3, 0, 2), (1, 4, 3, 0, 2), (2, 4, 3, 0, 2), (0, 4, 1, 1, 2)]
     assert places(smaller) == [(0, 2, 2, 0, 1), (1, 2, 2, 0, 1)]
     for found, master in ((one, "n0"), (even, "n0"), (uneven, "n0"), (smaller, "n1")):
-        assert {(facts["launcher"], facts["master"]) for facts in found} == {("slurm", master)}
+        assert {(facts["launcher"], facts["rendezvous_host"]) for facts in found} == {
+            ("slurm", master)
+        }
         assert found[0]["node"] == master  # rank 0 is where the others look for it
         assert len({facts["port"] for facts in found}) == 1
     assert left[0]["port"] != right[0]["port"]  # steps that run at the same time

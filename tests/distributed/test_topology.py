@@ -54,7 +54,11 @@ def test_without_variables_there_is_one_process() -> None:
 def test_torchruns_variables_are_read_and_named_as_the_source() -> None:
     topology = read_topology(TORCHRUN | AGENT)
     assert places(topology) == (5, 1, 8, 4, 1, 2)
-    assert (topology.launcher, topology.master, topology.port) == ("torchrun", "node0", 29500)
+    assert (topology.launcher, topology.rendezvous_host, topology.port) == (
+        "torchrun",
+        "node0",
+        29500,
+    )
     assert facts(topology).startswith(
         "rank=5 (RANK), local_rank=1 (LOCAL_RANK), world_size=8 (WORLD_SIZE), local_world_size=4"
     )
@@ -77,7 +81,7 @@ def test_torchrun_inside_a_slurm_job_wins_over_slurms_variables() -> None:
 def test_slurms_step_variables_are_read() -> None:
     topology = read_topology(SLURM)
     assert places(topology) == (3, 1, 5, 3, 1, 2)
-    assert (topology.launcher, topology.master) == ("slurm", "n3")
+    assert (topology.launcher, topology.rendezvous_host) == ("slurm", "n3")
     assert 20000 <= topology.port < 30000
     others = (
         {"SLURM_RESTART_COUNT": "1"},

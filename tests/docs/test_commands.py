@@ -1,7 +1,7 @@
 """Every command block of README and quickstart runs as it is typed, but for `uv run`: this Python is the one that uv made.
 
 A comment above a block says how: `<!-- run -->`, `<!-- run first -->` (the page's later blocks need what it leaves),
-`<!-- run: needs data, slow -->` (over 20 s together with others like it), or `<!-- not run: why -->`.
+`<!-- run: needs data, slow -->` (one of the others shows nearly as much), or `<!-- not run: why -->`.
 """
 
 import os
@@ -51,7 +51,7 @@ def cases() -> Iterator[object]:
     for page in COMMAND_PAGES:
         for number, block in enumerate(blocks(page)):
             if block.how.startswith("run"):
-                marks = [pytest.mark.slow] if "slow" in block.how else []
+                marks = [pytest.mark.slow, pytest.mark.steady] if "slow" in block.how else []
                 yield pytest.param(block, marks=marks, id=f"{page.stem}-{number}")
 
 
@@ -115,6 +115,14 @@ def test_the_two_commands_are_these() -> None:
     ]
 
 
+def test_readmes_first_command_is_quickstarts_but_for_the_run_directory() -> None:
+    """Which the everyday tests run."""
+    readmes = blocks(ROOT / "README.md")[0].commands.split()
+    first = next(block for block in blocks(DOCS / "quickstart.md") if block.is_first)
+    quickstarts = [word for word in first.commands.split() if word != "\\"]
+    assert quickstarts == [*readmes, "--run-dir", "runs/first"]
+
+
 def python_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text(page), re.DOTALL)
 
@@ -128,6 +136,7 @@ def test_the_recipe_of_the_pages_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.steady
 def test_the_loop_of_the_pages_trains_and_goes_on(tmp_path: Path) -> None:
     loop, evaluation = python_blocks("own-loop.md")
     script = f"""

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 from launching import train
 from paths import KIT
 from talkative import Login, Settings
+from warm import TRAIN, started
 
 from ddp_kit.checkpoint.format.layout import Manifest
 from ddp_kit.checkpoint.resume import RECIPE, SEALED, binding, require_unchanged
@@ -51,19 +50,11 @@ def test_nothing_that_a_failing_run_leaves_or_says_holds_a_secret(tmp_path: Path
         "5",
         "--warns",
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "ddp_kit.train",
-        TALKATIVE,
-        *words,
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert ended.returncode == 1
+    command = [TALKATIVE, *words, "--run-dir", str(tmp_path / "run")]
+    with started(TRAIN, *command, folder=tmp_path) as run:
+        assert run.ended() == 1
+        said = run.output
     assert not leaking_files(tmp_path / "run")
-    said = ended.stdout + ended.stderr
     assert not leaks(said)
     for kind in ("printed", "to stderr", "logged", "warned", "refused:"):
         assert (

@@ -37,6 +37,14 @@ def test_columns_are_as_wide_as_their_widest_cell() -> None:
     assert aligned([]) == []
 
 
+def test_the_last_column_is_cut_where_lines_end_but_for_its_beginning() -> None:
+    rows = [("step", "why"), ("12", "no process has it any more"), ("7", "")]
+    assert aligned(rows, width=16, shortest=4) == ["step  why", "12    no process", "7"]
+    assert aligned(rows, width=8, shortest=4) == ["step  why", "12    no p", "7"]
+    assert aligned(rows, width=80, shortest=4) == aligned(rows)
+    assert aligned([], width=8, shortest=4) == []
+
+
 def test_a_condition_is_asked_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
 

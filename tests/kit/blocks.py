@@ -11,7 +11,7 @@ from torch import nn
 from ddp_kit import Data, Recipe
 from ddp_kit.distributed.local_shard import whole
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.training.step import train_step
 
 ROWS = 18  # by no number of ranks but 1, 2, 3 and 6 divisible: parts are uneven on 4
@@ -80,14 +80,14 @@ def split(settings: Split, **parts: Any) -> Recipe:
 
 def half_the_median_norm(group: Group, settings: Split) -> float:
     """What clips half of the steps and more: a norm that was taken over a rank's part only would show."""
-    made = compose(
+    made = build(
         split(settings), replace(settings, grad_clip=1e9, strategy="ddp", comm="fp32"), group
     )
     norms = [
         float(train_step(made.training, batch).grad_norms[""])
         for batch in made.feed.batches(start=0, end=settings.max_steps)
     ]
-    made.training.control.close()
+    made.training.control_packet.close()
     return median(norms) / 2
 
 

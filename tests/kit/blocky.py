@@ -11,11 +11,11 @@ from ddp_kit import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Split):
-    """24 steps."""
+    """12 steps."""
 
-    max_steps: int = 24
+    max_steps: int = 12
     log_every: int = 1
-    eval_every: int = 6
+    eval_every: int = 4
 
 
 def recipe(settings: Settings) -> Recipe:

@@ -14,7 +14,7 @@ import ddp_kit
 from ddp_kit import Data, LossSum, Recipe
 from ddp_kit.distributed.local_shard import whole
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.setup.build import Composition, compose
+from ddp_kit.setup.build import Built, build
 from ddp_kit.training.step import train_step
 
 
@@ -103,10 +103,11 @@ class Trace:
 def trace(group: Group, recipe: Recipe, settings: Settings) -> Trace:
     """Runs a recipe's steps on this rank and returns what happened, losses and samples over all ranks."""
     from ddp_kit.distributed.collectives import gather_rows, sum_by_name
+    from ddp_kit.metrics import tensor_of
 
-    made: Composition = compose(recipe, settings, group)
+    made: Built = build(recipe, settings, group)
     gradient, losses, samples = {}, [], []
-    for batch in made.feed.batches(start=0, end=made.pace.end):
+    for batch in made.feed.batches(start=0, end=made.cadence.end):
         sums = train_step(made.training, batch)
         if not samples:
             gradient = {
@@ -115,9 +116,8 @@ def trace(group: Group, recipe: Recipe, settings: Settings) -> Trace:
                 if p.grad is not None
             }
         numbers = range(sums.first, sums.first + sums.size)
-        total, count = sum_by_name(
-            group, sums.totals(group.device).tensor(["loss"]), names=["loss"], order=numbers
-        )["loss"]
+        own = tensor_of(sums.rows(), ["loss"], device=group.device)
+        total, count = sum_by_name(group, own, names=["loss"], order=numbers)["loss"]
         losses.append(total / count)
         samples.append(
             torch.cat(
@@ -129,7 +129,7 @@ def trace(group: Group, recipe: Recipe, settings: Settings) -> Trace:
                 )
             ).tolist()
         )
-    made.training.control.close()
+    made.training.control_packet.close()
     state = {
         name: whole(tensor).clone() for name, tensor in made.training.model.state_dict().items()
     }

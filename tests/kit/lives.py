@@ -11,7 +11,7 @@ from cases import Settings
 
 from ddp_kit import Recipe
 from ddp_kit.checkpoint.find import Origin, best_of, find, weights_of
-from ddp_kit.distributed.failures import Blame
+from ddp_kit.distributed.failures import FailureReport
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import Topology, read_topology
 from ddp_kit.testing import run_ranks
@@ -93,7 +93,11 @@ def _live(make: Callable[[Settings], Recipe], settings: Settings) -> Life:
 
 def alone() -> Group:
     """This process, as what all ranks call together wants it."""
-    return Group(topology=Topology(), device=torch.device("cpu"), blame=Blame(rank=0, world_size=1))
+    return Group(
+        topology=Topology(),
+        device=torch.device("cpu"),
+        failure_report=FailureReport(rank=0, world_size=1),
+    )
 
 
 def left(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from ddp_kit.checkpoint.format.layout import FORMAT
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.state_dict import state_of
 from ddp_kit.checkpoint.weights import weights_sha256
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.training.state import Training
 from ddp_kit.training.step import train_step
@@ -63,10 +63,10 @@ def facts(training: Training, stopping: EarlyStopping) -> dict[str, Any]:
 def main() -> None:
     folder = GOLDEN / f"format-{FORMAT}"
     with process_group(device="cpu") as group:
-        made = compose(golden_recipe(), settings(), group)
+        made = build(golden_recipe(), settings(), group)
         for batch in made.feed.batches(start=0, end=STEPS):
             train_step(made.training, batch)
-        made.training.control.close()
+        made.training.control_packet.close()
         stopping = EarlyStopping(settings().early_stop)
         stopping.best, stopping.best_step, stopping.stale = 0.25, 2, 1
         state = state_of(

@@ -31,7 +31,7 @@ class Settings(ddp_kit.Settings):
     starts_s: float = 0.0
 
 
-class Pace:
+class Cadence:
     """Waits after each step; a callback."""
 
     def __init__(self, settings: Settings) -> None:
@@ -44,6 +44,7 @@ class Pace:
         """Nothing is to be done."""
 
     def on_step(self, step: int) -> None:
+        print(f"step {step} is done", flush=True)
         time.sleep(self.settings.pace_s)
         if step == self.settings.fails_at and self.rank == "1":
             raise ValueError("the recipe's own fault")
@@ -66,5 +67,5 @@ def recipe(settings: Settings) -> Recipe:
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9),
         train_data=lambda: Data(vectors()),
         eval_data=vectors,
-        callbacks=[Pace(settings)],
+        callbacks=[Cadence(settings)],
     )

@@ -5,6 +5,7 @@ A fault is "WHAT RANK STEP MORE", several are separated by commas; STEP is the c
                           a write is half done
     ENOSPC R S write      the operation fails with that error (any name of errno, any of OPERATIONS)
     stall R S seconds     the first fsync of that save takes so long
+    wait R S N            the first fsync of that save takes until this rank has trained to step N, 20 s at most
 """
 
 import errno
@@ -18,6 +19,10 @@ from typing import Any
 
 OPERATIONS = ("open", "write", "fsync", "rename", "unlink", "rmdir", "ftruncate")
 FOLDER = re.compile(r"step-(\d+)")
+
+
+WAIT_S = 20.0
+steps_done: list[int] = []  # of this rank; the recipe tells
 
 
 class Disk:
@@ -49,10 +54,19 @@ class Disk:
                 print("the stall begins", flush=True)
                 time.sleep(float(detail))
                 print("the stall ends", flush=True)
+            if what == "wait" and name == "fsync" and self.count == 3:
+                self.wait_for(int(detail))
             if hasattr(errno, what) and name == detail and (name != "open" or args[1] & os.O_CREAT):
                 number = getattr(errno, what)
                 raise OSError(number, os.strerror(number))
         return real(*args, **more)
+
+    def wait_for(self, step: int) -> None:
+        print("the stall begins", flush=True)
+        end = time.monotonic() + WAIT_S
+        while step not in steps_done and time.monotonic() < end:
+            time.sleep(0.01)
+        print("the stall ends", flush=True)
 
 
 def install(faults: str) -> None:

@@ -53,7 +53,7 @@ class Submitted:
         path = self.folder / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def until(self, what: Callable[[], object], *, within_s: float = 60) -> None:
+    def until(self, what: Callable[[], object], *, within_s: float = 120) -> None:
         """Waits for something. Fails the test with the job's words after `within_s` seconds."""
         end = time.monotonic() + within_s
         while not what():
@@ -63,14 +63,14 @@ class Submitted:
             )
             time.sleep(POLL_S)
 
-    def until_step(self, step: int, *, within_s: float = 60) -> None:
+    def until_step(self, step: int, *, within_s: float = 120) -> None:
         """Waits until a step is recorded."""
         self.until(
             lambda: any(record["step"] >= step for record in self.lines("metrics.jsonl")),
             within_s=within_s,
         )
 
-    def ended(self, state: str = "COMPLETED", *, within_s: float = 90) -> None:
+    def ended(self, state: str = "COMPLETED", *, within_s: float = 180) -> None:
         """Waits for the job's end as `state`, which leaves no lock behind."""
         try:
             self.cluster.wait(self.id, state=state, within_s=within_s)

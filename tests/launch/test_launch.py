@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from paths import KIT, ROOT
+from warm import LAUNCHER, LIMIT_S, Started, started
 
 from ddp_kit.launch.environment import visible_gpus
 from ddp_kit.launch.local import processes, torchrun
@@ -20,85 +21,25 @@ from ddp_kit.launch.plan import LaunchError, Plan, processes_of
 from ddp_kit.launch.runs import cancel
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
-LIMIT_S = 60
+PACED = str(KIT / "paced.py")
+LONG = ("--max-steps", "100000", "--pace-s", "0.02")
 
 
-class Started:
-    """`ddp-kit run` on 2 ranks, and what it leaves."""
-
-    def __init__(self, run_dir: Path, *words: str, launcher: str = "local"):
-        self.run_dir = run_dir
-        command = [
-            sys.executable,
-            "-m",
-            "ddp_kit.launch.local.run",
-            "--nproc-per-node",
-            "2",
-            "--launcher",
-            launcher,
-            *words,
-            "--run-dir",
-            str(run_dir),
-        ]
-        environ = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(KIT)]),
-            "OMP_NUM_THREADS": "1",
-            "EVERY_STEP": "1",
-        }
-        self.process = subprocess.Popen(
-            command,
-            env=environ,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def until(self, text: str) -> None:
-        """Reads the output up to a line with `text`."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if text in line:
-                return
-        raise AssertionError(f"no line with {text!r}; exit code {self.process.wait()}")
-
-    def ended(self) -> tuple[int, str]:
-        """Returns the exit code and what was still printed."""
-        output, _ = self.process.communicate(timeout=LIMIT_S)
-        return self.process.returncode, output
-
-    @property
-    def ranks(self) -> list[int]:
-        """Process ids of the ranks."""
-        return [
-            int(pid)
-            for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-            .read_text()
-            .split()
-        ]
-
-    @property
-    def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.run_dir / "status.json").read_text())
-        return found
+def launcher(
+    folder: Path, *flags: str, recipe: str = PACED, **surroundings: Any
+) -> AbstractContextManager[Started]:
+    """`ddp-kit run` of 2 ranks."""
+    words = ["--nproc-per-node", "2", recipe, *flags, "--run-dir", str(folder / "run")]
+    return started(LAUNCHER, *words, folder=folder, env={"EVERY_STEP": "1"}, **surroundings)
 
 
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Any]:
-    made: list[Started] = []
+def status(folder: Path) -> Any:
+    return json.loads((folder / "run" / "status.json").read_text())
 
-    def start(*words: str, name: str = "run", **more: str) -> Started:
-        made.append(Started(tmp_path / name, *words, **more))
-        return made[-1]
 
-    yield start
-    for run in made:
-        if run.process.poll() is None:
-            run.process.kill()
-        run.process.wait()
-        assert run.process.stdout is not None
-        run.process.stdout.close()
+def has_saved(folder: Path) -> bool:
+    """Whether there is a checkpoint of the last step."""
+    return (folder / "run" / "checkpoints" / f"step-{status(folder)['step']:08d}").is_dir()
 
 
 def are_gone(pids: list[int], *, within_s: float) -> bool:
@@ -254,86 +195,105 @@ def test_an_agent_of_torchrun_that_we_have_become_outlives_the_warnings() -> Non
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 7
 
 
-def test_two_ranks_train_to_the_end_and_nothing_is_left(started: Any) -> None:
-    run = started(DIGITS, "--max-steps", "4")
-    run.until("batch: 64 global = 2 ranks")
-    ranks = run.ranks
-    assert len(ranks) == 2
-    code, output = run.ended()
-    assert code == 0, output
-    assert run.status["status"] == "finished"
+def test_two_ranks_train_to_the_end_and_nothing_is_left(tmp_path: Path) -> None:
+    with launcher(tmp_path, "--max-steps", "4") as run:
+        run.says("batch: 8 global = 2 ranks")
+        ranks = run.children
+        assert len(ranks) == 2
+        assert run.ended() == 0, run.output
+    assert status(tmp_path)["status"] == "finished"
     assert are_gone(ranks, within_s=0)
-    facts = (run.run_dir / "env.json").read_text()
-    assert "ddp-kit run" in facts
+    assert "ddp-kit run" in (tmp_path / "run" / "env.json").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_every_launcher_gives_the_same_weights(started: Any, launcher: str) -> None:
-    args = (DIGITS, "--max-steps", "4", "--exact", "--micro-batch", "16")
+@pytest.mark.steady
+@pytest.mark.parametrize("name", ["torchrun", "accelerate"])
+def test_every_launcher_gives_the_same_weights(name: str, tmp_path: Path) -> None:
     digests = []
-    for name in ("local", launcher):
-        run = started(*args, name=name, launcher=name)
-        code, output = run.ended()
-        assert code == 0, output
-        digests.append(run.status["weights_sha256"])
+    for launcher_name in ("local", name):
+        run_dir = tmp_path / launcher_name
+        words = ["--nproc-per-node", "2", "--launcher", launcher_name, PACED, "--max-steps", "4"]
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "ddp_kit.launch.local.run",
+                *words,
+                "--exact",
+                "--run-dir",
+                run_dir,
+            ],
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{KIT}", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=2 * LIMIT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        digests.append(json.loads((run_dir / "status.json").read_text())["weights_sha256"])
     assert digests[0] == digests[1]
 
 
-def test_usage_errors_are_said_once_and_end_with_2(started: Any) -> None:
-    code, output = started(DIGITS, "--lerning-rate", "1").ended()
-    assert code == 2
-    assert output.count("--lerning-rate is not a flag") == 1
+def test_usage_errors_are_said_once_and_end_with_2(tmp_path: Path) -> None:
+    with launcher(tmp_path, "--lerning-rate", "1") as run:
+        assert run.ended() == 2
+    assert run.output.count("--lerning-rate is not a flag") == 1
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "status"),
-    [(signal.SIGTERM, 143, "preempted"), (signal.SIGINT, 130, "stopped")],
+    ("number", "code", "word"),
+    [
+        (signal.SIGTERM, 143, "preempted"),
+        (signal.SIGINT, 130, "stopped"),
+        (signal.SIGHUP, 143, "preempted"),
+    ],
 )
 def test_a_signal_to_the_launcher_stops_all_ranks_after_a_save(
-    started: Any, number: int, code: int, status: str
+    number: int, code: int, word: str, tmp_path: Path
 ) -> None:
-    run = started(DIGITS, "--max-steps", "100000", "--epochs", "0", "--log-every", "1")
-    run.until("step 3/")
-    ranks = run.ranks
-    run.process.send_signal(number)
-    found, output = run.ended()
-    assert found == code, output
-    assert run.status["status"] == status
-    assert (run.run_dir / "checkpoints" / f"step-{run.status['step']:08d}").is_dir()
+    with launcher(tmp_path, *LONG) as run:
+        run.says("step 3/")
+        ranks = run.children
+        run.send(number)
+        assert run.ended() == code, run.output
+    assert status(tmp_path)["status"] == word
+    assert has_saved(tmp_path)
     assert are_gone(ranks, within_s=0)
 
 
 def test_cancelling_at_once_waits_for_no_save(
-    started: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = started(str(KIT / "paced.py"), "--max-steps", "100", "--pace-s", "4")
-    run.until("step 1/")
-    ranks = run.ranks
-    assert cancel.main(["--now", str(run.run_dir)]) == 0
-    assert "ended; the newest checkpoint is kept" in capsys.readouterr().out
-    assert run.ended()[0] != 0
+    with launcher(tmp_path, "--max-steps", "100", "--pace-s", "60", patience_s=0.5) as run:
+        run.says("step 1 is done")
+        ranks = run.children
+        assert cancel.main(["--now", str(tmp_path / "run")]) == 0
+        assert "ended; the newest checkpoint is kept" in capsys.readouterr().out
+        assert run.ended() != 0
     assert are_gone(ranks, within_s=0)
-    assert not list((run.run_dir / "checkpoints").glob("step-*"))
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
-def test_a_killed_rank_ends_the_others_and_its_signal_is_the_exit_code(started: Any) -> None:
-    run = started(DIGITS, "--max-steps", "100000", "--epochs", "0", "--log-every", "1")
-    run.until("step 3/")
-    ranks = run.ranks
-    os.kill(ranks[1], signal.SIGKILL)
-    begin = time.monotonic()
-    code, output = run.ended()
-    assert time.monotonic() - begin < PEERS_S
-    assert code == 128 + signal.SIGKILL
-    assert "rank 1 was ended by SIGKILL" in output
-    assert run.status["status"] == "failed"
+def test_a_killed_rank_ends_the_others_and_its_signal_is_the_exit_code(tmp_path: Path) -> None:
+    with launcher(tmp_path, *LONG) as run:
+        run.says("step 3/")
+        ranks = run.children
+        os.kill(ranks[1], signal.SIGKILL)
+        begin = time.monotonic()
+        assert run.ended() == 128 + signal.SIGKILL
+        assert time.monotonic() - begin < PEERS_S
+    assert "rank 1 was ended by SIGKILL" in run.output
+    assert status(tmp_path)["status"] == "failed"
     assert are_gone(ranks, within_s=0)
 
 
 SLEEPER = """\
 import os, sys, time
 
+from ddp_kit.lifecycle import session
+
+session.OTHERS_SPEAK_S = 0.5
 if os.environ["RANK"] == "1":
     {ending}
 time.sleep(1000)
@@ -344,12 +304,12 @@ time.sleep(1000)
     ("ending", "code"), [("sys.exit(3)", 3), ("raise ValueError('a fault of its own')", 2)]
 )
 def test_a_rank_that_fails_while_a_lower_one_lives_ends_the_run_with_its_own_code(
-    started: Any, tmp_path: Path, ending: str, code: int
+    ending: str, code: int, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "sleeper.py"
     recipe.write_text(SLEEPER.format(ending=ending))
-    found, output = started(str(recipe)).ended()
-    assert found == code, output
+    with launcher(tmp_path, recipe=str(recipe), patience_s=0.5) as run:
+        assert run.ended() == code, run.output
 
 
 def test_the_first_failure_is_named_and_of_those_found_at_once_the_one_by_a_signal() -> None:
@@ -378,11 +338,11 @@ def test_a_terminal_that_takes_no_line_costs_no_exit_code(terminal: str, tmp_pat
     assert done.returncode == 128 + signal.SIGKILL
 
 
-def test_ranks_whose_launcher_is_killed_save_and_leave(started: Any) -> None:
-    run = started(DIGITS, "--max-steps", "100000", "--epochs", "0", "--log-every", "1")
-    run.until("step 3/")
-    ranks = run.ranks
-    run.process.kill()
-    assert are_gone(ranks, within_s=20)
-    assert run.status["status"] == "preempted"
-    assert (run.run_dir / "checkpoints" / f"step-{run.status['step']:08d}").is_dir()
+def test_ranks_whose_launcher_is_killed_save_and_leave(tmp_path: Path) -> None:
+    with launcher(tmp_path, *LONG) as run:
+        run.says("step 3/")
+        ranks = run.children
+        run.send(signal.SIGKILL)
+        assert are_gone(ranks, within_s=20)
+    assert status(tmp_path)["status"] == "preempted"
+    assert has_saved(tmp_path)

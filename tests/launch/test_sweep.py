@@ -1,15 +1,20 @@
 """Sweeps: their points, and those that run without SLURM."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+from paths import KIT
 from slurm_plans import plan
+from warm import started
 
 from ddp_kit.launch.local import processes
 from ddp_kit.launch.plan import LaunchError
 from ddp_kit.launch.runs import grid, sweep
 
+PACED = str(KIT / "paced.py")
+SHORT = ("--max-steps", "3")
 pytestmark = pytest.mark.usefixtures("in_a_project")
 
 
@@ -83,3 +88,17 @@ def test_a_sweeps_grid_is_its_owners_alone_and_the_same_sweep_goes_on(
     assert "2 of 2 finished" in capsys.readouterr().out
     assert sweep.main(["--grid", "token=a", *words[2:]]) == 2
     assert "holds a sweep over another grid" in capsys.readouterr().err
+
+
+def test_a_sweep_here_trains_one_point_after_another_and_ends_with_the_first_failure(
+    tmp_path: Path,
+) -> None:
+    words = ["--here", "--grid", "fails-at=-1,2,9", "--name", "s", "--nproc-per-node", "2"]
+    with started("ddp_kit.launch.runs.sweep", *words, PACED, *SHORT, folder=tmp_path) as run:
+        assert run.ended() == 1, run.output
+    assert "2 of 3 finished; not: fails-at=2" in run.output
+    found = {
+        path.parent.name: json.loads(path.read_text())["status"]
+        for path in Path("runs/s").glob("*/status.json")
+    }
+    assert found == {"fails-at=-1": "finished", "fails-at=2": "failed", "fails-at=9": "finished"}

@@ -23,5 +23,6 @@ def test_a_wheel_installs_every_module_of_ddp_kit_and_nothing_beside_it(tmp_path
     assert tops == {"ddp_kit", about}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ddp_kit").rglob("*.py")}
     assert modules - set(names) == set()
-    recipes = {f"ddp_kit/_recipes/{path.name}" for path in (ROOT / "recipes").glob("*.py")}
+    folder = ROOT / "recipes"
+    recipes = {f"ddp_kit/_recipes/{path.relative_to(folder)}" for path in folder.rglob("*.py")}
     assert recipes - set(names) == set()

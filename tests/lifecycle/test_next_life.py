@@ -21,7 +21,7 @@ from ddp_kit.checkpoint.retention import steps
 from ddp_kit.checkpoint.state_dict import restore_state, state_of
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.errors import ConfigError
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.train import main
 
 MORTAL = str(KIT / "mortal.py")
@@ -51,14 +51,14 @@ def storage_of(run_dir: Path) -> LocalDisk:
 
 def test_a_run_goes_on_at_any_number_of_ranks_with_the_same_batches(tmp_path: Path) -> None:
     """Equal losses at every step, with dropout, BatchNorm and augmentation: the same samples in the same order, each step once."""
-    args = ["--precision", "fp64"]
+    args = ["--precision", "fp64", "--epochs", "2"]
     whole = run(tmp_path / "whole", *args)
     assert whole.codes == [0, 0], whole.errors
-    for world_size, death in ((4, "7:3"), (2, "13:1"), (3, "20:0"), (1, "24:0")):
+    for world_size, death in ((4, "7:3"), (3, "11:1"), (1, "15:0")):
         cut = run(tmp_path / "cut", *args, deaths=death, world_size=world_size)
         assert -signal.SIGKILL in cut.codes, cut.errors
-    last = run(tmp_path / "cut", *args, world_size=4)
-    assert last.codes == [0] * 4, last.errors
+    last = run(tmp_path / "cut", *args, world_size=2)
+    assert last.codes == [0, 0], last.errors
     one, other = records(whole.run_dir), records(last.run_dir)
     assert [(record["kind"], record["step"], record["epoch"]) for record in other] == [
         (record["kind"], record["step"], record["epoch"]) for record in one
@@ -68,13 +68,13 @@ def test_a_run_goes_on_at_any_number_of_ranks_with_the_same_batches(tmp_path: Pa
         for event in map(json.loads, (last.run_dir / "events.jsonl").read_text().splitlines())
         if event["event"] == "resume"
     ]
-    assert len(resumed) == 4
-    assert all(0 < step < death for step, death in zip(resumed, (7, 13, 20, 24), strict=True))
+    assert len(resumed) == 3
+    assert all(0 < step < death for step, death in zip(resumed, (7, 11, 15), strict=True))
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, other, strict=True)) <= 1e-9
-    manifest = open_checkpoint(storage_of(last.run_dir), 30, group=alone()).manifest
+    manifest = open_checkpoint(storage_of(last.run_dir), 20, group=alone()).manifest
     assert (manifest.world_size, dict(manifest.cursor)) == (
-        4,
-        {"step": 30, "epoch": 3, "samples": 720},
+        2,
+        {"step": 20, "epoch": 2, "samples": 480},
     )
 
 
@@ -119,17 +119,33 @@ def test_sigterm_saves_and_leaves_a_due_evaluation_to_the_next_life(tmp_path: Pa
 # What may change, and what is refused: one process is enough
 
 
-@pytest.fixture
-def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 30 steps that was stopped after 13; checkpoints at 3, 6, 9, 10, 12, 13, and where an evaluation was better."""
+    path = tmp_path_factory.mktemp("first") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVERY_STEP", "yes")
+        patch.setattr("ddp_kit.distributed.control_packet.INTERVAL_S", 0.0)
+        patch.setenv("DEATHS", "11:0:SIGTERM")
+        # no evaluation at 12, which would be abandoned
+        assert begin(path, "--keep", "99", "--eval-every", "5") == 143
+    return path
+
+
+@pytest.fixture
+def stopped(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That run, to go on with."""
     monkeypatch.setenv("EVERY_STEP", "yes")
     monkeypatch.setattr("ddp_kit.distributed.control_packet.INTERVAL_S", 0.0)
-    monkeypatch.setenv("DEATHS", "11:0:SIGTERM")
-    assert (
-        begin(tmp_path / "run", "--keep", "99", "--eval-every", "5") == 143
-    )  # no evaluation at 12, which would be abandoned
-    monkeypatch.setenv("DEATHS", "")
-    return tmp_path / "run"
+    return shutil.copytree(first, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that was never stopped."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert begin(path) == 0
+    return path
 
 
 def begin(path: Path, *args: str) -> int:
@@ -185,18 +201,15 @@ def test_what_is_free_may_change(stopped: Path) -> None:
     assert json.loads((stopped / "status.json").read_text())["step"] == 30
 
 
-def test_a_rate_that_is_changed_by_name_goes_on_along_the_schedule(stopped: Path) -> None:
+def test_a_rate_that_is_changed_by_name_goes_on_along_the_schedule(
+    stopped: Path, whole: Path
+) -> None:
     old = {record["step"]: record["lr"] for record in records(stopped) if record["kind"] == "train"}
     assert begin(stopped, "--lr", "0.01", "--change", "lr") == 0
-    assert begin(stopped.with_name("whole")) == 0
     rates = {
         record["step"]: record["lr"] for record in records(stopped) if record["kind"] == "train"
     }
-    usual = {
-        record["step"]: record["lr"]
-        for record in records(stopped.with_name("whole"))
-        if record["kind"] == "train"
-    }
+    usual = {record["step"]: record["lr"] for record in records(whole) if record["kind"] == "train"}
     assert [rates[step] for step in range(1, 14)] == [old[step] for step in range(1, 14)]
     assert [rates[step] for step in range(14, 31)] == pytest.approx(
         [usual[step] / 5 for step in range(14, 31)]
@@ -227,7 +240,9 @@ def test_resume_never_forbids_a_used_directory_and_nothing_else(
 
 
 @pytest.mark.parametrize("what", ["run", "folder", "checkpoint"])
-def test_a_new_run_may_go_on_from_another_ones_checkpoint(stopped: Path, what: str) -> None:
+def test_a_new_run_may_go_on_from_another_ones_checkpoint(
+    stopped: Path, whole: Path, what: str
+) -> None:
     path = {
         "run": stopped,
         "folder": stopped / "checkpoints",
@@ -236,8 +251,7 @@ def test_a_new_run_may_go_on_from_another_ones_checkpoint(stopped: Path, what: s
     before = content(stopped)
     assert begin(stopped.with_name("copy"), "--resume", str(path)) == 0
     assert content(stopped) == before
-    assert begin(stopped.with_name("whole")) == 0
-    assert weights(stopped.with_name("copy")) == weights(stopped.with_name("whole"))
+    assert weights(stopped.with_name("copy")) == weights(whole)
 
 
 def weights(run_dir: Path) -> str:
@@ -314,17 +328,17 @@ def test_a_model_of_other_shapes_is_refused_with_a_table_and_unchanged(tmp_path:
 
     settings = Settings()
     with process_group(device="cpu") as group:
-        made = compose(recipe(settings, model=plain), settings, group)
+        made = build(recipe(settings, model=plain), settings, group)
         state = state_of(made.training)
         write(LocalDisk(tmp_path), 4, tensors=state.tensors, values=state.values)
-        made.training.control.close()
-        other = compose(recipe(settings, model=Wide), settings, group)
+        made.training.control_packet.close()
+        other = build(recipe(settings, model=Wide), settings, group)
         before = weights_sha256(other.training.model)
         with pytest.raises(ConfigError) as refusal:
             restore_state(open_checkpoint(LocalDisk(tmp_path), 4, group=alone()), other.training)
         assert weights_sha256(other.training.model) == before
         assert not other.training.objectives[0].optimizer.state
-        other.training.control.close()
+        other.training.control_packet.close()
     assert str(refusal.value).splitlines()[1:] == [
         "  shape       model/0.bias: here (20,), there (16,)",
         "  shape       model/0.weight: here (20, 6), there (16, 6)",

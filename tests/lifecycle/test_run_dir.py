@@ -5,60 +5,20 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from paths import ROOT
 
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.process import process_start
 from ddp_kit.lifecycle import run_dir as module
 from ddp_kit.lifecycle.run_dir import Owner, RunDir, is_in_use
 from ddp_kit.lifecycle.start import default_name
+from ddp_kit.testing import start_ranks
 
-OTHERS = """
-import os, sys, time
-from pathlib import Path
-from ddp_kit.errors import ConfigError
-from ddp_kit.lifecycle.run_dir import RunDir
-
-def claim_and_stay(path, is_writing):
-    run = RunDir(path)
-    run.claim()
-    while True:
-        if is_writing:
-            run.status("running", step=7, epoch=1, metrics={f"m{index}": 0.5 for index in range(500)})
-        else:
-            time.sleep(1)
-
-def claim_at(path, begin):
-    run = RunDir(path)
-    while time.monotonic() < begin:
-        pass
-    try:
-        run.claim()
-    except ConfigError:
-        return 1
-    time.sleep(3)  # until all the others have tried, on a busy machine too
-    return 0
-
-def fork(function, *arguments):
-    child = os.fork()  # torch is imported once for all of them
-    if child == 0:
-        os._exit(function(*arguments) or 0)
-    return child
-
-root = Path(sys.argv[1])
-print(*[fork(claim_and_stay, root / name, name == "writing") for name in ("idle", "writing")], flush=True)
-begin = time.monotonic() + 0.2
-races = [[fork(claim_at, root / name, begin) for _ in range(8)] for name in ("free", "stale")]
-print(*[[os.waitpid(child, 0)[1] for child in race].count(0) for race in races], flush=True)
-sys.stdin.read()
-"""
+RACERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,24 +31,73 @@ class Others:
     winners: list[int]
 
 
+def hold(path: Path) -> None:
+    RunDir(path).claim()
+    while True:
+        time.sleep(1)
+
+
+def hold_and_write(path: Path) -> None:
+    run = RunDir(path)
+    run.claim()
+    metrics = {f"m{index}": 0.5 for index in range(500)}
+    while True:
+        run.status("running", step=7, epoch=1, metrics=metrics)
+
+
+def race(path: Path, begin: float) -> None:
+    """Tries to claim it at that moment, says whether that went well, and stays until all have tried."""
+    run = RunDir(path)
+    said = path.with_name(f"{path.name}-{os.getpid()}")
+    while time.monotonic() < begin:
+        pass
+    try:
+        run.claim()
+        said.write_text("won")
+    except ConfigError:
+        said.write_text("lost")
+    while len(list(path.parent.glob(f"{path.name}-*"))) < RACERS:
+        time.sleep(0.02)
+
+
+def fork(function, *arguments):
+    child = os.fork()
+    if child == 0:
+        function(*arguments)
+        os._exit(0)
+    return child
+
+
+def start_others(root: Path) -> None:
+    """Starts them, and leaves their process ids in a file."""
+    pids = [fork(hold, root / "idle"), fork(hold_and_write, root / "writing")]
+    begin = time.monotonic() + 0.2
+    racers = [fork(race, root / name, begin) for name in ("free", "stale") for _ in range(RACERS)]
+    for racer in racers:
+        os.waitpid(racer, 0)
+    (root / "pids.tmp").write_text(json.dumps(pids))
+    (root / "pids.tmp").replace(root / "pids")
+    while True:
+        time.sleep(1)
+
+
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     write_lock(root / "stale", start="another life of this pid")
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-c", OTHERS, str(root)]
-    process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
-    )
-    idle, writing = map(int, process.stdout.readline().split())
-    try:
-        yield Others(
-            root, idle, writing, [int(count) for count in process.stdout.readline().split()]
-        )
-    finally:
-        for pid in (idle, writing):
-            os.kill(pid, signal.SIGKILL)  # a zombie at most: only the process above could reap it
-        process.communicate(timeout=10)
+    with start_ranks(start_others, 1, root, group=False, deadline_s=600) as ranks:
+        until = time.monotonic() + 60
+        while not (root / "pids").exists() and time.monotonic() < until:
+            ranks.pool.receive(0.02)
+        idle, writing = json.loads((root / "pids").read_text())
+        while not ((root / "idle/run.lock").exists() and (root / "writing/status.json").exists()):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        winners = []
+        for name in ("free", "stale"):
+            said = [path.read_text() for path in root.glob(f"{name}-*")]
+            winners.append(said.count("won"))
+        yield Others(root, idle, writing, winners)
 
 
 def kill(pid: int) -> None:
@@ -149,11 +158,8 @@ def test_a_live_owner_is_named_and_a_killed_one_makes_room(others):
 
 def test_a_killed_writer_leaves_status_json_whole_and_its_directory_to_the_next_life(others):
     path = others.root / "writing"
-    until, reads = time.monotonic() + 0.3, 0
-    while time.monotonic() < until:
+    for _ in range(300):
         assert json.loads((path / "status.json").read_text())["step"] == 7
-        reads += 1
-    assert reads > 100
     kill(others.writing)
     assert json.loads((path / "status.json").read_text())["status"] == "running"
     run = RunDir(path)
@@ -232,20 +238,28 @@ def test_ranks_that_torchrun_starts_anew_wait_for_the_lock_of_one_on_a_lost_node
 ):
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     monkeypatch.setattr(module, "STALE_S", 2.0)
-    monkeypatch.setattr(module, "BEAT_S", 0.5)
+    monkeypatch.setattr(module, "BEAT_S", 60.0)
+    waits = []
+
+    def wait(seconds: float) -> None:
+        """The lock grows old meanwhile."""
+        waits.append(seconds)
+        beat = (tmp_path / "run.lock").stat().st_mtime - seconds
+        os.utime(tmp_path / "run.lock", (beat, beat))
+
+    monkeypatch.setattr(module.time, "sleep", wait)
     write_lock(tmp_path, host="lost", pid=1, job="123")
     with pytest.raises(ConfigError, match="in use by a live run"):
         RunDir(tmp_path).claim()
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     os.utime(tmp_path / "run.lock")
-    begin = time.monotonic()
     assert owner_after_claim(tmp_path)[0] == os.getpid()
-    assert time.monotonic() - begin > 1.5
+    assert waits
+    waits.clear()
     write_lock(tmp_path, host="elsewhere", pid=1, job="another")
-    begin = time.monotonic()
     with pytest.raises(ConfigError, match="in use by a live run"):
         RunDir(tmp_path).claim()
-    assert time.monotonic() - begin < 1
+    assert not waits
 
 
 def test_the_heart_beats(tmp_path, monkeypatch):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import shipped
 import torch
+from small_cifar import HELD_OUT
 from small_mnist import write_small_mnist
 
 from ddp_kit.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("few_are_held_out")
 SMALL = (
     "--width",
     "8",
@@ -27,12 +29,12 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_small_mnist(tmp_path_factory.mktemp("data"), train=5000 + 70 * 32))
+    return str(write_small_mnist(tmp_path_factory.mktemp("data"), train=HELD_OUT + 70 * 32))
 
 
 def distances(recipe: Any, model: torch.nn.Module, *, root: str) -> tuple[float, float]:
     """Returns the distance of a model's images, and that of images that are all the mean of the real ones."""
-    batch = recipe.eval_data().__getitems__(np.arange(1000))
+    batch = recipe.eval_data().__getitems__(np.arange(HELD_OUT))
     with torch.no_grad():
         rows = recipe.evaluate(model, batch)
     mean = rows["real"].mean(0).expand_as(rows["real"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import shipped
 import torch
+from small_cifar import HELD_OUT
 from small_mnist import write_small_mnist
 from torch.distributions import Normal
 
@@ -24,12 +25,13 @@ SMALL = (
     "--epochs",
     "1",
 )
+pytestmark = pytest.mark.usefixtures("few_are_held_out")
 ABSENT = ("--absent", "0.9", "--find-unused-parameters", "--weights", "learned")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_small_mnist(tmp_path_factory.mktemp("data"), train=5000 + 90 * 32))
+    return str(write_small_mnist(tmp_path_factory.mktemp("data"), train=HELD_OUT + 90 * 32))
 
 
 def test_every_task_is_learned_the_same_on_two_ranks_where_most_labels_are_absent(

@@ -191,12 +191,12 @@ def test_metrics_that_come_and_go_end_all_ranks_instead_of_hanging(
         extra = {"threes": (torch.tensor(1.0), 1)} if int(batch[1][0]) == 3 else {}
         return LossSum(result.total, result.count, metrics=dict(result.metrics) | extra)
 
-    from ddp_kit.setup.build import compose
+    from ddp_kit.setup.build import build
     from ddp_kit.training.reporter import Reporter
     from ddp_kit.training.step import train_step
 
     settings = Settings(max_steps=20)
-    made = compose(recipe(settings, loss=loss), settings, group)
+    made = build(recipe(settings, loss=loss), settings, group)
     report = Reporter([], log_every=1)
     words = "Every micro-batch must report every metric|Connection closed by peer|Connection reset"  # where it shows, and on the others
     with pytest.raises((DdpKitError, RuntimeError), match=words):

@@ -12,8 +12,9 @@ from ddp_kit import LossSum
 from ddp_kit.data.dataset import as_data
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
-from ddp_kit.setup.build import build_model, compose, placement_of
+from ddp_kit.setup.build import build, build_model
 from ddp_kit.setup.find_batch_size import find_micro_batch
+from ddp_kit.setup.model import placement_of
 
 
 def raises_above(size: int) -> Callable[[nn.Module, Any], LossSum]:
@@ -48,12 +49,12 @@ def test_auto_finds_the_largest_divisor_that_fits_on_every_rank(group: Group) ->
             ((11, 4), {1: 8, 2: 4}[group.world_size]),
         ):
             made = recipe(settings, model=normed, loss=fails(limits[group.rank]))
-            assert compose(made, settings, group).training.plan.largest == expected
+            assert build(made, settings, group).training.plan.largest == expected
     # the last rank is too small, the others are large enough
     is_last = group.rank == group.world_size - 1
     made = recipe(settings, loss=raises_above(0 if is_last else 24))
     with pytest.raises(ConfigError, match="not even one sample fits into memory on every rank"):
-        compose(made, settings, group)
+        build(made, settings, group)
 
 
 @pytest.mark.ranks(1)
@@ -71,4 +72,4 @@ def test_auto_leaves_no_trace_and_lets_other_errors_through(group: Group) -> Non
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
-        compose(recipe(settings, model=lambda: nn.Linear(5, 4)), settings, group)
+        build(recipe(settings, model=lambda: nn.Linear(5, 4)), settings, group)

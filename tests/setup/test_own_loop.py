@@ -13,13 +13,13 @@ from cases import Settings, recipe
 from paths import ROOT
 
 from ddp_kit import process_group, should_stop, train_step
-from ddp_kit.checkpoint.checkpointer import save
 from ddp_kit.checkpoint.format.storage import LocalDisk
+from ddp_kit.checkpoint.own_loop import save
 from ddp_kit.checkpoint.retention import steps
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import NonFiniteError
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.stopping.signals import Stop, StopFlag
 from ddp_kit.testing import start_ranks
 
@@ -86,9 +86,9 @@ def test_a_loop_of_ones_own_hears_of_its_last_save(
 ) -> None:
     (tmp_path / "file").touch()
     with caplog.at_level("WARNING"), process_group(device="cpu") as group:
-        training = compose(recipe(Settings()), Settings(), group).training
+        training = build(recipe(Settings()), Settings(), group).training
         save(training, tmp_path / "file")
-        training.control.close()
+        training.control_packet.close()
     assert "Not a directory" in caplog.text
 
 
@@ -99,7 +99,7 @@ def ends_badly(group: Group, folder: Path, *, way: str) -> None:
         "optimizer": fused("SGD"),
         "train_data": lambda: with_bad_sample(2 * 24 + 23),
     }
-    made = compose(recipe(settings, loss=inf_at_9, **parts), settings, group)
+    made = build(recipe(settings, loss=inf_at_9, **parts), settings, group)
     made.training.objectives[0].is_deferred = True
     for batch in made.feed.batches(start=0, end=3):
         train_step(made.training, batch)
@@ -111,7 +111,7 @@ def ends_badly(group: Group, folder: Path, *, way: str) -> None:
         while not should_stop(made.training, flag):
             pass
         save(made.training, folder)
-    made.training.control.close()
+    made.training.control_packet.close()
 
 
 def in_a_loop_of_ones_own(folder: str, way: str) -> str:

@@ -1,17 +1,14 @@
 """Batch jobs on a real SLURM: what is submitted, how it ends, and what it says."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from clusters import Cluster
-from paths import KIT, ROOT
+from paths import ROOT
 from slurm_jobs import LONG, PACED, SHORT, Trained
-from users_folders import make_users_folder
 
 from ddp_kit.launch.plan import LaunchError
 from ddp_kit.launch.runs import cancel, jobs, logs
@@ -103,51 +100,6 @@ def test_what_is_shown_is_what_is_submitted_and_hostile_names_change_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
-def test_a_queued_job_runs_the_code_as_it_was_submitted_and_its_result_is_submitits(
-    trained: Trained, tmp_path: Path
-) -> None:
-    project = tmp_path / "project"
-    project.mkdir()
-    for name in ("paced.py", "cases.py"):
-        shutil.copy(KIT / name, project)
-    shutil.copytree(
-        ROOT / "ddp_kit", project / "ddp_kit", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    for words in (
-        ["init", "-q"],
-        ["add", "."],
-        ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "x"],
-    ):
-        subprocess.run(["git", "-C", str(project), *words], check=True)
-    os.chdir(project)
-    made = planned(
-        [
-            "--nproc-per-node",
-            "2",
-            "--sbatch",
-            "begin=now+3",
-            "--env",
-            "OMP_NUM_THREADS=1",
-            "paced.py",
-            *SHORT,
-            "--run-dir",
-            "../runs/run",
-        ]
-    )[0]
-    from ddp_kit.launch.slurm.submit import submit
-
-    job = submit(made)
-    (project / "paced.py").write_text("raise SystemExit('edited while it was queued')\n")
-    (project / "ddp_kit" / "train.py").write_text(
-        "raise SystemExit('edited while it was queued')\n"
-    )
-    results = job.results()
-    assert [json.loads(result)["status"] for result in results] == ["finished", "finished"]
-    assert json.loads((tmp_path / "runs" / "run" / "settings.json").read_text())[
-        "recipe"
-    ].startswith(str(tmp_path / "runs" / "run" / "code"))
-
-
 def test_a_rank_that_raises_ends_the_job_with_1_and_its_traceback_is_found(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,33 +122,10 @@ def test_a_rank_that_raises_ends_the_job_with_1_and_its_traceback_is_found(
     assert "failed" in capsys.readouterr().out
 
 
-def test_a_warning_leads_to_a_save_a_requeue_and_a_life_that_goes_on(trained: Trained) -> None:
-    run = trained("--max-steps", "60", "--pace-s", "0.1")
-    run.until_step(4)
-    run.cluster.run("scancel", "--signal=USR1", run.id)
-    run.until(lambda: "nothing lost: requeued" in run.log)
-    assert run.status["status"] == "preempted"
-    assert run.status["exit_code"] == 75
-    saved = run.status["step"]
-    run.ended()
-    assert run.status["status"] == "finished"
-    assert run.status["step"] == 60
-    starts = [
-        (event["event"], event["step"])
-        for event in run.lines("events.jsonl")
-        if event["event"] in ("start", "resume")
-    ]
-    assert starts == [("start", 0), ("resume", saved)]
-    steps = [record["step"] for record in run.lines("metrics.jsonl") if record["kind"] == "train"]
-    assert steps == list(range(1, 61))  # nothing lost, nothing twice
-    assert "life 0 of job" in run.log
-    assert "life 1 of job" in run.log
-
-
 def test_cancelling_saves_first_and_nothing_is_left(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = trained(*LONG)
+    run = trained(*LONG, slurm=["--nproc-per-node", "1"])
     run.until_step(3)
     with pytest.raises(LaunchError, match=r"job \d+ \(running\) has it"):
         FoundRun(run.folder).require_free()
@@ -273,9 +202,8 @@ def test_a_recipe_that_is_not_there_any_more_is_named(trained: Trained, tmp_path
     recipe = tmp_path / "mine.py"
     shutil.copy(PACED, recipe)
     run = trained(
-        *SHORT, recipe=str(recipe), slurm=["--nproc-per-node", "1", "--sbatch", "begin=now+3"]
+        *SHORT, recipe=str(recipe), slurm=["--nproc-per-node", "1", "--setup", f"rm {recipe}"]
     )
-    recipe.unlink()
     run.ended("FAILED")
     assert run.cluster.facts(run.id)["ExitCode"] == "2:0"
     assert f"{recipe}: no such file" in run.said(0, "err")
@@ -333,31 +261,8 @@ def test_a_job_submitted_from_a_job_is_none_of_its_own(
     assert "RANK" not in found
 
 
-@pytest.mark.parametrize(("launch", "flags"), [("launch.py", []), ("launch", ["--no-snapshot"])])
-def test_a_job_beside_a_users_own_launch_recipes_and_tests(
-    launch: str, flags: list[str], cluster: Cluster, tmp_path: Path
-) -> None:
-    """From `ddp-kit slurm`, typed in that folder, to the ranks, which submitit unpickles there."""
-    folder = make_users_folder(tmp_path / "mine", launch=launch)
-    own = ["--nproc-per-node", "2", "--env", "OMP_NUM_THREADS=1", *flags]
-    words = [*own, "recipe.py", "--max-steps", "2", "--run-dir", "run"]
-    submitted = subprocess.run(
-        [Path(sys.executable).with_name("ddp-kit"), "slurm", *words],
-        cwd=folder,
-        env=cluster.environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert submitted.returncode == 0, submitted.stderr
-    job = submitted.stdout.split()[1].rstrip(":")
-    cluster.wait(job, state="COMPLETED", within_s=90)
-    assert FoundRun(folder / "run").status["status"] == "finished"
-    assert FoundRun(folder / "run").status["step"] == 2
-
-
 def test_a_wrong_flag_of_the_recipe_ends_the_job_with_2(trained: Trained) -> None:
-    run = trained("--lerning-rate", "1", slurm=["--nproc-per-node", "4"])
+    run = trained("--lerning-rate", "1")
     run.ended("FAILED")
     assert run.cluster.facts(run.id)["ExitCode"] == "2:0"
     assert "--lerning-rate is not a flag" in run.said(0, "err")

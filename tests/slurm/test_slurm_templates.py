@@ -13,17 +13,24 @@ from clusters import Cluster
 from paths import KIT, ROOT
 
 TEMPLATES = ["train", "train_accelerate"]
-# In place of `python -m ddp_kit.train` and of `accelerate launch`: as ddp_kit does, it saves on a signal, and rank 0 says that it has.
+# In place of `python -m ddp_kit.train` and of `accelerate launch`: as ddp_kit does, it saves on a signal, rank 0 says that it has, and
+# nobody leaves before rank 0.
 STAND_IN = """#!{python}
-import json, os, signal, sys, time
+import fcntl, json, os, signal, sys, time
 from pathlib import Path
 if sys.argv[1] == "-c":  # the script's own question
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 run = Path(sys.argv[sys.argv.index("--run-dir") + 1])
 rank, life = os.environ["SLURM_PROCID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+turn = (run / "turn").open("a")
+if rank == "0":
+    fcntl.flock(turn, fcntl.LOCK_EX)
 def stop(number, frame):
     if rank == "0" and os.environ["DDP_KIT_REQUEUE"] == "1":
         (run / "requeue").touch()
+    while rank != "0" and not (run / "requeue").exists():
+        time.sleep(0.02)
+    fcntl.flock(turn, fcntl.LOCK_EX)
     os._exit(75)
 is_agent = "accelerate" in sys.argv[0]
 if is_agent:
@@ -34,6 +41,11 @@ assert life == "0" or not (run / "requeue").exists(), "an earlier life's"
 (run / f"life-{{life}}-{{rank}}").write_text(" ".join(sys.argv[1:]))
 print("life", life, "rank", rank, flush=True)
 if "--fail" in sys.argv:
+    # As ranks do, they fail once they have met: srun ends a task that is still starting by SIGTERM, and hands on the highest code.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (run / f"here-{{rank}}").touch()
+    while len(list(run.glob("here-*"))) < int(os.environ["SLURM_STEP_NUM_TASKS"]):
+        time.sleep(0.02)
     (run / "status.json").write_text(json.dumps({{"exit_code": 9}}))
     sys.exit(1 if is_agent else 9)
 if "--save" in sys.argv and life == "0":

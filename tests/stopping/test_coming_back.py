@@ -26,7 +26,7 @@ def test_a_job_that_goes_round_in_circles_ends_and_a_start_by_hand_does_not(tmp_
         count = {}
         if life:
             count["SLURM_RESTART_COUNT"] = str(life)
-        cut = run(tmp_path, ACT="SIGKILL", AT_RANK="1", **job, **count)
+        cut = run(tmp_path, ACT="SIGKILL", world_size=1, **job, **count)
         assert -signal.SIGKILL in cut.codes, cut.errors
     refused = run(tmp_path, SLURM_RESTART_COUNT="3", **job)
     assert refused.codes == [1, 1]
@@ -37,7 +37,9 @@ def test_a_job_that_goes_round_in_circles_ends_and_a_start_by_hand_does_not(tmp_
     starts = events(refused.run_dir, "start")
     assert [event.get("job") for event in starts] == ["77"] * 3
     assert [event.get("restart") for event in starts] == [0, 1, 2]
-    assert run(tmp_path, **(job | {"SLURM_JOB_ID": "78"})).status["status"] == "finished"
+    assert (
+        run(tmp_path, world_size=1, **(job | {"SLURM_JOB_ID": "78"})).status["status"] == "finished"
+    )
 
 
 def test_lives_of_another_job_of_the_same_number_do_not_count(

@@ -47,11 +47,11 @@ def test_a_file_stop_is_never_requeued_and_the_next_life_has_lost_nothing(tmp_pa
 
 def test_a_file_save_goes_when_its_checkpoint_is_whole(tmp_path: Path) -> None:
     """Asked for at step 3, by which no save is due."""
-    ended = run(tmp_path, "--max-steps", "110", ACT="SAVE")
+    ended = run(tmp_path, "--max-steps", "60", ACT="SAVE")
     assert ended.codes == [0, 0], ended.errors
     last, asked = saved(ended.run_dir)[:2]
-    assert last == 110
-    assert 3 < asked < 110
+    assert last == 60
+    assert 3 < asked < 60
     told = [
         (event["event"], event["step"]) for event in events(ended.run_dir, "save", "acknowledged")
     ]
@@ -74,9 +74,21 @@ def test_a_file_stop_that_is_there_before_the_first_step_leaves_nothing_half_don
 @pytest.mark.parametrize(
     ("flags", "asked", "code", "status"),
     [
-        pytest.param(["--max-hours", "0.0012"], {}, 0, "stopped", marks=pytest.mark.slow),
+        pytest.param(
+            ["--max-hours", "0.0012"],
+            {},
+            0,
+            "stopped",
+            marks=[pytest.mark.slow, pytest.mark.steady],
+        ),
         (["--max-hours", "0.0012"], REQUEUE, 75, "preempted"),
-        pytest.param([], {"SLURM_JOB_END_TIME": "5"}, 143, "preempted", marks=pytest.mark.slow),
+        pytest.param(
+            [],
+            {"SLURM_JOB_END_TIME": "5"},
+            143,
+            "preempted",
+            marks=[pytest.mark.slow, pytest.mark.steady],
+        ),
         ([], {"SLURM_JOB_END_TIME": "5"} | REQUEUE, 75, "preempted"),
         ([], {"SLURM_JOB_END_TIME": "-5"}, 0, "finished"),
     ],
@@ -88,7 +100,7 @@ def test_the_clock_stops_a_run_in_time(
     if "SLURM_JOB_END_TIME" in asked:
         end = int(time.time()) + int(asked["SLURM_JOB_END_TIME"])
         asked = asked | {"SLURM_JOB_END_TIME": str(end)}
-    max_steps = "60" if status == "finished" else "1000"
+    max_steps = "30" if status == "finished" else "1000"
     ended = run(tmp_path, "--max-steps", max_steps, *flags, **asked)
     assert ended.codes == [code, code], ended.errors
     assert (ended.status["status"], ended.status["exit_code"]) == (status, code)
@@ -97,7 +109,10 @@ def test_the_clock_stops_a_run_in_time(
     assert len(set(ended_at(ended))) == 1
 
 
-@pytest.mark.parametrize("act", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize(
+    "act",
+    ["SIGTERM", "SIGUSR1", pytest.param("SIGUSR2", marks=[pytest.mark.slow, pytest.mark.steady])],
+)
 def test_a_signal_is_requeued_where_the_launcher_asked(act: str, tmp_path: Path) -> None:
     ended = run(tmp_path, *LONG, ACT=act, AT_RANK="1", **REQUEUE)
     assert ended.codes == [75, 75], ended.errors
@@ -159,7 +174,7 @@ def test_of_several_reasons_a_persons_counts() -> None:
 def test_no_rank_leaves_with_a_failure_before_rank_0_is_done(tmp_path: Path) -> None:
     """As `srun --kill-on-bad-exit=1` does: the first exit code that is not 0 gets the others killed."""
     args = [PATIENT, *LONG, "--run-dir", str(tmp_path / "run")]
-    env = {"ACT": "SIGTERM", "AT_RANK": "1", "END_S": "1.5"} | REQUEUE
+    env = {"ACT": "SIGTERM", "AT_RANK": "1", "END_S": "0.5"} | REQUEUE
     with start_ranks(
         train_on_rank,
         2,
@@ -217,6 +232,7 @@ def test_a_stop_abandons_an_evaluation_at_the_same_batch_and_the_next_life_repea
 
 
 @pytest.mark.slow
+@pytest.mark.steady
 def test_a_stop_during_the_test_evaluation_leaves_it_to_the_next_life(tmp_path: Path) -> None:
     rule = ["--early-stop.metric=loss", "--early-stop.min-delta=9", "--early-stop.patience=1"]
     args = ["--tests", "--eval-every", "4", "--max-steps", "40", *rule]

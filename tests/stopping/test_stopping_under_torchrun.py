@@ -44,6 +44,7 @@ def torchrun(folder: Path, *, restarts: str = "0", **env: str) -> Iterator["subp
 
 
 @pytest.mark.slow
+@pytest.mark.steady
 @pytest.mark.parametrize("act", ["raise", "SIGKILL"])
 def test_under_torchrun_a_crashed_rank_is_a_failure(act: str, tmp_path: Path) -> None:
     with torchrun(tmp_path, ACT=act, AT_RANK="1", **REQUEUE) as agent:
@@ -55,6 +56,7 @@ def test_under_torchrun_a_crashed_rank_is_a_failure(act: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.steady
 def test_ranks_whose_agent_is_killed_save_and_leave(tmp_path: Path) -> None:
     with torchrun(tmp_path) as agent:
         assert agent.stdout is not None
@@ -72,6 +74,7 @@ def test_ranks_whose_agent_is_killed_save_and_leave(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.steady
 def test_torchrun_does_not_undo_a_stop_by_restarting_the_ranks(tmp_path: Path) -> None:
     with torchrun(tmp_path, restarts="2", ACT="SIGUSR1") as agent:
         output, _ = agent.communicate(timeout=90)

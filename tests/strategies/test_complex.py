@@ -29,11 +29,12 @@ from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group, process_group
 from ddp_kit.errors import ConfigError, NonFiniteError
 from ddp_kit.settings import DeepSpeed
-from ddp_kit.setup.build import build_model, compose
+from ddp_kit.setup.build import build, build_model
 from ddp_kit.testing import run_ranks
 from ddp_kit.training.step import train_step
 
 CPU = torch.device("cpu")
+SLOW = [pytest.mark.slow, pytest.mark.steady]
 
 
 class Turned(nn.Module):
@@ -91,10 +92,10 @@ def of_bare_torch(
 @pytest.mark.ranks(1, 2)
 def test_a_complex_model_trains_as_in_bare_torch(group: Group) -> None:
     settings = Settings(max_steps=8, grad_clip=0.5, micro_batch=6)
-    for build in (adamw, sgd):
+    for optimizer in (adamw, sgd):
         for own in (settings, replace(settings, exact=True)):
-            ours = trace(group, turned(own, optimizer=build), own)
-            losses, state = of_bare_torch(build, ours.samples, grad_clip=0.5)
+            ours = trace(group, turned(own, optimizer=optimizer), own)
+            losses, state = of_bare_torch(optimizer, ours.samples, grad_clip=0.5)
             assert max(abs(a - b) for a, b in zip(ours.losses, losses, strict=True)) <= 1e-9
             assert {name: tensor.dtype for name, tensor in ours.state.items()} == {
                 name: tensor.dtype for name, tensor in state.items()
@@ -152,8 +153,15 @@ def kept(settings: Settings) -> Recipe:
     return turned(settings, eval_data=lambda: vectors(24))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "precision"),
+    [
+        (1, "fp64"),
+        (2, "fp32"),
+        pytest.param(1, "fp32", marks=SLOW),
+        pytest.param(2, "fp64", marks=SLOW),
+    ],
+)
 def test_a_complex_run_goes_on_from_its_checkpoint_bit_for_bit(
     precision: Any, world_size: int, tmp_path: Path
 ) -> None:
@@ -262,14 +270,14 @@ def test_a_gradient_that_is_not_finite_in_an_imaginary_part_is_not_applied(group
 
     made: list[bool] = []
     settings = Settings()
-    composition = compose(turned(settings, loss=loss), settings, group)
-    training = composition.training
+    built = build(turned(settings, loss=loss), settings, group)
+    training = built.training
     before = weights_sha256(training.model)
     made.append(True)
     with pytest.raises(
         NonFiniteError, match=r"the gradient of step 1 is not finite though the loss is, in mix"
     ):
-        train_step(training, next(composition.feed.batches(start=0, end=1)))
+        train_step(training, next(built.feed.batches(start=0, end=1)))
     assert weights_sha256(training.model) == before
 
 
@@ -291,10 +299,10 @@ def exact_hash() -> str:
         precision="fp32", max_steps=8, micro_batch=3, exact=True, find_unused_parameters=True
     )
     with process_group(device="cpu", threads=1) as group:
-        made = compose(turned(settings, model=Spare, loss=loss), settings, group)
+        made = build(turned(settings, model=Spare, loss=loss), settings, group)
         for batch in made.feed.batches(start=0, end=8):
             train_step(made.training, batch)
-        made.training.control.close()
+        made.training.control_packet.close()
         return weights_sha256(made.training.model)
 
 
@@ -317,12 +325,12 @@ def test_what_cannot_take_complex_weights_is_refused_by_name(group: Group) -> No
             ConfigError,
             match=rf"--strategy {fields['strategy']} .*complex parameters: mix, scale. Type --strategy ddp",
         ):
-            compose(turned(settings), settings, group)
+            build(turned(settings), settings, group)
     settings = Settings(precision="fp32", comm="bf16")
     with pytest.raises(
         ConfigError, match=r"--comm bf16 would send the real parts alone of mix, scale"
     ):
-        compose(turned(settings), settings, group)
+        build(turned(settings), settings, group)
 
 
 @pytest.mark.ranks(2)
@@ -332,7 +340,7 @@ def test_a_loss_that_is_complex_is_refused_before_the_first_step(group: Group) -
         ddp_kit.errors.DdpKitError,
         match=r"the loss's total is torch.complex128; what is minimised is a real number",
     ):
-        compose(
+        build(
             turned(settings, loss=lambda model, batch: LossSum(model.mix.sum(), len(batch[0]))),
             settings,
             group,

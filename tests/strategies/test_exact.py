@@ -26,7 +26,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.tree_sum import fold
 from ddp_kit.errors import ConfigError
 from ddp_kit.lifecycle.session import session
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.strategies.precision import deterministic
 from ddp_kit.testing import run_ranks
 
@@ -36,7 +36,7 @@ LEAVES = [
     -1e8,
     1.0,
 ]  # in fp32, on any machine, their sum is 1 one after the other, and 0 in pairs: 1e8 + 1 is 1e8
-EIGHT = pytest.param(8, marks=pytest.mark.slow)
+SLOW = [pytest.mark.slow, pytest.mark.steady]
 
 
 def exact(**fields: Any) -> Settings:
@@ -159,7 +159,7 @@ def differing(
     return names
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, pytest.param(0.9, marks=SLOW)])
 def test_weights_statistics_and_losses_are_the_same_bits_at_1_2_and_4_ranks(
     momentum: float,
 ) -> None:
@@ -327,7 +327,9 @@ def test_a_rank_has_one_thread_unless_another_number_is_asked_for(
     ]
 
 
-@pytest.mark.parametrize(("world_size", "culprit"), [(2, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "culprit"), [(2, 0), pytest.param(2, 1, marks=SLOW), (4, 2)]
+)
 def test_a_failing_or_killed_rank_ends_all_though_another_thread_waits_for_it(
     world_size: int, culprit: int, tmp_path: Path
 ) -> None:
@@ -399,7 +401,7 @@ def test_world_sizes_that_do_not_fit_are_refused_with_those_that_do(group: Group
         r"--exact: 32 / 4 = 8 micro-batches do not fit 3 ranks\. World sizes that fit: 1, 2, 4, 8\."
     )
     with pytest.raises(ConfigError, match=expected):
-        compose(recipe(exact()), exact(), group)
+        build(recipe(exact()), exact(), group)
     settings = exact(
         global_batch=8
     )  # fewer micro-batches than ranks: these would be cut in another way
@@ -407,7 +409,7 @@ def test_world_sizes_that_do_not_fit_are_refused_with_those_that_do(group: Group
         ConfigError,
         match=r"8 / 4 = 2 micro-batches do not fit 3 ranks\. World sizes that fit: 1, 2\.",
     ):
-        compose(recipe(settings), settings, group)
+        build(recipe(settings), settings, group)
 
 
 def test_the_world_sizes_that_fit_hold_a_power_of_two_of_micro_batches_each() -> None:
@@ -429,4 +431,4 @@ def test_a_stream_and_a_buffer_outside_normalisation_layers_are_refused(group: G
         ),
     ):
         with pytest.raises(ConfigError, match=message):
-            compose(recipe(exact(), **parts), exact(), group)
+            build(recipe(exact(), **parts), exact(), group)

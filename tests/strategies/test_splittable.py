@@ -18,7 +18,7 @@ from ddp_kit.distributed.local_shard import whole
 from ddp_kit.distributed.process_group import Group, process_group
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import DeepSpeed, Fsdp
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.strategies.checks import require_elementwise, require_separate
 from ddp_kit.strategies.fsdp_modules import modules_to_wrap
 from ddp_kit.training.step import train_step
@@ -71,15 +71,15 @@ def test_one_process_refuses_what_many_would(settings: Split) -> None:
         with pytest.raises(
             ConfigError, match=r"cannot split a scalar: give warmth the shape \(1,\)"
         ):
-            compose(split(settings, model=Scalar), settings, group)
+            build(split(settings, model=Scalar), settings, group)
         with pytest.raises(ConfigError, match=r"last\.weight is a view of other strides"):
-            compose(split(settings, model=Strided), settings, group)
+            build(split(settings, model=Strided), settings, group)
         with pytest.raises(ConfigError, match="trains one objective, the recipe has 2"):
-            compose(split(settings, loss=None, optimizer=None, objectives=parts), settings, group)
+            build(split(settings, loss=None, optimizer=None, objectives=parts), settings, group)
         if settings.strategy == "deepspeed":
             missing = replace(settings, deepspeed=DeepSpeed(config="/nope.json"))
             with pytest.raises(ConfigError, match=r"--deepspeed.config /nope\.json: No such file"):
-                compose(split(missing), missing, group)
+                build(split(missing), missing, group)
 
 
 @pytest.mark.ranks(2)
@@ -88,14 +88,14 @@ def test_an_optimizer_that_cannot_step_rows_is_named(group: Group) -> None:
         (Sparse, "Sparse cannot step weights that are split"),
         (torch.optim.Adafactor, "Adafactor reads numbers off"),
     ):
-        made = compose(
+        made = build(
             split(FSDP, optimizer=lambda model, kind=kind: kind(trained(model), lr=0.01)),
             FSDP,
             group,
         )
         with pytest.raises(ConfigError, match=f"--strategy fsdp: {said}"):
             train_step(made.training, next(made.feed.batches(start=0, end=1)))
-        made.training.control.close()
+        made.training.control_packet.close()
         group.closing.close()
 
 
@@ -186,12 +186,12 @@ def test_numbers_that_would_be_of_a_part_only_are_refused(group: Group) -> None:
     with pytest.raises(
         ConfigError, match="--strategy zero1: Normed takes something over all parameters at once"
     ):
-        compose(
+        build(
             split(settings, optimizer=lambda model: Normed(trained(model), lr=0.1)), settings, group
         )
     group.closing.close()
     settings = replace(FSDP, ema=0.0)
-    made = compose(
+    made = build(
         split(settings, optimizer=lambda model: Reading(trained(model), lr=0.1)), settings, group
     )
     with pytest.raises(
@@ -199,11 +199,11 @@ def test_numbers_that_would_be_of_a_part_only_are_refused(group: Group) -> None:
         match="--strategy fsdp: Reading reads numbers off weights or gradients that are split",
     ):
         train_step(made.training, next(made.feed.batches(start=0, end=1)))
-    made.training.control.close()
+    made.training.control_packet.close()
     with pytest.raises(
         ConfigError, match="outside its forward pass, where each rank has its rows only"
     ):
-        compose(
+        build(
             split(
                 settings,
                 evaluate=lambda model, batch: {
@@ -219,7 +219,7 @@ def test_numbers_that_would_be_of_a_part_only_are_refused(group: Group) -> None:
         with pytest.raises(
             ConfigError, match=r"the loss or `evaluate` uses blocks\.0\.layer\.weight outside"
         ):
-            compose(split(settings, evaluate=detached), settings, group)
+            build(split(settings, evaluate=detached), settings, group)
 
 
 def detached(model: Any, batch: Any) -> dict[str, Any]:
@@ -275,14 +275,14 @@ def test_zero1_takes_an_optimizer_of_named_parameters(group: Group) -> None:
             (n, p) for n, p in model.named_parameters() if p.requires_grad
         ),
     )
-    made = compose(named, settings, group)
+    made = build(named, settings, group)
     before = [parameter.detach().clone() for parameter in trained(made.training.model)]
     train_step(made.training, next(made.feed.batches(start=0, end=1)))
     assert not any(
         torch.equal(now, then)
         for now, then in zip(trained(made.training.model), before, strict=True)
     )
-    made.training.control.close()
+    made.training.control_packet.close()
 
 
 def reading(model: nn.Module, batch: Any) -> dict[str, Any]:
@@ -297,7 +297,7 @@ def reading(model: nn.Module, batch: Any) -> dict[str, Any]:
 )
 def test_an_evaluation_that_reads_split_weights_is_refused(group: Group, settings: Split) -> None:
     with pytest.raises(ConfigError, match="the loss or `evaluate` uses"):
-        compose(split(settings, evaluate=reading), settings, group)
+        build(split(settings, evaluate=reading), settings, group)
 
 
 @pytest.mark.ranks(2)
@@ -334,7 +334,7 @@ def test_what_a_file_leaves_out_has_first_values_without_memory_too(
     settings = replace(
         FSDP, fsdp=Fsdp(wrap=("Block",), meta=True), init_from=file, init_partial=True
     )
-    made = compose(split(settings, model=Drawn), settings, group)
+    made = build(split(settings, model=Drawn), settings, group)
     weights = {name: whole(parameter) for name, parameter in made.training.model.named_parameters()}
     assert (weights["last.bias"] == 3).all()
     assert not torch.equal(*weights["first.weight"].split(9)), "each rank has rows of its own"
@@ -347,7 +347,7 @@ def test_what_a_file_leaves_out_has_first_values_without_memory_too(
         for name in weights
         if name.endswith("weight") or name == "scale"
     )
-    made.training.control.close()
+    made.training.control_packet.close()
 
 
 @needs_deepspeed
@@ -365,4 +365,4 @@ def test_old_names_of_what_flags_decide_are_known(tmp_path: Path, key: str) -> N
         process_group(device="cpu") as group,
         pytest.raises(ConfigError, match=rf"{key}: .* decided by"),
     ):
-        compose(split(settings), settings, group)
+        build(split(settings), settings, group)

@@ -13,7 +13,7 @@ from paths import KIT
 from torch import nn
 
 import ddp_kit
-from ddp_kit.checkpoint.checkpointer import save
+from ddp_kit.checkpoint.own_loop import save
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.config.validation import check
 from ddp_kit.distributed.local_shard import is_split, local, whole
@@ -21,7 +21,7 @@ from ddp_kit.distributed.process_group import Group, process_group
 from ddp_kit.distributed.topology import read_topology
 from ddp_kit.errors import ConfigError, NonFiniteError
 from ddp_kit.settings import DeepSpeed, Fsdp
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.setup.meta_init import materialise
 from ddp_kit.strategies.fsdp import modules_to_wrap
 from ddp_kit.testing import run_ranks
@@ -29,6 +29,7 @@ from ddp_kit.training.recipe_evaluation import data_sets
 from ddp_kit.training.step import train_step
 
 MORTAL = str(KIT / "mortal.py")
+SLOW = [pytest.mark.slow, pytest.mark.steady]
 WRAPPED = Fsdp(wrap=("Block",))
 OTHERS: list[dict[str, Any]] = [
     {"strategy": "zero1"},
@@ -42,11 +43,10 @@ def apart(a: Trace, b: Trace) -> float:
     return max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True))
 
 
-@pytest.mark.ranks(2, 4)
-def test_zero1_and_fsdp_follow_ddp_for_50_steps_clipped_at_half_the_median_norm(
-    group: Group,
-) -> None:
-    settings = replace(Split(), grad_clip=half_the_median_norm(group, Split()))
+def follow_ddp(group: Group, *, steps: int) -> None:
+    """Asserts that all strategies give ddp's numbers, clipped at half the median norm."""
+    settings = Split(max_steps=steps)
+    settings = replace(settings, grad_clip=half_the_median_norm(group, settings))
     reference = trace(group, split(settings), settings)
     for choice in OTHERS:
         ours = trace(group, split(settings), replace(settings, **choice))
@@ -56,15 +56,27 @@ def test_zero1_and_fsdp_follow_ddp_for_50_steps_clipped_at_half_the_median_norm(
         assert ours.samples == reference.samples
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(4)
+def test_zero1_and_fsdp_follow_ddp_clipped_at_half_the_median_norm(group: Group) -> None:
+    """On 4 ranks the parts of a weight are uneven."""
+    follow_ddp(group, steps=8)
+
+
+@pytest.mark.slow
+@pytest.mark.steady
+@pytest.mark.ranks(2, 4)
+def test_zero1_and_fsdp_follow_ddp_for_50_steps(group: Group) -> None:
+    follow_ddp(group, steps=50)
+
+
+@pytest.mark.ranks(3)
 def test_micro_batches_that_do_not_come_out_even_change_nothing(group: Group) -> None:
     """24 / 3 = 8 micro-batches: on 3 ranks 3 + 3 + 2, so that a rank gathers weights once more than it has work."""
     for loss in (classify, weighted):
-        settings = Split(micro_batch=3, max_steps=10)
+        settings = Split(micro_batch=3, max_steps=3)
         reference = trace(group, split(settings, loss=loss), settings)
-        for choice in (
-            OTHERS if loss is classify else OTHERS[:2]
-        ):  # the other loss uses blocks' weights outside the blocks
+        # The other loss uses blocks' weights outside the blocks.
+        for choice in OTHERS if loss is classify else OTHERS[:2]:
             ours = trace(group, split(settings, loss=loss), replace(settings, **choice))
             assert distance(ours.gradient, reference.gradient) <= 1e-12
             assert apart(ours, reference) <= 1e-9
@@ -73,7 +85,7 @@ def test_micro_batches_that_do_not_come_out_even_change_nothing(group: Group) ->
 @pytest.mark.ranks(2)
 def test_layers_that_share_a_weight_are_wrapped_and_share_it_still(group: Group) -> None:
     """FSDP2 would split the one tensor twice."""
-    settings = Split(max_steps=10)
+    settings = Split(max_steps=4)
     reference = trace(group, split(settings), settings)
     ours = trace(
         group, split(settings), replace(settings, strategy="fsdp", fsdp=Fsdp(wrap=("Linear",)))
@@ -87,7 +99,7 @@ def test_after_one_step_every_parameter_has_moved_and_so_has_the_average(group: 
     """An optimizer that was built before the model was split would step tensors that nobody reads."""
     for choice in OTHERS:
         settings = Split(max_steps=1, grad_clip=0.0, **choice)
-        made = compose(split(settings), settings, group)
+        made = build(split(settings), settings, group)
         before = {name: whole(p).clone() for name, p in made.training.model.named_parameters()}
         train_step(made.training, next(made.feed.batches(start=0, end=1)))
         after = {name: whole(p).clone() for name, p in made.training.model.named_parameters()}
@@ -101,15 +113,15 @@ def test_after_one_step_every_parameter_has_moved_and_so_has_the_average(group: 
         assert {name: whole(p).tolist() for name, p in made.training.model.named_parameters()} == {
             n: t.tolist() for n, t in after.items()
         }
-        made.training.control.close()
+        made.training.control_packet.close()
 
 
-@pytest.mark.ranks(2, 4)
+@pytest.mark.ranks(4)
 def test_a_rank_keeps_its_part_only(group: Group) -> None:
     """zero1 and fsdp are for memory: the optimizer's state, and with fsdp weights and gradients, are split."""
     for choice in OTHERS:
         settings = Split(**choice)
-        made = compose(split(settings, model=lambda: Net(64)), settings, group)
+        made = build(split(settings, model=lambda: Net(64)), settings, group)
         train_step(made.training, next(made.feed.batches(start=0, end=1)))
         parameters = list(made.training.model.parameters())
         full = sum(p.numel() * 8 for p in parameters if p.requires_grad)
@@ -126,12 +138,12 @@ def test_a_rank_keeps_its_part_only(group: Group) -> None:
             assert held <= sum(
                 p.numel() * 8 for p in parameters
             ) / group.world_size * 1.05 + 8 * len(parameters)
-        made.training.control.close()
+        made.training.control_packet.close()
 
 
 @pytest.mark.ranks(2)
 def test_in_fp32_they_follow_ddp_at_a_small_rate(group: Group) -> None:
-    settings = Split(precision="fp32", lr=1e-4)
+    settings = Split(precision="fp32", lr=1e-4, max_steps=8)
     reference = trace(group, split(settings), settings)
     for choice in OTHERS:
         ours = trace(group, split(settings), replace(settings, **choice))
@@ -142,7 +154,7 @@ def test_in_fp32_they_follow_ddp_at_a_small_rate(group: Group) -> None:
 @pytest.mark.ranks(2)
 def test_bf16_and_compressed_gradients_stay_within_stated_bounds(group: Group) -> None:
     """bfloat16 has 8 bits: a rounded gradient is off by 2^-9 of each element, so by at most 2^-9 in norm; with fp16 by 2^-12."""
-    settings = Split(precision="fp32", lr=1e-3, ema=0.0, grad_clip=0.0)
+    settings = Split(precision="fp32", lr=1e-3, ema=0.0, grad_clip=0.0, max_steps=8)
     reference = trace(group, split(settings), settings)
     for comm, bound in (("bf16", 2.0**-8), ("fp16", 2.0**-11)):
         ours = trace(group, split(settings), replace(settings, comm=comm))
@@ -160,7 +172,7 @@ def test_bf16_and_compressed_gradients_stay_within_stated_bounds(group: Group) -
 
 @pytest.mark.ranks(3)
 def test_running_statistics_and_draws_are_ddps(group: Group) -> None:
-    settings = Split(micro_batch=3, max_steps=20, ema=0.0)
+    settings = Split(micro_batch=3, max_steps=8, ema=0.0)
     for precision in ("fp64", "bf16"):
         own = replace(settings, precision=precision)
         reference = trace(group, recipe(own, model=normed), own)
@@ -172,11 +184,11 @@ def test_running_statistics_and_draws_are_ddps(group: Group) -> None:
 
 @pytest.mark.ranks(3)
 def test_evaluation_is_ddps_also_where_a_rank_has_no_samples(group: Group) -> None:
-    for size in (1, 2, 50):
+    for size in (1, 50):
         found = []
         for choice in [{}, *OTHERS]:
             settings = Split(max_steps=3, **choice)
-            made = compose(split(settings), settings, group)
+            made = build(split(settings), settings, group)
             for batch in made.feed.batches(start=0, end=3):
                 train_step(made.training, batch)
             evaluator = made.evaluator.on(data_sets(vectors(size), what="evaluation"))
@@ -184,7 +196,7 @@ def test_evaluation_is_ddps_also_where_a_rank_has_no_samples(group: Group) -> No
             found.append(evaluator(made.training.model, average=made.training.average)["loss"])
             assert weights_sha256(made.training.model) == digest
             train_step(made.training, next(made.feed.batches(start=3, end=4)))
-            made.training.control.close()
+            made.training.control_packet.close()
         assert max(found) - min(found) <= 1e-9
 
 
@@ -194,14 +206,14 @@ def test_a_step_that_is_not_finite_leaves_weights_and_names_the_sample(group: Gr
     bad.tensors[0][17] = torch.inf
     for choice in OTHERS:
         settings = Split(max_steps=10, **choice)
-        made = compose(split(settings, train_data=lambda: ddp_kit.Data(bad)), settings, group)
+        made = build(split(settings, train_data=lambda: ddp_kit.Data(bad)), settings, group)
         digest = weights_sha256(made.training.model)
         with pytest.raises(NonFiniteError, match="17"):
             for batch in made.feed.batches(start=0, end=10):
                 digest = weights_sha256(made.training.model)
                 train_step(made.training, batch)
         assert weights_sha256(made.training.model) == digest
-        made.training.control.close()
+        made.training.control_packet.close()
 
 
 @pytest.mark.ranks(2)
@@ -215,12 +227,12 @@ def test_a_gradient_that_is_not_finite_on_one_ranks_rows_is_named_on_all(group: 
         )
 
     settings = Split(strategy="fsdp")
-    made = compose(recipe(settings, model=Net, loss=loss), settings, group)
+    made = build(recipe(settings, model=Net, loss=loss), settings, group)
     digest = weights_sha256(made.training.model)
     with pytest.raises(NonFiniteError, match=r"blocks\.1\.layer\.weight"):
         train_step(made.training, next(made.feed.batches(start=0, end=1)))
     assert weights_sha256(made.training.model) == digest
-    made.training.control.close()
+    made.training.control_packet.close()
 
 
 def test_what_is_wrapped_is_found_by_class_and_by_size() -> None:
@@ -249,7 +261,7 @@ def test_what_is_wrapped_is_found_by_class_and_by_size() -> None:
         process_group(device="cpu") as group,
         pytest.raises(ConfigError, match=r"Did you mean Block\?"),
     ):
-        compose(split(settings), settings, group)
+        build(split(settings), settings, group)
 
 
 @pytest.mark.parametrize(
@@ -295,15 +307,13 @@ def test_zero1_follows_ddp_where_two_objectives_train_the_same_weights(group: Gr
     found = []
     for choice in ({}, {"strategy": "zero1"}):
         settings = Split(max_steps=5, **choice)
-        made = compose(
-            split(settings, loss=None, optimizer=None, objectives=parts), settings, group
-        )
+        made = build(split(settings, loss=None, optimizer=None, objectives=parts), settings, group)
         for batch in made.feed.batches(start=0, end=5):
             train_step(made.training, batch)
         found.append(
             {name: tensor.clone() for name, tensor in made.training.model.state_dict().items()}
         )
-        made.training.control.close()
+        made.training.control_packet.close()
     assert distance(*found) <= 1e-12
 
 
@@ -318,11 +328,11 @@ def test_hooks_of_the_recipes_optimizer_are_called_under_zero1(group: Group) -> 
         return made
 
     settings = Split(strategy="zero1")
-    made = compose(split(settings, optimizer=sgd), settings, group)
+    made = build(split(settings, optimizer=sgd), settings, group)
     for batch in made.feed.batches(start=0, end=2):
         train_step(made.training, batch)
     assert seen == ["before", "after"] * 2
-    made.training.control.close()
+    made.training.control_packet.close()
 
 
 def reading(model: nn.Module, batch: Any) -> ddp_kit.LossSum:
@@ -349,15 +359,15 @@ def test_scalars_several_objectives_and_odd_optimizers_are_refused_by_name(group
     fsdp = Split(strategy="fsdp")
     zero1 = Split(strategy="zero1")
     with pytest.raises(ConfigError, match=r"cannot split a scalar: give warmth the shape \(1,\)"):
-        compose(split(fsdp, model=Scalar), fsdp, group)
+        build(split(fsdp, model=Scalar), fsdp, group)
     wrapped = Split(strategy="fsdp", fsdp=WRAPPED)
     for loss in (weighted, reading):
         with pytest.raises(
             ConfigError, match="the loss or `evaluate` uses weights of a wrapped module outside"
         ):
-            compose(split(wrapped, loss=loss), wrapped, group)
+            build(split(wrapped, loss=loss), wrapped, group)
     with pytest.raises(ConfigError, match="cannot build Odd"):
-        compose(
+        build(
             split(
                 zero1,
                 optimizer=lambda model: Odd(
@@ -374,7 +384,7 @@ def test_scalars_several_objectives_and_odd_optimizers_are_refused_by_name(group
             super().__init__(parameters, lr=0.1)
 
     with pytest.raises(ConfigError, match=r"built again .* every would not be 3"):
-        compose(
+        build(
             split(
                 zero1,
                 optimizer=lambda model: Every(
@@ -394,16 +404,16 @@ def test_scalars_several_objectives_and_odd_optimizers_are_refused_by_name(group
         for i in (0, 1)
     ]
     with pytest.raises(ConfigError, match="it trains one objective, the recipe has 2"):
-        compose(split(fsdp, loss=None, optimizer=None, objectives=parts), fsdp, group)
+        build(split(fsdp, loss=None, optimizer=None, objectives=parts), fsdp, group)
     with pytest.raises(
         ConfigError, match="--strategy deepspeed: it trains one objective, the recipe has 2"
     ):
-        compose(split(deepspeed, loss=None, optimizer=None, objectives=parts), deepspeed, group)
+        build(split(deepspeed, loss=None, optimizer=None, objectives=parts), deepspeed, group)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero1", marks=SLOW)])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None:
-    args = ["--save-every", "5", "--strategy", strategy, "--width", "32"]
+    args = ["--epochs", "1", "--save-every", "3", "--strategy", strategy, "--width", "32"]
 
     def run(name: str, deaths: str = "") -> Any:
         (tmp_path / name).mkdir(exist_ok=True)
@@ -411,16 +421,16 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None
             *args,
             folder=tmp_path / name,
             recipe=MORTAL,
-            world_size=3,
+            world_size=2,
             env={"DEATHS": deaths},
             limit_s=60,
         )
 
     whole_run = run("whole")
-    assert whole_run.codes == [0, 0, 0], whole_run.errors
-    assert -9 in run("cut", "13:1").codes
+    assert whole_run.codes == [0, 0], whole_run.errors
+    assert -9 in run("cut", "8:1").codes
     last = run("cut")
-    assert last.codes == [0, 0, 0], last.errors
+    assert last.codes == [0, 0], last.errors
     assert last.status["weights_sha256"] == whole_run.status["weights_sha256"]
     assert last.status["metrics"] == whole_run.status["metrics"]
 
@@ -438,20 +448,20 @@ def hybrid_and_meta(folder: str) -> tuple[float, float, bool]:
         read_topology(), nodes=2, local_world_size=2, local_rank=read_topology().rank % 2
     )
     with process_group(topology=topology, device="cpu") as group:
-        settings = Split(max_steps=6)
+        settings = Split(max_steps=3)
         reference = trace(group, split(settings), settings)
         hybrid = replace(settings, strategy="fsdp", fsdp=Fsdp(wrap=("Block",), hybrid=True))
         ours = trace(group, split(hybrid), hybrid)
-        made = compose(split(hybrid), hybrid, group)
+        made = build(split(hybrid), hybrid, group)
         assert all(
             local(p).shape[0] <= -(-p.shape[0] // 2) for p in made.training.model.parameters()
         )
         save(made.training, folder)
         made.training.checkpoints.finish(failures=1)
-        made.training.control.close()
+        made.training.control_packet.close()
         meta = replace(hybrid, fsdp=replace(hybrid.fsdp, meta=True, hybrid=False), init_from=folder)
         from_file = trace(group, split(meta), meta)
-        made = compose(
+        made = build(
             split(replace(meta, init_from=""), model=Drawn), replace(meta, init_from=""), group
         )
         drawn = {name: whole(p) for name, p in made.training.model.named_parameters()}
@@ -462,7 +472,7 @@ def hybrid_and_meta(folder: str) -> tuple[float, float, bool]:
         is_tied = made.training.model.first.weight is made.training.model.again.weight
         for batch in made.feed.batches(start=0, end=2):
             train_step(made.training, batch)
-        made.training.control.close()
+        made.training.control_packet.close()
         return apart(ours, reference), apart(from_file, reference), is_drawn and is_tied
 
 

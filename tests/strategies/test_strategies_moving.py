@@ -15,12 +15,12 @@ from launching import train
 from paths import KIT
 
 from ddp_kit import Recipe
-from ddp_kit.checkpoint.checkpointer import restore, save
+from ddp_kit.checkpoint.own_loop import restore, save
 from ddp_kit.checkpoint.state_dict import state_of
 from ddp_kit.distributed.local_shard import whole
 from ddp_kit.distributed.process_group import Group, process_group
 from ddp_kit.settings import DeepSpeed, Fsdp
-from ddp_kit.setup.build import Composition, compose
+from ddp_kit.setup.build import Built, build
 from ddp_kit.testing import run_ranks
 from ddp_kit.training.step import train_step
 
@@ -56,7 +56,7 @@ def made(name: str, settings: Split, optimizer: str) -> Recipe:
     )
 
 
-def content(composed: Composition) -> dict[str, torch.Tensor]:
+def content(composed: Built) -> dict[str, torch.Tensor]:
     """Returns weights and averages, whole."""
     own = {
         name: whole(parameter).detach().clone()
@@ -65,7 +65,7 @@ def content(composed: Composition) -> dict[str, torch.Tensor]:
     return own | {f"ema {name}": tensor for name, tensor in averages(composed.training).items()}
 
 
-def steps(composed: Composition, *, start: int, end: int) -> None:
+def steps(composed: Built, *, start: int, end: int) -> None:
     for batch in composed.feed.batches(start=start, end=end):
         train_step(composed.training, batch)
 
@@ -75,11 +75,11 @@ def saved_by(choices: dict[str, dict[str, Any]], base: Split, folder: str, optim
     with process_group(device="cpu") as group:
         for name, choice in choices.items():
             settings = replace(base, **choice)
-            composed = compose(made(name, settings, optimizer), settings, group)
+            composed = build(made(name, settings, optimizer), settings, group)
             steps(composed, start=0, end=3)
             save(composed.training, f"{folder}/{name}")
             composed.training.checkpoints.finish(failures=1)
-            composed.training.control.close()
+            composed.training.control_packet.close()
             group.closing.close()  # DeepSpeed's engines do not live beside each other
 
 
@@ -91,11 +91,11 @@ def gone_on(
     with process_group(device="cpu") as group:
         for before, after in product(choices, choices):
             settings = replace(base, **choices[after])
-            composed = compose(made(after, settings, optimizer), settings, group)
+            composed = build(made(after, settings, optimizer), settings, group)
             assert restore(composed.training, f"{folder}/{before}") == 3
             steps(composed, start=3, end=6)
             found[f"{before} -> {after}"] = content(composed)
-            composed.training.control.close()
+            composed.training.control_packet.close()
             group.closing.close()
     return found
 
@@ -129,10 +129,10 @@ def move(
     bound: float,
 ) -> None:
     with process_group(device="cpu") as group:
-        composed = compose(made("ddp", base, optimizer), base, group)
+        composed = build(made("ddp", base, optimizer), base, group)
         steps(composed, start=0, end=6)
         reference = content(composed)
-        composed.training.control.close()
+        composed.training.control_packet.close()
     run_ranks(saved_by, first, choices, base, str(folder), optimizer, group=False, deadline_s=170)
     for ours in run_ranks(
         gone_on, second, choices, base, str(folder), optimizer, group=False, deadline_s=170
@@ -165,7 +165,7 @@ def test_a_run_moves_from_ddp_4_to_fsdp_2_to_zero1_3_to_ddp_1_as_if_nothing_had_
         (tmp_path / name).mkdir(exist_ok=True)
         return train(
             "--save-every",
-            "5",
+            "3",
             *args,
             folder=tmp_path / name,
             recipe=BLOCKY,
@@ -182,9 +182,9 @@ def test_a_run_moves_from_ddp_4_to_fsdp_2_to_zero1_3_to_ddp_1_as_if_nothing_had_
 
     stayed = life("stayed", 1)
     assert stayed.codes == [0], stayed.errors
-    assert -9 in life("moved", 4, deaths="7:3").codes
-    assert -9 in life("moved", 2, "--strategy", "fsdp", "--fsdp.wrap", "Block", deaths="13:1").codes
-    assert -9 in life("moved", 3, "--strategy", "zero1", deaths="18:2").codes
+    assert -9 in life("moved", 4, deaths="4:3").codes
+    assert -9 in life("moved", 2, "--strategy", "fsdp", "--fsdp.wrap", "Block", deaths="7:1").codes
+    assert -9 in life("moved", 3, "--strategy", "zero1", deaths="10:2").codes
     moved = life("moved", 1)
     assert moved.codes == [0], moved.errors
     assert len(losses("moved")) == len(losses("stayed"))
@@ -223,20 +223,20 @@ def test_state_that_is_not_shaped_like_its_parameter_cannot_go_to_fsdp_and_it_sa
         )
 
     folder = str(tmp_path / "factored")
-    composed = compose(factored(Split()), Split(), group)
+    composed = build(factored(Split()), Split(), group)
     steps(composed, start=0, end=1)
     save(composed.training, folder)
     composed.training.checkpoints.finish(failures=1)
-    composed.training.control.close()
+    composed.training.control_packet.close()
     fsdp = replace(Split(), strategy="fsdp")
-    composed = compose(factored(fsdp), fsdp, group)
+    composed = build(factored(fsdp), fsdp, group)
     steps(composed, start=0, end=1)
     with pytest.raises(
         ConfigError, match=r"/rows has shape .* only what is shaped alike can be split alike"
     ):
         state_of(composed.training)  # or it would save what no later life could read
-    composed.training.control.close()
-    composed = compose(factored(fsdp), fsdp, group)
+    composed.training.control_packet.close()
+    composed = build(factored(fsdp), fsdp, group)
     before = {name: whole(p).clone() for name, p in composed.training.model.named_parameters()}
     with pytest.raises(
         ConfigError,
@@ -247,7 +247,7 @@ def test_state_that_is_not_shaped_like_its_parameter_cannot_go_to_fsdp_and_it_sa
         torch.equal(before[name], whole(p))
         for name, p in composed.training.model.named_parameters()
     )
-    composed.training.control.close()
+    composed.training.control_packet.close()
 
 
 @pytest.mark.ranks(2)
@@ -263,12 +263,12 @@ def test_evaluations_of_the_average_between_steps_change_no_step(group: Group, n
     """Weights that were gathered for an evaluation are not those of the next step."""
 
     def norms(settings: Split) -> list[float]:
-        composed = compose(split(settings), settings, group)
+        composed = build(split(settings), settings, group)
         found = []
         for batch in composed.feed.batches(start=0, end=4):
             found.append(float(train_step(composed.training, batch).grad_norms[""]))
             composed.evaluator(composed.training.model, average=composed.training.average)
-        composed.training.control.close()
+        composed.training.control_packet.close()
         group.closing.close()
         return found
 

@@ -11,7 +11,7 @@ from ddp_kit import Data
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches
 from ddp_kit.data.seeding import Purpose, key, permutation
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.testing import assert_same_on_all_ranks
 from ddp_kit.training.step import train_step
 
@@ -41,7 +41,7 @@ def by_hand(settings: Settings, plan: BatchPlan) -> dict[str, torch.Tensor]:
 def test_statistics_of_all_ranks_and_micro_batches_count(group: Group) -> None:
     for micro_batch in (4, 5):
         settings = Settings(micro_batch=micro_batch, max_steps=5)
-        made = compose(recipe(settings, model=normalising), settings, group)
+        made = build(recipe(settings, model=normalising), settings, group)
         for batch in made.feed.batches(start=0, end=settings.max_steps):
             train_step(made.training, batch)
             assert_same_on_all_ranks(dict(made.training.model.named_buffers()), group)
@@ -96,7 +96,7 @@ def test_checkpointed_activations_do_not_count_a_batch_twice(group: Group) -> No
 @pytest.mark.ranks(1, 2, 3)
 def test_another_buffer_that_training_changes_is_named_and_taken_from_rank_0(group: Group) -> None:
     settings = Settings(micro_batch=4, max_steps=3, ema=0.5)
-    made = compose(recipe(settings, model=Counting), settings, group)
+    made = build(recipe(settings, model=Counting), settings, group)
     training = made.training
     model: Any = training.model
     named = [note for note in training.notes if note.startswith("buffer ")]
@@ -141,7 +141,7 @@ def half_frozen() -> nn.Module:
 def test_a_frozen_layer_keeps_its_statistics_bitwise_and_its_mode(group: Group) -> None:
     for micro_batch in (0, 4):
         settings = Settings(micro_batch=micro_batch, max_steps=5)
-        made = compose(
+        made = build(
             recipe(settings, model=half_frozen, eval_data=lambda: Data(vectors(10)), loss=classify),
             settings,
             group,

@@ -16,7 +16,8 @@ from ddp_kit.data.loader import evaluation_batches
 from ddp_kit.distributed.collectives import max_over_ranks
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DataError, DdpKitError
-from ddp_kit.setup.build import build_model, compose, placement_of
+from ddp_kit.setup.build import build, build_model
+from ddp_kit.setup.model import placement_of
 from ddp_kit.training.evaluation import evaluate
 from ddp_kit.training.recipe_evaluation import Evaluator, data_sets
 
@@ -270,9 +271,7 @@ def test_one_evaluation_micro_batch_runs_before_training(group: Group) -> None:
         raise ZeroDivisionError("in evaluate")
 
     with pytest.raises(ZeroDivisionError, match="in evaluate"):
-        compose(
-            recipe(Settings(), evaluate=broken, eval_data=lambda: vectors(10)), Settings(), group
-        )
+        build(recipe(Settings(), evaluate=broken, eval_data=lambda: vectors(10)), Settings(), group)
 
 
 @pytest.mark.ranks(2)

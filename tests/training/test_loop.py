@@ -18,10 +18,10 @@ from ddp_kit.data.seeding import Purpose, key, permutation
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import EarlyStop
-from ddp_kit.setup.build import compose
+from ddp_kit.setup.build import build
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.training.ema import WeightAverage
-from ddp_kit.training.loop import Pace
+from ddp_kit.training.loop import Cadence
 from ddp_kit.training.step import train_step
 
 # Schedules
@@ -183,12 +183,12 @@ def test_callbacks_observe_on_every_rank() -> None:
 
 
 def test_an_evaluation_is_due_at_its_pace_at_every_epochs_end_and_at_the_end() -> None:
-    def due(pace: Pace) -> list[int]:
-        return [step for step in range(1, pace.end + 1) if pace.evaluates(step)]
+    def due(cadence: Cadence) -> list[int]:
+        return [step for step in range(1, cadence.end + 1) if cadence.evaluates(step)]
 
-    assert due(Pace(end=25, steps_per_epoch=10)) == [10, 20, 25]
-    assert due(Pace(end=25, steps_per_epoch=10, eval_every=4)) == [4, 8, 10, 12, 16, 20, 24, 25]
-    assert due(Pace(end=7, steps_per_epoch=0, eval_every=3)) == [3, 6, 7]
+    assert due(Cadence(end=25, steps_per_epoch=10)) == [10, 20, 25]
+    assert due(Cadence(end=25, steps_per_epoch=10, eval_every=4)) == [4, 8, 10, 12, 16, 20, 24, 25]
+    assert due(Cadence(end=7, steps_per_epoch=0, eval_every=3)) == [3, 6, 7]
 
 
 # Early stopping, best weights and test data
@@ -285,7 +285,7 @@ def test_early_stopping_ends_all_ranks_at_one_step_and_the_test_uses_the_best_we
 def test_it_is_said_at_start_where_best_may_not_be_what_was_meant(group: Group) -> None:
     def notes(rule: EarlyStop, **parts: Any) -> list[str]:
         settings = Settings(early_stop=rule)
-        found = compose(
+        found = build(
             recipe(settings, eval_data=lambda: vectors(10), **parts), settings, group
         ).training.notes
         return [note.split(",")[0] for note in found]
@@ -338,9 +338,9 @@ def test_a_metric_that_evaluation_does_not_produce_is_refused_at_start(group: Gr
     with pytest.raises(
         ConfigError, match=r"does not produce it; it produces .*\. Did you mean '?accuracy"
     ):
-        compose(recipe(settings, eval_data=lambda: vectors(30)), settings, group)
+        build(recipe(settings, eval_data=lambda: vectors(30)), settings, group)
     with pytest.raises(ConfigError, match="has no eval_data"):
-        compose(recipe(settings), settings, group)
+        build(recipe(settings), settings, group)
 
 
 # The average of the weights
@@ -353,7 +353,7 @@ def test_the_average_is_torchs_and_evaluation_uses_it_and_puts_the_weights_back(
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     settings = Settings(max_steps=6, micro_batch=6, ema=0.8)
-    made = compose(recipe(settings, model=normed, eval_data=lambda: vectors(30)), settings, group)
+    made = build(recipe(settings, model=normed, eval_data=lambda: vectors(30)), settings, group)
     training = made.training
     assert isinstance(training.average, WeightAverage)
     reference = AveragedModel(

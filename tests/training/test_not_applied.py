@@ -14,7 +14,7 @@ from ddp_kit.data.seeding import permutation
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import NonFiniteError
 from ddp_kit.settings import EarlyStop
-from ddp_kit.setup.build import Composition, compose
+from ddp_kit.setup.build import Built, build
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import StopFlag
 from ddp_kit.testing import assert_same_on_all_ranks
@@ -24,7 +24,7 @@ from ddp_kit.training.reporter import Reporter
 from ddp_kit.training.step import train_step
 
 
-def steps(made: Composition, *, start: int = 0, end: int) -> None:
+def steps(made: Built, *, start: int = 0, end: int) -> None:
     for batch in made.feed.batches(start=start, end=end):
         train_step(made.training, batch)
 
@@ -90,7 +90,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_at_one_step_with_rank_and_samp
         ("AdamW", nan_at_9),
     ):
         parts: dict[str, Any] = {"optimizer": fused(optimizer)} if optimizer else {}
-        made = compose(
+        made = build(
             recipe(
                 settings,
                 model=Noting,
@@ -120,7 +120,7 @@ def test_deferring_the_verdict_changes_no_bit(group: Group) -> None:
     settings = Settings(micro_batch=5, max_steps=5, grad_clip=0.3)
     ends = []
     for is_deferred in (False, True):
-        made = compose(recipe(settings, loss=weighted, optimizer=fused("AdamW")), settings, group)
+        made = build(recipe(settings, loss=weighted, optimizer=fused("AdamW")), settings, group)
         made.training.objectives[0].is_deferred = is_deferred
         steps(made, end=5)
         look_back(made.training)
@@ -132,7 +132,7 @@ def test_deferring_the_verdict_changes_no_bit(group: Group) -> None:
 def test_a_bad_last_step_is_not_missed_when_its_verdict_is_deferred(group: Group) -> None:
     """Nor is it evaluated: the loop looks back before it does."""
     settings = Settings(max_steps=3)
-    made = compose(
+    made = build(
         recipe(
             settings,
             loss=inf_at_9,
@@ -148,7 +148,7 @@ def test_a_bad_last_step_is_not_missed_when_its_verdict_is_deferred(group: Group
         fit(
             made.training,
             made.feed.batches(start=0, end=3),
-            pace=made.pace,
+            cadence=made.cadence,
             report=Reporter([], log_every=1),
             evaluate=lambda epoch: evaluated.append(epoch) or {},  # type: ignore[func-returns-value]  # notes the call
             early_stopping=EarlyStopping(EarlyStop()),
@@ -172,7 +172,7 @@ def test_a_gradient_that_is_not_finite_though_the_loss_is_names_the_parameters(
         nn.init.zeros_(model[2].bias)
         return model
 
-    made = compose(recipe(Settings(), model=still, loss=root), Settings(), group)
+    made = build(recipe(Settings(), model=still, loss=root), Settings(), group)
     with pytest.raises(
         NonFiniteError,
         match=r"the gradient of step 1 is not finite though the loss is, in .*2\.weight, 2\.bias",

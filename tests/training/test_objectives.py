@@ -1,9 +1,12 @@
 """Several losses and optimizers on one global batch: a small GAN against a loop written by hand."""
 
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import Settings, distance, vectors
@@ -14,10 +17,10 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
 from ddp_kit import LossSum, Objective, Recipe
-from ddp_kit.data.seeding import permutation
+from ddp_kit.data.seeding import forward_key, permutation, seed_forward
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, NonFiniteError
-from ddp_kit.setup.build import build_model, compose
+from ddp_kit.setup.build import build, build_model
 from ddp_kit.testing import assert_same_on_all_ranks
 from ddp_kit.trackers.base import RunInfo
 from ddp_kit.training.reporter import Reporter
@@ -60,7 +63,7 @@ def test_a_gan_gives_the_numbers_of_a_loop_written_by_hand(group: Group) -> None
     settings = Settings(max_steps=8, grad_clip=0.2, micro_batch=5)
     ends = []
     for order in ("dg", "gd"):
-        made = compose(gan(order=order), settings, group)
+        made = build(gan(order=order), settings, group)
         life = Life()
         reporter = Reporter([Notes(life)], log_every=1)
         reporter.start(RunInfo(run_dir=Path(), name="gan", settings={}, total_steps=8), step=0)
@@ -84,7 +87,7 @@ def test_a_gan_gives_the_numbers_of_a_loop_written_by_hand(group: Group) -> None
 @pytest.mark.ranks(1, 2)
 def test_an_objective_gives_no_gradient_to_the_other_parts(group: Group) -> None:
     settings = Settings(micro_batch=5)
-    made = compose(gan(), settings, group)
+    made = build(gan(), settings, group)
     training = made.training
     training.objectives = training.objectives[
         1:
@@ -107,7 +110,7 @@ def test_where_a_later_objective_is_not_finite_it_is_said_that_the_earlier_one_w
     group: Group,
 ) -> None:
     first, second = gan().objectives
-    made = compose(
+    made = build(
         replace(gan(), objectives=[first, replace(second, loss=hopeless)]), Settings(), group
     )
     before = {name: tensor.clone() for name, tensor in made.training.model.state_dict().items()}
@@ -149,6 +152,53 @@ def test_an_objective_with_a_wrong_part_or_foreign_parameters_is_refused(group: 
         ({"optimizer": partly}, r"does not hold generator\.2\.weight, generator\.2\.bias"),
     ):
         with pytest.raises(ConfigError, match=message):
-            compose(with_part(**changes), Settings(), group)
+            build(with_part(**changes), Settings(), group)
     with pytest.raises(ConfigError, match="not both"):
         Recipe(model=Gan, loss=fooled, objectives=gan().objectives, train_data=lambda: vectors())
+
+
+class Noisy(nn.Module):
+    """Keeps the noise that each loss draws, by generator, in the order of the forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.discriminator = nn.Linear(6, 1)
+        self.generator = nn.Linear(6, 1)
+        self.drawn: list[tuple[float, float, float]] = []
+
+    def draw(self) -> None:
+        self.drawn.append((torch.rand(()).item(), float(np.random.random()), random.random()))
+
+
+def _noisy_loss(part: str) -> Callable[[Any, Any], LossSum]:
+    def loss(model: Noisy, batch: Any) -> LossSum:
+        model.draw()
+        values = getattr(model, part)(batch[0])
+        return LossSum(values.sum(), len(values))
+
+    return loss
+
+
+@pytest.mark.ranks(1, 2)
+def test_objectives_of_one_step_draw_noise_of_their_own(group: Group) -> None:
+    """A generator must not see its discriminator's noise again; the first objective's is that of a recipe with one."""
+    settings = Settings(max_steps=2, micro_batch=12)
+    parts = [
+        Objective(
+            loss=_noisy_loss(name),
+            optimizer=lambda part: SGD(part.parameters(), lr=0.0),
+            trains=name,
+        )
+        for name in ("discriminator", "generator")
+    ]
+    recipe = Recipe(model=Noisy, objectives=parts, train_data=lambda: vectors())
+    made = build(recipe, settings, group)
+    made.training.model.drawn.clear()
+    for batch in made.feed.batches(start=0, end=2):
+        train_step(made.training, batch)
+    drawn = made.training.model.drawn
+    for numbers in zip(*drawn, strict=True):
+        assert len(set(numbers)) == len(drawn)
+    first_micro_batch = group.rank * 2 // group.world_size
+    seed_forward(forward_key(settings.seed), 0, first_micro_batch, device=group.device)
+    assert drawn[0][0] == torch.rand(()).item()

@@ -18,12 +18,12 @@ from ddp_kit import Data, LossSum
 from ddp_kit.data.seeding import permutation
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DdpKitError
-from ddp_kit.setup.build import Composition, build_model, compose
+from ddp_kit.setup.build import Built, build, build_model
 from ddp_kit.training.running_stats import buffers_of
 from ddp_kit.training.step import train_step
 
 
-def steps(made: Composition, *, start: int = 0, end: int) -> None:
+def steps(made: Built, *, start: int = 0, end: int) -> None:
     for batch in made.feed.batches(start=start, end=end):
         train_step(made.training, batch)
 
@@ -37,7 +37,7 @@ def test_the_dry_run_leaves_no_trace(group: Group) -> None:
     made = recipe(settings, model=normed, eval_data=lambda: vectors(10))
     torch.manual_seed(3)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    training = compose(made, settings, group).training
+    training = build(made, settings, group).training
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]
     assert torch.equal(torch.get_rng_state(), before[2])
     fresh = build_model(made, settings, group).state_dict()
@@ -70,7 +70,7 @@ def test_two_lives_of_the_same_start_give_the_same_bits(group: Group) -> None:
     """DDP's buckets are final before the first real step; at 3 ranks another bucket is another order of summation."""
     settings = Settings(precision="fp32", max_steps=4)
     whole, first, second = (
-        compose(recipe(settings, model=Crossed), settings, group) for _ in range(3)
+        build(recipe(settings, model=Crossed), settings, group) for _ in range(3)
     )
     wrapped: Any = whole.training.objectives[0].call
     assert wrapped._has_rebuilt_buckets
@@ -107,7 +107,7 @@ def test_unused_parameters_are_named_before_the_first_step_and_allowed_by_a_flag
             ConfigError,
             match=r"spare\.weight, spare\.bias got no gradient.*--find-unused-parameters",
         ):
-            compose(recipe(settings, model=Unused), settings, group)
+            build(recipe(settings, model=Unused), settings, group)
     allowed = replace(settings, find_unused_parameters=True)
     ours = trace(group, recipe(allowed, model=Unused), allowed)
     only = trace(group, recipe(settings, model=lambda: nn.Sequential(nn.Linear(6, 4))), settings)
@@ -121,7 +121,7 @@ def test_nothing_but_ddp_uses_its_gloo_group_in_a_step(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a collective that failed unread, gloo may let another one of the same group wait until its timeout."""
-    made = compose(
+    made = build(
         recipe(Settings(micro_batch=6), model=normed, loss=weighted), Settings(micro_batch=6), group
     )
     made.training.statistics.others = [
@@ -138,8 +138,8 @@ def test_nothing_but_ddp_uses_its_gloo_group_in_a_step(
             ),
         )
     steps(made, end=2)
-    assert used == [group.sums] * 6
-    assert group.sums not in (group.training, group.control)
+    assert used == [group.sums_pg] * 6
+    assert group.sums_pg not in (group.pg, group.control_pg)
 
 
 # Faults of a loss
@@ -184,7 +184,7 @@ AT_START = [
 def test_a_wrong_loss_is_refused_before_the_first_step(group: Group) -> None:
     for loss, kind, message in AT_START:
         with pytest.raises(kind, match=message):
-            compose(recipe(Settings(), loss=loss), Settings(), group)
+            build(recipe(Settings(), loss=loss), Settings(), group)
 
 
 @dataclass
@@ -203,7 +203,7 @@ class Changing:
 def test_a_count_that_begins_to_vary_as_an_int_is_refused(group: Group) -> None:
     for count, found in ((lambda n: n - 1, "11"), (torch.tensor, r"tensor\(12\)")):
         loss = Changing(count)
-        made = compose(recipe(Settings(), loss=loss), Settings(), group)
+        made = build(recipe(Settings(), loss=loss), Settings(), group)
         loss.is_on = True
         with pytest.raises(
             DdpKitError, match=f"count is {found} for 12 samples.*must be a tensor always"
@@ -235,7 +235,7 @@ def test_a_count_of_zero_over_the_whole_batch_names_the_step(group: Group) -> No
 
     for known in (None, count):
         data = Data(with_barren_step(1), count=known)
-        made = compose(
+        made = build(
             recipe(Settings(), loss=only_three, train_data=lambda data=data: data),
             Settings(),
             group,
@@ -274,7 +274,7 @@ def test_a_rank_without_counted_samples_changes_nothing(group: Group) -> None:
 @pytest.mark.ranks(1)
 def test_an_exception_in_the_loss_says_where_it_was(group: Group) -> None:
     loss = Changing(lambda n: 1 / 0)
-    made = compose(recipe(Settings(micro_batch=6), loss=loss), Settings(micro_batch=6), group)
+    made = build(recipe(Settings(micro_batch=6), loss=loss), Settings(micro_batch=6), group)
     loss.is_on = True
     with pytest.raises(ZeroDivisionError) as caught:
         steps(made, end=1)

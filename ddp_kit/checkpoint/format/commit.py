@@ -12,6 +12,7 @@ import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from ddp_kit.checkpoint.format.layout import (
 )
 from ddp_kit.checkpoint.format.storage import Storage
 from ddp_kit.errors import DdpKitError
+from ddp_kit.io.polling import wait_until
 
 # How long a file that a rank has written may stay invisible to rank 0: a network file system's
 # caches.
@@ -135,13 +137,12 @@ def _see_all(storage: Storage, temporary: str, manifest: Manifest) -> None:
     """
     end = time.monotonic() + SEEN_S
     for name, wanted in manifest.files.items():
-        while not _is_seen(storage, f"{temporary}/{name}", size=wanted.size):
-            if time.monotonic() > end:
-                raise OSError(
-                    f"{name} of {wanted.size} bytes, as its rank wrote it, is not what rank 0 "
-                    "sees: is this one shared file system?"
-                )
-            time.sleep(POLL_S)
+        is_seen = partial(_is_seen, storage, f"{temporary}/{name}", size=wanted.size)
+        if not wait_until(is_seen, within_s=end - time.monotonic(), pause_s=POLL_S):
+            raise OSError(
+                f"{name} of {wanted.size} bytes, as its rank wrote it, is not what rank 0 "
+                "sees: is this one shared file system?"
+            )
 
 
 def _is_seen(storage: Storage, path: str, *, size: int) -> bool:

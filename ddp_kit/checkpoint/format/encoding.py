@@ -17,41 +17,69 @@ TENSOR = "$tensor"
 FLOAT = "$float"
 TUPLE = "$tuple"
 PAIRS = "$pairs"
+# What can be read back: Python reads numbers of 4,300 digits and JSON of some 1,000 levels.
+MOST_BITS = 14_000
+DEEPEST = 100
 
 
-def encode(value: Any, tensors: dict[str, torch.Tensor], *, name: str) -> Any:
-    """Returns plain JSON data. Tensors go into `tensors` under `name` and their path; inf, nan,
-    tuples and int keys are marked.
+def encode(value: Any, tensors: dict[str, torch.Tensor], *, name: str, depth: int = 0) -> Any:
+    """Returns plain JSON data. Tensors go into `tensors` under `name` and their path, with a number
+    behind it where that is taken; inf, nan, tuples and int keys are marked.
 
     Raises: ConfigError for anything else, naming it.
     """
+    if depth > DEEPEST:
+        raise ConfigError(f"{name[:80]}... is deeper than {DEEPEST} levels of lists and dicts.")
+
+    def inside(item: Any, key: object) -> Any:
+        return encode(item, tensors, name=f"{name}.{key}", depth=depth + 1)
+
     if isinstance(value, torch.Tensor):
+        name = _free(name, tensors)
         tensors[name] = value.detach()
         return {TENSOR: name}
-    if value is None or isinstance(value, str | bool | int):
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, int) and value.bit_length() <= MOST_BITS:
         return value
     if isinstance(value, float):
         if math.isfinite(value):
             return value
         return {FLOAT: repr(value)}
-    if isinstance(value, tuple):
-        return {TUPLE: [encode(item, tensors, name=f"{name}.{i}") for i, item in enumerate(value)]}
+    # A named tuple would come back as a plain one, without the names.
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return {TUPLE: [inside(item, i) for i, item in enumerate(value)]}
     if isinstance(value, list):
-        return [encode(item, tensors, name=f"{name}.{i}") for i, item in enumerate(value)]
+        return [inside(item, i) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
-        items = [(key, encode(item, tensors, name=f"{name}.{key}")) for key, item in value.items()]
+        items = [(key, inside(item, key)) for key, item in value.items()]
         if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
             return dict(items)
         if all(isinstance(key, str | int) for key, _ in items):
             return {PAIRS: [list(item) for item in items]}
     # A scalar of NumPy.
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return encode(value.item(), tensors, name=name)
+        return encode(value.item(), tensors, name=name, depth=depth + 1)
+    kind = f"a {type(value).__name__}"
+    if isinstance(value, int):
+        kind = f"an int of more than {MOST_BITS} bits"
+    elif isinstance(value, tuple):
+        kind = f"a named tuple ({type(value).__name__})"
     raise ConfigError(
-        f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: expected tensors, "
+        f"{name} is {kind}, which a checkpoint cannot hold: expected tensors, "
         "numbers, texts, and lists or dicts of "
         "them. Keep it out of the state dict, or as one of these."
     )
+
+
+def _free(name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns a name that no tensor has: paths are joined by dots, which keys may hold too."""
+    free = name
+    number = 1
+    while free in tensors:
+        number += 1
+        free = f"{name}~{number}"
+    return free
 
 
 def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -12,9 +12,8 @@ from ddp_kit.checkpoint.format.fit import Kind
 from ddp_kit.checkpoint.format.layout import Manifest
 from ddp_kit.checkpoint.format.shard import Stored
 from ddp_kit.checkpoint.format.storage import Storage
-from ddp_kit.distributed.local_shard import Fragment, Held, held
+from ddp_kit.distributed.local_shard import Fragment, Held, Item, held
 
-Item = torch.Tensor | Held | Fragment  # live: whole, split over the ranks, or a part
 Pieces = Mapping[str, list[tuple[str, Stored]]]  # name of the tensor -> (file, piece)
 
 

@@ -71,7 +71,7 @@ def open_checkpoint(storage: Storage, step: int, *, group: Group) -> Opened:
         error = failure
     _confirm(group, error)
     try:
-        opened = retried(lambda: describe(storage, folder, manifest))
+        opened = retried(lambda: read_headers(storage, folder, manifest))
     except DdpKitError as failure:
         error = failure
     _confirm(group, error)
@@ -137,7 +137,7 @@ def verify_file(
         raise DamagedError(f"{path} does not have the SHA-256 of its manifest")
 
 
-def describe(storage: Storage, folder: str, manifest: Manifest) -> Opened:
+def read_headers(storage: Storage, folder: str, manifest: Manifest) -> Opened:
     """Returns a checkpoint whose headers agree with each other and with state.json.
 
     Raises: DamagedError if they do not; OSError.

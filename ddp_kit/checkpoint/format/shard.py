@@ -16,6 +16,7 @@ import torch
 from ddp_kit.checkpoint.format.layout import DTYPES, NAMES, DamagedError, parse_json, read_exactly
 from ddp_kit.checkpoint.format.sharding import Piece, Shape
 from ddp_kit.checkpoint.format.storage import PAGE
+from ddp_kit.errors import ConfigError
 
 HEADER_LIMIT = 64 << 20  # bytes that are read before anything is known about a file
 MOST_DIMENSIONS = 64
@@ -51,6 +52,8 @@ def shard_header(
 ) -> tuple[bytes, list[Stored]]:
     """Returns the bytes before the tensors, a whole number of pages, and where each piece goes;
     larger elements first: all are aligned.
+
+    Raises: ConfigError for more tensors than a header may tell of.
     """
     entries: dict[str, Any] = {"__metadata__": {piece.name: str(piece.start) for piece in pieces}}
     stored = []  # with offsets behind the header, whose size is not known yet
@@ -74,6 +77,12 @@ def shard_header(
         stored.append(Stored(piece, at, nbytes, dtype, shape))
         at += nbytes
     text = json.dumps(entries).encode()
+    if len(text) > HEADER_LIMIT:
+        raise ConfigError(
+            f"the header of a shard would have {len(text)} bytes for {len(pieces)} tensors, and "
+            f"{HEADER_LIMIT} are read at most. Save with more ranks, or keep many small tensors as "
+            "one."
+        )
     pages = -(-(8 + len(text)) // PAGE)
     size = pages * PAGE
     header = (size - 8).to_bytes(8, "little") + text.ljust(size - 8)

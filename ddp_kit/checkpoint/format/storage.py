@@ -17,6 +17,8 @@ from typing import BinaryIO, Protocol, final
 
 import numpy as np
 
+from ddp_kit.io.atomic import sync
+
 PAGE = 4096
 # Bytes in one write: large enough to keep a disk busy, small enough to notice an error soon.
 CHUNK = 16 << 20
@@ -95,11 +97,7 @@ class LocalDisk:
 
     def sync(self, folder: str) -> None:
         """See Storage."""
-        handle = os.open(self.root / folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(self.root / folder)
 
     def rename(self, old: str, new: str) -> None:
         """See Storage."""

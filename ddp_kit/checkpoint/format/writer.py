@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from ddp_kit.checkpoint.format.commit import Ranks, SaveError, commit
-from ddp_kit.checkpoint.format.layout import Manifest
+from ddp_kit.checkpoint.format.layout import JSON_LIMIT, STATE, Manifest
 from ddp_kit.checkpoint.format.staging import Copied, Staging
 from ddp_kit.checkpoint.format.storage import LocalDisk, Storage
 from ddp_kit.checkpoint.retention import Keep, retire
 from ddp_kit.distributed.local_shard import Held
+from ddp_kit.errors import ConfigError
 
 FAILURES = 3  # in a row, after which the run stops
 ABANDON_S = 3.0  # for the save in flight when the run fails: its peers may be gone
@@ -40,6 +41,19 @@ class Saved:
     seconds: float
     error: str = ""
     note: str = ""
+
+
+def _text_of(values: Mapping[str, Any]) -> bytes:
+    """Returns the content of state.json. Raises: ConfigError if it is longer than is ever read."""
+    text = json.dumps(values).encode()
+    if len(text) > JSON_LIMIT:
+        sizes = {len(json.dumps(value)): name for name, value in values.items()}
+        largest = max(sizes)
+        raise ConfigError(
+            f"{STATE} would have {len(text)} bytes, {largest} of them for {sizes[largest]!r}, "
+            f"and {JSON_LIMIT} are read at most. Keep what is large there as tensors."
+        )
+    return text
 
 
 class Writer:
@@ -66,9 +80,18 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def reserve(self, tensors: Mapping[str, torch.Tensor], own: Mapping[str, Held]) -> None:
-        """Prepares the buffer in the background, once the optimizer has its state."""
+    def reserve(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        own: Mapping[str, Held],
+        values: Mapping[str, Any],
+    ) -> None:
+        """Prepares the buffer in the background, once the optimizer has its state.
+
+        Raises: ConfigError for values that could not be read back.
+        """
         self.wait()
+        _text_of(values)
         self._submit(lambda: self._staging.reserve(tensors, own))
 
     def save(
@@ -87,7 +110,7 @@ class Writer:
         """
         self.wait()
         begin = time.monotonic()
-        state = json.dumps(values).encode()
+        state = _text_of(values)
         copied = self._staging.copy(tensors, own, first=first)
         self._submit(lambda: self._commit(copied, state, manifest, begin=begin))
         return copied

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from ddp_kit.distributed.failures import Blame
+from ddp_kit.distributed.failures import FailureReport
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import Topology
 
@@ -21,13 +21,13 @@ def fake_group(*, ranks: int, ranks_per_node: int) -> Iterator[Group]:
         local_world_size=min(ranks, ranks_per_node),
         nodes=-(-ranks // ranks_per_node),
     )
-    blame = Blame(rank=0, world_size=ranks)
-    group = Group(topology=topology, device=torch.device("cpu"), blame=blame)
+    failure_report = FailureReport(rank=0, world_size=ranks)
+    group = Group(topology=topology, device=torch.device("cpu"), failure_report=failure_report)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        group.training = group.control = group.sums = dist.group.WORLD
+        group.pg = group.control_pg = group.sums_pg = dist.group.WORLD
         yield group
         group.closing.close()
     finally:
-        group.training = group.control = group.sums = None
+        group.pg = group.control_pg = group.sums_pg = None
         dist.destroy_process_group()

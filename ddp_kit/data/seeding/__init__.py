@@ -10,6 +10,7 @@ from ddp_kit.data.seeding.generators import (
     forward_key,
     generators_aside,
     generators_put_back,
+    made_under_seed,
     seed_forward,
     seed_generators,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "generators_put_back",
     "key",
     "keys",
+    "made_under_seed",
     "occurrences_in",
     "permutation",
     "sample_keys",

@@ -1,14 +1,17 @@
 """The default generators of Python, NumPy and torch: seeded for a purpose, and put back."""
 
 import random
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from ddp_kit.data.seeding.hashing import GOLDEN, MASK, Purpose, key
 
+Made = TypeVar("Made")
 # NumPy takes 10 us for a longer seed, and 2 us for one of 32 bits.
 LOW_32 = 0xFFFFFFFF
 
@@ -56,19 +59,36 @@ def seed_generators(value: int) -> None:
     torch.default_generator.manual_seed(value)
 
 
-def forward_key(seed: int) -> int:
-    """Returns the key of a run's forward passes, for `seed_forward`."""
-    return key(seed, Purpose.FORWARD)
+def made_under_seed(make: Callable[..., Made], *arguments: Any, seed: int, what: str) -> Made:
+    """Calls a factory of a recipe under generators that are seeded for it, and put back afterwards.
+
+    What it draws is then the same on all ranks and in all attempts.
+
+    Args: `what` it makes: other factories have other draws.
+    """
+    with generators_put_back():
+        seed_generators(key(seed, Purpose.FACTORY, zlib.crc32(what.encode())))
+        return make(*arguments)
+
+
+def forward_key(seed: int, *, objective: int = 0) -> int:
+    """Returns the key of an objective's forward passes in a run, for `seed_forward`.
+
+    Args: `objective` its place among the recipe's; each draws numbers of its own.
+    """
+    if objective == 0:
+        return key(seed, Purpose.FORWARD)
+    return key(seed, Purpose.FORWARD, objective)
 
 
 def seed_forward(base: int, step: int, micro_batch: int, *, device: torch.device) -> None:
     """Seeds all default generators for one forward pass, that of the device too.
 
-    Dropout, mixup by NumPy and layers dropped by `random` then depend on (seed, step, index of the
-    micro-batch) and on nothing else.
+    Dropout, mixup by NumPy and layers dropped by `random` then depend on (seed, objective, step,
+    index of the micro-batch) and on nothing else.
 
-    Args: `base` the run's `forward_key`; `step` optimizer steps before this one; `micro_batch` its
-        index in the global batch.
+    Args: `base` the objective's `forward_key`; `step` optimizer steps before this one;
+        `micro_batch` its index in the global batch.
     """
     # Once a forward pass: one round of the hash is enough.
     value = (base + step * GOLDEN + micro_batch * 0xC2B2AE3D27D4EB4F) & MASK

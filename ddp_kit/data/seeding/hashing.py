@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     STREAM = 5
     SPLIT = 6
     BATCH = 7
+    FACTORY = 8
 
 
 def key(*parts: int) -> int:

@@ -18,9 +18,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 from ddp_kit.io.logs import patient_output
+from ddp_kit.io.polling import wait_until
 from ddp_kit.launch.environment import environment, inside_job
 from ddp_kit.launch.plan import Plan
 
@@ -126,7 +128,7 @@ def _watch(ranks: Sequence[Rank]) -> int:
     """
     end = float("inf")
     first: dict[int, int] = {}
-    while _are_living(ranks) and time.monotonic() < end:
+    while not _have_ended(ranks) and time.monotonic() < end:
         if not first:
             first = _failed(ranks)
         if first:
@@ -145,10 +147,10 @@ def _watch(ranks: Sequence[Rank]) -> int:
     return next(iter(first.values()), 0)
 
 
-def _are_living(ranks: Sequence[Rank]) -> bool:
-    """Whether a rank lives. Every one is asked: else one that has ended has no exit code."""
+def _have_ended(ranks: Sequence[Rank]) -> bool:
+    """Whether no rank lives. Every one is asked: else one that has ended has no exit code."""
     codes = [rank.poll() for rank in ranks]
-    return None in codes
+    return None not in codes
 
 
 def _failed(ranks: Sequence[Rank]) -> dict[int, int]:
@@ -162,6 +164,4 @@ def _end(ranks: Sequence[Rank]) -> None:
         left = [rank for rank in ranks if rank.poll() is None]
         for rank in left:
             rank.send_signal(number)
-        end = time.monotonic() + TERM_S
-        while _are_living(left) and time.monotonic() < end:
-            time.sleep(POLL_S)
+        wait_until(partial(_have_ended, left), within_s=TERM_S, pause_s=POLL_S)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddp_kit.io.tables import aligned
 from ddp_kit.launch.environment import has_slurm
 from ddp_kit.launch.plan import LaunchError
 from ddp_kit.launch.runs.found import FoundRun, is_of
@@ -76,14 +77,7 @@ def _state(run: FoundRun, status: Mapping[str, Any], job: cluster.Job | None) ->
 
 def table(lines: Sequence[Sequence[str]], *, width: int) -> str:
     """Returns the rows under their heads; the last column is cut where the terminal ends."""
-    everything = [COLUMNS, *lines]
-    widths = [max(len(line[column]) for line in everything) for column in range(len(COLUMNS) - 1)]
-    left = max(width - sum(widths) - 2 * len(widths), SHORTEST)
-    shown = []
-    for line in everything:
-        cells = [cell.ljust(size) for cell, size in zip(line, widths, strict=False)]
-        shown.append("  ".join([*cells, line[-1][:left]]).rstrip())
-    return "\n".join(shown)
+    return "\n".join(aligned([COLUMNS, *lines], width=width, shortest=SHORTEST))
 
 
 @verb("jobs")

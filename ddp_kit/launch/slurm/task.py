@@ -61,12 +61,12 @@ def _too_early(run_dir: Path) -> Callable[[int, FrameType | None], None]:
 
 
 def agent(run_dir: str, *words: str) -> str:
-    """Runs a node's agent, whose workers are the ranks.
+    """Runs a node's agent, which starts the ranks there.
 
     The command is what stands before "--" in `words`, with {nodes}, {head}, {port}, {node} and
     {job} filled in, then the rest as it is. Returns and raises as `rank` does.
     """
-    # Handed down: an agent dies of them, and its workers install handlers of their own.
+    # Handed down: an agent dies of them, and its ranks install handlers of their own.
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # They go to every process of the step: the agent and its ranks act on them, and this process

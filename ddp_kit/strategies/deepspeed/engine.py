@@ -7,7 +7,7 @@ are ours.
 
 Weights, gradients and optimizer state stay fp32. At stages 1 to 3 the optimizer steps copies of the
 weights, in flat partitions, and DeepSpeed copies them back into the model: what else writes weights
-(a restore) must `refresh` these.
+(`PartitionedOptimizer.restore`) refreshes these.
 
 Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models,
 arXiv 1910.02054.
@@ -32,7 +32,8 @@ from ddp_kit.errors import ConfigError, require
 from ddp_kit.settings import DeepSpeed
 from ddp_kit.strategies.checks import require_elementwise
 from ddp_kit.strategies.deepspeed.config import WatchedConfig, config_of
-from ddp_kit.strategies.deepspeed.partitions import PartitionedState, gradients_of, slices_of
+from ddp_kit.strategies.deepspeed.partitions import PartitionedOptimizer, gradients_of, slices_of
+from ddp_kit.strategies.optimizer_view import WholeOptimizer
 from ddp_kit.strategies.outside_use import EmptyWeightGuard
 from ddp_kit.strategies.root import CallThroughRoot, Root
 from ddp_kit.strategies.usage_guard import UsageGuard
@@ -52,7 +53,7 @@ class DeepSpeedZero:
         self._config = config_of(settings)
         self._file = settings.config
         self.divisor = group.world_size  # DeepSpeed averages
-        self.shards: dist.ProcessGroup | None = group.training if settings.stage else None
+        self.shards: dist.ProcessGroup | None = group.pg if settings.stage else None
         self._package = _imported(group)
         self._root: Any = None
         self._engine: Any = None
@@ -80,17 +81,19 @@ class DeepSpeedZero:
         self._guard = UsageGuard(self._root, gathered, is_summed_in_order=self._stage > 0)
         if not self._stage:
             through = CallThroughRoot(self._root, call, self._guard)
-            return Wrapped(call=through, step=self._engine.step)
-        assert self._group.training is not None
+            whole = WholeOptimizer(optimizer, step=self._engine.step)
+            return Wrapped(call=through, optimizer_view=whole)
+        assert self._group.pg is not None
         slices = slices_of(self._engine.optimizer, stage=self._stage)
-        state = PartitionedState(optimizer, slices, self._group.training)
-        return Wrapped(
-            call=CallThroughRoot(self._engine, call, self._guard),
+        partitioned = PartitionedOptimizer(
+            optimizer,
+            slices,
+            self._group.pg,
             step=self._engine.step,
-            owns=state.has,
-            moments=state,
             refresh=self._refresh,
         )
+        through = CallThroughRoot(self._engine, call, self._guard)
+        return Wrapped(call=through, optimizer_view=partitioned)
 
     def _gathered_modules(self) -> list[nn.Module]:
         """Returns the modules at whose calls DeepSpeed gathers weights: at stage 3 those that have

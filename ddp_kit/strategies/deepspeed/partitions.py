@@ -7,7 +7,7 @@ in them and the optimizer's state by parameter. State that is not there for each
 a partition of it would have no meaning.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from ddp_kit.distributed.local_shard import Fragment
 from ddp_kit.errors import ConfigError
+from ddp_kit.strategies.optimizer_view import State, empty_as_torch_has_it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,24 +92,43 @@ def gradients_of(zero: Any, *, stage: int) -> Iterator[tuple[nn.Parameter, torch
 
 
 @final
-class PartitionedState:
-    """The state of an optimizer that steps partitions, by parameter."""
+class PartitionedOptimizer:
+    """The view of an optimizer that steps partitions. Each rank keeps some elements of every
+    parameter's state, of some none."""
+
+    # An optimizer may keep state of one rank's partition and none of another's.
+    has_all = False
+    has_whole = False
+    heeds_found_inf = False
 
     def __init__(
         self,
         optimizer: Optimizer,
         slices: Mapping[nn.Parameter, PartitionSlice],
         group: dist.ProcessGroup,
+        *,
+        step: Callable[[], None],
+        refresh: Callable[[], None],
     ):
+        """Args: `step` of DeepSpeed's engine; `refresh` takes weights that were read into the model
+        into the partitions.
+        """
+        self.stepped = optimizer
         self._optimizer = optimizer
         self._slices = slices
         self._group = group
+        self._step = step
+        self._refresh = refresh
 
-    def items(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
-        """Yields each parameter's state.
+    def step(self) -> None:
+        """See OptimizerView."""
+        self._step()
 
-        Of a tensor over its elements there are those that are here, in one dimension; other values
-        are as they are.
+    def items(self) -> Iterator[tuple[nn.Parameter, State]]:
+        """See OptimizerView.
+
+        Of a tensor over the parameter's elements there are those that are here, in one dimension;
+        other values are as they are.
 
         Raises: ConfigError for another tensor.
         """
@@ -119,7 +139,8 @@ class PartitionedState:
                 self._require_elementwise(key, value, own)
                 is_split = isinstance(value, torch.Tensor) and value.dim()
                 found[key] = value.narrow(0, own.at, own.size) if is_split else value
-            yield parameter, found
+            if found:
+                yield parameter, found
 
     def _require_elementwise(self, key: str, value: Any, own: PartitionSlice) -> None:
         if not isinstance(value, torch.Tensor) or not value.dim():
@@ -131,29 +152,42 @@ class PartitionedState:
                 "weights anywhere. Type --strategy zero1, or another optimizer."
             )
 
-    def has(self, parameter: nn.Parameter) -> bool:
-        """Whether the optimizer steps a parameter."""
-        return parameter in self._slices
-
-    def part(self, parameter: nn.Parameter, content: torch.Tensor) -> torch.Tensor | Fragment:
-        """Returns a tensor of `items` with what it is a part of."""
-        if not content.dim():
-            return content
+    def part(self, parameter: nn.Parameter, tensor: torch.Tensor) -> torch.Tensor | Fragment:
+        """See OptimizerView."""
+        if not tensor.dim():
+            return tensor
         own = self._slices[parameter]
-        return Fragment(content, own.start, own.shape, self._group)
+        return Fragment(tensor, own.start, own.shape, self._group)
 
-    def empty(self, parameter: nn.Parameter, *, dtype: torch.dtype) -> torch.Tensor:
-        """Returns new memory for such a tensor."""
-        own = self._slices[parameter]
-        return torch.empty(own.size, dtype=dtype, device=own.partition.device)
+    def empty(
+        self, parameter: nn.Parameter, *, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor | Fragment | None:
+        """See OptimizerView."""
+        own = self._slices.get(parameter)
+        if own is None:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        if shape == own.shape:
+            content = torch.empty(own.size, dtype=dtype, device=own.partition.device)
+            return Fragment(content, own.start, own.shape, self._group)
+        if shape:
+            return None
+        return empty_as_torch_has_it(self._optimizer, parameter, shape=shape, dtype=dtype)
 
-    def restore(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
-        """Puts a parameter's state, as `items` has it, into that of its partition.
+    def restore(self, states: Mapping[nn.Parameter, State]) -> None:
+        """See OptimizerView. The partitions take the restored weights too.
 
-        Raises: ConfigError if another parameter of the partition has another value that is one for
-            all elements.
+        Raises: ConfigError if two parameters of a partition have different values of what is one
+            for all its elements.
         """
-        own = self._slices[parameter]
+        self._optimizer.state.clear()
+        for parameter, state in states.items():
+            own = self._slices.get(parameter)
+            if own is not None:
+                self._restore(own, state)
+        self._refresh()
+
+    def _restore(self, own: PartitionSlice, state: State) -> None:
+        """Puts a parameter's state into that of its partition."""
         kept = self._optimizer.state[own.partition]
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim():
