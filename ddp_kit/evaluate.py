@@ -23,7 +23,8 @@ from ddp_kit.settings import DeepSpeed, Fsdp, Settings
 from ddp_kit.setup.build import require_same_settings
 from ddp_kit.setup.model import build_model, choose_memory_format, placement_of
 from ddp_kit.trackers.console import evaluation_line
-from ddp_kit.training.recipe_evaluation import Evaluator, made_sets
+from ddp_kit.training.evaluation_sets import made_sets
+from ddp_kit.training.recipe_evaluation import Evaluator
 
 
 def main(argv: Sequence[str] | None = None) -> int:

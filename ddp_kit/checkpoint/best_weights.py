@@ -10,6 +10,7 @@ from ddp_kit.checkpoint.format.layout import DamagedError
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.reader import open_checkpoint
 from ddp_kit.checkpoint.format.storage import Storage
+from ddp_kit.checkpoint.items import kind_of_item
 from ddp_kit.checkpoint.retention import Keep, best, manifests_of
 from ddp_kit.checkpoint.state_dict import model_tensors
 from ddp_kit.distributed.collectives import from_rank
@@ -34,7 +35,11 @@ def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterato
             yield 0
         return
     tensors = model_tensors(training.model)
-    live = {name: tensor for name, tensor in tensors.items() if name in opened.kinds}
+    # A table that the run has made longer since stays as it is.
+    kinds = opened.kinds
+    live = {
+        name: own for name, own in tensors.items() if kinds.get(name) == kind_of_item(name, own)
+    }
     last = {name: local(tensor).clone() for name, tensor in live.items()}
     try:
         opened.copy_into(live)

@@ -41,7 +41,12 @@ def read_weights(path: Path, *, group: Group) -> tuple[dict[str, torch.Tensor], 
         opened = find(origin_of(path, flag_text="--init-from"), group=group)
         if opened is None:
             raise ConfigError(f"--init-from {path}: there is no good checkpoint in it.")
-        return weights_of(opened), str(opened.values["base_sha256"])
+        weights = weights_of(opened)
+        # What a run has registered in its forward pass.
+        for name, is_persistent in opened.values.get("reshaped", {}).items():
+            if not is_persistent:
+                del weights[name]
+        return weights, str(opened.values["base_sha256"])
     tensors: dict[str, torch.Tensor] = {}
     for file in _safetensors_files(path):
         tensors |= _read_file(file)
@@ -134,6 +139,10 @@ def _match(tensors: dict[str, torch.Tensor], model: nn.Module, *, base: str) -> 
     """
     live = _live_tensors(model)
     optional = _may_be_missing(tensors, model, base=base)
+    for name, buffer in live.items():
+        # One that state dicts leave out need not fit.
+        if name in optional and name in tensors and tensors[name].shape != buffer.shape:
+            del tensors[name]
     wanted: dict[str, Kind] = {}
     for name, tensor in live.items():
         if name not in optional:
@@ -159,10 +168,14 @@ def _may_be_missing(tensors: dict[str, torch.Tensor], model: nn.Module, *, base:
     and frozen weights that are here already.
     """
     saved = model.state_dict()
+    live = _live_tensors(model)
     names = set()
-    for name in _live_tensors(model):
-        is_no_weight = name not in saved or name.endswith("num_batches_tracked")
-        if name not in tensors and is_no_weight:
+    for name in live:
+        if name not in saved:
+            is_unfit = name not in tensors or tensors[name].shape != live[name].shape
+        else:
+            is_unfit = name not in tensors and name.endswith("num_batches_tracked")
+        if is_unfit:
             names.add(name)
     if base and base == base_sha256(model):
         for name, parameter in model.named_parameters():

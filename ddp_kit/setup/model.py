@@ -15,10 +15,10 @@ from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.io.logs import logger
+from ddp_kit.model_state.untouched import untouched
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
 from ddp_kit.strategies.precision import placed, weight_dtype
-from ddp_kit.training.running_stats import buffers_put_back
 
 
 def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
@@ -151,7 +151,7 @@ def choose_memory_format(
     if not placement.channels_last:
         return placement
     try:
-        with torch.no_grad(), generators_put_back(), buffers_put_back(model):
+        with torch.no_grad(), untouched(model):
             trial()
     except RuntimeError as error:
         if "view size is not compatible" not in str(error):

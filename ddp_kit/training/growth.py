@@ -7,15 +7,13 @@ too small. It is only told of: that a total does not grow may be meant.
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 from ddp_kit.metrics import Sums
-from ddp_kit.training.running_stats import buffers_put_back
 
 MOST_SAMPLES = 8  # that are tried, and then twice as many
 # Of a count that doubles with the samples.
@@ -40,8 +38,8 @@ def means_among(run: Run, batch: Any, *, size: int) -> list[str]:
     None are found where that cannot be told: in a batch that cannot be cut, of code that takes no
     other number of samples, among draws that change more than doubling does.
 
-    Args: `run(batch, draws)` gives the pairs of a batch, with draws of that number; `size` samples
-        of `batch`.
+    Args: `run(batch, draws)` gives the pairs of a batch, with draws of that number, and may change
+        the model, which the caller puts back; `size` samples of `batch`.
     """
     some = torch.arange(min(size // 2, MOST_SAMPLES))
     if not len(some):
@@ -63,22 +61,6 @@ def means_among(run: Run, batch: Any, *, size: int) -> list[str]:
         return suspects
     # What is drawn anew may have hidden the growth of a metric; a loss is of all samples.
     return [name for name in suspects if _is_loss(name) and _is_near(before, again, name)]
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts what modules hold by name back at the end: other tensors as buffers, and plain
-    attributes. So are the values of buffers; those of weights stay as they are."""
-    held = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    with buffers_put_back(model):
-        try:
-            yield
-        finally:
-            for module, attributes, buffers in held:
-                vars(module).clear()
-                vars(module).update(attributes)
-                module._buffers.clear()
-                module._buffers.update(buffers)
 
 
 def note_of_loss(what: str) -> str:
