@@ -119,17 +119,22 @@ class PlainAttributes:
 
     def take(self, model: nn.Module, saved: Mapping[str, Encoded]) -> None:
         """Takes what `saved` gave, of attributes too that were not seen to change by now."""
-        found = []
-        modules = dict(model.named_modules())
-        for name, value in saved.items():
-            owner, _, key = name.rpartition(".")
-            if owner not in modules:
-                continue
-            attribute = Attribute(name, modules[owner], key)
-            if value is not None or not image_of(attribute.value).is_large:
-                put(attribute, decoded(value))
-                found.append(attribute)
-        self.add(found)
+        self.add(put_saved(model, saved))
+
+
+def put_saved(model: nn.Module, saved: Mapping[str, Encoded]) -> list[Attribute]:
+    """Gives a model what `PlainAttributes.saved` gave. Returns the attributes that it has."""
+    found = []
+    modules = dict(model.named_modules())
+    for name, value in saved.items():
+        owner, _, key = name.rpartition(".")
+        if owner not in modules:
+            continue
+        attribute = Attribute(name, modules[owner], key)
+        if value is not None or not image_of(attribute.value).is_large:
+            put(attribute, decoded(value))
+            found.append(attribute)
+    return found
 
 
 def attribute_note(names: Sequence[str]) -> str:

@@ -188,7 +188,7 @@ class ForwardState:
             return
         if self._late is not None:
             self._late.inspect()
-        changes = self._before.changes()
+        changes = self._before.changes().untold()
         unseen = self._late.unseen() if self._late is not None else []
         own = [unseen, [attribute.name for attribute in changes.plain]]
         names: set[str] = set()

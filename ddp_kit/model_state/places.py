@@ -82,6 +82,11 @@ class Attribute:
         """What it is now, None where it is not there."""
         return vars(self.module).get(self.key)
 
+    @property
+    def is_told(self) -> bool:
+        """Whether its module says itself what its state is, which checkpoints then hold."""
+        return type(self.module).get_extra_state is not nn.Module.get_extra_state
+
 
 def attribute_names(model: nn.Module) -> set[str]:
     """Returns the names of all attributes."""

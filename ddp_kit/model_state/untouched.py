@@ -6,7 +6,7 @@ assigned to, plain attributes of modules, generators that they hold.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -40,6 +40,15 @@ class Changes:
     generators: list[Attribute] = field(default_factory=list)
     # Names of modules and parameters that there were not, or are others now.
     built: list[str] = field(default_factory=list)
+
+    def untold(self) -> "Changes":
+        """Returns it without attributes of modules that have `get_extra_state`: they are the
+        module's own, as in bare torch."""
+        return replace(
+            self,
+            plain=[attribute for attribute in self.plain if not attribute.is_told],
+            other=[attribute for attribute in self.other if not attribute.is_told],
+        )
 
 
 @dataclass
@@ -83,9 +92,11 @@ class Snapshot:
         *,
         has: Callable[[Place], bool] = lambda place: True,
         has_attribute: Callable[[str], bool] = lambda name: True,
+        has_modes: bool = True,
     ):
         """Args: `has` which places are noted; parts of tensors never are; `has_attribute` which
-        attributes are, by name. Values of parameters are kept in host memory.
+        attributes are, by name; `has_modes` whether modules' training mode is. Values of parameters
+        are kept in host memory.
         """
         self._model = model
         self._has = has
@@ -105,7 +116,8 @@ class Snapshot:
                 images[attribute.key] = image_of(attribute.value)
             self._images[id(module)] = images
             self._children.append((module, dict(module._modules)))
-            self._modes.append((module, module.training))
+            if has_modes:
+                self._modes.append((module, module.training))
 
     def changes(self) -> Changes:
         """Returns what is no longer as it was."""
@@ -172,13 +184,13 @@ class Snapshot:
             if module._modules != children:
                 module._modules.clear()
                 module._modules.update(children)
+            module._non_persistent_buffers_set &= self._passing[id(module)]
         for place in self._new_places():
             del getattr(place.module, place.register)[place.attribute]
         for noted in self._noted:
             noted.put_back()
         for module, mode in self._modes:
             module.training = mode
-            module._non_persistent_buffers_set &= self._passing[id(module)]
         self.put_attributes_back(attributes)
 
     def put_attributes_back(self, wanted: Callable[[str], bool]) -> None:

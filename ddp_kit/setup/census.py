@@ -88,7 +88,7 @@ class Census:
     def after_forward(self, total: torch.Tensor) -> None:
         """After the forward pass, whose loss is `total`."""
         self._total = float(total.detach())
-        self._changes = self._before.changes()
+        self._changes = self._before.changes().untold()
         self._middle = Snapshot(
             self._model,
             has=lambda place: place.register == BUFFERS,
