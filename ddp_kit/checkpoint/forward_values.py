@@ -2,7 +2,8 @@
 values, and buffers that need not have the shape that a new model has.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,9 @@ from ddp_kit.checkpoint.format.fit import Kind
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.distributed.local_shard import Held, Item
 from ddp_kit.errors import ConfigError
+from ddp_kit.model_state.attributes import put_saved
 from ddp_kit.model_state.places import BUFFERS, Place, places_of
+from ddp_kit.model_state.untouched import Snapshot
 from ddp_kit.training.state import Training
 
 OWN = "own/"
@@ -136,6 +139,18 @@ def _take_own(opened: Opened, targets: dict[str, Item]) -> None:
             )
         rows = item.rows.new_empty((len(item.rows), *shape), dtype=dtype)
         targets[stored] = Held(rows, item.start, (count, *shape))
+
+
+@contextmanager
+def attributes_of(opened: Opened, model: nn.Module) -> Iterator[None]:
+    """Gives a model a checkpoint's attributes while it lasts, and its own back at the end."""
+    saved = opened.values.get("attributes", {})
+    own = Snapshot(model, has=lambda place: False, has_attribute=lambda name: name in saved)
+    put_saved(model, saved)
+    try:
+        yield
+    finally:
+        own.put_back()
 
 
 def restore_forward(opened: Opened, training: Training, targets: Mapping[str, Item]) -> None:

@@ -114,6 +114,8 @@ class Evaluator:
             model,
             has=lambda place: place.name in self.changed,
             has_attribute=lambda name: name in self.changed,
+            # It is made before the model is set to evaluate.
+            has_modes=False,
         )
         try:
             yield snapshot.put_back
@@ -156,12 +158,9 @@ class Evaluator:
         """
         self.compare_sets()
         caught: list[Any] = []
-        is_whole = not any(is_split(parameter) for parameter in model.parameters())
-        with untouched(model, weights=is_whole, has_attribute=self.has_attribute) as snapshot:
+        with self.trial(model):
             self.names = self._catching(caught)(model, limit=1)
-            self.changed = self._of_all_ranks(snapshot.changes())
-            snapshot.put_back()
-            self._note_means(model, caught)
+        self._note_means(model, caught)
         if self._needs_summary() and self.recipe.summarize is not None and self.sets:
             self.names = self(model, limit=1, summarizes=True)
         if self.sets and not self.names:
@@ -170,6 +169,16 @@ class Evaluator:
                 "returned nothing."
             )
         self._require_watched()
+
+    @contextmanager
+    def trial(self, model: nn.Module) -> Iterator[None]:
+        """Around one micro-batch of each set: sees what an evaluation changes of the model, and
+        puts it back. Every rank calls it.
+        """
+        is_whole = not any(is_split(parameter) for parameter in model.parameters())
+        with untouched(model, weights=is_whole, has_attribute=self.has_attribute) as snapshot:
+            yield
+            self.changed = self._of_all_ranks(snapshot.changes())
 
     def _of_all_ranks(self, changes: Changes) -> set[str]:
         """Returns the names of what a trial has changed on any rank: each has run samples of its
@@ -209,6 +218,7 @@ class Evaluator:
             with (
                 evaluating(model),
                 autocast(self.settings.precision, self.group.device),
+                untouched(model, weights=False, has_attribute=self.has_attribute),
                 self._put_back(model),
             ):
                 found.update(means_among(run, batch, size=size_of(batch)))

@@ -148,6 +148,8 @@ def test_a_trial_that_raises_leaves_no_trace_either() -> None:
 def test_an_evaluation_leaves_no_trace_and_each_micro_batch_of_it_finds_the_same(
     group: Group,
 ) -> None:
+    modes = []
+
     class Carried(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -157,6 +159,7 @@ def test_an_evaluation_leaves_no_trace_and_each_micro_batch_of_it_finds_the_same
             self.calls = 0
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            modes.append(self.training)
             self.calls += 1
             self.sum = self.sum + x.mean(0)[:4].detach()
             words = (x[:, 0] > 0).long() + self.calls % 2
@@ -170,7 +173,9 @@ def test_an_evaluation_leaves_no_trace_and_each_micro_batch_of_it_finds_the_same
     for batch in made.feed.batches(start=0, end=2):
         train_step(made.training, batch)
         before = Snapshot(made.training.model)
+        modes.clear()
         found.append(made.evaluator(made.training.model))
+        assert set(modes) == {False}
         changes = before.changes()
         assert not changes.places
         assert not changes.plain
