@@ -180,6 +180,18 @@ def test_an_attribute_that_begins_to_change_is_kept_from_the_next_look_on(group:
     assert made.training.forward_state.attributes.saved().keys() == {"rate"}
 
 
+@pytest.mark.ranks(1, 2)
+def test_what_the_first_step_alone_has_changed_is_seen_after_it(group: Group) -> None:
+    settings = Settings(micro_batch=4, max_steps=2)
+    made = build(recipe(settings, model=lambda: Starts("attribute")), settings, group)
+    made.training.model.calls += 5
+    for batch in made.feed.batches(start=0, end=1):
+        train_step(made.training, batch)
+    assert not made.training.forward_state.attributes.saved()
+    made.training.after_first_step()
+    assert made.training.forward_state.attributes.saved().keys() == {"rate"}
+
+
 def own_loop(folder: str, steps: int) -> tuple[int, float, list[float]]:
     import ddp_kit
 

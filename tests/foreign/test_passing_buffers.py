@@ -120,6 +120,36 @@ def test_a_run_whose_buffers_grow_goes_on_from_its_checkpoints(
     assert resumed.metrics == pytest.approx(whole.metrics, abs=1e-12)
 
 
+class Table(nn.Module):
+    """A table that the model makes when it is built, and state dicts leave out."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+        self.register_buffer("table", torch.arange(length).cos(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x) + self.table[:2].sum()
+
+
+def live_with_table(settings: Settings, length: int) -> Life:
+    return live(lambda own: recipe(own, model=lambda: Table(length)), settings)
+
+
+def test_a_table_that_is_made_longer_need_not_fit_its_checkpoint(tmp_path: Path) -> None:
+    settings = Settings(save_every=4, ema=0.5, change=("max_steps",))
+
+    def run(folder: str, steps: int, length: int) -> Life:
+        own = replace(settings, run_dir=str(tmp_path / folder), max_steps=steps)
+        return run_ranks(live_with_table, 1, own, length, group=False)[0]
+
+    whole = run("whole", 8, 4)
+    run("cut", 4, 4)
+    resumed = run("cut", 8, 6)
+    assert resumed.step == 8
+    assert distance(resumed.state, whole.state) == 0
+
+
 class Odd(nn.Module):
     """Kinds of buffers that gloo does not know, and memory that is shared."""
 
