@@ -41,6 +41,11 @@ assert life == "0" or not (run / "requeue").exists(), "an earlier life's"
 (run / f"life-{{life}}-{{rank}}").write_text(" ".join(sys.argv[1:]))
 print("life", life, "rank", rank, flush=True)
 if "--fail" in sys.argv:
+    # As ranks do, they fail once they have met: srun ends a task that is still starting by SIGTERM, and hands on the highest code.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (run / f"here-{{rank}}").touch()
+    while len(list(run.glob("here-*"))) < int(os.environ["SLURM_STEP_NUM_TASKS"]):
+        time.sleep(0.02)
     (run / "status.json").write_text(json.dumps({{"exit_code": 9}}))
     sys.exit(1 if is_agent else 9)
 if "--save" in sys.argv and life == "0":
