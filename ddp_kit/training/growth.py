@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ddp_kit.metrics import Sums
+from ddp_kit.metrics import Number, Sums
 
 MOST_SAMPLES = 8  # that are tried, and then twice as many
 # Of a count that doubles with the samples.
@@ -48,7 +48,8 @@ def means_among(run: Run, batch: Any, *, size: int) -> list[str]:
         once = _taken(batch, some, size=size)
         twice = _taken(batch, torch.cat([some, some]), size=size)
         with _uncompiled():
-            before = _numbers(run(once, 0))
+            first = run(once, 0)
+            before = _numbers(first)
             after = _numbers(run(twice, 0))
             # Whether there is a suspect or not: a loss that talks to other ranks would wait for
             # those that see none.
@@ -57,6 +58,9 @@ def means_among(run: Run, batch: Any, *, size: int) -> list[str]:
         # Whatever a user's code raises with another number of samples than it was written for.
         return []
     suspects = [name for name in before if _is_same(name, before, after)]
+    suspects = [name for name in suspects if not _is_counted(first[name][0])]
+    if _couples_samples(before, after):
+        suspects = [name for name in suspects if _is_loss(name)]
     if again == before:
         return suspects
     # What is drawn anew may have hidden the growth of a metric; a loss is of all samples.
@@ -97,6 +101,28 @@ def _is_same(name: str, before: Pairs, after: Pairs) -> bool:
         return False
     most = SAME_LOSS if _is_loss(name) else SAME_METRIC
     return abs(later_total - total) <= most * abs(total)
+
+
+def _is_counted(total: Number) -> bool:
+    """Whether a sum is a whole number by its type, as no mean is."""
+    if isinstance(total, torch.Tensor):
+        return not total.is_floating_point()
+    return isinstance(total, int)
+
+
+def _couples_samples(before: Pairs, after: Pairs) -> bool:
+    """Whether a loss shows that samples are compared with each other, as contrastive ones do.
+
+    Its metrics cannot be told then: a sample that comes twice is its own rival.
+    """
+    for name in before:
+        total = before[name][0]
+        if not _is_loss(name) or name not in after or not total:
+            continue
+        growth = after[name][0] / total
+        if min(abs(growth - 1), abs(growth - 2)) > SAME_METRIC:
+            return True
+    return False
 
 
 def _is_loss(name: str) -> bool:

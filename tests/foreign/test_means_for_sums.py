@@ -200,7 +200,18 @@ def contrastive(model: nn.Module, batch: Any) -> LossSum:
     one = normalize(model(inputs))
     two = normalize(model(inputs + 0.1))
     logits = one @ two.T / 0.1
-    return LossSum(cross_entropy(logits, torch.arange(len(inputs)), reduction="sum"), len(inputs))
+    own = torch.arange(len(inputs))
+    right = (logits.argmax(1) == own).sum()
+    # Either way that people have it.
+    metrics = {"accuracy": (right, len(inputs)), "recall": (right.double(), len(inputs))}
+    return LossSum(cross_entropy(logits, own, reduction="sum"), len(inputs), metrics=metrics)
+
+
+def retrieved(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """Of an evaluation that counts what is nearest within its batch."""
+    loss = contrastive(model, batch)
+    right, count = loss.metrics["accuracy"]
+    return {"tensors": (right, count), "numbers": (int(right), count)}
 
 
 def heavy(model: nn.Module, batch: Any) -> LossSum:
@@ -247,6 +258,8 @@ def test_sums_are_not_named_and_what_cannot_be_tried_is_let_be(group: Group) -> 
         assert notes(group, loss) == [], loss
     assert notes(group, classify, model=normed) == []
     assert notes(group, classify, micro_batch=1) == []
+    evaluated = {"evaluate": retrieved, "eval_data": lambda: vectors(40)}
+    assert notes(group, classify, **evaluated) == []
     settings = Settings()
     assert not [note for note in build(gan(), settings, group).training.notes if "grow" in note]
 
