@@ -99,7 +99,9 @@ def rows(cls: type, *, prefix: str = "", is_free: bool = False) -> list[str]:
         changes = NOTES.get(field.name, "")
         if not changes:
             changes = "free" if is_free or field.name in FREE else ""
-        meaning = f"{texts[field.name]}. {choices(hint)}".replace("..", ".").strip()
+        # a text of several lines would end the table's row
+        text = " ".join(texts[field.name].split())
+        meaning = f"{text}. {choices(hint)}".replace("..", ".").strip()
         cells = [f"`{name}`", meaning, shown(field.default), changes]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
