@@ -110,7 +110,8 @@ def rows(cls: type, *, prefix: str = "", is_free: bool = False) -> list[str]:
 def flags_page() -> str:
     """Returns flags.md."""
     head = ["| flag | meaning | default | on resume |", "|---|---|---|---|"]
-    parts = [HEAD, "## Every recipe", "\n".join([*head, *rows(Settings)])]
+    parts = [HEAD, '<div class="flags" markdown>']
+    parts += ["## Every recipe", "\n".join([*head, *rows(Settings)])]
     for name, hint in typing.get_type_hints(Settings).items():
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
@@ -122,6 +123,7 @@ def flags_page() -> str:
         "## Other toolkits' names",
         "Typing one of these is answered with ours, unless the recipe has a field of that name.",
         "\n".join(["| typed | answer |", "|---|---|", *peers]),
+        "</div>",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
