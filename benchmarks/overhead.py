@@ -3,11 +3,16 @@ Accelerate's, taking turns in one run.
 
     python benchmarks/overhead.py                                # one process
     torchrun --nproc_per_node=2 benchmarks/overhead.py           # two ranks
+    torchrun --nproc_per_node=2 benchmarks/overhead.py --what state
 
 MLP 784-128-64-10, 64 samples a rank, SGD with momentum, one thread a rank. All log the loss over
 all ranks every 10 steps; ddp_kit also writes its records, shows progress and exchanges its control
 packet. A figure is the median over rounds of a round's mean step; a ratio is taken round by round
 to the first row of its table.
+
+`--what state` measures what it costs that models change in their forward pass: a step of two
+micro-batches a rank (train_step alone), of the same MLP with one buffer or attribute more, and the
+comparison of all ranks' weights at a save or evaluation.
 """
 
 import argparse
@@ -28,7 +33,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from ddp_kit import LossSum, build_loader, process_group, wrap
+from ddp_kit import LossSum, build_loader, process_group, train_step, wrap
 from ddp_kit.data.own_loader import batches_of
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.settings import EarlyStop
@@ -37,6 +42,7 @@ from ddp_kit.stopping.signals import StopFlag
 from ddp_kit.trackers.base import RunInfo
 from ddp_kit.trackers.console import Console
 from ddp_kit.trackers.jsonl import JsonlTracker
+from ddp_kit.training.agreement import require_agreement
 from ddp_kit.training.loop import Cadence, fit
 from ddp_kit.training.reporter import Reporter
 
@@ -246,8 +252,85 @@ def contenders(group: Group, folder: Path) -> list[Contender]:
     ]
 
 
+class WithState(nn.Module):
+    """The MLP, with something that a forward pass finds or changes."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.net = model()
+        self.what = what
+        self.calls = 0
+        if what:
+            self.register_buffer("state", torch.zeros(784))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.what == "buffer":
+            self.state = self.state + 1
+        if self.what == "attribute":
+            self.calls += 1
+        return self.net(inputs)
+
+
+STATES = {
+    "nothing but weights": ("", {}),
+    "a buffer that never changes": ("still", {}),
+    "a buffer that changes (first)": ("buffer", {}),
+    "a buffer that changes (mean)": ("buffer", {"state": "mean"}),
+    "a buffer that changes (own)": ("buffer", {"state": "own"}),
+    "an attribute that changes": ("attribute", {}),
+}
+
+
+def state_contenders(group: Group) -> list[Contender]:
+    found = []
+    for name, (what, words) in STATES.items():
+        net = WithState(what)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+        feed = build_loader(
+            data(), group=group, global_batch=2 * BATCH * group.world_size, micro_batch=BATCH
+        )
+        training = wrap(net, optimizer, summed, group=group, feed=feed, buffers=words)
+        batches = feed.batches(start=0, end=10**9)
+
+        def run(steps: int, training: Any = training, batches: Any = batches) -> None:
+            for _ in range(steps):
+                train_step(training, next(batches))
+
+        found.append(Contender(name, run, "SCHED_BATCH"))
+    return found
+
+
+def show_agreement(group: Group) -> None:
+    """Prints what one comparison of the ranks' weights takes."""
+    for width in (128, 1024, 3072):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(784, width), nn.Linear(width, width), nn.Linear(width, 10))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        feed = build_loader(data(600), group=group, global_batch=BATCH * group.world_size)
+        training = wrap(net, optimizer, summed, group=group, feed=feed)
+        batches = feed.batches(start=0, end=10**9)
+        steps = []
+        compared = []
+        for _ in range(22):
+            begin = time.perf_counter()
+            train_step(training, next(batches))
+            middle = time.perf_counter()
+            require_agreement(training)
+            steps.append(middle - begin)
+            compared.append(time.perf_counter() - middle)
+        if group.rank == 0:
+            size = sum(parameter.numel() for parameter in net.parameters())
+            step = statistics.median(steps[2:])
+            once = statistics.median(compared[2:])
+            print(
+                f"comparing {size / 1e6:.1f} M weights: {once * 1e3:.2f} ms, a step "
+                f"{step * 1e3:.2f} ms: 1 % of training at one save in {100 * once / step:.0f} steps"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--what", choices=["loop", "state"], default="loop")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
@@ -255,7 +338,11 @@ def main() -> None:
         process_group(device="cpu", threads=1, tuning=False) as group,
         tempfile.TemporaryDirectory() as folder,
     ):
-        taking_turns = contenders(group, Path(folder))
+        if options.what == "state":
+            show_agreement(group)
+            taking_turns = state_contenders(group)
+        else:
+            taking_turns = contenders(group, Path(folder))
         times: dict[str, list[float]] = {contender.name: [] for contender in taking_turns}
         for round_ in range(options.rounds + 1):
             for contender in taking_turns:
@@ -276,9 +363,11 @@ def show(times: dict[str, list[float]], world_size: int, options: argparse.Names
         f"{world_size} ranks, torch {torch.__version__}, "
         f"{options.rounds} rounds of {options.steps} steps, load {os.getloadavg()[0]:.1f}"
     )
-    bases = (
-        ["bare loop"] if world_size == 1 else ["bare DDP, default class", "bare DDP, SCHED_BATCH"]
-    )
+    bases = ["bare DDP, default class", "bare DDP, SCHED_BATCH"]
+    if options.what == "state":
+        bases = list(STATES)[:1]
+    elif world_size == 1:
+        bases = ["bare loop"]
     for base in bases:
         print(
             f"{'contender':52} {'us/step median (min-max)':28} ratio to {base!r}: median (min-max)"

@@ -23,7 +23,8 @@ from ddp_kit.settings import DeepSpeed, Fsdp, Settings
 from ddp_kit.setup.build import require_same_settings
 from ddp_kit.setup.model import build_model, choose_memory_format, placement_of
 from ddp_kit.trackers.console import evaluation_line
-from ddp_kit.training.recipe_evaluation import Evaluator, made_sets
+from ddp_kit.training.evaluation_sets import made_sets
+from ddp_kit.training.recipe_evaluation import Evaluator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +77,7 @@ def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
     kinds = {"evaluation": recipe.eval_data, "test": recipe.test_data}
     if not any(kinds.values()):
         raise ConfigError(f"{source.path.name} has neither eval_data nor test_data to evaluate.")
-    model = build_model(recipe, settings, group)
+    model = build_model(recipe, settings, group, takes_all=True)
     # Neither "auto" nor 0 says how many samples a micro-batch has.
     micro_batch = settings.global_batch
     if isinstance(settings.micro_batch, int) and settings.micro_batch:
@@ -97,6 +98,8 @@ def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
         evaluator.placement = choose_memory_format(
             model, evaluator.placement, partial(evaluator, model, limit=1)
         )
+        with evaluator.trial(model):
+            evaluator(model, limit=1)
         metrics = evaluator(model)
         kind = "test" if what == "test" else "eval"
         if group.rank == 0:

@@ -12,7 +12,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
@@ -82,6 +82,8 @@ class Recipe:
         objectives: in place of loss and optimizer.
         callbacks: observers of the run, on every rank.
         trackers: receivers of its records, on rank 0.
+        buffers: what stays of buffers and frozen weights that the forward pass changes, by
+            patterns of names: "mean", "sum", "first" or "own".
         flops_per_sample: of its forward and backward pass, from which train records on known CUDA
             devices have `mfu`.
 
@@ -104,6 +106,7 @@ class Recipe:
     objectives: Sequence[Objective] = ()
     callbacks: Sequence[Callback] = ()
     trackers: Sequence[Tracker] = ()
+    buffers: Mapping[str, str] = field(default_factory=dict)
     flops_per_sample: float = 0.0
 
     def __post_init__(self) -> None:

@@ -99,7 +99,9 @@ def rows(cls: type, *, prefix: str = "", is_free: bool = False) -> list[str]:
         changes = NOTES.get(field.name, "")
         if not changes:
             changes = "free" if is_free or field.name in FREE else ""
-        meaning = f"{texts[field.name]}. {choices(hint)}".replace("..", ".").strip()
+        # a text of several lines would end the table's row
+        text = " ".join(texts[field.name].split())
+        meaning = f"{text}. {choices(hint)}".replace("..", ".").strip()
         cells = [f"`{name}`", meaning, shown(field.default), changes]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -108,7 +110,8 @@ def rows(cls: type, *, prefix: str = "", is_free: bool = False) -> list[str]:
 def flags_page() -> str:
     """Returns flags.md."""
     head = ["| flag | meaning | default | on resume |", "|---|---|---|---|"]
-    parts = [HEAD, "## Every recipe", "\n".join([*head, *rows(Settings)])]
+    parts = [HEAD, '<div class="flags" markdown>']
+    parts += ["## Every recipe", "\n".join([*head, *rows(Settings)])]
     for name, hint in typing.get_type_hints(Settings).items():
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
@@ -120,6 +123,7 @@ def flags_page() -> str:
         "## Other toolkits' names",
         "Typing one of these is answered with ours, unless the recipe has a field of that name.",
         "\n".join(["| typed | answer |", "|---|---|", *peers]),
+        "</div>",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

@@ -10,6 +10,8 @@ from ddp_kit.checkpoint.format.layout import DamagedError
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.reader import open_checkpoint
 from ddp_kit.checkpoint.format.storage import Storage
+from ddp_kit.checkpoint.forward_values import attributes_of
+from ddp_kit.checkpoint.items import kind_of_item
 from ddp_kit.checkpoint.retention import Keep, best, manifests_of
 from ddp_kit.checkpoint.state_dict import model_tensors
 from ddp_kit.distributed.collectives import from_rank
@@ -34,7 +36,11 @@ def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterato
             yield 0
         return
     tensors = model_tensors(training.model)
-    live = {name: tensor for name, tensor in tensors.items() if name in opened.kinds}
+    # A table that the run has made longer since stays as it is.
+    kinds = opened.kinds
+    live = {
+        name: own for name, own in tensors.items() if kinds.get(name) == kind_of_item(name, own)
+    }
     last = {name: local(tensor).clone() for name, tensor in live.items()}
     try:
         opened.copy_into(live)
@@ -45,7 +51,7 @@ def best_weights(training: Training, storage: Storage, *, keep: Keep) -> Iterato
                 if f"model/{name}" in live and f"ema/{name}" in opened.kinds:
                     averaged[f"ema/{name}"] = live[f"model/{name}"]
             opened.copy_into(averaged)
-        with extra_of(opened, training.model):
+        with extra_of(opened, training.model), attributes_of(opened, training.model):
             yield opened.manifest.step
     finally:
         with torch.no_grad():

@@ -30,6 +30,7 @@ from ddp_kit.distributed.collectives import from_rank, gather_bytes
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import logger
 from ddp_kit.stopping.early_stopping import EarlyStopping
+from ddp_kit.training.agreement import require_agreement
 from ddp_kit.training.state import Training
 
 
@@ -180,6 +181,7 @@ class Checkpointer:
         if training.step == self.saved_step and not again:
             return
         self.finish()
+        require_agreement(training)
         self._take_folder()
         state = self._state()
         copied = self._writer.save(

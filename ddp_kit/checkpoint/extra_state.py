@@ -55,6 +55,18 @@ def restore_extra(
         model.get_submodule(name).set_extra_state(decode(state, tensors))
 
 
+def put_extra(opened: Opened, model: nn.Module) -> None:
+    """Gives modules a checkpoint's extra state, where nothing else of it was read.
+
+    Raises: ConfigError if other modules had one than have one now.
+    """
+    if "extra" not in opened.values:
+        return
+    saved = opened.values["extra"]
+    require_same_modules(saved, model, where=opened.folder)
+    restore_extra(saved, model, {name: opened.tensor(name) for name in references(saved)})
+
+
 @contextmanager
 def extra_of(opened: Opened, model: nn.Module) -> Iterator[None]:
     """Gives modules a checkpoint's extra state while it lasts, and their own back at the end."""

@@ -1,7 +1,8 @@
 """`--init-from`: weights of another run, or of plain safetensors files, into a model by name.
 
-Weights alone: an optimizer's state belongs to the run that made it. No pickle is loaded, since
-loading one may run code.
+Weights alone: an optimizer's state belongs to the run that made it. An evaluation also takes what a
+checkpoint holds of the model beside its weights. No pickle is loaded, since loading one may run
+code.
 """
 
 from collections.abc import Sequence
@@ -12,13 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ddp_kit.checkpoint.extra_state import put_extra
 from ddp_kit.checkpoint.find import find, is_checkpoint, origin_of, weights_of
 from ddp_kit.checkpoint.format.fit import Kind, misfits, require_fit, table
+from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.weights import base_sha256, tied_names
 from ddp_kit.distributed.local_shard import Held, held
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest, some
 from ddp_kit.io.logs import logger
+from ddp_kit.model_state.attributes import put_saved
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 CONVERT = (
@@ -29,23 +33,26 @@ CONVERT = (
 )
 
 
-def read_weights(path: Path, *, group: Group) -> tuple[dict[str, torch.Tensor], str]:
-    """Reads the weights of a run, of a checkpoint, of a .safetensors file or of a folder of them.
-    Every rank calls it.
+def _opened(path: Path, *, group: Group) -> Opened | None:
+    """Opens a run or a checkpoint; None for files of weights. Every rank calls it.
 
-    Returns: tensors by name, and the hash of the frozen weights that a checkpoint of the trainable
-        ones belongs to, else "".
-    Raises: ConfigError if there is none, or a file is damaged.
+    Raises: ConfigError if there is no good checkpoint in it.
     """
-    if is_checkpoint(path):
-        opened = find(origin_of(path, flag_text="--init-from"), group=group)
-        if opened is None:
-            raise ConfigError(f"--init-from {path}: there is no good checkpoint in it.")
-        return weights_of(opened), str(opened.values["base_sha256"])
-    tensors: dict[str, torch.Tensor] = {}
-    for file in _safetensors_files(path):
-        tensors |= _read_file(file)
-    return tensors, ""
+    if not is_checkpoint(path):
+        return None
+    opened = find(origin_of(path, flag_text="--init-from"), group=group)
+    if opened is None:
+        raise ConfigError(f"--init-from {path}: there is no good checkpoint in it.")
+    return opened
+
+
+def _weights_in(opened: Opened) -> dict[str, torch.Tensor]:
+    weights = weights_of(opened)
+    # What a run has registered in its forward pass.
+    for name, is_persistent in opened.values.get("reshaped", {}).items():
+        if not is_persistent:
+            del weights[name]
+    return weights
 
 
 def _safetensors_files(path: Path) -> list[Path]:
@@ -79,22 +86,43 @@ def _read_file(file: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(
-    model: nn.Module, path: Path, *, group: Group, rename: Sequence[str] = (), partial: bool = False
+    model: nn.Module,
+    path: Path,
+    *,
+    group: Group,
+    rename: Sequence[str] = (),
+    partial: bool = False,
+    takes_all: bool = False,
 ) -> None:
-    """Copies the tensors of `path` into the model by name (`rename`: `old=new`); nothing is changed
-    unless all fit. Every rank calls it.
+    """Copies the tensors of `path` (a run, a checkpoint, a .safetensors file or a folder of them)
+    into the model by name (`rename`: `old=new`); nothing is changed unless all fit. Every rank
+    calls it.
 
     `partial` takes those that fit and logs a table of the others, none of which may be frozen.
+    `takes_all` takes what a checkpoint holds of the model beside its weights, too: attributes that
+    the run has changed, and extra state.
 
-    Raises: ConfigError with a table of missing, unexpected and differently shaped tensors; if
-        `partial`, when none fits.
+    Raises: ConfigError if there is none, or a file is damaged; with a table of missing, unexpected
+        and differently shaped tensors, if `partial`, when none fits.
     """
-    tensors, base = read_weights(path, group=group)
+    opened = _opened(path, group=group)
+    base = ""
+    tensors: dict[str, torch.Tensor] = {}
+    if opened is not None:
+        tensors = _weights_in(opened)
+        # Of the frozen weights that a checkpoint of the trainable ones belongs to.
+        base = str(opened.values["base_sha256"])
+    else:
+        for file in _safetensors_files(path):
+            tensors |= _read_file(file)
     _rename(tensors, rename, path=path)
     _resolve_ties(tensors, model)
     match = _match(tensors, model, base=base)
     _report(match, model, path=path, partial=partial)
     _copy(tensors, match, model)
+    if takes_all and opened is not None:
+        put_saved(model, opened.values.get("attributes", {}))
+        put_extra(opened, model)
 
 
 @dataclass(frozen=True)
@@ -134,6 +162,10 @@ def _match(tensors: dict[str, torch.Tensor], model: nn.Module, *, base: str) -> 
     """
     live = _live_tensors(model)
     optional = _may_be_missing(tensors, model, base=base)
+    for name, buffer in live.items():
+        # One that state dicts leave out need not fit.
+        if name in optional and name in tensors and tensors[name].shape != buffer.shape:
+            del tensors[name]
     wanted: dict[str, Kind] = {}
     for name, tensor in live.items():
         if name not in optional:
@@ -159,10 +191,14 @@ def _may_be_missing(tensors: dict[str, torch.Tensor], model: nn.Module, *, base:
     and frozen weights that are here already.
     """
     saved = model.state_dict()
+    live = _live_tensors(model)
     names = set()
-    for name in _live_tensors(model):
-        is_no_weight = name not in saved or name.endswith("num_batches_tracked")
-        if name not in tensors and is_no_weight:
+    for name in live:
+        if name not in saved:
+            is_unfit = name not in tensors or tensors[name].shape != live[name].shape
+        else:
+            is_unfit = name not in tensors and name.endswith("num_batches_tracked")
+        if is_unfit:
             names.add(name)
     if base and base == base_sha256(model):
         for name, parameter in model.named_parameters():

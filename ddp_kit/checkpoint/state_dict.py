@@ -17,11 +17,16 @@ from torch import nn
 
 from ddp_kit.checkpoint.extra_state import extra_states, restore_extra
 from ddp_kit.checkpoint.format.encoding import decode, encode, references
-from ddp_kit.checkpoint.format.fit import Kind, require_fit
+from ddp_kit.checkpoint.format.fit import require_fit
 from ddp_kit.checkpoint.format.layout import NAMES
 from ddp_kit.checkpoint.format.opened import Opened
-from ddp_kit.checkpoint.format.shard import MOST_DIMENSIONS
-from ddp_kit.checkpoint.format.sharding import Piece, Shape, cut
+from ddp_kit.checkpoint.forward_values import (
+    forward_values,
+    own_items,
+    restore_forward,
+    take_passing,
+)
+from ddp_kit.checkpoint.items import by_who_has_them, kind_of_item
 from ddp_kit.checkpoint.optimizer_state import (
     advance_schedule,
     allocate,
@@ -35,9 +40,7 @@ from ddp_kit.checkpoint.same_state import (
 )
 from ddp_kit.checkpoint.weights import tied_names
 from ddp_kit.distributed.collectives import gather_bytes
-from ddp_kit.distributed.local_shard import Fragment, Held, Item, held, is_split, memory_of
-from ddp_kit.distributed.process_group import Group
-from ddp_kit.errors import ConfigError
+from ddp_kit.distributed.local_shard import Held, Item, held, is_split
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.training.state import Training
 
@@ -80,6 +83,7 @@ def _model_items(training: Training) -> dict[str, Item]:
     items: dict[str, Item] = dict(
         model_tensors(training.model, trainable_only=bool(training.base_sha256))
     )
+    items |= own_items(training)
     average = training.average
     if average is None:
         return items
@@ -91,28 +95,6 @@ def _model_items(training: Training) -> dict[str, Item]:
         else:
             items[f"ema/{name}"] = own
     return items
-
-
-def _part(item: Item) -> Held | Fragment:
-    """Returns this rank's part of an item."""
-    return held(item) if isinstance(item, torch.Tensor) else item
-
-
-def _kind(name: str, item: Item) -> Kind:
-    """Returns an item's shape and dtype. Raises: ConfigError if no checkpoint can hold it."""
-    part = _part(item)
-    memory = memory_of(part)
-    if memory.dtype not in NAMES or memory.layout != torch.strided:
-        raise ConfigError(
-            f"{name} is a tensor of {memory.dtype}, {memory.layout}, which a checkpoint cannot "
-            f"hold: expected a dense one of {', '.join(sorted(map(str, NAMES)))}."
-        )
-    if len(part.shape) > MOST_DIMENSIONS:
-        raise ConfigError(
-            f"{name} has {len(part.shape)} dimensions; a checkpoint holds {MOST_DIMENSIONS} at "
-            "most."
-        )
-    return tuple(part.shape), memory.dtype
 
 
 def state_of(
@@ -141,6 +123,7 @@ def state_of(
         "base_sha256": training.base_sha256,
         "tied": tied_names(training.model),
     }
+    values |= forward_values(training)
     if early_stopping is not None:
         own = {
             "best": early_stopping.best,
@@ -151,49 +134,13 @@ def state_of(
     values |= more or {}
     kinds: dict[str, Any] = {}
     for name, item in items.items():
-        shape, dtype = _kind(name, item)
+        shape, dtype = kind_of_item(name, item)
         kinds[name] = [list(shape), NAMES[dtype]]
     if not all(objective.optimizer_view.has_all for objective in training.objectives):
         _share_what_each_rank_knows(training, objectives, kinds)
     values["tensors"] = kinds
-    tensors, own_rows = _by_who_has_them(items, training.group)
+    tensors, own_rows = by_who_has_them(items, training.group)
     return State(tensors, own_rows, values)
-
-
-def _by_who_has_them(
-    items: Mapping[str, Item], group: Group
-) -> tuple[dict[str, torch.Tensor], dict[str, Held]]:
-    """Returns the tensors that every rank has whole, and the rows that are this rank's to save."""
-    whole: dict[str, torch.Tensor] = {}
-    rows: dict[str, Held] = {}
-    fragments: dict[str, Fragment] = {}
-    for name, item in items.items():
-        if isinstance(item, torch.Tensor) and not is_split(item):
-            whole[name] = item
-            continue
-        part = _part(item)
-        if isinstance(part, Held):
-            rows[name] = part
-        else:
-            fragments[name] = part
-    return whole, rows | _gathered_rows(fragments, group)
-
-
-def _gathered_rows(fragments: Mapping[str, Fragment], group: Group) -> dict[str, Held]:
-    """Puts tensors that are split anywhere together, one at a time, and keeps in host memory the
-    rows that this rank is to write.
-    """
-    shapes = {
-        name: Shape(part.shape, part.content.dtype.itemsize) for name, part in fragments.items()
-    }
-    own_pieces = cut(shapes, rank=group.rank, world_size=group.world_size)
-    pieces = {piece.name: piece for piece in own_pieces}
-    found = {}
-    for name, part in fragments.items():
-        piece = pieces.get(name, Piece(name, 0, 0))
-        rows = part.gather()[piece.start : piece.stop].to("cpu", copy=True)
-        found[name] = Held(rows, piece.start, part.shape)
-    return found
 
 
 def _share_what_each_rank_knows(
@@ -241,7 +188,10 @@ def restore_state(
     of_no_parameter = _empty_like_saved(opened)
     targets |= of_no_parameter
     tensors |= of_no_parameter
-    wanted = {name: _kind(name, item) for name, item in targets.items()}
+    reshaped = take_passing(opened, training, targets)
+    for name in reshaped.left_out:
+        found.pop(name, None)
+    wanted = {name: kind_of_item(name, item) for name, item in targets.items()}
     require_fit(found, wanted, where=opened.folder)
     if not keeps_hyperparameters:
         for objective in training.objectives:
@@ -260,9 +210,20 @@ def restore_state(
             tensors,
             keeps_hyperparameters=keeps_hyperparameters,
         )
+    reshaped.put(training.model)
     restore_extra(values.get("extra", {}), training.model, tensors)
+    restore_forward(opened, training, targets)
     if begins_average and training.average is not None:
         training.average.restart()
+    _restore_counters(values, training, early_stopping, tensors)
+
+
+def _restore_counters(
+    values: Mapping[str, Any],
+    training: Training,
+    early_stopping: EarlyStopping | None,
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
     training.step = values["step"]
     training.skipped = values["skipped"]
     if early_stopping is not None and "early_stopping" in values:

@@ -10,6 +10,7 @@ from torch import nn
 from ddp_kit.distributed.collectives import first_difference, same_everywhere
 from ddp_kit.distributed.local_shard import whole
 from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.tensors_from_rank import as_bytes, view_of
 from ddp_kit.errors import DdpKitError
 from ddp_kit.training.ema import is_weight
 
@@ -25,8 +26,8 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """Returns the content of a tensor."""
-    plain = tensor.detach().cpu().resolve_conj().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+    content = as_bytes(tensor.cpu())
+    return bytes(view_of(content))
 
 
 def weights_sha256(model: nn.Module) -> str:

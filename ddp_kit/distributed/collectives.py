@@ -82,6 +82,23 @@ def from_rank(group: Group, data: bytes, *, source: int = 0) -> bytes:
     return bytes(content.numpy().tobytes())
 
 
+def short_from_rank_0(group: Group, data: bytes, *, room: int = 504) -> bytes:
+    """Returns the bytes that rank 0 gave, as `from_rank` does: in one message if they have room."""
+    if group.control_pg is None:
+        return data
+    message = bytearray(8 + room)
+    if group.rank == 0:
+        message[:8] = len(data).to_bytes(8, "little")
+        if len(data) <= room:
+            message[8 : 8 + len(data)] = data
+    content = torch.frombuffer(message, dtype=torch.uint8)
+    dist.broadcast(content, 0, group=group.control_pg)
+    size = int.from_bytes(message[:8], "little")
+    if size > room:
+        return from_rank(group, data)
+    return bytes(message[8 : 8 + size])
+
+
 def gather_bytes(group: Group, data: bytes) -> list[bytes]:
     """Returns every rank's bytes, in rank order."""
     if group.control_pg is None:

@@ -45,6 +45,8 @@ class Group:
     # Those of who communicates beside training.
     others: list[dist.ProcessGroup] = field(default_factory=list)
     timeout_s: float = 600
+    # CPU threads of this rank were stated, and are no share of the cores.
+    has_stated_threads: bool = False
     # What of the defaults for speed took effect.
     tuned: list[str] = field(default_factory=list)
     closing: ExitStack = field(default_factory=ExitStack)
@@ -177,6 +179,7 @@ def process_group(
     group = Group(topology=topology, device=chosen, failure_report=alone, timeout_s=timeout_s)
     if tuning:
         group.tuned += tune_process(topology, chosen)
+    group.has_stated_threads = threads > 0
     group.tuned.append(f"CPU threads a rank: {set_threads(topology, threads=threads)}")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

@@ -25,15 +25,17 @@ from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings, digest, flag, flatten
 from ddp_kit.setup.meta_init import Reads, materialise
 from ddp_kit.setup.model import build_model, load_first_weights
+from ddp_kit.setup.parts import Part, part_of
 from ddp_kit.setup.start_notes import split_notes
 from ddp_kit.setup.train_data import train_feed
-from ddp_kit.setup.wrap import Part, part_of, wrap_parts
+from ddp_kit.setup.wrap import wrap_parts
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.checks import require_splittable
 from ddp_kit.training.ema import WeightAverage
+from ddp_kit.training.evaluation_sets import made_sets
 from ddp_kit.training.loop import Cadence
-from ddp_kit.training.recipe_evaluation import Evaluator, made_sets
+from ddp_kit.training.recipe_evaluation import Evaluator
 from ddp_kit.training.state import Training
 
 
@@ -113,9 +115,12 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         has_checkpointed_activations=bool(settings.activation_checkpointing),
         tuning=settings.tuning,
         exact=settings.exact,
+        buffers=recipe.buffers,
+        may_split=settings.strategy in ("fsdp", "deepspeed"),
     )
     if settings.ema:
-        training.average = WeightAverage(model, decay=settings.ema)
+        reshaped = training.forward_state.reshaped
+        training.average = WeightAverage(model, decay=settings.ema, reshaped=reshaped)
     training.base_sha256 = base_hash
     sets = _evaluation_sets(recipe, settings, group)
     if feed.data.sharded and group.world_size > 1:
@@ -132,6 +137,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         micro_batch=feed.plan.largest,
         placement=feed.placement,
         enter=strategy.enter,
+        has_attribute=training.forward_state.has_attribute,
     )
     test_sets = made_sets(recipe.test_data, what="test", seed=settings.seed, group=group)
     evaluator.dry_run(model)

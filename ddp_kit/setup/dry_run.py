@@ -1,12 +1,12 @@
 """The dry run: passes before the first step, on a micro-batch that is the same on all ranks.
 
-They find out how the loss's count will be known and which buffers training changes, and faults show
-there and not hours later. They leave no trace: gradients are dropped, buffers and generators put
-back.
+They find out how the loss's count will be known and what a forward pass changes, and faults show
+there and not hours later. They leave no trace: gradients are dropped, and everything of the model
+and the generators is put back after each pass. There are as many passes at any number of ranks.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,32 +16,35 @@ from torch.optim import Optimizer
 
 from ddp_kit.data.agreement import require_own_samples, require_same_samples
 from ddp_kit.data.loader import Feed
-from ddp_kit.data.seeding import generators_put_back, seed_forward
+from ddp_kit.data.seeding import seed_forward
 from ddp_kit.distributed.collectives import first_difference, max_over_ranks
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DdpKitError, no_gradient
 from ddp_kit.metrics import Sums
+from ddp_kit.model_state.untouched import untouched
+from ddp_kit.setup.census import Census, all_like_the_first
 from ddp_kit.strategies import Wrapped
 from ddp_kit.training.answers import require_pairs
-from ddp_kit.training.growth import as_it_was, means_among, note_of_loss, note_of_metrics
+from ddp_kit.training.growth import means_among, note_of_loss, note_of_metrics
 from ddp_kit.training.loss_count import Count, FixedCount, FoundCount, KnownCount
 from ddp_kit.training.nonfinite import samples_named
-from ddp_kit.training.running_stats import Buffer, buffers_put_back
 from ddp_kit.training.state import LossCall, Training
 
 
 class DryRun:
     """One per run. Every rank runs each objective's loss in it, in the same order."""
 
-    def __init__(self, training: Training, feed: Feed, *, allows_unused: bool, exact: bool = False):
-        """Args: `allows_unused` whether parameters may stay without a gradient; `exact` whether
-        bits must not depend on the ranks.
+    def __init__(
+        self, training: Training, feed: Feed, *, allows_unused: bool, may_split: bool = False
+    ):
+        """Args: `allows_unused` whether parameters may stay without a gradient; `may_split` whether
+        ranks hold parts of the weights, or would if there were several.
         Raises: DataError on every rank if the ranks read different samples.
         """
         self.training = training
         self._feed = feed
         self._allows_unused = allows_unused
-        self._exact = exact
+        self._may_split = may_split
         self._batch = feed.dry_run_batch()
         what = "training data"
         if feed.data.sharded:
@@ -71,28 +74,55 @@ class DryRun:
         Returns: the wrapped call, ready for the first step, and how the loss's count will be known.
         Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer.
         """
-        with (
-            _only(parameters, frozen),
-            generators_put_back(),
-            buffers_put_back(self.training.model) as buffers,
-        ):
-            seed_forward(forward_key, 0, 0, device=self.training.group.device)
-            count = self._run_bare(call, parameters)
-            _note_buffers(self.training, buffers, exact=self._exact)
-            self._note_means(call, forward_key=forward_key, trains=trains)
-            wrapped = self.training.strategy.wrap(call, optimizer)
-            if self.training.group.world_size > 1:
-                self._run_wrapped(wrapped.call, parameters)
+        training = self.training
+        is_whole = training.strategy.shards is None
+        has_attribute = training.forward_state.has_attribute
+
+        def seed(draws: int = 0) -> None:
+            seed_forward(forward_key, 0, draws, device=training.group.device)
+
+        with _only(parameters, frozen):
+            with untouched(
+                training.model, weights=is_whole, has_attribute=has_attribute
+            ) as snapshot:
+                census = Census(
+                    training,
+                    snapshot,
+                    seed=seed,
+                    loss=lambda on_another: self._loss(call, on_another=on_another),
+                )
+                count = self._run_bare(call, parameters, census)
+                trained = {id(parameter) for parameter in (*parameters, *frozen)}
+                census.take(trained=trained, may_split=self._may_split)
+                if is_whole:
+                    self._note_means(call, seed=seed, trains=trains)
+            wrapped = training.strategy.wrap(call, optimizer)
+            weights = is_whole and census.has_weights
+            for _ in range(2):
+                with untouched(training.model, weights=weights, has_attribute=has_attribute):
+                    seed()
+                    self._run_wrapped(wrapped.call, parameters)
         return wrapped, count
 
-    def _run_bare(self, call: LossCall, parameters: Sequence[nn.Parameter]) -> Count:
+    def _loss(self, call: LossCall, *, on_another: bool) -> torch.Tensor:
+        """Runs a loss forward, on the batch or another one of its shapes."""
+        batch = self._batch.batch
+        if on_another:
+            batch = all_like_the_first(batch, self._batch.size)
+        total: torch.Tensor = self.training.strategy.enter(call, batch)[0]
+        return total
+
+    def _run_bare(
+        self, call: LossCall, parameters: Sequence[nn.Parameter], census: Census
+    ) -> Count:
         """Runs the loss forward and backward once, unwrapped, and names what gets no gradient.
 
         Returns: how the loss's count will be known.
         """
         training = self.training
         batch = self._batch
-        with samples_named(batch, "before the first step"):
+        census.begin()
+        with samples_named(batch, "before the first step"), census.watching():
             total, count, metrics = training.strategy.enter(call, batch.batch)
         require_pairs(metrics)
         self._check_count_beforehand(count)
@@ -102,7 +132,9 @@ class DryRun:
                 "the loss has no gradient: total must be computed from the model's output, "
                 "without detach() or no_grad()."
             )
+        census.after_forward(total)
         (total / batch.size).backward()
+        census.after_backward()
         _refuse_unused(training, parameters, allows_unused=self._allows_unused)
         if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
             raise ConfigError(
@@ -114,28 +146,25 @@ class DryRun:
             parameter.grad = None
         return known
 
-    def _note_means(self, call: LossCall, *, forward_key: int, trains: str) -> None:
+    def _note_means(self, call: LossCall, *, seed: Callable[[int], None], trains: str) -> None:
         """Notes what looks like a mean where a sum is meant, by a few samples more.
 
         It runs where each rank has the whole model: a loss that fails half way does no harm there.
         """
-        training = self.training
-        if training.strategy.shards is not None:
-            return
 
         def run(batch: Any, draws: int) -> Sums:
-            seed_forward(forward_key, 0, draws, device=training.group.device)
+            seed(draws)
             total, count, metrics = call(batch)
             return {"loss": (total.detach(), count), **metrics}
 
-        with as_it_was(training.model):
-            found = means_among(run, self._batch.batch, size=self._batch.size)
+        found = means_among(run, self._batch.batch, size=self._batch.size)
         what = f"the loss of {trains}" if trains else "the loss"
+        notes = self.training.notes
         if "loss" in found:
-            training.notes.append(note_of_loss(what))
+            notes.append(note_of_loss(what))
             found.remove("loss")
         if found:
-            training.notes.append(note_of_metrics(found, what=what))
+            notes.append(note_of_metrics(found, what=what))
 
     def _check_count_beforehand(self, count: int | torch.Tensor) -> None:
         count_of = self._feed.data.count
@@ -147,17 +176,16 @@ class DryRun:
             )
 
     def _run_wrapped(self, wrapped: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        """Runs until DDP's buckets are final.
+        """Runs once as training does; the second time DDP's buckets are final.
 
         They are rebuilt after the first backward pass, and a later attempt of the run, which
         rebuilds them again, would otherwise sum in another order than the one it continues.
         """
-        for _ in range(2):
-            for parameter in parameters:
-                parameter.grad = None
-            with self.training.strategy.micro_batch(wrapped, is_last=True):
-                total, _, _ = wrapped(self._batch.batch)
-                (total / self._batch.size).backward()
+        for parameter in parameters:
+            parameter.grad = None
+        with self.training.strategy.micro_batch(wrapped, is_last=True):
+            total, _, _ = wrapped(self._batch.batch)
+            (total / self._batch.size).backward()
 
 
 @contextmanager
@@ -218,34 +246,3 @@ def _refuse_unused(
         raise ConfigError(
             f"{said}; if it never uses them, freeze them with requires_grad_(False) or remove them."
         )
-
-
-def _note_buffers(
-    training: Training, before: Sequence[tuple[Buffer, torch.Tensor]], *, exact: bool
-) -> None:
-    """Notes the buffers outside normalisation layers that a forward pass changed.
-
-    They are taken from rank 0 at every step.
-
-    Raises: ConfigError where that would have to be exact.
-    """
-    statistics = training.statistics
-    known = {id(buffer.tensor) for buffer in statistics.others}
-    for buffer, value in before:
-        if id(buffer.tensor) in known:
-            continue
-        if buffer.tensor.untyped_storage().data_ptr() in statistics.owned:
-            continue
-        if torch.equal(buffer.in_place(), value):
-            continue
-        if exact:
-            raise ConfigError(
-                f"--exact: training changes the buffer {buffer.name}, which only normalisation "
-                "layers may: rank 0's depends on the number of ranks. Leave out --exact, "
-                "or make it no buffer of training."
-            )
-        statistics.others.append(buffer)
-        if training.group.world_size > 1:
-            training.notes.append(
-                f"buffer {buffer.name} is changed by training; it is taken from rank 0"
-            )

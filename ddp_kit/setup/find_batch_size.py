@@ -13,14 +13,13 @@ from ddp_kit.data.batch_plan import plan_batches
 from ddp_kit.data.dataset import Data
 from ddp_kit.data.loader import feed_of
 from ddp_kit.data.reader import MicroBatch
-from ddp_kit.data.seeding import generators_put_back
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.collectives import max_over_ranks
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
+from ddp_kit.model_state.untouched import untouched
 from ddp_kit.recipe import Objective
 from ddp_kit.settings import Settings
-from ddp_kit.training.running_stats import buffers_put_back
 from ddp_kit.training.state import LossCall
 
 
@@ -64,11 +63,15 @@ def _largest_that_fits(
     """Tries the divisors on this rank, the largest first. Returns: 0 if none fits."""
     share = -(-settings.global_batch // group.world_size)
     found = 0
-    with buffers_put_back(model):
+    with untouched(model) as snapshot:
         for size in range(share, 0, -1):
             if settings.global_batch % size:
                 continue
-            if _fits(model, parts, data, size, placement=placement, settings=settings, group=group):
+            fits = _fits(
+                model, parts, data, size, placement=placement, settings=settings, group=group
+            )
+            snapshot.put_back()
+            if fits:
                 found = size
                 break
     model.zero_grad(set_to_none=True)
@@ -105,10 +108,9 @@ def _fits(
             num_workers=settings.num_workers,
         )
         batch: MicroBatch = feed.dry_run_batch()
-        with generators_put_back():
-            for part in parts:
-                call = LossCall(model, part.loss, precision=settings.precision, device=group.device)
-                call(batch.batch)[0].backward()
+        for part in parts:
+            call = LossCall(model, part.loss, precision=settings.precision, device=group.device)
+            call(batch.batch)[0].backward()
         if group.device.type == "cuda":
             return _leaves_room(model, group.device)
     except torch.OutOfMemoryError:

@@ -15,19 +15,22 @@ from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.io.logs import logger
+from ddp_kit.model_state.untouched import untouched
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
 from ddp_kit.strategies.precision import placed, weight_dtype
-from ddp_kit.training.running_stats import buffers_put_back
 
 
-def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
+def build_model(
+    recipe: Recipe, settings: Settings, group: Group, *, takes_all: bool = False
+) -> nn.Module:
     """Returns the model on this rank's device. Every rank calls it.
 
     Its weights depend on the seed alone, or on `init_from`. With `--strategy fsdp` over several
     ranks it stays in host memory, or on the meta device with `--fsdp.meta`: the strategy moves it,
     part by part.
 
+    Args: `takes_all` of what `init_from` holds of the model, not its weights alone.
     Raises: ConfigError for a model that is none or has no shapes yet, and for flags that do not fit
         it or this rank's device.
     """
@@ -35,7 +38,7 @@ def build_model(recipe: Recipe, settings: Settings, group: Group) -> nn.Module:
     is_meta = is_split and settings.fsdp.meta
     model = _fresh_model(recipe, seed=settings.seed, is_meta=is_meta)
     if settings.init_from and not is_meta:
-        load_first_weights(model, settings, group)
+        load_first_weights(model, settings, group, takes_all=takes_all)
     _check_device(settings, group)
     if settings.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group.pg)
@@ -76,8 +79,12 @@ def _fresh_model(recipe: Recipe, *, seed: int, is_meta: bool) -> nn.Module:
     return model
 
 
-def load_first_weights(model: nn.Module, settings: Settings, group: Group) -> None:
+def load_first_weights(
+    model: nn.Module, settings: Settings, group: Group, *, takes_all: bool = False
+) -> None:
     """Copies the weights of `--init-from` into a model. Every rank calls it.
+
+    Args: `takes_all` as `build_model` has it.
 
     Raises: ConfigError if they do not fit, as `load_weights` says.
     """
@@ -87,6 +94,7 @@ def load_first_weights(model: nn.Module, settings: Settings, group: Group) -> No
         group=group,
         rename=settings.rename,
         partial=settings.init_partial,
+        takes_all=takes_all,
     )
 
 
@@ -151,7 +159,7 @@ def choose_memory_format(
     if not placement.channels_last:
         return placement
     try:
-        with torch.no_grad(), generators_put_back(), buffers_put_back(model):
+        with torch.no_grad(), untouched(model):
             trial()
     except RuntimeError as error:
         if "view size is not compatible" not in str(error):

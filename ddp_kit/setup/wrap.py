@@ -1,16 +1,12 @@
-"""From a model and its optimizers to `Training`: checked, run dry and wrapped, once.
+"""From a model and its optimizers to `Training`: checked, run dry and wrapped, once."""
 
-Nothing is repaired here: an optimizer that does not hold what it should is named and the run ends.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ddp_kit.checkpoint.weights import require_equal
 from ddp_kit.data.batch_plan import BatchPlan, require_subtrees
@@ -19,32 +15,21 @@ from ddp_kit.data.seeding import forward_key
 from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.local_shard import local
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.errors import ConfigError, nearest, some
+from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import logger
 from ddp_kit.metrics import LossSum
+from ddp_kit.model_state.attributes import attribute_note
+from ddp_kit.model_state.forward_state import ForwardState
 from ddp_kit.settings import Precision, Settings
+from ddp_kit.setup.buffer_words import words_by_name
 from ddp_kit.setup.dry_run import DryRun
+from ddp_kit.setup.parts import Part, check_scheduler, trained_by
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.fused_step import fuse
 from ddp_kit.strategies.precision import LossScale
 from ddp_kit.training.optimizer_marks import marks_of
-from ddp_kit.training.running_stats import RunningStatistics
 from ddp_kit.training.state import LossCall, ObjectiveState, Training
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One objective's live parts.
-
-    They are its loss, an optimizer over `trains`' parameters, and a scheduler stepped once per
-    step.
-    """
-
-    loss: Callable[[Any, Any], LossSum]
-    optimizer: Optimizer
-    scheduler: Any = None
-    trains: str = ""
 
 
 def wrap(
@@ -60,12 +45,19 @@ def wrap(
     find_unused_parameters: bool = False,
     exact: bool = False,
     tuning: bool = True,
+    buffers: Mapping[str, str] | None = None,
 ) -> Training:
     """Wraps a model, its optimizer and its loss for a loop of one's own, with DDP.
 
-    Every rank calls it; see `wrap_parts`, also for what it raises.
+    Every rank calls it; see `wrap_parts`, also for what it raises. `buffers` is that of Recipe;
+    `exact` wants `process_group(threads=...)` on a CPU.
     """
     require_equal(model, group=group)
+    if exact and group.device.type == "cpu" and not group.has_stated_threads:
+        raise ConfigError(
+            "wrap(exact=True): sums depend on a rank's number of CPU threads, which follows from "
+            "cores and ranks here. State it: process_group(threads=1)."
+        )
     settings = Settings(exact=exact, find_unused_parameters=find_unused_parameters)
     training = wrap_parts(
         model,
@@ -78,6 +70,7 @@ def wrap(
         find_unused_parameters=find_unused_parameters,
         exact=exact,
         tuning=tuning,
+        buffers=buffers,
     )
     if group.rank == 0:
         for note in training.notes:
@@ -98,6 +91,8 @@ def wrap_parts(
     has_checkpointed_activations: bool = False,
     tuning: bool = True,
     exact: bool = False,
+    buffers: Mapping[str, str] | None = None,
+    may_split: bool = False,
 ) -> Training:
     """Makes a model that lies on its device ready to train. Every rank calls it.
 
@@ -105,43 +100,43 @@ def wrap_parts(
         `strategy` has split it; `parts` one or more objectives, with optimizers built from that
         model; `feed` this rank's batches, of which one is used for the dry run; `tuning` gives
         torch's optimizers their fused kernels; `exact` as `--exact`, with as many CPU threads at
-        any number of ranks.
+        any number of ranks; `buffers` as Recipe has it; `may_split` whether ranks will hold parts
+        of the weights where there are several.
     Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer, before the
         first step.
     """
     if exact:
         require_exact(feed, group)
-    statistics = RunningStatistics(
+    packet = ControlPacket(group)
+    is_split = strategy.shards is not None
+    forward_state = ForwardState(
         model,
         group,
-        micro_batches=feed.plan.micro_batches,
+        feed.plan,
+        control_packet=packet,
+        words=words_by_name(model, buffers or {}),
+        is_whole=not is_split,
         always=has_checkpointed_activations,
         exact=exact,
     )
-    is_split = strategy.shards is not None
     training = Training(
         group=group,
-        control_packet=ControlPacket(group),
+        control_packet=packet,
         strategy=strategy,
         model=model,
         objectives=[],
-        statistics=statistics,
+        forward_state=forward_state,
         plan=feed.plan,
         cursor=feed.cursor,
         grad_clip=grad_clip,
         rounds=_most_micro_batches(feed.plan, group.world_size) if is_split else 0,
     )
-    dry_run = DryRun(training, feed, allows_unused=find_unused_parameters, exact=exact)
-    fused = []
+    dry_run = DryRun(
+        training, feed, allows_unused=find_unused_parameters, may_split=may_split or is_split
+    )
     if tuning:
-        fused = [fuse(part.optimizer) for part in parts]
-    if fused and all(fused):
-        training.tuned.append("fused optimizer")
-    for i, part in enumerate(parts):
-        draws = forward_key(feed.seed, objective=i)
-        training.objectives.append(
-            _objective(part, dry_run, precision=precision, is_only=len(parts) == 1, draws=draws)
-        )
+        training.tuned += _fused(parts)
+    _add_objectives(parts, dry_run, precision=precision, seed=feed.seed)
     return training
 
 
@@ -155,9 +150,31 @@ def require_exact(feed: Feed, group: Group) -> None:
     require_subtrees(feed.plan, world_size=group.world_size)
 
 
+def _fused(parts: Sequence[Part]) -> list[str]:
+    """Gives torch's optimizers their fused kernels. Returns what to say of it."""
+    fused = [fuse(part.optimizer) for part in parts]
+    return ["fused optimizer"] if fused and all(fused) else []
+
+
 def _most_micro_batches(plan: BatchPlan, world_size: int) -> int:
     """Returns the micro-batches of the rank that has most."""
     return max(len(plan.of_rank(rank)) for rank in range(world_size))
+
+
+def _add_objectives(
+    parts: Sequence[Part], dry_run: DryRun, *, precision: Precision, seed: int
+) -> None:
+    """Makes the objectives in order, and notes what their passes were seen to change."""
+    for i, part in enumerate(parts):
+        draws = forward_key(seed, objective=i)
+        objective = _objective(
+            part, dry_run, precision=precision, is_only=len(parts) == 1, draws=draws
+        )
+        dry_run.training.objectives.append(objective)
+    training = dry_run.training
+    changed = [attribute.name for attribute in training.forward_state.attributes.attributes]
+    if changed:
+        training.notes.append(attribute_note(changed))
 
 
 def _objective(
@@ -168,8 +185,8 @@ def _objective(
     model = training.model
     device = training.group.device
     on_cuda = device.type == "cuda"
-    _check_scheduler(part)
-    parameters = _trained(model, part, is_only=is_only)
+    check_scheduler(part)
+    parameters = trained_by(model, part, is_only=is_only)
     own = {id(parameter) for parameter in parameters}
     frozen = [
         parameter
@@ -203,82 +220,3 @@ def _objective(
         is_deferred=view.heeds_found_inf and on_cuda and is_only and precision != "fp16",
         may_draw=not type(part.optimizer).__module__.startswith("torch.optim."),
     )
-
-
-def _check_scheduler(part: Part) -> None:
-    """Raises: ConfigError for a scheduler that would not move this optimizer's rates every step."""
-    scheduler = part.scheduler
-    if scheduler is None:
-        return
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ConfigError(
-            "ReduceLROnPlateau counts evaluations, schedulers here count optimizer steps: "
-            "take one of ddp_kit.schedules."
-        )
-    if getattr(scheduler, "optimizer", part.optimizer) is not part.optimizer:
-        raise ConfigError(
-            "the scheduler belongs to another optimizer than the one it was given: "
-            "build it from the function's argument."
-        )
-
-
-def part_of(model: nn.Module, trains: str) -> nn.Module:
-    """Returns the part of a model that an objective trains.
-
-    Raises: ConfigError if there is none of that name.
-    """
-    try:
-        return model.get_submodule(trains)
-    except AttributeError:
-        near = nearest(trains, [name for name, _ in model.named_modules()])
-        advice = f" Did you mean {near!r}?" if near else ""
-        raise ConfigError(
-            f"Objective(trains={trains!r}): the model has no such part.{advice}"
-        ) from None
-
-
-def _trained(model: nn.Module, part: Part, *, is_only: bool) -> list[nn.Parameter]:
-    """Returns the parameters of an objective.
-
-    Raises: ConfigError if its optimizer holds none, foreign ones, or not all of them.
-    """
-    module = part_of(model, part.trains)
-    trained = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            trained[id(parameter)] = f"{part.trains}.{name}".lstrip(".")
-    _check_optimizer(model, part, trained, is_only=is_only)
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def _check_optimizer(
-    model: nn.Module, part: Part, trained: dict[int, str], *, is_only: bool
-) -> None:
-    """Compares what an optimizer holds with what it should: names of parameters by their `id`."""
-    kind = type(part.optimizer).__name__
-    every = {id(parameter) for parameter in model.parameters()}
-    held: set[int] = set()
-    for group in part.optimizer.param_groups:
-        held.update(id(parameter) for parameter in group["params"])
-    if not held & trained.keys():
-        what = "parameters that are not this model's" if held else "no parameters"
-        raise ConfigError(
-            f"the optimizer ({kind}) holds {what}. "
-            f"Build it from the model it is given: {kind}(model.parameters(), ...)."
-        )
-    if held - every:
-        raise ConfigError(
-            f"the optimizer ({kind}) holds {len(held - every)} tensors that are not parameters "
-            "of the model."
-        )
-    missing = [name for identity, name in trained.items() if identity not in held]
-    if missing:
-        raise ConfigError(
-            f"the optimizer ({kind}) does not hold {some(missing)}, which the model would train. "
-            "Give it all of them, or freeze these with requires_grad_(False)."
-        )
-    if held & every - trained.keys() and not is_only:
-        raise ConfigError(
-            f"Objective(trains={part.trains!r}): its optimizer ({kind}) also holds parameters "
-            "outside that part."
-        )

@@ -1,7 +1,7 @@
 """DistributedDataParallel around the call of the loss: its options, and what travels compressed.
 
 DDP's own buffer broadcasts stay off: they would throw away the running statistics of all ranks but
-one (see `training.running_stats`).
+one (see `model_state.running_stats`).
 """
 
 import inspect
@@ -47,6 +47,8 @@ class DataParallel(Whole):
             process_group=self._group.pg,
             find_unused_parameters=self._find_unused,
             gradient_as_bucket_view=True,
+            # They are equal (`require_equal`), and gloo does not know every buffer's dtype.
+            init_sync=False,
             **_no_buffer_sync(),
         )
         self._group.closing.callback(_release, wrapped)

@@ -88,6 +88,11 @@ def weight_dtype(precision: Precision) -> torch.dtype:
 def placed(model: nn.Module, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """Returns a model on a device, its floating-point tensors cast to a dtype and its complex ones
     to the complex dtype of that width."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and _overlaps(buffer):
+                # Of one that was expanded, many elements are one: nothing can be written into it.
+                module._buffers[name] = buffer.contiguous()
     if not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
         return model.to(device, dtype)
     complex_dtype = dtype.to_complex()
@@ -104,6 +109,12 @@ def placed(model: nn.Module, *, device: torch.device | str, dtype: torch.dtype) 
     # model.to(dtype) would drop the imaginary parts.
     cast_model: nn.Module = model._apply(cast)
     return cast_model
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether elements of a tensor share memory with each other."""
+    sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and not stride for size, stride in sizes_and_strides)
 
 
 @contextmanager

@@ -137,7 +137,10 @@ def _number_of(value: Any) -> Number | None:
         return value.detach().reshape(()) if is_one else None
     if isinstance(value, np.ndarray | np.generic):
         is_one = value.size == 1 and value.dtype.kind in KINDS.removesuffix("c")
-        return float(value.item()) if is_one else None
+        value = value.item() if is_one else None
+    if isinstance(value, numbers.Integral):
+        # A count, which no mean can be.
+        return int(value)
     return float(value) if isinstance(value, numbers.Real) else None
 
 

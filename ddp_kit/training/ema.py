@@ -4,7 +4,7 @@ Training is not changed by it: the weights are put back after an evaluation, and
 that of the weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,11 +20,12 @@ class WeightAverage:
     the model's device.
     """
 
-    def __init__(self, model: nn.Module, *, decay: float):
+    def __init__(self, model: nn.Module, *, decay: float, reshaped: Collection[str] = ()):
+        """Args: `reshaped` names of buffers whose shape changes, which cannot be averaged."""
         self._decay = decay
         named: dict[str, torch.Tensor] = dict(model.named_parameters())
-        buffers = dict(model.named_buffers())
-        named |= {name: buffer for name, buffer in buffers.items() if is_weight(buffer)}
+        buffers = {name: buffer for name, buffer in model.named_buffers() if is_weight(buffer)}
+        named |= {name: buffer for name, buffer in buffers.items() if name not in reshaped}
         self.names = list(named)
         self.like = list(named.values())
         self._live = [local(tensor) for tensor in self.like]

@@ -88,6 +88,7 @@ def evaluate(
     seed: int = 0,
     heed: Callable[[], None] | None = None,
     enter: Callable[..., Any] = bare,
+    rewind: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Returns the metrics of a pass, the same on all ranks.
 
@@ -101,6 +102,7 @@ def evaluate(
         heed: called after each micro-batch; may raise.
         enter: `enter(function, *arguments)` calls a function that uses the model as the strategy
             has it.
+        rewind: called before each micro-batch: puts back what the one before has changed.
 
     Raises:
         DdpKitError: `measure` gives something that is neither, or under other names on another
@@ -110,6 +112,8 @@ def evaluate(
     with evaluating(model), autocast(precision, group.device):
         found = _Pass(group, measure=partial(enter, measure), seed=seed)
         for micro_batch in micro_batches:
+            if rewind is not None:
+                rewind()
             found.take(model, micro_batch)
             if heed is not None:
                 heed()

@@ -7,15 +7,13 @@ too small. It is only told of: that a total does not grow may be meant.
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
-from ddp_kit.metrics import Sums
-from ddp_kit.training.running_stats import buffers_put_back
+from ddp_kit.metrics import Number, Sums
 
 MOST_SAMPLES = 8  # that are tried, and then twice as many
 # Of a count that doubles with the samples.
@@ -40,8 +38,8 @@ def means_among(run: Run, batch: Any, *, size: int) -> list[str]:
     None are found where that cannot be told: in a batch that cannot be cut, of code that takes no
     other number of samples, among draws that change more than doubling does.
 
-    Args: `run(batch, draws)` gives the pairs of a batch, with draws of that number; `size` samples
-        of `batch`.
+    Args: `run(batch, draws)` gives the pairs of a batch, with draws of that number, and may change
+        the model, which the caller puts back; `size` samples of `batch`.
     """
     some = torch.arange(min(size // 2, MOST_SAMPLES))
     if not len(some):
@@ -50,7 +48,8 @@ def means_among(run: Run, batch: Any, *, size: int) -> list[str]:
         once = _taken(batch, some, size=size)
         twice = _taken(batch, torch.cat([some, some]), size=size)
         with _uncompiled():
-            before = _numbers(run(once, 0))
+            first = run(once, 0)
+            before = _numbers(first)
             after = _numbers(run(twice, 0))
             # Whether there is a suspect or not: a loss that talks to other ranks would wait for
             # those that see none.
@@ -59,26 +58,13 @@ def means_among(run: Run, batch: Any, *, size: int) -> list[str]:
         # Whatever a user's code raises with another number of samples than it was written for.
         return []
     suspects = [name for name in before if _is_same(name, before, after)]
+    suspects = [name for name in suspects if not _is_counted(first[name][0])]
+    if _couples_samples(before, after):
+        suspects = [name for name in suspects if _is_loss(name)]
     if again == before:
         return suspects
     # What is drawn anew may have hidden the growth of a metric; a loss is of all samples.
     return [name for name in suspects if _is_loss(name) and _is_near(before, again, name)]
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts what modules hold by name back at the end: other tensors as buffers, and plain
-    attributes. So are the values of buffers; those of weights stay as they are."""
-    held = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    with buffers_put_back(model):
-        try:
-            yield
-        finally:
-            for module, attributes, buffers in held:
-                vars(module).clear()
-                vars(module).update(attributes)
-                module._buffers.clear()
-                module._buffers.update(buffers)
 
 
 def note_of_loss(what: str) -> str:
@@ -115,6 +101,28 @@ def _is_same(name: str, before: Pairs, after: Pairs) -> bool:
         return False
     most = SAME_LOSS if _is_loss(name) else SAME_METRIC
     return abs(later_total - total) <= most * abs(total)
+
+
+def _is_counted(total: Number) -> bool:
+    """Whether a sum is a whole number by its type, as no mean is."""
+    if isinstance(total, torch.Tensor):
+        return not total.is_floating_point()
+    return isinstance(total, int)
+
+
+def _couples_samples(before: Pairs, after: Pairs) -> bool:
+    """Whether a loss shows that samples are compared with each other, as contrastive ones do.
+
+    Its metrics cannot be told then: a sample that comes twice is its own rival.
+    """
+    for name in before:
+        total = before[name][0]
+        if not _is_loss(name) or name not in after or not total:
+            continue
+        growth = after[name][0] / total
+        if min(abs(growth - 1), abs(growth - 2)) > SAME_METRIC:
+            return True
+    return False
 
 
 def _is_loss(name: str) -> bool:

@@ -14,6 +14,7 @@ from ddp_kit.distributed.control_packet import Decision
 from ddp_kit.recipe import Callback
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, Stop, StopFlag
+from ddp_kit.training.agreement import require_agreement
 from ddp_kit.training.nonfinite import look_back
 from ddp_kit.training.reporter import Reporter
 from ddp_kit.training.state import Training
@@ -142,6 +143,7 @@ class _Measure:
     def __call__(self, epoch: int) -> tuple[dict[str, float], Ending | None]:
         """Evaluates. Returns the metrics, and how the run ends, if it ends here."""
         step = self.training.step
+        require_agreement(self.training)
         try:
             metrics = self.evaluate(epoch)
         except Abandoned as abandoned:

@@ -111,7 +111,7 @@ def raise_unless_overflow(
             Or fp16 gradients stay so at the smallest loss scale.
         DdpKitError: the count over the whole global batch is 0.
     """
-    training.statistics.restore()
+    training.forward_state.restore()
     step = batch.step + 1
     what_was_applied = _what_was_applied(training, objective)
     own = _first_bad_samples(batch, sums)

@@ -21,7 +21,15 @@ CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 # Objects in which numbers change that are no state of an optimizer.
 TOOLS = (ModuleType, logging.Logger, nn.Module)
 # Attributes that are set from outside: by schedulers, by fused kernels and by our step.
-SET_FROM_OUTSIDE = {"step", "found_inf", "grad_scale", "_opt_called", "_step_supports_amp_scaling"}
+SET_FROM_OUTSIDE = {
+    "step",
+    "found_inf",
+    "grad_scale",
+    "_opt_called",
+    "_step_supports_amp_scaling",
+    # Of torch's own first step, which a rank without parameters of its own does not take.
+    "_need_device_dtype_check_for_fused",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,33 +5,34 @@ a pass, and the recipe's `samples` are drawn here. When that is done is said in 
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from ddp_kit.data.agreement import (
-    require_own_samples,
-    require_same_lengths,
-    require_same_samples,
-)
-from ddp_kit.data.dataset import Data, as_evaluation_data
+from ddp_kit.data.agreement import require_own_samples, require_same_samples
+from ddp_kit.data.dataset import Data
 from ddp_kit.data.loader import evaluation_batches, first_of_evaluation
-from ddp_kit.data.seeding import forward_key, made_under_seed, seed_forward
+from ddp_kit.data.seeding import forward_key, seed_forward
 from ddp_kit.data.stream_checks import require_beginning_again
 from ddp_kit.data.transfer import Placement
+from ddp_kit.distributed.collectives import gather_bytes
+from ddp_kit.distributed.local_shard import is_split
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DataError, nearest
 from ddp_kit.metrics import Sums
+from ddp_kit.model_state.untouched import Changes, Snapshot, untouched
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
 from ddp_kit.strategies.precision import autocast
 from ddp_kit.training.answers import Answer
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.evaluation import EVALUATION, bare, evaluate, evaluating, measure_of
-from ddp_kit.training.growth import as_it_was, means_among, note_of_metrics, size_of
+from ddp_kit.training.evaluation_sets import named
+from ddp_kit.training.growth import means_among, note_of_metrics, size_of
 from ddp_kit.training.state import Training
 
 
@@ -56,6 +57,10 @@ class Evaluator:
     names: dict[str, float] = field(default_factory=dict)
     # What the user should read at start.
     notes: list[str] = field(default_factory=list)
+    # Which attributes are the model's own.
+    has_attribute: Callable[[str], bool] = field(default=lambda name: True)
+    # What an evaluation changes of the model, by name; it is put back.
+    changed: set[str] = field(default_factory=set)
 
     def __call__(
         self,
@@ -79,7 +84,7 @@ class Evaluator:
         if limit is None or summarizes:
             summarize = self.recipe.summarize
         metrics: dict[str, float] = {}
-        with _applied(average):
+        with _applied(average), self._put_back(model) as rewind:
             for prefix, data in self.sets.items():
                 with closing(self._batches(prefix, data)) as batches:
                     found = evaluate(
@@ -92,9 +97,30 @@ class Evaluator:
                         seed=self.settings.seed,
                         heed=heed,
                         enter=self.enter,
+                        rewind=rewind,
                     )
                 metrics |= {prefix + name: value for name, value in found.items()}
         return metrics
+
+    @contextmanager
+    def _put_back(self, model: nn.Module) -> Iterator[Callable[[], None] | None]:
+        """Puts back at the end what evaluations were seen to change. Yields what does it before: a
+        micro-batch of an evaluation depends on none before it, for another rank may have run that.
+        """
+        if not self.changed:
+            yield None
+            return
+        snapshot = Snapshot(
+            model,
+            has=lambda place: place.name in self.changed,
+            has_attribute=lambda name: name in self.changed,
+            # It is made before the model is set to evaluate.
+            has_modes=False,
+        )
+        try:
+            yield snapshot.put_back
+        finally:
+            snapshot.put_back()
 
     def on(self, sets: Mapping[str, Data], *, what: str = "test data") -> "Evaluator":
         """Returns an evaluator of other data sets, measured in the same way."""
@@ -107,7 +133,7 @@ class Evaluator:
     def samples(self, model: nn.Module) -> Mapping[str, Any]:
         """Calls the recipe's `samples` on this rank."""
         assert self.recipe.samples is not None
-        with evaluating(model):
+        with evaluating(model), self._put_back(model):
             seed_forward(forward_key(self.settings.seed), EVALUATION, 0, device=self.group.device)
             found: Mapping[str, Any] = self.enter(self.recipe.samples, model)
             return found
@@ -115,7 +141,7 @@ class Evaluator:
     def _batches(self, prefix: str, data: Data) -> Any:
         return evaluation_batches(
             data,
-            what=_named(self.what, prefix),
+            what=named(self.what, prefix),
             group=self.group,
             micro_batch=self.micro_batch,
             placement=self.placement,
@@ -132,7 +158,8 @@ class Evaluator:
         """
         self.compare_sets()
         caught: list[Any] = []
-        self.names = self._catching(caught)(model, limit=1)
+        with self.trial(model):
+            self.names = self._catching(caught)(model, limit=1)
         self._note_means(model, caught)
         if self._needs_summary() and self.recipe.summarize is not None and self.sets:
             self.names = self(model, limit=1, summarizes=True)
@@ -142,6 +169,26 @@ class Evaluator:
                 "returned nothing."
             )
         self._require_watched()
+
+    @contextmanager
+    def trial(self, model: nn.Module) -> Iterator[None]:
+        """Around one micro-batch of each set: sees what an evaluation changes of the model, and
+        puts it back. Every rank calls it.
+        """
+        is_whole = not any(is_split(parameter) for parameter in model.parameters())
+        with untouched(model, weights=is_whole, has_attribute=self.has_attribute) as snapshot:
+            yield
+            self.changed = self._of_all_ranks(snapshot.changes())
+
+    def _of_all_ranks(self, changes: Changes) -> set[str]:
+        """Returns the names of what a trial has changed on any rank: each has run samples of its
+        own."""
+        own = [place.name for place in changes.places]
+        own += [attribute.name for attribute in (*changes.plain, *changes.other)]
+        names: set[str] = set()
+        for row in gather_bytes(self.group, json.dumps(own).encode()):
+            names.update(json.loads(row))
+        return names
 
     def _catching(self, caught: list[Any]) -> "Evaluator":
         """Returns an evaluator that also notes the batches that the recipe's `evaluate` gets."""
@@ -171,7 +218,8 @@ class Evaluator:
             with (
                 evaluating(model),
                 autocast(self.settings.precision, self.group.device),
-                as_it_was(model),
+                untouched(model, weights=False, has_attribute=self.has_attribute),
+                self._put_back(model),
             ):
                 found.update(means_among(run, batch, size=size_of(batch)))
         if found:
@@ -186,7 +234,7 @@ class Evaluator:
         for prefix, data in self.sets.items():
             if not data.is_iterable and self.group.world_size == 1:
                 continue
-            what = _named(self.what, prefix)
+            what = named(self.what, prefix)
             first = self._first_batch(data, what=what)
             if data.is_iterable:
                 require_beginning_again(first, self._first_batch(data, what=what), what=what)
@@ -228,53 +276,3 @@ class Evaluator:
 def _applied(average: WeightAverage | None) -> AbstractContextManager[None]:
     """Puts the averaged weights into the model, where there are some."""
     return average.applied() if average is not None else nullcontext()
-
-
-def _named(what: str, prefix: str) -> str:
-    """Returns what a data set is called in errors: `evaluation data`, or `evaluation data NAME`."""
-    if not prefix:
-        return what
-    return f"{what} {prefix.removesuffix('/')}"
-
-
-def data_sets(given: Any, *, what: str) -> dict[str, Data]:
-    """Returns one data set, or several by name, as {prefix: Data}.
-
-    Args: `what` data it is: evaluation or test.
-    Raises: DataError if one is empty; ConfigError for what has no effect on such data.
-    """
-    sets = _by_prefix(given, what=what)
-    _refuse_empty(sets, what=what)
-    return sets
-
-
-def made_sets(
-    make: Callable[[], Any] | None, *, what: str, seed: int, group: Group
-) -> dict[str, Data]:
-    """Calls a recipe's `eval_data` or `test_data`. Every rank calls it.
-
-    Returns: the sets as `data_sets` does; {} without `make`.
-    Raises: DataError on every rank if they have different sets; else as `data_sets`.
-    """
-    sets: dict[str, Data] = {}
-    if make is not None:
-        sets = _by_prefix(made_under_seed(make, seed=seed, what=f"{what} data"), what=what)
-    lengths = {prefix.removesuffix("/"): data.shared_length for prefix, data in sets.items()}
-    require_same_lengths(group, lengths, what=f"{what} data")
-    _refuse_empty(sets, what=what)
-    return sets
-
-
-def _by_prefix(given: Any, *, what: str) -> dict[str, Data]:
-    several = given if isinstance(given, Mapping) else {"": given}
-    sets = {}
-    for name, data in several.items():
-        prefix = f"{name}/" if name else ""
-        sets[prefix] = as_evaluation_data(data, what=_named(f"{what} data", prefix))
-    return sets
-
-
-def _refuse_empty(sets: Mapping[str, Data], *, what: str) -> None:
-    for prefix, data in sets.items():
-        if not data.is_iterable and not len(data):
-            raise DataError(f"the {_named(f'{what} data', prefix)} is empty.")

@@ -20,6 +20,7 @@ from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
 from ddp_kit.metrics import LossSum, Number, Sums, numbers_of
+from ddp_kit.model_state.forward_state import ForwardState
 from ddp_kit.settings import Precision
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.optimizer_view import OptimizerView
@@ -27,7 +28,6 @@ from ddp_kit.strategies.precision import LossScale, autocast
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.loss_count import Count
 from ddp_kit.training.optimizer_marks import Marks
-from ddp_kit.training.running_stats import RunningStatistics
 
 # Of a loss's total. In another type the gradient would be rounded to it, and 1 / count with it.
 TOTAL_DTYPES = (torch.float32, torch.float64)
@@ -169,7 +169,7 @@ class Training:
     strategy: Strategy
     model: nn.Module
     objectives: list[ObjectiveState]
-    statistics: RunningStatistics
+    forward_state: ForwardState
     plan: BatchPlan
     # Where in the data a step is.
     cursor: Cursor = field(default_factory=Cursor)
@@ -188,13 +188,16 @@ class Training:
     # Of the frozen weights, if checkpoints leave them out.
     base_sha256: str = ""
     checkpoints: SavesState | None = None
+    # At which the ranks were last seen to hold the same model.
+    agreed_step: int = -1
     # A deferred step that the host has not seen yet.
     suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None
 
     def after_first_step(self) -> None:
-        """After the first step of an attempt: shorter timeouts, and room for the first save. Every
-        rank calls it."""
+        """After the first step of an attempt: shorter timeouts, a look at what it has changed, and
+        room for the first save. Every rank calls it."""
         self.group.shorten_timeouts()
+        self.forward_state.look()
         if self.checkpoints is not None:
             self.checkpoints.prepare()
 

@@ -44,7 +44,7 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
     """
     sums = StepSums(first=batch.micro_batches[0].request.micro_batch, size=len(batch.micro_batches))
     look_back(training)
-    training.statistics.begin_step()
+    training.forward_state.begin_step()
     is_whole = True
     for objective in training.objectives:
         optimizer = objective.optimizer
@@ -79,7 +79,7 @@ def _objective_step(
     for parameter in objective.parameters:
         parameter.grad = None
     strategy = training.strategy
-    statistics = training.statistics
+    state = training.forward_state
     count = objective.count
 
     # What a loss is multiplied by before backward, and its gradients after it.
@@ -92,7 +92,7 @@ def _objective_step(
         grad_scale = objective.scale.scale
 
     count.begin(batch.micro_batches)
-    statistics.begin()
+    state.begin()
     last = len(batch.micro_batches) - 1
     num_passes = max(training.rounds, last + 1)
     for i in range(num_passes):
@@ -105,24 +105,24 @@ def _objective_step(
                 request.micro_batch,
                 device=training.group.device,
             )
-            statistics.rewind()
+            state.rewind(request.micro_batch)
             total, own_count, metrics = _forward(objective, micro_batch, training.step)
             if i > last:
                 # Others have one more, and gather weights with this rank: it repeats its last one,
                 # for nothing.
                 _backward(total, 0.0, objective)
                 continue
-            statistics.capture()
+            state.capture(request.micro_batch)
             count.take(own_count, size=micro_batch.size)
             if i == last:
                 count.launch()
-                statistics.launch()
+                state.launch()
             _backward(total, grad_scale / count.divisor(), objective)
         sums.parts.append((objective.name, {"loss": (total.detach(), own_count), **metrics}))
 
     # Read in the order of the launches, so that none is waited for while a failed one is unread.
     factor = count.factor() * unscale
-    statistics.finish()
+    state.finish()
     return _apply(training, objective, batch, sums, factor)
 
 

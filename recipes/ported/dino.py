@@ -5,9 +5,8 @@
 Kept: two large and two small crops, a teacher that sees the large ones only, its outputs centred
 and sharpened, a last layer of normalised weights, AdamW, warm-up. The teacher follows in a hook
 behind the optimizer's step: once a step, and in no pass that is only tried. The centre is a buffer
-that each forward pass moves, by the outputs of all ranks.
-
-A rank's share must be one micro-batch: the centre moves with each.
+that each forward pass moves by what it sees; `buffers=` says that the mean of all micro-batches, on
+all ranks, is what stays of it.
 """
 
 import copy
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
@@ -83,11 +81,7 @@ class Dino(nn.Module):
         outputs = self.teacher(images)
         wanted = ((outputs - self.centre) / SHARPNESS["teacher"]).softmax(1)
         if self.training:
-            mean = outputs.mean(0)
-            if dist.is_initialized():
-                dist.all_reduce(mean)
-                mean /= dist.get_world_size()
-            self.centre.lerp_(mean, 1 - self.centre_momentum)
+            self.centre.lerp_(outputs.mean(0), 1 - self.centre_momentum)
         return wanted
 
 
@@ -151,4 +145,5 @@ def recipe(settings: Settings) -> Recipe:
         eval_data=lambda: digits("validation"),
         evaluate=features,
         summarize=nearest,
+        buffers={"centre": "mean"},
     )

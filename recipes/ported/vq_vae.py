@@ -4,15 +4,14 @@ a codebook that follows what it stands for.
     torchrun --nproc_per_node=2 -m ddp_kit.train recipes/ported/vq_vae.py
 
 Kept: the straight-through gradient, the commitment term, a codebook moved by averages of what was
-assigned to each code. The two averages are buffers, and the codes are their quotient.
-
-A rank's share must be one micro-batch: the codebook moves with each.
+assigned to each code. The two averages are buffers, and the codes are their quotient. Each forward
+pass moves them by what it sees; `buffers=` says that the mean of all micro-batches, on all ranks,
+is what stays of them.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -56,16 +55,12 @@ class Codebook(nn.Module):
         return codes[chosen], chosen
 
     def follow(self, states: Tensor, chosen: Tensor) -> None:
-        """Moves the averages towards what an image has of each code, over all ranks."""
+        """Moves the averages towards what an image has of each code."""
         places = one_hot(chosen, len(self.sizes)).to(states)
         size = places.sum(1).mean(0)
         total = torch.einsum("bpc,bpw->cw", places, states) / len(states)
-        both = torch.cat([size.unsqueeze(1), total], dim=1)
-        if dist.is_initialized():
-            dist.all_reduce(both)
-            both /= dist.get_world_size()
-        self.sizes.lerp_(both[:, 0], 1 - self.decay)
-        self.sums.lerp_(both[:, 1:], 1 - self.decay)
+        self.sizes.lerp_(size, 1 - self.decay)
+        self.sums.lerp_(total, 1 - self.decay)
 
 
 class VqVae(nn.Module):
@@ -109,4 +104,5 @@ def recipe(settings: Settings) -> Recipe:
         optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=settings.lr),
         train_data=lambda: digits("train"),
         eval_data=lambda: digits("validation"),
+        buffers={"codebook.sizes": "mean", "codebook.sums": "mean"},
     )

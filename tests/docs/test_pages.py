@@ -1,6 +1,7 @@
 """What the pages say of the code is so: flags, variables, rooms, layers, files, functions, messages and links."""
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,19 @@ def test_every_relative_link_resolves(path: Path) -> None:
         if not other.exists() or (anchor and anchor not in anchors(other)):
             wrong.append(target)
     assert not wrong
+
+
+@pytest.mark.parametrize("path", PAGES, ids=shown)
+def test_each_row_of_a_table_has_the_cells_of_its_head(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rules = [at for at, line in enumerate(lines) if re.fullmatch(r"\|(-+\|)+", line)]
+    for at in rules:
+        columns = lines[at].count("|")
+        for row in itertools.takewhile(str.strip, lines[at - 1 :]):
+            # a bar inside of code is part of the text
+            bare = re.sub(r"`[^`]*`|\\\|", "", row)
+            assert bare.startswith("|"), row
+            assert bare.count("|") == columns, row
 
 
 def test_the_readme_is_a_door() -> None:

@@ -21,7 +21,7 @@ from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, DataError
 from ddp_kit.setup.build import build
-from ddp_kit.training.recipe_evaluation import data_sets
+from ddp_kit.training.evaluation_sets import data_sets
 
 CPU = Placement(torch.device("cpu"))
 

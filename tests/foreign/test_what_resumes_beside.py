@@ -25,7 +25,7 @@ from ddp_kit.checkpoint.retention import steps
 from ddp_kit.distributed.local_shard import local
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.polling import wait_until
-from ddp_kit.testing import run_ranks, start_ranks
+from ddp_kit.testing import RanksError, run_ranks, start_ranks
 
 DEATH = 6  # after step 6, with checkpoints at 4 and 8
 SETTINGS = Settings(max_steps=9, save_every=4, precision="fp32", lr=0.02)
@@ -64,6 +64,20 @@ class Scaled(nn.Module):
         self.scale, self.history = state["scale"], state["history"]
         number, self.calls = state["calls"]
         assert number == len(self.calls)
+
+
+class Amplified(Scaled):
+    """Notes amplitudes in its forward pass."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        out = super().forward(inputs)
+        if self.training:
+            self.update(float(inputs.detach().abs().max()))
+        return out
+
+    def update(self, amplitude: float) -> None:
+        super().update(amplitude)
+        self.history[-1] += 0.01 * amplitude
 
 
 class Model(nn.Module):
@@ -269,6 +283,10 @@ def with_extra_state(settings: Settings, kind: str) -> Recipe:
     return recipe(settings, model=Model, callbacks=[Updates()])
 
 
+def with_history(settings: Settings, kind: str) -> Recipe:
+    return recipe(settings, model=lambda: Model(Amplified))
+
+
 # Killed and resumed
 
 
@@ -328,6 +346,16 @@ def require_equal_to_whole(
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_extra_state_of_modules_comes_back(world_size: int, tmp_path: Path) -> None:
     require_equal_to_whole(with_extra_state, "", world_size, tmp_path)
+
+
+def test_extra_state_that_the_forward_pass_changes_comes_back_and_must_not_differ(
+    tmp_path: Path,
+) -> None:
+    """It is the module's own, passed from micro-batch to micro-batch: ranks see other samples."""
+    require_equal_to_whole(with_history, "", 1, tmp_path, micro_batch=12)
+    apart = replace(SETTINGS, run_dir=str(tmp_path / "apart"))
+    with pytest.raises(RanksError, match="get_extra_state of first differs between the ranks"):
+        run_ranks(attempt, 2, with_history, "", apart, -1, group=False)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

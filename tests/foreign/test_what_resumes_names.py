@@ -115,7 +115,10 @@ NOT_PLAIN: dict[str, tuple[Any, str]] = {
     "a named tuple": (Point(1, 2), r"kept is a named tuple \(Point\)"),
     "another one": ({"x": [NAMED(1, 2)]}, r"kept\.x\.0 is a named tuple \(NAMED\)"),
     "a large number": (10**5000, r"kept is an int of more than 14000 bits"),
-    "a kind of number": (torch.ones(2).to(torch.uint16), r"kept is a tensor of torch\.uint16"),
+    "a kind of number": (
+        torch.ones(2).to(torch.float8_e4m3fnuz),
+        r"kept is a tensor of torch\.float8_e4m3fnuz",
+    ),
     "sparse": (torch.eye(3).to_sparse(), r"kept is a tensor of torch\.float32, torch\.sparse"),
     "dimensions": (torch.ones([1] * 65), r"kept has 65 dimensions; a checkpoint holds 64"),
 }

@@ -17,6 +17,8 @@ from torch import nn
 
 import ddp_kit
 from ddp_kit import Data, LossSum, Recipe
+from ddp_kit.checkpoint.format.storage import LocalDisk
+from ddp_kit.checkpoint.retention import steps
 from ddp_kit.stopping import stop_watcher
 
 
@@ -60,12 +62,19 @@ class Asks:
         for what in os.environ.get("ACT", "").split():
             if what in ("STOP", "SAVE"):
                 (self.run_dir / what).touch()
+            elif what == "saved":
+                self.wait_for_a_checkpoint()
             elif what == "raise":
                 raise ValueError("a fault of its own")
             elif what.startswith("peer:"):
                 os.kill(int(self.pid_of(1 - self.rank).read_text()), getattr(signal, what[5:]))
             else:
                 os.kill(os.getpid(), getattr(signal, what))
+
+    def wait_for_a_checkpoint(self) -> None:
+        """A save goes on behind the steps: it may still be under way when the next step is done."""
+        while not steps(LocalDisk(self.run_dir / "checkpoints")):
+            time.sleep(0.01)
 
     def on_start(self, model: nn.Module) -> None:
         self.act()

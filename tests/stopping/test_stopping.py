@@ -200,7 +200,11 @@ def test_no_rank_leaves_with_a_failure_before_rank_0_is_done(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "act",
-    ["peer:SIGTERM SIGKILL", "peer:SIGTERM raise", "SIGTERM peer:SIGTERM SIGKILL"],
+    [
+        "saved peer:SIGTERM SIGKILL",
+        "saved peer:SIGTERM raise",
+        "saved SIGTERM peer:SIGTERM SIGKILL",
+    ],
     ids=["killed", "raised", "both told"],
 )
 def test_a_sigterm_that_comes_with_a_peers_death_is_a_failure(act: str, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from ddp_kit.setup.build import build
 from ddp_kit.setup.meta_init import materialise
 from ddp_kit.strategies.fsdp import modules_to_wrap
 from ddp_kit.testing import run_ranks
-from ddp_kit.training.recipe_evaluation import data_sets
+from ddp_kit.training.evaluation_sets import data_sets
 from ddp_kit.training.step import train_step
 
 MORTAL = str(KIT / "mortal.py")

@@ -19,7 +19,8 @@ from ddp_kit.errors import DataError, DdpKitError
 from ddp_kit.setup.build import build, build_model
 from ddp_kit.setup.model import placement_of
 from ddp_kit.training.evaluation import evaluate
-from ddp_kit.training.recipe_evaluation import Evaluator, data_sets
+from ddp_kit.training.evaluation_sets import data_sets
+from ddp_kit.training.recipe_evaluation import Evaluator
 
 
 def numbered(count: int) -> TensorDataset:

@@ -157,17 +157,19 @@ def test_an_objective_with_a_wrong_part_or_foreign_parameters_is_refused(group: 
         Recipe(model=Gan, loss=fooled, objectives=gan().objectives, train_data=lambda: vectors())
 
 
+DRAWN: list[tuple[float, float, float]] = []
+
+
 class Noisy(nn.Module):
-    """Keeps the noise that each loss draws, by generator, in the order of the forward passes."""
+    """Notes the noise that each loss draws, by generator, in the order of the forward passes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.discriminator = nn.Linear(6, 1)
         self.generator = nn.Linear(6, 1)
-        self.drawn: list[tuple[float, float, float]] = []
 
     def draw(self) -> None:
-        self.drawn.append((torch.rand(()).item(), float(np.random.random()), random.random()))
+        DRAWN.append((torch.rand(()).item(), float(np.random.random()), random.random()))
 
 
 def _noisy_loss(part: str) -> Callable[[Any, Any], LossSum]:
@@ -193,12 +195,11 @@ def test_objectives_of_one_step_draw_noise_of_their_own(group: Group) -> None:
     ]
     recipe = Recipe(model=Noisy, objectives=parts, train_data=lambda: vectors())
     made = build(recipe, settings, group)
-    made.training.model.drawn.clear()
+    DRAWN.clear()
     for batch in made.feed.batches(start=0, end=2):
         train_step(made.training, batch)
-    drawn = made.training.model.drawn
-    for numbers in zip(*drawn, strict=True):
-        assert len(set(numbers)) == len(drawn)
+    for numbers in zip(*DRAWN, strict=True):
+        assert len(set(numbers)) == len(DRAWN)
     first_micro_batch = group.rank * 2 // group.world_size
     seed_forward(forward_key(settings.seed), 0, first_micro_batch, device=group.device)
-    assert drawn[0][0] == torch.rand(()).item()
+    assert DRAWN[0][0] == torch.rand(()).item()

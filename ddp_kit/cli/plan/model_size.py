@@ -19,7 +19,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
-from ddp_kit.setup.wrap import part_of
+from ddp_kit.setup.parts import part_of
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.checks import require_elementwise, require_splittable
 from ddp_kit.strategies.fsdp import gathered_dtype

@@ -53,10 +53,7 @@ def test_in_micro_batches_too(group: Group) -> None:
     assert_is_bare(Program("truncated_bptt", micro_batch=2, **SMALL), group)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a buffer that training changes is taken from rank 0: others' states are lost",
-)
 @pytest.mark.ranks(2)
 def test_on_two_ranks_too(group: Group) -> None:
     assert_is_bare(Program("truncated_bptt", **SMALL), group)
+    assert_is_bare(Program("truncated_bptt", micro_batch=2, **SMALL), group)

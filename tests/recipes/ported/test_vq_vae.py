@@ -49,9 +49,6 @@ def test_the_loss_curve_is_that_of_the_bare_loop(group: Group) -> None:
     assert_is_bare(Program("vq_vae", **SMALL), group)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a buffer that the forward pass moves is moved once a micro-batch"
-)
 @pytest.mark.ranks(1, 2)
 def test_in_micro_batches_too(group: Group) -> None:
     assert_is_bare(Program("vq_vae", micro_batch=4, **SMALL), group)
