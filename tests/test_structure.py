@@ -35,7 +35,7 @@ BUDGETS = {
     "distributed": 2240,
     "data": 3650,
     "trackers": 710,
-    "strategies": 2690,
+    "strategies": 2850,
     "stopping": 510,
     "training": 2880,
     "model_state": 1940,
