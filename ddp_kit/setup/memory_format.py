@@ -83,7 +83,7 @@ def choose_memory_format(
         return wanted
     plain = Placement(wanted.device, dtype=wanted.dtype)
     reason = _reason_against(model, wanted, plain, trials)
-    reasons = [said.decode() for said in gather_bytes(group, reason.encode()[:500])]
+    reasons = [said.decode(errors="ignore") for said in gather_bytes(group, reason.encode()[:500])]
     reasons = [said for said in reasons if said]
     if not reasons:
         _lay_convolutions(model)
