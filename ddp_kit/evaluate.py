@@ -7,7 +7,6 @@ Optimizers and training data are not built. `ddp-kit evaluate` is the same in on
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from ddp_kit.checkpoint.find import path_of
@@ -21,7 +20,9 @@ from ddp_kit.lifecycle.session import recipe_path, run_command, session
 from ddp_kit.recipe import Recipe, RecipeSource, load_recipe
 from ddp_kit.settings import DeepSpeed, Fsdp, Settings
 from ddp_kit.setup.build import require_same_settings
-from ddp_kit.setup.model import build_model, choose_memory_format, placement_of
+from ddp_kit.setup.format_trial import evaluation_trial
+from ddp_kit.setup.memory_format import choose_memory_format, naming_the_format, placement_of
+from ddp_kit.setup.model import build_model
 from ddp_kit.trackers.console import evaluation_line
 from ddp_kit.training.evaluation_sets import made_sets
 from ddp_kit.training.recipe_evaluation import Evaluator
@@ -82,25 +83,30 @@ def _evaluate(source: RecipeSource, settings: Settings, group: Group) -> None:
     micro_batch = settings.global_batch
     if isinstance(settings.micro_batch, int) and settings.micro_batch:
         micro_batch = settings.micro_batch
+    sets = {}
     for what, make in kinds.items():
-        if make is None:
-            continue
+        if make is not None:
+            sets[what] = made_sets(make, what=what, seed=settings.seed, group=group)
+    placement = placement_of(model, settings, group)
+    trials = []
+    if placement.channels_last:
+        trials += [evaluation_trial(model, recipe, own, settings, group) for own in sets.values()]
+    placement = choose_memory_format(model, placement, trials, group=group)
+    for what, own in sets.items():
         evaluator = Evaluator(
             recipe=recipe,
             settings=settings,
             group=group,
-            sets=made_sets(make, what=what, seed=settings.seed, group=group),
+            sets=own,
             what=f"{what} data",
             micro_batch=micro_batch,
-            placement=placement_of(model, settings, group),
+            placement=placement,
         )
         evaluator.compare_sets()
-        evaluator.placement = choose_memory_format(
-            model, evaluator.placement, partial(evaluator, model, limit=1)
-        )
-        with evaluator.trial(model):
-            evaluator(model, limit=1)
-        metrics = evaluator(model)
+        with naming_the_format(placement):
+            with evaluator.trial(model):
+                evaluator(model, limit=1)
+            metrics = evaluator(model)
         kind = "test" if what == "test" else "eval"
         if group.rank == 0:
             print(evaluation_line({"kind": kind, "step": 0, **metrics}).replace("step 0  ", ""))

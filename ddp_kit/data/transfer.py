@@ -40,11 +40,15 @@ class Placement:
             dtype = self.dtype
         elif dtype == torch.complex64:
             dtype = self.dtype.to_complex()
-        if self.channels_last and tensor.dim() == 4:
+        if self.channels_last and tensor.dim() == 4 and _is_of_images(tensor):
             return tensor.to(
                 self.device, dtype, non_blocking=True, memory_format=torch.channels_last
             )
         return tensor.to(self.device, dtype, non_blocking=True)
+
+
+def _is_of_images(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.dtype == torch.uint8
 
 
 def map_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -27,6 +27,7 @@ from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.lifecycle.start import RunPlace, begins_from, open_directory
 from ddp_kit.recipe import Recipe
 from ddp_kit.setup.build import build, cadence_of, require_same_settings
+from ddp_kit.setup.memory_format import naming_the_format
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, heeding
 from ddp_kit.training.loop import Ending, fit, stopped
@@ -188,7 +189,8 @@ def _fit(attempt: Attempt, context: RunContext, *, end: int, owes_evaluation: bo
             attempt.metrics = _evaluate(context, epoch=epoch)
         return attempt.metrics
 
-    with closing(built.feed.batches(start=training.step, end=end)) as batches:
+    batches = built.feed.batches(start=training.step, end=end)
+    with naming_the_format(built.feed.placement), closing(batches):
         return fit(
             training,
             batches,
@@ -259,6 +261,7 @@ def _test(context: RunContext) -> dict[str, float]:
     keep = keep_of(context.request.settings, evaluator.names)
     storage = LocalDisk(context.place.checkpoints)
     with (
+        naming_the_format(evaluator.placement),
         best_weights(training, storage, keep=keep) as step,
         heeding(training.control_packet, context.stop) as heed,
     ):

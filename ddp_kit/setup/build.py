@@ -23,17 +23,18 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings, digest, flag, flatten
+from ddp_kit.setup.memory_format import chosen_placement, naming_the_format
 from ddp_kit.setup.meta_init import Reads, materialise
 from ddp_kit.setup.model import build_model, load_first_weights
 from ddp_kit.setup.parts import Part, part_of
 from ddp_kit.setup.start_notes import split_notes
-from ddp_kit.setup.train_data import train_feed
+from ddp_kit.setup.train_data import made_train_data, train_feed
 from ddp_kit.setup.wrap import wrap_parts
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.checks import require_splittable
 from ddp_kit.training.ema import WeightAverage
-from ddp_kit.training.evaluation_sets import made_sets
+from ddp_kit.training.evaluation_sets import evaluation_sets, made_sets
 from ddp_kit.training.loop import Cadence
 from ddp_kit.training.recipe_evaluation import Evaluator
 from ddp_kit.training.state import Training
@@ -96,12 +97,30 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     Raises: ConfigError, DataError or DdpKitError for what cannot be trained as given.
     """
     model = build_model(recipe, settings, group)
-    feed = train_feed(model, recipe, settings, group)
+    data = made_train_data(recipe, settings, group)
+    sets = evaluation_sets(recipe, settings, group)
+    placement = chosen_placement(model, recipe, data, sets, settings, group)
+    with naming_the_format(placement):
+        feed = train_feed(model, recipe, data, settings, group, placement=placement)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(
+                "the model has nothing to train: it has no parameters, or all of them are frozen."
+            )
+        return _built(model, recipe, feed, sets, settings, group, is_resumed=is_resumed)
+
+
+def _built(
+    model: nn.Module,
+    recipe: Recipe,
+    feed: Feed,
+    sets: Mapping[str, Data],
+    settings: Settings,
+    group: Group,
+    *,
+    is_resumed: bool,
+) -> Built:
+    """Wraps the parts."""
     cadence = cadence_of(settings, feed)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            "the model has nothing to train: it has no parameters, or all of them are frozen."
-        )
     strategy, base_hash = _spread(model, recipe, settings, group, is_resumed=is_resumed)
     training = wrap_parts(
         model,
@@ -122,7 +141,6 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         reshaped = training.forward_state.reshaped
         training.average = WeightAverage(model, decay=settings.ema, reshaped=reshaped)
     training.base_sha256 = base_hash
-    sets = _evaluation_sets(recipe, settings, group)
     if feed.data.sharded and group.world_size > 1:
         training.notes.append(
             "the training data are each rank's own (sharded=True): which samples a step sees "
@@ -149,17 +167,6 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     return Built(
         training=training, feed=feed, evaluator=evaluator, test_sets=test_sets, cadence=cadence
     )
-
-
-def _evaluation_sets(recipe: Recipe, settings: Settings, group: Group) -> Mapping[str, Data]:
-    """Raises: ConfigError for a set whose metrics would stand under the name of the test data's."""
-    sets = made_sets(recipe.eval_data, what="evaluation", seed=settings.seed, group=group)
-    if "test/" in sets and recipe.test_data is not None:
-        raise ConfigError(
-            "one of the sets of eval_data is named 'test', as the metrics of test_data are in "
-            "status.json: name it otherwise."
-        )
-    return sets
 
 
 def cadence_of(settings: Settings, feed: Feed) -> Cadence:

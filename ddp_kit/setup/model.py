@@ -1,7 +1,6 @@
 """From a recipe and its settings to the model on this rank's device, and its batches' placement."""
 
 import functools
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,11 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ddp_kit.checkpoint.init_from import load_weights
 from ddp_kit.data.seeding import Purpose, generators_put_back, key, seed_generators
-from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest
-from ddp_kit.io.logs import logger
-from ddp_kit.model_state.untouched import untouched
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
 from ddp_kit.strategies.precision import placed, weight_dtype
@@ -48,8 +44,6 @@ def build_model(
     elif is_split:
         device = "cpu"
     model = placed(model, device=device, dtype=weight_dtype(settings.precision))
-    if has_channels_last(model, settings):
-        model = model.to(memory_format=torch.channels_last)
     if settings.activation_checkpointing:
         checkpoint_activations(model, settings.activation_checkpointing)
     if settings.compile:
@@ -130,49 +124,3 @@ def checkpoint_activations(model: nn.Module, class_name: str) -> None:
         )
     for module in modules:
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-
-
-def has_channels_last(model: nn.Module, settings: Settings) -> bool:
-    """Whether a model is given that memory format, which neither FSDP2 nor ZeRO can split."""
-    can_have_it = settings.tuning and settings.strategy not in ("fsdp", "deepspeed")
-    return can_have_it and _wants_channels_last(model)
-
-
-def placement_of(model: nn.Module, settings: Settings, group: Group) -> Placement:
-    """Returns where the batches of a model have to be."""
-    return Placement(
-        group.device,
-        dtype=weight_dtype(settings.precision),
-        channels_last=has_channels_last(model, settings),
-    )
-
-
-def choose_memory_format(
-    model: nn.Module, placement: Placement, trial: Callable[[], object]
-) -> Placement:
-    """Returns the placement to use, and gives the model the memory format that goes with it.
-
-    That is without channels_last if the model reshapes in a way that this format does not allow.
-
-    Args: `trial` runs the model on a batch; what it changes in buffers and generators is put back.
-    """
-    if not placement.channels_last:
-        return placement
-    try:
-        with torch.no_grad(), untouched(model):
-            trial()
-    except RuntimeError as error:
-        if "view size is not compatible" not in str(error):
-            raise
-        model.to(memory_format=torch.contiguous_format)
-        logger.info(
-            "note: channels_last is off, since the model reshapes with view(); "
-            "flatten(1) or reshape() would allow it"
-        )
-        return Placement(placement.device, dtype=placement.dtype, channels_last=False)
-    return placement
-
-
-def _wants_channels_last(model: nn.Module) -> bool:
-    """Whether the model has two-dimensional convolutions, which run faster in that format."""
-    return any(isinstance(module, nn.Conv2d) for module in model.modules())

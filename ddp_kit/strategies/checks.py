@@ -15,6 +15,7 @@ from ddp_kit.errors import ConfigError, require, some
 from ddp_kit.settings import Settings
 from ddp_kit.strategies.deepspeed.config import config_of
 from ddp_kit.strategies.fsdp_modules import modules_to_wrap
+from ddp_kit.strategies.fused_step import is_dense
 from ddp_kit.strategies.whole import arguments_of
 
 
@@ -26,6 +27,8 @@ def require_splittable(model: nn.Module, settings: Settings, *, objectives: int)
     """
     chosen = settings.strategy
     _require_real(model, settings)
+    if chosen == "zero1":
+        _require_dense(model)
     if chosen not in ("fsdp", "deepspeed"):
         return
     if objectives > 1:
@@ -43,6 +46,18 @@ def require_splittable(model: nn.Module, settings: Settings, *, objectives: int)
         if not settings.deepspeed.stage:
             return
     _require_contiguous_tensors(model, chosen)
+
+
+def _require_dense(model: nn.Module) -> None:
+    """Raises: ConfigError for parameters that are views of every second column or the like: what is
+    sent of them would be what lies between, too."""
+    named = model.named_parameters()
+    views = [name for name, parameter in named if not is_dense(parameter)]
+    if views:
+        raise ConfigError(
+            f"--strategy zero1 sends weights as they lie in memory: {some(views)} is a view of a "
+            "part of other memory. Make it contiguous(), or type --strategy ddp."
+        )
 
 
 def _require_contiguous_tensors(model: nn.Module, chosen: str) -> None:

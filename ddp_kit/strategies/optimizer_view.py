@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ddp_kit.distributed.local_shard import Item
-from ddp_kit.strategies.fused_step import step_quietly
+from ddp_kit.strategies.fused_step import inputs_of, step_quietly
 
 State = Mapping[str, Any]  # what an optimizer keeps of one parameter
 
@@ -73,6 +73,7 @@ class WholeOptimizer:
         """`step` stands for the optimizer's own."""
         self.stepped = optimizer
         self._optimizer = optimizer
+        self._inputs = inputs_of(optimizer)
         self._step = step
         reads_it = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.heeds_found_inf = bool(reads_it) and step is None
@@ -80,7 +81,7 @@ class WholeOptimizer:
     def step(self) -> None:
         """See OptimizerView."""
         if self._step is None:
-            step_quietly(self._optimizer)
+            step_quietly(self._optimizer, inputs=self._inputs)
         else:
             self._step()
 

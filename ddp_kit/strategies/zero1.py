@@ -24,6 +24,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, some
 from ddp_kit.strategies.checks import require_separate
 from ddp_kit.strategies.ddp import DataParallel
+from ddp_kit.strategies.fused_step import as_last_hook, inputs_of
 from ddp_kit.strategies.optimizer_view import (
     State,
     empty_as_torch_has_it,
@@ -86,11 +87,16 @@ class ZeroOneOptimizer:
         self.stepped: Optimizer = zero.optim
         self._optimizer = optimizer
         self._zero = zero
+        self._inputs = inputs_of(zero.optim)
         self._own = {id(parameter) for parameter in _parameters_of(zero.optim)}
 
     def step(self) -> None:
         """See OptimizerView. The owners send what they have stepped to the others."""
-        self._zero.step()
+        if self._inputs is None:
+            self._zero.step()
+            return
+        with as_last_hook(self._zero.optim, self._inputs.fit):
+            self._zero.step()
 
     def items(self) -> Iterator[tuple[nn.Parameter, State]]:
         """See OptimizerView."""

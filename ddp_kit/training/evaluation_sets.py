@@ -7,7 +7,9 @@ from ddp_kit.data.agreement import require_same_lengths
 from ddp_kit.data.dataset import Data, as_evaluation_data
 from ddp_kit.data.seeding import made_under_seed
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.errors import DataError
+from ddp_kit.errors import ConfigError, DataError
+from ddp_kit.recipe import Recipe
+from ddp_kit.settings import Settings
 
 
 def named(what: str, prefix: str) -> str:
@@ -15,6 +17,20 @@ def named(what: str, prefix: str) -> str:
     if not prefix:
         return what
     return f"{what} {prefix.removesuffix('/')}"
+
+
+def evaluation_sets(recipe: Recipe, settings: Settings, group: Group) -> Mapping[str, Data]:
+    """Returns the recipe's evaluation sets. Every rank calls it.
+
+    Raises: ConfigError for a set whose metrics would stand under the name of the test data's.
+    """
+    sets = made_sets(recipe.eval_data, what="evaluation", seed=settings.seed, group=group)
+    if "test/" in sets and recipe.test_data is not None:
+        raise ConfigError(
+            "one of the sets of eval_data is named 'test', as the metrics of test_data are in "
+            "status.json: name it otherwise."
+        )
+    return sets
 
 
 def data_sets(given: Any, *, what: str) -> dict[str, Data]:

@@ -14,7 +14,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.setup.build import build, build_model
 from ddp_kit.setup.find_batch_size import find_micro_batch
-from ddp_kit.setup.model import placement_of
+from ddp_kit.setup.memory_format import placement_of
 
 
 def raises_above(size: int) -> Callable[[nn.Module, Any], LossSum]:

@@ -17,7 +17,7 @@ from ddp_kit.distributed.collectives import max_over_ranks
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DataError, DdpKitError
 from ddp_kit.setup.build import build, build_model
-from ddp_kit.setup.model import placement_of
+from ddp_kit.setup.memory_format import placement_of
 from ddp_kit.training.evaluation import evaluate
 from ddp_kit.training.evaluation_sets import data_sets
 from ddp_kit.training.recipe_evaluation import Evaluator
