@@ -116,6 +116,8 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         tuning=settings.tuning,
         exact=settings.exact,
         buffers=recipe.buffers,
+        frozen=recipe.frozen,
+        epochs=cadence.last_epoch(cadence.end) + 1,
         may_split=settings.strategy in ("fsdp", "deepspeed"),
     )
     if settings.ema:
@@ -204,10 +206,16 @@ def _spread(
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     if not is_meta:
         require_equal(model, group=group)
-    require_splittable(model, settings, objectives=len(recipe.parts()))
+    thaws = callable(recipe.frozen)
+    require_splittable(model, settings, objectives=len(recipe.parts()), thaws=thaws)
     strategy = choose_strategy(group, settings)
     base_hash = ""
     if settings.save_trainable_only:
+        if thaws:
+            raise ConfigError(
+                "--save-trainable-only: Recipe(frozen=...) is a function of the epoch, and what "
+                "was trained once must be saved. Leave one of them out."
+            )
         _check_trainable_only(model, is_meta=is_meta)
         base_hash = base_sha256(model)
     strategy.shard(model)

@@ -23,11 +23,13 @@ from ddp_kit.model_state.forward_state import ForwardState
 from ddp_kit.settings import Precision, Settings
 from ddp_kit.setup.buffer_words import words_by_name
 from ddp_kit.setup.dry_run import DryRun
+from ddp_kit.setup.frozen_words import MOST_LOOKED_AT, Frozen, FrozenNames, freeze_for_good
 from ddp_kit.setup.parts import Part, check_scheduler, trained_by
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.fused_step import fuse
 from ddp_kit.strategies.precision import LossScale
+from ddp_kit.training.freezing import Freezing, GradientFlags
 from ddp_kit.training.optimizer_marks import marks_of
 from ddp_kit.training.state import LossCall, ObjectiveState, Training
 
@@ -46,13 +48,15 @@ def wrap(
     exact: bool = False,
     tuning: bool = True,
     buffers: Mapping[str, str] | None = None,
+    frozen: Frozen = (),
 ) -> Training:
     """Wraps a model, its optimizer and its loss for a loop of one's own, with DDP.
 
-    Every rank calls it; see `wrap_parts`, also for what it raises. `buffers` is that of Recipe;
-    `exact` wants `process_group(threads=...)` on a CPU.
+    Every rank calls it; see `wrap_parts`, also for what it raises. `buffers` and `frozen` are
+    those of Recipe; `exact` wants `process_group(threads=...)` on a CPU.
     """
     require_equal(model, group=group)
+    freeze_for_good(model, frozen)
     if exact and group.device.type == "cpu" and not group.has_stated_threads:
         raise ConfigError(
             "wrap(exact=True): sums depend on a rank's number of CPU threads, which follows from "
@@ -71,6 +75,7 @@ def wrap(
         exact=exact,
         tuning=tuning,
         buffers=buffers,
+        frozen=frozen,
     )
     if group.rank == 0:
         for note in training.notes:
@@ -92,6 +97,8 @@ def wrap_parts(
     tuning: bool = True,
     exact: bool = False,
     buffers: Mapping[str, str] | None = None,
+    frozen: Frozen = (),
+    epochs: int = 1,
     may_split: bool = False,
 ) -> Training:
     """Makes a model that lies on its device ready to train. Every rank calls it.
@@ -100,13 +107,15 @@ def wrap_parts(
         `strategy` has split it; `parts` one or more objectives, with optimizers built from that
         model; `feed` this rank's batches, of which one is used for the dry run; `tuning` gives
         torch's optimizers their fused kernels; `exact` as `--exact`, with as many CPU threads at
-        any number of ranks; `buffers` as Recipe has it; `may_split` whether ranks will hold parts
-        of the weights where there are several.
+        any number of ranks; `buffers` and `frozen` as Recipe has them, of which a list has
+        been seen to; `epochs` of the run, as far as they are known; `may_split` whether ranks will
+        hold parts of the weights where there are several.
     Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer, before the
         first step.
     """
     if exact:
         require_exact(feed, group)
+    frozen_in = _frozen_in(model, parts, frozen, epochs=epochs, feed=feed, group=group)
     packet = ControlPacket(group)
     is_split = strategy.shards is not None
     forward_state = ForwardState(
@@ -126,6 +135,7 @@ def wrap_parts(
         model=model,
         objectives=[],
         forward_state=forward_state,
+        flags=GradientFlags(model),
         plan=feed.plan,
         cursor=feed.cursor,
         grad_clip=grad_clip,
@@ -135,8 +145,11 @@ def wrap_parts(
         training, feed, allows_unused=find_unused_parameters, may_split=may_split or is_split
     )
     if tuning:
-        training.tuned += _fused(parts)
+        training.tuned += _fused(parts, thaws=frozen_in is not None)
     _add_objectives(parts, dry_run, precision=precision, seed=feed.seed)
+    training.flags.note(training.objectives)
+    if frozen_in is not None:
+        training.freezing = Freezing(model, frozen_in, renew=dry_run.renew)
     return training
 
 
@@ -150,9 +163,36 @@ def require_exact(feed: Feed, group: Group) -> None:
     require_subtrees(feed.plan, world_size=group.world_size)
 
 
-def _fused(parts: Sequence[Part]) -> list[str]:
+def _frozen_in(
+    model: nn.Module,
+    parts: Sequence[Part],
+    frozen: Frozen,
+    *,
+    epochs: int,
+    feed: Feed,
+    group: Group,
+) -> FrozenNames | None:
+    """Returns what is frozen in which epoch, None where that never changes. Every rank calls it.
+
+    Raises: ConfigError for what cannot be frozen so.
+    """
+    if not callable(frozen):
+        return None
+    if feed.data.sharded and not feed.steps_per_epoch:
+        raise ConfigError(
+            "Recipe(frozen=...) is a function of the epoch, and the ranks' own streams "
+            "(sharded=True) have no epochs in common. Give them __len__."
+        )
+    names = FrozenNames(
+        model, frozen, parts=[part.trains for part in parts], group=group, seed=feed.seed
+    )
+    names.look(range(min(epochs, MOST_LOOKED_AT)))
+    return names
+
+
+def _fused(parts: Sequence[Part], *, thaws: bool) -> list[str]:
     """Gives torch's optimizers their fused kernels. Returns what to say of it."""
-    fused = [fuse(part.optimizer) for part in parts]
+    fused = [fuse(part.optimizer, thaws=thaws) for part in parts]
     return ["fused optimizer"] if fused and all(fused) else []
 
 

@@ -6,12 +6,17 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
-def fuse(optimizer: Optimizer) -> bool:
+def fuse(optimizer: Optimizer, *, thaws: bool = False) -> bool:
     """Switches one of torch's optimizers to its fused kernel. Returns whether it did.
 
     One that was built with another kernel or has run is left as it is.
+
+    Args: `thaws` whether parameters get their first gradient later than others.
     """
     if not _can_be_fused(optimizer):
+        return False
+    # Fused SGD takes a momentum of all parameters or of none.
+    if thaws and any(group.get("momentum") for group in optimizer.param_groups):
         return False
     for group in optimizer.param_groups:
         group["fused"] = True

@@ -68,6 +68,10 @@ class ZeroOne(Whole):
         self._group.closing.callback(_release, zero)
         return Wrapped(call=self._ddp.ddp(call), optimizer_view=ZeroOneOptimizer(optimizer, zero))
 
+    def renew(self, wrapped: nn.Module) -> nn.Module:
+        """DDP's."""
+        return self._ddp.renew(wrapped)
+
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """DDP's."""
         return self._ddp.micro_batch(wrapped, is_last=is_last)

@@ -44,6 +44,9 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
     """
     sums = StepSums(first=batch.micro_batches[0].request.micro_batch, size=len(batch.micro_batches))
     look_back(training)
+    training.flags.require()
+    if training.freezing is not None:
+        training.freezing.enter(batch.epoch, objectives=training.objectives, flags=training.flags)
     training.forward_state.begin_step()
     is_whole = True
     for objective in training.objectives:
@@ -120,6 +123,7 @@ def _objective_step(
             _backward(total, grad_scale / count.divisor(), objective)
         sums.parts.append((objective.name, {"loss": (total.detach(), own_count), **metrics}))
 
+    training.flags.require(objective.name)
     # Read in the order of the launches, so that none is waited for while a failed one is unread.
     factor = count.factor() * unscale
     state.finish()

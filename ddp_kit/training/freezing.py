@@ -1,0 +1,117 @@
+"""Which parameters have gradients: as the run has set it, epoch by epoch, and nobody else.
+
+What a strategy wraps around a loss call is made for the parameters that were trained then. So a
+change of `requires_grad` that only torch hears of would train ranks apart, or wait for a gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Protocol, final
+
+from torch import nn
+
+from ddp_kit.errors import DdpKitError, flag_changed, some
+from ddp_kit.io.logs import logger
+
+_flag_of = attrgetter("requires_grad")
+
+
+class Trains(Protocol):
+    """What is asked of an objective: see `state.ObjectiveState`."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    frozen: list[nn.Parameter]
+
+
+@final
+class GradientFlags:
+    """The `requires_grad` of a model's parameters, as the run has set it."""
+
+    def __init__(self, model: nn.Module):
+        named = dict(model.named_parameters())
+        self._names = list(named)
+        self._parameters = list(named.values())
+        self._between: list[bool] = []
+        # Of each objective that trains one of several parts, by its name.
+        self._within: dict[str, list[bool]] = {}
+
+    def note(self, objectives: Sequence[Trains]) -> None:
+        """Takes them as they are now, between two steps."""
+        self._between = list(map(_flag_of, self._parameters))
+        self._within = {}
+        for objective in objectives:
+            if not objective.frozen:
+                continue
+            without = {id(parameter) for parameter in objective.frozen}
+            self._within[objective.name] = [
+                flag and id(parameter) not in without
+                for flag, parameter in zip(self._between, self._parameters, strict=True)
+            ]
+
+    def require(self, within: str = "") -> None:
+        """Compares them, between two steps or within that of an objective of this name.
+
+        Raises: DdpKitError that names those that somebody else has changed.
+        """
+        expected = self._within.get(within, self._between)
+        now = list(map(_flag_of, self._parameters))
+        if now == expected:
+            return
+        changed: dict[bool, list[str]] = {False: [], True: []}
+        for name, flag, before in zip(self._names, now, expected, strict=True):
+            if flag != before:
+                changed[flag].append(name)
+        is_thawed = not changed[False]
+        raise DdpKitError(flag_changed(changed[is_thawed], now=is_thawed))
+
+
+@final
+class Freezing:
+    """Freezes and thaws parameters where an epoch begins, on all ranks at the same step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        frozen_in: Callable[[int], frozenset[str]],
+        *,
+        renew: Callable[[int], None],
+    ):
+        """Args: `frozen_in` returns the names of what is frozen in an epoch, the same on all ranks;
+        `renew` wraps the loss call of an objective, by its place among them, for
+            what is trained now.
+        """
+        self._frozen_in = frozen_in
+        self._renew = renew
+        self._parameters: dict[str, nn.Parameter] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self._parameters[name] = parameter
+        self._epoch = -1
+        self._frozen: frozenset[str] = frozenset()
+
+    def enter(self, epoch: int, *, objectives: Sequence[Trains], flags: GradientFlags) -> None:
+        """Before each step: freezes what is frozen in its epoch. Every rank calls it.
+
+        Raises: ConfigError or DdpKitError for what cannot be trained so.
+        """
+        if epoch == self._epoch:
+            return
+        frozen = self._frozen_in(epoch)
+        self._epoch = epoch
+        changed = frozen ^ self._frozen
+        self._frozen = frozen
+        if not changed:
+            return
+        for name in changed:
+            self._parameters[name].requires_grad_(name not in frozen)
+        trained = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
+        moved = {id(self._parameters[name]) for name in changed}
+        for objective in objectives:
+            own = {id(parameter) for parameter in objective.parameters}
+            objective.frozen = [parameter for parameter in trained if id(parameter) not in own]
+        flags.note(objectives)
+        for i, objective in enumerate(objectives):
+            if any(id(parameter) in moved for parameter in objective.parameters):
+                self._renew(i)
+        logger.info("epoch %d: frozen are %s", epoch, some(sorted(frozen)) or "no parameters")
