@@ -23,6 +23,7 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings, digest, flag, flatten
+from ddp_kit.setup.frozen_words import FrozenNames, frozen_names
 from ddp_kit.setup.meta_init import Reads, materialise
 from ddp_kit.setup.model import build_model, load_first_weights
 from ddp_kit.setup.parts import Part, part_of
@@ -98,10 +99,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     model = build_model(recipe, settings, group)
     feed = train_feed(model, recipe, settings, group)
     cadence = cadence_of(settings, feed)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            "the model has nothing to train: it has no parameters, or all of them are frozen."
-        )
+    _require_trained(model)
     strategy, base_hash = _spread(model, recipe, settings, group, is_resumed=is_resumed)
     training = wrap_parts(
         model,
@@ -116,8 +114,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         tuning=settings.tuning,
         exact=settings.exact,
         buffers=recipe.buffers,
-        frozen=recipe.frozen,
-        epochs=cadence.last_epoch(cadence.end) + 1,
+        frozen_in=_frozen_in(model, recipe, feed, group, cadence),
         may_split=settings.strategy in ("fsdp", "deepspeed"),
     )
     if settings.ema:
@@ -150,6 +147,28 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     )
     return Built(
         training=training, feed=feed, evaluator=evaluator, test_sets=test_sets, cadence=cadence
+    )
+
+
+def _require_trained(model: nn.Module) -> None:
+    """Raises: ConfigError if there is nothing to train."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "the model has nothing to train: it has no parameters, or all of them are frozen."
+        )
+
+
+def _frozen_in(
+    model: nn.Module, recipe: Recipe, feed: Feed, group: Group, cadence: Cadence
+) -> FrozenNames | None:
+    """Returns what the recipe freezes by epochs. Raises: ConfigError for what cannot be."""
+    return frozen_names(
+        model,
+        recipe.frozen,
+        parts=[part.trains for part in recipe.parts()],
+        feed=feed,
+        group=group,
+        epochs=cadence.last_epoch(cadence.end) + 1,
     )
 
 

@@ -8,6 +8,7 @@ from typing import final
 
 from torch import nn
 
+from ddp_kit.data.loader import Feed
 from ddp_kit.data.seeding import made_under_seed
 from ddp_kit.distributed.collectives import first_difference, gather_bytes
 from ddp_kit.distributed.process_group import Group
@@ -112,6 +113,32 @@ class FrozenNames:
             f"rank 0 and {some(every[rank]) or 'nothing'} on rank {rank}. It must be a function of "
             "the epoch alone."
         )
+
+
+def frozen_names(
+    model: nn.Module,
+    frozen: Frozen,
+    *,
+    parts: Collection[str],
+    feed: Feed,
+    group: Group,
+    epochs: int = 1,
+) -> FrozenNames | None:
+    """Returns what is frozen in which epoch, None where that never changes. Every rank calls it.
+
+    Args: `parts` of the model that objectives train; `epochs` of the run, as far as is known.
+    Raises: ConfigError for what cannot be frozen so.
+    """
+    if not callable(frozen):
+        return None
+    if feed.data.sharded and not feed.steps_per_epoch:
+        raise ConfigError(
+            "Recipe(frozen=...) is a function of the epoch, and the ranks' own streams "
+            "(sharded=True) have no epochs in common. Give them __len__."
+        )
+    names = FrozenNames(model, frozen, parts=parts, group=group, seed=feed.seed)
+    names.look(range(min(epochs, MOST_LOOKED_AT)))
+    return names
 
 
 def _patterns_in(answer: object, *, said: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from ddp_kit.model_state.forward_state import ForwardState
 from ddp_kit.settings import Precision, Settings
 from ddp_kit.setup.buffer_words import words_by_name
 from ddp_kit.setup.dry_run import DryRun
-from ddp_kit.setup.frozen_words import MOST_LOOKED_AT, Frozen, FrozenNames, freeze_for_good
+from ddp_kit.setup.frozen_words import Frozen, FrozenNames, freeze_for_good, frozen_names
 from ddp_kit.setup.parts import Part, check_scheduler, trained_by
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
@@ -75,7 +75,7 @@ def wrap(
         exact=exact,
         tuning=tuning,
         buffers=buffers,
-        frozen=frozen,
+        frozen_in=frozen_names(model, frozen, parts=[""], feed=feed, group=group),
     )
     if group.rank == 0:
         for note in training.notes:
@@ -97,8 +97,7 @@ def wrap_parts(
     tuning: bool = True,
     exact: bool = False,
     buffers: Mapping[str, str] | None = None,
-    frozen: Frozen = (),
-    epochs: int = 1,
+    frozen_in: FrozenNames | None = None,
     may_split: bool = False,
 ) -> Training:
     """Makes a model that lies on its device ready to train. Every rank calls it.
@@ -107,34 +106,32 @@ def wrap_parts(
         `strategy` has split it; `parts` one or more objectives, with optimizers built from that
         model; `feed` this rank's batches, of which one is used for the dry run; `tuning` gives
         torch's optimizers their fused kernels; `exact` as `--exact`, with as many CPU threads at
-        any number of ranks; `buffers` and `frozen` as Recipe has them, of which a list has
-        been seen to; `epochs` of the run, as far as they are known; `may_split` whether ranks will
+        any number of ranks; `buffers` as Recipe has it; `frozen_in` what is frozen by
+        epochs; `may_split` whether ranks will
         hold parts of the weights where there are several.
     Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer, before the
         first step.
     """
     if exact:
         require_exact(feed, group)
-    frozen_in = _frozen_in(model, parts, frozen, epochs=epochs, feed=feed, group=group)
     packet = ControlPacket(group)
     is_split = strategy.shards is not None
-    forward_state = ForwardState(
-        model,
-        group,
-        feed.plan,
-        control_packet=packet,
-        words=words_by_name(model, buffers or {}),
-        is_whole=not is_split,
-        always=has_checkpointed_activations,
-        exact=exact,
-    )
     training = Training(
         group=group,
         control_packet=packet,
         strategy=strategy,
         model=model,
         objectives=[],
-        forward_state=forward_state,
+        forward_state=ForwardState(
+            model,
+            group,
+            feed.plan,
+            control_packet=packet,
+            words=words_by_name(model, buffers or {}),
+            is_whole=not is_split,
+            always=has_checkpointed_activations,
+            exact=exact,
+        ),
         flags=GradientFlags(model),
         plan=feed.plan,
         cursor=feed.cursor,
@@ -147,7 +144,6 @@ def wrap_parts(
     if tuning:
         training.tuned += _fused(parts, thaws=frozen_in is not None)
     _add_objectives(parts, dry_run, precision=precision, seed=feed.seed)
-    training.flags.note(training.objectives)
     if frozen_in is not None:
         training.freezing = Freezing(model, frozen_in, renew=dry_run.renew)
     return training
@@ -161,33 +157,6 @@ def require_exact(feed: Feed, group: Group) -> None:
             "Give it __getitem__ and __len__."
         )
     require_subtrees(feed.plan, world_size=group.world_size)
-
-
-def _frozen_in(
-    model: nn.Module,
-    parts: Sequence[Part],
-    frozen: Frozen,
-    *,
-    epochs: int,
-    feed: Feed,
-    group: Group,
-) -> FrozenNames | None:
-    """Returns what is frozen in which epoch, None where that never changes. Every rank calls it.
-
-    Raises: ConfigError for what cannot be frozen so.
-    """
-    if not callable(frozen):
-        return None
-    if feed.data.sharded and not feed.steps_per_epoch:
-        raise ConfigError(
-            "Recipe(frozen=...) is a function of the epoch, and the ranks' own streams "
-            "(sharded=True) have no epochs in common. Give them __len__."
-        )
-    names = FrozenNames(
-        model, frozen, parts=[part.trains for part in parts], group=group, seed=feed.seed
-    )
-    names.look(range(min(epochs, MOST_LOOKED_AT)))
-    return names
 
 
 def _fused(parts: Sequence[Part], *, thaws: bool) -> list[str]:
@@ -212,6 +181,7 @@ def _add_objectives(
         )
         dry_run.training.objectives.append(objective)
     training = dry_run.training
+    training.flags.note(training.objectives)
     changed = [attribute.name for attribute in training.forward_state.attributes.attributes]
     if changed:
         training.notes.append(attribute_note(changed))
