@@ -103,14 +103,12 @@ def wrap_parts(
     """Makes a model that lies on its device ready to train. Every rank calls it.
 
     Args: `model` on the group's device, with equal weights on all ranks (`require_equal`), or as
-        `strategy` has split it; `parts` one or more objectives, with optimizers built from that
-        model; `feed` this rank's batches, of which one is used for the dry run; `tuning` gives
-        torch's optimizers their fused kernels; `exact` as `--exact`, with as many CPU threads at
-        any number of ranks; `buffers` as Recipe has it; `frozen_in` what is frozen by
-        epochs; `may_split` whether ranks will
-        hold parts of the weights where there are several.
-    Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer, before the
-        first step.
+        `strategy` has split it; `parts` objectives, with optimizers built from that model; `feed`
+        this rank's batches, one of which is for the dry run; `tuning` gives torch's optimizers
+        their fused kernels; `exact` as `--exact`, with as many CPU threads at any number of ranks;
+        `buffers` as Recipe has it; `frozen_in` what is frozen in which epoch; `may_split` whether
+        ranks will hold parts of the weights where there are several.
+    Raises: ConfigError or DdpKitError on every rank before the first step, naming what it is.
     """
     if exact:
         require_exact(feed, group)
@@ -143,9 +141,9 @@ def wrap_parts(
     )
     if tuning:
         training.tuned += _fused(parts, thaws=frozen_in is not None)
-    _add_objectives(parts, dry_run, precision=precision, seed=feed.seed)
     if frozen_in is not None:
         training.freezing = Freezing(model, frozen_in, renew=dry_run.renew)
+    _add_objectives(parts, dry_run, precision=precision, seed=feed.seed)
     return training
 
 

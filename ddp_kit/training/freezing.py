@@ -78,8 +78,8 @@ class Freezing:
         renew: Callable[[int], None],
     ):
         """Args: `frozen_in` returns the names of what is frozen in an epoch, the same on all ranks;
-        `renew` wraps the loss call of an objective, by its place among them, for
-            what is trained now.
+        `renew` wraps the loss call of an objective, by its place among them, for what is trained
+        now.
         """
         self._frozen_in = frozen_in
         self._renew = renew
