@@ -117,8 +117,8 @@ class DryRun:
 
         for parameter in objective.parameters:
             parameter.grad = None
-        objective.call = training.strategy.renew(objective.call)
         with _only(objective.parameters, objective.frozen):
+            objective.call = training.strategy.renew(objective.call)
             self._run_twice(objective.call, objective.parameters, seed=seed)
 
     def _run_twice(

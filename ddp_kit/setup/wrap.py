@@ -141,9 +141,7 @@ def wrap_parts(
     )
     if tuning:
         training.tuned += _fused(parts, thaws=frozen_in is not None)
-    if frozen_in is not None:
-        training.freezing = Freezing(model, frozen_in, renew=dry_run.renew)
-    _add_objectives(parts, dry_run, precision=precision, seed=feed.seed)
+    _add_objectives(parts, dry_run, precision=precision, seed=feed.seed, frozen_in=frozen_in)
     return training
 
 
@@ -169,7 +167,12 @@ def _most_micro_batches(plan: BatchPlan, world_size: int) -> int:
 
 
 def _add_objectives(
-    parts: Sequence[Part], dry_run: DryRun, *, precision: Precision, seed: int
+    parts: Sequence[Part],
+    dry_run: DryRun,
+    *,
+    precision: Precision,
+    seed: int,
+    frozen_in: FrozenNames | None,
 ) -> None:
     """Makes the objectives in order, and notes what their passes were seen to change."""
     for i, part in enumerate(parts):
@@ -180,6 +183,8 @@ def _add_objectives(
         dry_run.training.objectives.append(objective)
     training = dry_run.training
     training.flags.note(training.objectives)
+    if frozen_in is not None:
+        training.freezing = Freezing(training.model, frozen_in, renew=dry_run.renew)
     changed = [attribute.name for attribute in training.forward_state.attributes.attributes]
     if changed:
         training.notes.append(attribute_note(changed))

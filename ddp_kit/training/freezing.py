@@ -29,41 +29,47 @@ class GradientFlags:
     """The `requires_grad` of a model's parameters, as the run has set it."""
 
     def __init__(self, model: nn.Module):
-        named = dict(model.named_parameters())
-        self._names = list(named)
-        self._parameters = list(named.values())
-        self._between: list[bool] = []
-        # Of each objective that trains one of several parts, by its name.
-        self._within: dict[str, list[bool]] = {}
+        self._named = list(model.named_parameters())
+        # Of each objective that trains one of several parts, by its name, and of all as "".
+        self._noted: dict[str, _Noted] = {}
 
     def note(self, objectives: Sequence[Trains]) -> None:
         """Takes them as they are now, between two steps."""
-        self._between = list(map(_flag_of, self._parameters))
-        self._within = {}
+        self._noted = {"": _Noted(self._named)}
         for objective in objectives:
             if not objective.frozen:
                 continue
+            # What is changed of the other objectives' makes no difference in a step of this one.
             without = {id(parameter) for parameter in objective.frozen}
-            self._within[objective.name] = [
-                flag and id(parameter) not in without
-                for flag, parameter in zip(self._between, self._parameters, strict=True)
-            ]
+            named = [item for item in self._named if id(item[1]) not in without]
+            self._noted[objective.name] = _Noted(named)
 
     def require(self, within: str = "") -> None:
         """Compares them, between two steps or within that of an objective of this name.
 
         Raises: DdpKitError that names those that somebody else has changed.
         """
-        expected = self._within.get(within, self._between)
-        now = list(map(_flag_of, self._parameters))
-        if now == expected:
+        noted = self._noted.get(within)
+        if noted is None:
+            noted = self._noted[""]
+        now = list(map(_flag_of, noted.parameters))
+        if now == noted.flags:
             return
         changed: dict[bool, list[str]] = {False: [], True: []}
-        for name, flag, before in zip(self._names, now, expected, strict=True):
+        for name, flag, before in zip(noted.names, now, noted.flags, strict=True):
             if flag != before:
                 changed[flag].append(name)
         is_thawed = not changed[False]
         raise DdpKitError(flag_changed(changed[is_thawed], now=is_thawed))
+
+
+class _Noted:
+    """Some parameters, and the flags that they had."""
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]):
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.flags = list(map(_flag_of, self.parameters))
 
 
 @final

@@ -14,6 +14,7 @@ from gans import gan
 from lives import Life, live
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
 
 import ddp_kit
 from ddp_kit import LossSum, Recipe
@@ -350,14 +351,14 @@ def dying(settings: Settings) -> Recipe:
     return going_on(settings, callbacks=[Dies(Path(settings.run_dir), after=12, saved=11)])
 
 
-def killed(settings: Settings) -> None:
-    ddp_kit.run(dying(settings), settings)
+def trained(settings: Settings, make: Any) -> None:
+    ddp_kit.run(make(settings), settings)
 
 
 def test_a_run_that_was_killed_after_a_thaw_goes_on(tmp_path: Path) -> None:
     whole = attempt(replace(SETTINGS, run_dir=str(tmp_path / "whole")), 1)
     cut = replace(SETTINGS, run_dir=str(tmp_path / "cut"), save_every=11)
-    with start_ranks(killed, 2, cut, group=False) as ranks:
+    with start_ranks(trained, 2, cut, dying, group=False) as ranks:
         assert -signal.SIGKILL in [report.exit_code for report in ranks.wait()]
     resumed = attempt(cut, 3)
     assert resumed.step == 25
@@ -454,15 +455,20 @@ def thaws_in_the_loss(settings: Settings) -> Recipe:
 
 
 def freezes_in_evaluate(settings: Settings) -> Recipe:
-    calls = []
+    has_begun = []
 
     def evaluate(model: Any, batch: Any) -> Any:
-        calls.append(1)
-        if len(calls) > 4:
+        if has_begun:
             freeze(model)
         return classify(model, batch).sums()
 
-    return reading(settings, (), evaluate=evaluate, eval_data=lambda: vectors(count=24))
+    return reading(
+        settings,
+        (),
+        evaluate=evaluate,
+        eval_data=vectors,
+        callbacks=[Finetuning(has_begun.append, at=1)],
+    )
 
 
 CHANGES = [
@@ -506,7 +512,7 @@ def test_a_change_that_only_torch_hears_of_is_refused_by_its_name(
 def test_a_change_on_one_rank_ends_all_by_its_name(tmp_path: Path) -> None:
     settings = replace(SETTINGS, run_dir=str(tmp_path))
     with pytest.raises(RanksError, match=r"requires_grad of embed.weight, embed.bias was changed"):
-        run_ranks(live, 2, thaws_on_one_rank, settings, group=False)
+        run_ranks(trained, 2, settings, thaws_on_one_rank, group=False)
 
 
 class Skips(Reader):
@@ -543,9 +549,9 @@ def test_a_loop_of_ones_own_freezes_by_epochs_and_goes_on(group: Group, tmp_path
     def started(frozen: Any = head_first) -> tuple[Any, Any]:
         with process_group(topology=Topology(), device="cpu") as single:
             model = build_model(reading(SETTINGS), SETTINGS, single)
-        feed = ddp_kit.build_loader(
-            vectors(), group=group, global_batch=48, seed=0, dtype=torch.float64
-        )
+        inputs, labels = vectors().tensors
+        data = TensorDataset(inputs.double(), labels)
+        feed = ddp_kit.build_loader(data, group=group, global_batch=48)
         training = ddp_kit.wrap(
             model, sgd(model), classify, group=group, feed=feed, precision="fp64", frozen=frozen
         )
@@ -578,17 +584,28 @@ def frozen_model() -> Reader:
     return model
 
 
+@dataclass(frozen=True)
+class In:
+    """Answers something in one epoch, and nothing in the others."""
+
+    epoch: int
+    answer: Any
+
+    def __call__(self, epoch: int) -> Any:
+        return self.answer if epoch == self.epoch else []
+
+
 @pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize(
     ("frozen", "message"),
     [
         (["blocks.*", "embd.weight"], r"no parameter named 'embd.weight'; did you mean 'embed"),
-        (lambda epoch: ["x"] if epoch == 4 else [], r"epoch 4: the model has no parameter named"),
-        (lambda epoch: ["*"] if epoch == 3 else [], r"in epoch 3 freezes every parameter that"),
+        (In(4, ["x"]), r"epoch 4: the model has no parameter named"),
+        (In(3, ["*"]), r"in epoch 3 freezes every parameter that"),
         (["*"], r"nothing to train"),
         ("embed.*", r"is 'embed.\*'; expected a list of patterns"),
-        (lambda epoch: None, r"in epoch 0 is None; expected a list .* \[\] freezes nothing"),
-        (lambda epoch: [3], r"in epoch 0 is \[3\]; expected a list"),
+        (In(0, None), r"in epoch 0 is None; expected a list .* \[\] freezes nothing"),
+        (In(0, [3]), r"in epoch 0 is \[3\]; expected a list"),
         ({"embed.*": 2}, r"expected a list of patterns"),
     ],
 )
