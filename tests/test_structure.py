@@ -37,7 +37,7 @@ BUDGETS = {
     "trackers": 710,
     "strategies": 2770,
     "stopping": 510,
-    "training": 2960,
+    "training": 3000,
     "model_state": 1940,
     "checkpoint": 4480,
     "setup": 1980,

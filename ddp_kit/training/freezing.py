@@ -4,7 +4,8 @@ What a strategy wraps around a loss call is made for the parameters that were tr
 change of `requires_grad` that only torch hears of would train ranks apart, or wait for a gradient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Protocol, final
 
@@ -94,6 +95,8 @@ class Freezing:
             if parameter.requires_grad:
                 self._parameters[name] = parameter
         self._epoch = -1
+        # Names of objectives whose optimizer has not stepped since the last change.
+        self._unseen: set[str] = set()
         self._frozen: frozenset[str] = frozenset()
 
     def enter(self, epoch: int, *, objectives: Sequence[Trains], flags: GradientFlags) -> None:
@@ -117,7 +120,32 @@ class Freezing:
             own = {id(parameter) for parameter in objective.parameters}
             objective.frozen = [parameter for parameter in trained if id(parameter) not in own]
         flags.note(objectives)
+        self._unseen = {objective.name for objective in objectives}
         for i, objective in enumerate(objectives):
             if any(id(parameter) in moved for parameter in objective.parameters):
                 self._renew(i)
         logger.info("epoch %d: frozen are %s", epoch, some(sorted(frozen)) or "no parameters")
+
+    @contextmanager
+    def watched(self, objective: Trains) -> Iterator[None]:
+        """Around a step of an objective's optimizer, the first one with what is frozen now.
+
+        Raises: DdpKitError if it moves what is frozen: by its momentum, or to keep ranks in step.
+        """
+        frozen: dict[str, nn.Parameter] = {}
+        if objective.name in self._unseen:
+            self._unseen.remove(objective.name)
+            own = {id(parameter) for parameter in objective.parameters}
+            for name in self._frozen:
+                if id(self._parameters[name]) in own:
+                    frozen[name] = self._parameters[name]
+        versions = {name: parameter._version for name, parameter in frozen.items()}
+        yield
+        moved = [name for name, parameter in frozen.items() if parameter._version != versions[name]]
+        if moved:
+            raise DdpKitError(
+                f"the optimizer moves {some(sorted(moved))}, which Recipe(frozen=...) freezes in "
+                f"epoch {self._epoch}: it does not leave parameters alone that have no gradient. "
+                "Take another optimizer, or freeze them for the whole run, by a list, and build "
+                "the optimizer from those that have requires_grad."
+            )

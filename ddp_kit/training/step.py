@@ -210,10 +210,18 @@ def _apply(
         found.zero_()
         raise_unless_overflow(training, objective, batch, sums)
         return False
-    objective.optimizer_view.step()
+    _step_optimizer(training, objective)
     # As torch's schedulers note a step.
     objective.optimizer._opt_called = True  # type: ignore[attr-defined]
     return True
+
+
+def _step_optimizer(training: Training, objective: ObjectiveState) -> None:
+    if training.freezing is None:
+        objective.optimizer_view.step()
+        return
+    with training.freezing.watched(objective):
+        objective.optimizer_view.step()
 
 
 def _clip(
@@ -235,7 +243,7 @@ def _step_deferred(
     found = objective.found_inf
     # Fused optimizers read it, as GradScaler has it.
     objective.optimizer.found_inf = found  # type: ignore[attr-defined]
-    objective.optimizer_view.step()
+    _step_optimizer(training, objective)
     seen = torch.empty_like(found, device="cpu", pin_memory=found.is_cuda)
     seen.copy_(found, non_blocking=True)
     training.suspect = (batch, sums, seen)

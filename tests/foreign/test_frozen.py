@@ -539,6 +539,30 @@ def test_what_a_loss_leaves_out_beside_frozen_parameters_is_named_right(group: G
         train_step(made.training, next(batches))
 
 
+class InStep(torch.optim.SGD):
+    """Gives parameters without a gradient one of zeros, as some do to keep ranks in step."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        super().step()
+
+
+@pytest.mark.ranks(1, 2)
+def test_an_optimizer_that_moves_what_is_frozen_is_refused(group: Group) -> None:
+    def decaying(model: Any) -> Any:
+        return InStep(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+
+    made = build(reading(SETTINGS, frozen_later, optimizer=decaying), SETTINGS, group)
+    batches = made.feed.batches(start=0, end=6)
+    for _ in range(5):
+        train_step(made.training, next(batches))
+    with pytest.raises(DdpKitError, match=r"moves blocks.0.bias, .* freezes in epoch 1: it"):
+        train_step(made.training, next(batches))
+
+
 # A loop of one's own
 
 
