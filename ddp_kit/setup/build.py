@@ -23,7 +23,7 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings, digest, flag, flatten
-from ddp_kit.setup.frozen_words import FrozenNames, frozen_names
+from ddp_kit.setup.frozen_words import frozen_in
 from ddp_kit.setup.meta_init import Reads, materialise
 from ddp_kit.setup.model import build_model, load_first_weights
 from ddp_kit.setup.parts import Part, part_of
@@ -114,7 +114,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         tuning=settings.tuning,
         exact=settings.exact,
         buffers=recipe.buffers,
-        frozen_in=_frozen_in(model, recipe, feed, group, cadence),
+        frozen_in=frozen_in(model, recipe, feed=feed, group=group, cadence=cadence),
         may_split=settings.strategy in ("fsdp", "deepspeed"),
     )
     if settings.ema:
@@ -156,20 +156,6 @@ def _require_trained(model: nn.Module) -> None:
         raise ConfigError(
             "the model has nothing to train: it has no parameters, or all of them are frozen."
         )
-
-
-def _frozen_in(
-    model: nn.Module, recipe: Recipe, feed: Feed, group: Group, cadence: Cadence
-) -> FrozenNames | None:
-    """Returns what the recipe freezes by epochs. Raises: ConfigError for what cannot be."""
-    return frozen_names(
-        model,
-        recipe.frozen,
-        parts=[part.trains for part in recipe.parts()],
-        feed=feed,
-        group=group,
-        epochs=cadence.last_epoch(cadence.end) + 1,
-    )
 
 
 def _evaluation_sets(recipe: Recipe, settings: Settings, group: Group) -> Mapping[str, Data]:
@@ -230,12 +216,7 @@ def _spread(
     strategy = choose_strategy(group, settings)
     base_hash = ""
     if settings.save_trainable_only:
-        if thaws:
-            raise ConfigError(
-                "--save-trainable-only: Recipe(frozen=...) is a function of the epoch, and what "
-                "was trained once must be saved. Leave one of them out."
-            )
-        _check_trainable_only(model, is_meta=is_meta)
+        _check_trainable_only(model, is_meta=is_meta, thaws=thaws)
         base_hash = base_sha256(model)
     strategy.shard(model)
     if is_meta:
@@ -251,7 +232,12 @@ def _spread(
     return strategy, base_hash
 
 
-def _check_trainable_only(model: nn.Module, *, is_meta: bool) -> None:
+def _check_trainable_only(model: nn.Module, *, is_meta: bool, thaws: bool) -> None:
+    if thaws:
+        raise ConfigError(
+            "--save-trainable-only: Recipe(frozen=...) is a function of the epoch, and what was "
+            "trained once must be saved. Leave one of them out."
+        )
     if all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "--save-trainable-only has no effect: no parameter of the model is frozen. "

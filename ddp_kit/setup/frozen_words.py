@@ -13,7 +13,9 @@ from ddp_kit.data.seeding import made_under_seed
 from ddp_kit.distributed.collectives import first_difference, gather_bytes
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest, some
+from ddp_kit.recipe import Recipe
 from ddp_kit.setup.parts import part_of
+from ddp_kit.training.loop import Cadence
 
 Frozen = Sequence[str] | Callable[[int], Sequence[str]]
 # Epochs that are looked at before the first step.
@@ -113,6 +115,20 @@ class FrozenNames:
             f"rank 0 and {some(every[rank]) or 'nothing'} on rank {rank}. It must be a function of "
             "the epoch alone."
         )
+
+
+def frozen_in(
+    model: nn.Module, recipe: Recipe, *, feed: Feed, group: Group, cadence: Cadence
+) -> FrozenNames | None:
+    """Returns what `frozen_names` does of a recipe and all epochs of its run."""
+    return frozen_names(
+        model,
+        recipe.frozen,
+        parts=[part.trains for part in recipe.parts()],
+        feed=feed,
+        group=group,
+        epochs=cadence.last_epoch(cadence.end) + 1,
+    )
 
 
 def frozen_names(
