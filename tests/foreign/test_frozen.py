@@ -1,5 +1,6 @@
 """Freezing and thawing in the course of a run: `Recipe(frozen=...)` is bare torch's `requires_grad_`, and nobody else's change of it is trained with."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -482,8 +483,8 @@ CHANGES = [
 ]
 
 
-def refused(settings: Settings, make: Any) -> tuple[str, int]:
-    """Returns what the run said, and the steps that were taken before."""
+def refused(settings: Settings, make: Any) -> int:
+    """Returns the steps that were taken before."""
     taken = []
 
     class Counts(Finetuning):
@@ -492,9 +493,10 @@ def refused(settings: Settings, make: Any) -> tuple[str, int]:
 
     made = make(settings)
     counted = replace(made, callbacks=[*made.callbacks, Counts(None, at=-1)])
-    with pytest.raises(DdpKitError) as caught:
+    # A rank that is a little behind loses its peer.
+    with pytest.raises((DdpKitError, RuntimeError)):
         ddp_kit.run(counted, settings)
-    return str(caught.value), taken[-1]
+    return taken[-1]
 
 
 @pytest.mark.parametrize(("make", "now"), CHANGES)
@@ -503,10 +505,10 @@ def test_a_change_that_only_torch_hears_of_is_refused_by_its_name(
     tmp_path: Path, make: Any, now: str, ranks: int
 ) -> None:
     settings = replace(SETTINGS, epochs=3, run_dir=str(tmp_path))
-    for said, last in run_ranks(refused, ranks, settings, make, group=False):
-        assert f"requires_grad of embed.weight, embed.bias was changed to {now}" in said
-        assert 'Recipe(frozen=["embed.weight"])' in said
-        assert last <= 12
+    assert max(run_ranks(refused, ranks, settings, make, group=False)) <= 12
+    said = json.loads((tmp_path / "status.json").read_text())["reason"]
+    assert f"requires_grad of embed.weight, embed.bias was changed to {now}" in said
+    assert 'Recipe(frozen=["embed.weight"])' in said
 
 
 def test_a_change_on_one_rank_ends_all_by_its_name(tmp_path: Path) -> None:
