@@ -83,6 +83,17 @@ def no_gradient(names: Sequence[str], *, is_split: bool) -> str:
     )
 
 
+def flag_changed(names: Sequence[str], *, now: bool) -> str:
+    """Returns what to say of parameters whose `requires_grad` is another one than at the start."""
+    return (
+        f"requires_grad of {some(names)} was changed to {now} after the start, by a callback, the "
+        "loss, `evaluate` or the loop: the other ranks and checkpoints would not know of it. "
+        "Say which parameters are frozen in which epoch, by patterns of their names: "
+        f'Recipe(frozen=lambda epoch: ["{names[0]}"] if epoch < 1 else []), or of the whole run: '
+        f'Recipe(frozen=["{names[0]}"]); of a loop of one\'s own: wrap(frozen=...).'
+    )
+
+
 def require(module: str, *, extra: str) -> ModuleType:
     """Imports an optional package on use.
 

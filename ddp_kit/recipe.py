@@ -84,6 +84,8 @@ class Recipe:
         trackers: receivers of its records, on rank 0.
         buffers: what stays of buffers and frozen weights that the forward pass changes, by
             patterns of names: "mean", "sum", "first" or "own".
+        frozen: patterns of names of parameters that are frozen for the whole run, or
+            `frozen(epoch)`, which returns those of an epoch.
         flops_per_sample: of its forward and backward pass, from which train records on known CUDA
             devices have `mfu`.
 
@@ -107,6 +109,7 @@ class Recipe:
     callbacks: Sequence[Callback] = ()
     trackers: Sequence[Tracker] = ()
     buffers: Mapping[str, str] = field(default_factory=dict)
+    frozen: Sequence[str] | Callable[[int], Sequence[str]] = ()
     flops_per_sample: float = 0.0
 
     def __post_init__(self) -> None:

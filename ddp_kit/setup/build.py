@@ -23,6 +23,7 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import REDACTED
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings, digest, flag, flatten
+from ddp_kit.setup.frozen_words import frozen_in
 from ddp_kit.setup.memory_format import chosen_placement, naming_the_format
 from ddp_kit.setup.meta_init import Reads, materialise
 from ddp_kit.setup.model import build_model, load_first_weights
@@ -102,10 +103,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
     placement = chosen_placement(model, recipe, data, sets, settings, group)
     with naming_the_format(placement):
         feed = train_feed(model, recipe, data, settings, group, placement=placement)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError(
-                "the model has nothing to train: it has no parameters, or all of them are frozen."
-            )
+        _require_trained(model)
         return _built(model, recipe, feed, sets, settings, group, is_resumed=is_resumed)
 
 
@@ -135,6 +133,7 @@ def _built(
         tuning=settings.tuning,
         exact=settings.exact,
         buffers=recipe.buffers,
+        frozen_in=frozen_in(model, recipe, feed=feed, group=group, cadence=cadence),
         may_split=settings.strategy in ("fsdp", "deepspeed"),
     )
     if settings.ema:
@@ -167,6 +166,14 @@ def _built(
     return Built(
         training=training, feed=feed, evaluator=evaluator, test_sets=test_sets, cadence=cadence
     )
+
+
+def _require_trained(model: nn.Module) -> None:
+    """Raises: ConfigError if there is nothing to train."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "the model has nothing to train: it has no parameters, or all of them are frozen."
+        )
 
 
 def cadence_of(settings: Settings, feed: Feed) -> Cadence:
@@ -211,11 +218,12 @@ def _spread(
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     if not is_meta:
         require_equal(model, group=group)
-    require_splittable(model, settings, objectives=len(recipe.parts()))
+    thaws = callable(recipe.frozen)
+    require_splittable(model, settings, objectives=len(recipe.parts()), thaws=thaws)
     strategy = choose_strategy(group, settings)
     base_hash = ""
     if settings.save_trainable_only:
-        _check_trainable_only(model, is_meta=is_meta)
+        _check_trainable_only(model, is_meta=is_meta, thaws=thaws)
         base_hash = base_sha256(model)
     strategy.shard(model)
     if is_meta:
@@ -231,7 +239,12 @@ def _spread(
     return strategy, base_hash
 
 
-def _check_trainable_only(model: nn.Module, *, is_meta: bool) -> None:
+def _check_trainable_only(model: nn.Module, *, is_meta: bool, thaws: bool) -> None:
+    if thaws:
+        raise ConfigError(
+            "--save-trainable-only: Recipe(frozen=...) is a function of the epoch, and what was "
+            "trained once must be saved. Leave one of them out."
+        )
     if all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "--save-trainable-only has no effect: no parameter of the model is frozen. "

@@ -45,6 +45,8 @@ class DryRun:
         self._feed = feed
         self._allows_unused = allows_unused
         self._may_split = may_split
+        # Whether a forward pass changes weights.
+        self._changes_weights = False
         self._batch = feed.dry_run_batch()
         what = "training data"
         if feed.data.sharded:
@@ -97,12 +99,44 @@ class DryRun:
                 if is_whole:
                     self._note_means(call, seed=seed, trains=trains)
             wrapped = training.strategy.wrap(call, optimizer)
-            weights = is_whole and census.has_weights
-            for _ in range(2):
-                with untouched(training.model, weights=weights, has_attribute=has_attribute):
-                    seed()
-                    self._run_wrapped(wrapped.call, parameters)
+            self._changes_weights |= is_whole and census.has_weights
+            self._run_twice(wrapped.call, parameters, seed=seed)
         return wrapped, count
+
+    def renew(self, at: int) -> None:
+        """Wraps a loss call anew, with what is trained now. Every rank calls it.
+
+        Args: `at` its objective's place among the training's.
+        Raises: DdpKitError on every rank, naming the parameter or layer.
+        """
+        training = self.training
+        objective = training.objectives[at]
+
+        def seed() -> None:
+            seed_forward(objective.forward_key, 0, 0, device=training.group.device)
+
+        for parameter in objective.parameters:
+            parameter.grad = None
+        with _only(objective.parameters, objective.frozen):
+            objective.call = training.strategy.renew(objective.call)
+            self._run_twice(objective.call, objective.parameters, seed=seed)
+
+    def _run_twice(
+        self, wrapped: nn.Module, parameters: Sequence[nn.Parameter], *, seed: Callable[[], None]
+    ) -> None:
+        """Runs as training does; the second time DDP's buckets are final.
+
+        They are rebuilt after the first backward pass, and a later attempt of the run, which
+        rebuilds them again, would otherwise sum in another order than the one it continues.
+        """
+        training = self.training
+        has_attribute = training.forward_state.has_attribute
+        for _ in range(2):
+            with untouched(
+                training.model, weights=self._changes_weights, has_attribute=has_attribute
+            ):
+                seed()
+                self._run_wrapped(wrapped, parameters)
 
     def _loss(self, call: LossCall, *, on_another: bool) -> torch.Tensor:
         """Runs a loss forward, on the batch or another one of its shapes."""
@@ -176,15 +210,15 @@ class DryRun:
             )
 
     def _run_wrapped(self, wrapped: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        """Runs once as training does; the second time DDP's buckets are final.
-
-        They are rebuilt after the first backward pass, and a later attempt of the run, which
-        rebuilds them again, would otherwise sum in another order than the one it continues.
-        """
         for parameter in parameters:
             parameter.grad = None
         with self.training.strategy.micro_batch(wrapped, is_last=True):
             total, _, _ = wrapped(self._batch.batch)
+            if not total.requires_grad:
+                raise ConfigError(
+                    "the loss has no gradient: all parameters that it uses are frozen in this "
+                    "epoch by Recipe(frozen=...)."
+                )
             (total / self._batch.size).backward()
 
 

@@ -14,6 +14,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
+from ddp_kit.setup.frozen_words import freeze_for_good
 from ddp_kit.strategies.precision import placed, weight_dtype
 
 
@@ -70,6 +71,7 @@ def _fresh_model(recipe: Recipe, *, seed: int, is_meta: bool) -> nn.Module:
                 f"the model's {name} has no shape yet (a lazy module): "
                 "run one batch through it in the recipe's model()."
             )
+    freeze_for_good(model, recipe.frozen)
     return model
 
 

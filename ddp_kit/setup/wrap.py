@@ -23,11 +23,13 @@ from ddp_kit.model_state.forward_state import ForwardState
 from ddp_kit.settings import Precision, Settings
 from ddp_kit.setup.buffer_words import words_by_name
 from ddp_kit.setup.dry_run import DryRun
+from ddp_kit.setup.frozen_words import Frozen, FrozenNames, freeze_for_good, frozen_names
 from ddp_kit.setup.parts import Part, check_scheduler, trained_by
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.fused_step import fuse
 from ddp_kit.strategies.precision import LossScale
+from ddp_kit.training.freezing import Freezing, GradientFlags
 from ddp_kit.training.optimizer_marks import marks_of
 from ddp_kit.training.state import LossCall, ObjectiveState, Training
 
@@ -46,13 +48,15 @@ def wrap(
     exact: bool = False,
     tuning: bool = True,
     buffers: Mapping[str, str] | None = None,
+    frozen: Frozen = (),
 ) -> Training:
     """Wraps a model, its optimizer and its loss for a loop of one's own, with DDP.
 
-    Every rank calls it; see `wrap_parts`, also for what it raises. `buffers` is that of Recipe;
-    `exact` wants `process_group(threads=...)` on a CPU.
+    Every rank calls it; see `wrap_parts`, also for what it raises. `buffers` and `frozen` are
+    those of Recipe; `exact` wants `process_group(threads=...)` on a CPU.
     """
     require_equal(model, group=group)
+    freeze_for_good(model, frozen)
     if exact and group.device.type == "cpu" and not group.has_stated_threads:
         raise ConfigError(
             "wrap(exact=True): sums depend on a rank's number of CPU threads, which follows from "
@@ -71,6 +75,7 @@ def wrap(
         exact=exact,
         tuning=tuning,
         buffers=buffers,
+        frozen_in=frozen_names(model, frozen, parts=[""], feed=feed, group=group),
     )
     if group.rank == 0:
         for note in training.notes:
@@ -92,40 +97,40 @@ def wrap_parts(
     tuning: bool = True,
     exact: bool = False,
     buffers: Mapping[str, str] | None = None,
+    frozen_in: FrozenNames | None = None,
     may_split: bool = False,
 ) -> Training:
     """Makes a model that lies on its device ready to train. Every rank calls it.
 
     Args: `model` on the group's device, with equal weights on all ranks (`require_equal`), or as
-        `strategy` has split it; `parts` one or more objectives, with optimizers built from that
-        model; `feed` this rank's batches, of which one is used for the dry run; `tuning` gives
-        torch's optimizers their fused kernels; `exact` as `--exact`, with as many CPU threads at
-        any number of ranks; `buffers` as Recipe has it; `may_split` whether ranks will hold parts
-        of the weights where there are several.
-    Raises: ConfigError or DdpKitError on every rank, naming the parameter or layer, before the
-        first step.
+        `strategy` has split it; `parts` objectives, with optimizers built from that model; `feed`
+        this rank's batches, one of which is for the dry run; `tuning` gives torch's optimizers
+        their fused kernels; `exact` as `--exact`, with as many CPU threads at any number of ranks;
+        `buffers` as Recipe has it; `frozen_in` what is frozen in which epoch; `may_split` whether
+        ranks will hold parts of the weights where there are several.
+    Raises: ConfigError or DdpKitError on every rank before the first step, naming what it is.
     """
     if exact:
         require_exact(feed, group)
     packet = ControlPacket(group)
     is_split = strategy.shards is not None
-    forward_state = ForwardState(
-        model,
-        group,
-        feed.plan,
-        control_packet=packet,
-        words=words_by_name(model, buffers or {}),
-        is_whole=not is_split,
-        always=has_checkpointed_activations,
-        exact=exact,
-    )
     training = Training(
         group=group,
         control_packet=packet,
         strategy=strategy,
         model=model,
         objectives=[],
-        forward_state=forward_state,
+        forward_state=ForwardState(
+            model,
+            group,
+            feed.plan,
+            control_packet=packet,
+            words=words_by_name(model, buffers or {}),
+            is_whole=not is_split,
+            always=has_checkpointed_activations,
+            exact=exact,
+        ),
+        flags=GradientFlags(model),
         plan=feed.plan,
         cursor=feed.cursor,
         grad_clip=grad_clip,
@@ -136,7 +141,7 @@ def wrap_parts(
     )
     if tuning:
         training.tuned += _fused(parts)
-    _add_objectives(parts, dry_run, precision=precision, seed=feed.seed)
+    _add_objectives(parts, dry_run, precision=precision, seed=feed.seed, frozen_in=frozen_in)
     return training
 
 
@@ -162,7 +167,12 @@ def _most_micro_batches(plan: BatchPlan, world_size: int) -> int:
 
 
 def _add_objectives(
-    parts: Sequence[Part], dry_run: DryRun, *, precision: Precision, seed: int
+    parts: Sequence[Part],
+    dry_run: DryRun,
+    *,
+    precision: Precision,
+    seed: int,
+    frozen_in: FrozenNames | None,
 ) -> None:
     """Makes the objectives in order, and notes what their passes were seen to change."""
     for i, part in enumerate(parts):
@@ -172,6 +182,9 @@ def _add_objectives(
         )
         dry_run.training.objectives.append(objective)
     training = dry_run.training
+    training.flags.note(training.objectives)
+    if frozen_in is not None:
+        training.freezing = Freezing(training.model, frozen_in, renew=dry_run.renew)
     changed = [attribute.name for attribute in training.forward_state.attributes.attributes]
     if changed:
         training.notes.append(attribute_note(changed))

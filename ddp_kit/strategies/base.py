@@ -35,6 +35,10 @@ class Strategy(Protocol):
         Raises: ConfigError for an optimizer that the strategy cannot split.
         """
 
+    def renew(self, wrapped: nn.Module) -> nn.Module:
+        """Returns what is to be called in place of what `wrap` or this gave before, which is let
+        go: from now on other parameters of the loss call have `requires_grad`."""
+
     def enter(self, function: Function, *args: Any) -> Any:
         """Calls a function that uses the model outside training's wrapper, and returns its result.
 

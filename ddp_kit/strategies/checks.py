@@ -19,9 +19,12 @@ from ddp_kit.strategies.fused_step import is_dense
 from ddp_kit.strategies.whole import arguments_of
 
 
-def require_splittable(model: nn.Module, settings: Settings, *, objectives: int) -> None:
+def require_splittable(
+    model: nn.Module, settings: Settings, *, objectives: int, thaws: bool = False
+) -> None:
     """Checks that the chosen strategy can split a model that is trained by so many objectives.
 
+    Args: `thaws` whether parameters are frozen in some epochs.
     Raises: ConfigError for what `--strategy` cannot split, or if its package or file is missing.
         Another strategy takes anything.
     """
@@ -31,6 +34,12 @@ def require_splittable(model: nn.Module, settings: Settings, *, objectives: int)
         _require_dense(model)
     if chosen not in ("fsdp", "deepspeed"):
         return
+    if thaws:
+        raise ConfigError(
+            f"--strategy {chosen} splits gradients and their sums as the parameters are trained at "
+            "the start, and Recipe(frozen=...) is a function of the epoch. Type --strategy ddp or "
+            "zero1, or freeze for the whole run, by a list."
+        )
     if objectives > 1:
         raise ConfigError(
             f"--strategy {chosen}: it trains one objective, the recipe has {objectives}. "

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.errors import DdpKitError, no_gradient
+from ddp_kit.errors import DdpKitError, flag_changed, no_gradient
 from ddp_kit.settings import Comm
 from ddp_kit.strategies.optimizer_view import WholeOptimizer
 from ddp_kit.strategies.whole import Whole, Wrapped
@@ -33,10 +33,25 @@ class DataParallel(Whole):
         self._find_unused = find_unused_parameters
         self._comm = comm
         self.divisor = group.world_size  # DDP averages
+        # Of each wrapper: what it sums the gradients of, in its order.
+        self._summed: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` in a DDP wrapper that the group releases before it is destroyed."""
         return Wrapped(call=self.ddp(call), optimizer_view=WholeOptimizer(optimizer))
+
+    def renew(self, wrapped: nn.Module) -> nn.Module:
+        """Returns another wrapper: one has buckets for the parameters that were trained when it
+        was made."""
+        return self.ddp(self.let_go(wrapped))
+
+    def let_go(self, wrapped: nn.Module) -> nn.Module:
+        """Frees the buckets of a wrapper. Returns what is in it."""
+        assert isinstance(wrapped, DistributedDataParallel)
+        del self._summed[wrapped]
+        _release(wrapped)
+        call: nn.Module = wrapped.module
+        return call
 
     def ddp(self, call: nn.Module) -> DistributedDataParallel:
         """Returns the wrapper."""
@@ -52,6 +67,7 @@ class DataParallel(Whole):
             **_no_buffer_sync(),
         )
         self._group.closing.callback(_release, wrapped)
+        self._summed[wrapped] = _trained(wrapped)
         if self._comm != "fp32":
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
                 bf16_compress_hook,
@@ -69,10 +85,19 @@ class DataParallel(Whole):
         with nullcontext() if is_last else wrapped.no_sync():
             yield
         if is_last:
-            _require_all(wrapped)
+            _require_all(wrapped, self._summed[wrapped])
 
 
-def _require_all(wrapped: DistributedDataParallel) -> None:
+def _trained(wrapped: DistributedDataParallel) -> list[tuple[str, nn.Parameter]]:
+    """Returns the parameters of a new wrapper by name, in the order of its indices."""
+    found = []
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            found.append((name.removeprefix("module.model."), parameter))
+    return found
+
+
+def _require_all(wrapped: DistributedDataParallel, summed: list[tuple[str, nn.Parameter]]) -> None:
     """Asks DDP whether all parameters got a gradient.
 
     DDP itself would complain in the next forward pass only, with indices in place of names.
@@ -85,12 +110,12 @@ def _require_all(wrapped: DistributedDataParallel) -> None:
         indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
         if indices is None:
             raise
-        names = []
-        for name, parameter in wrapped.named_parameters():
-            if parameter.requires_grad:
-                names.append(name.removeprefix("module.model."))
-        without = [names[int(index)] for index in indices[1].split()]
-        raise DdpKitError(no_gradient(without, is_split=False)) from None
+        without = [summed[int(index)] for index in indices[1].split()]
+        changed = [name for name, parameter in without if not parameter.requires_grad]
+        if changed:
+            raise DdpKitError(flag_changed(changed, now=False)) from None
+        names = [name for name, _ in without]
+        raise DdpKitError(no_gradient(names, is_split=False)) from None
 
 
 def _no_buffer_sync() -> dict[str, Any]:
@@ -105,4 +130,6 @@ def _no_buffer_sync() -> dict[str, Any]:
 def _release(wrapped: DistributedDataParallel) -> None:
     """Drops what holds the process group: a gloo group that outlives its destruction aborts the
     process at exit."""
-    del wrapped.reducer, wrapped.logger, wrapped.process_group
+    # One that was let go before has none of them.
+    for name in ("reducer", "logger", "process_group"):
+        vars(wrapped).pop(name, None)

@@ -79,8 +79,13 @@ class ExactSingle(Whole):
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` itself."""
-        self._leaves[call] = _Leaves(call)
+        self.renew(call)
         return Wrapped(call=call, optimizer_view=WholeOptimizer(optimizer))
+
+    def renew(self, wrapped: nn.Module) -> nn.Module:
+        """Returns it, with leaves of the parameters that are trained now."""
+        self._leaves[wrapped] = _Leaves(wrapped)
+        return wrapped
 
     @contextmanager
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:
@@ -109,6 +114,14 @@ class ExactDataParallel(Whole):
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
         """Returns `call` in a DDP wrapper with the hook."""
+        return Wrapped(call=self._hooked(call), optimizer_view=WholeOptimizer(optimizer))
+
+    def renew(self, wrapped: nn.Module) -> nn.Module:
+        """Returns another wrapper, as DDP's own strategy does."""
+        del self._leaves[wrapped]
+        return self._hooked(self._ddp.let_go(wrapped))
+
+    def _hooked(self, call: nn.Module) -> nn.Module:
         wrapped = self._ddp.ddp(call)
         leaves = _Leaves(call)
         self._leaves[wrapped] = leaves
@@ -122,7 +135,7 @@ class ExactDataParallel(Whole):
             )
 
         wrapped.register_comm_hook(self._all_reduce, hook)
-        return Wrapped(call=wrapped, optimizer_view=WholeOptimizer(optimizer))
+        return wrapped
 
     @contextmanager
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:

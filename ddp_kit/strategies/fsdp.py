@@ -84,6 +84,10 @@ class FullyShardedDataParallel:
         through = CallThroughRoot(self._root, call, self._guard)
         return Wrapped(call=through, optimizer_view=SplitOptimizer(optimizer))
 
+    def renew(self, wrapped: nn.Module) -> nn.Module:
+        """Is never asked for: `require_splittable` refuses it."""
+        raise NotImplementedError
+
     def enter(self, function: Function, *args: Any) -> Any:
         """Calls it through the root, and frees what was gathered.
 

@@ -45,6 +45,10 @@ class Whole(ABC):
     def shard(self, model: nn.Module) -> None:  # noqa: B027  nothing is what these strategies have to do
         """Nothing is split."""
 
+    def renew(self, wrapped: nn.Module) -> nn.Module:
+        """Returns it as it is: it does not know which parameters are trained."""
+        return wrapped
+
     def enter(self, function: Function, *args: Any) -> Any:
         """Calls it: the bare module is at hand."""
         return function(*args)

@@ -47,6 +47,7 @@ class ZeroOne(Whole):
         # Parameters that lie in an optimizer's buckets. One that two objectives train can be in
         # one only.
         self._bucketed: set[int] = set()
+        self._optimizers: list[Any] = []
         self.divisor = ddp.divisor
 
     def wrap(self, call: nn.Module, optimizer: Optimizer) -> Wrapped:
@@ -66,8 +67,16 @@ class ZeroOne(Whole):
         optimizer.state = zero.optim.state
         for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             setattr(zero.optim, name, getattr(optimizer, name))
+        self._optimizers.append(zero)
         self._group.closing.callback(_release, zero)
         return Wrapped(call=self._ddp.ddp(call), optimizer_view=ZeroOneOptimizer(optimizer, zero))
+
+    def renew(self, wrapped: nn.Module) -> nn.Module:
+        """DDP's. Owners go on sending all that they step, frozen or not."""
+        for zero in self._optimizers:
+            # Else it would lay parameters into other memory, and warn of it.
+            zero._is_trainable_mask = zero._get_is_trainable_mask()
+        return self._ddp.renew(wrapped)
 
     def micro_batch(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """DDP's."""

@@ -26,6 +26,7 @@ from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.optimizer_view import OptimizerView
 from ddp_kit.strategies.precision import LossScale, autocast
 from ddp_kit.training.ema import WeightAverage
+from ddp_kit.training.freezing import Freezing, GradientFlags
 from ddp_kit.training.loss_count import Count
 from ddp_kit.training.optimizer_marks import Marks
 
@@ -170,9 +171,12 @@ class Training:
     model: nn.Module
     objectives: list[ObjectiveState]
     forward_state: ForwardState
+    flags: GradientFlags
     plan: BatchPlan
     # Where in the data a step is.
     cursor: Cursor = field(default_factory=Cursor)
+    # What it freezes is thawed in other epochs.
+    freezing: Freezing | None = None
     grad_clip: float = 0.0
     average: WeightAverage | None = None
     step: int = 0

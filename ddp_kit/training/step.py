@@ -44,6 +44,9 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
     """
     sums = StepSums(first=batch.micro_batches[0].request.micro_batch, size=len(batch.micro_batches))
     look_back(training)
+    training.flags.require()
+    if training.freezing is not None:
+        training.freezing.enter(batch.epoch, objectives=training.objectives, flags=training.flags)
     training.forward_state.begin_step()
     is_whole = True
     for objective in training.objectives:
@@ -120,6 +123,7 @@ def _objective_step(
             _backward(total, grad_scale / count.divisor(), objective)
         sums.parts.append((objective.name, {"loss": (total.detach(), own_count), **metrics}))
 
+    training.flags.require(objective.name)
     # Read in the order of the launches, so that none is waited for while a failed one is unread.
     factor = count.factor() * unscale
     state.finish()
@@ -206,10 +210,18 @@ def _apply(
         found.zero_()
         raise_unless_overflow(training, objective, batch, sums)
         return False
-    objective.optimizer_view.step()
+    _step_optimizer(training, objective)
     # As torch's schedulers note a step.
     objective.optimizer._opt_called = True  # type: ignore[attr-defined]
     return True
+
+
+def _step_optimizer(training: Training, objective: ObjectiveState) -> None:
+    if training.freezing is None:
+        objective.optimizer_view.step()
+        return
+    with training.freezing.watched(objective):
+        objective.optimizer_view.step()
 
 
 def _clip(
@@ -231,7 +243,7 @@ def _step_deferred(
     found = objective.found_inf
     # Fused optimizers read it, as GradScaler has it.
     objective.optimizer.found_inf = found  # type: ignore[attr-defined]
-    objective.optimizer_view.step()
+    _step_optimizer(training, objective)
     seen = torch.empty_like(found, device="cpu", pin_memory=found.is_cuda)
     seen.copy_(found, non_blocking=True)
     training.suspect = (batch, sums, seen)

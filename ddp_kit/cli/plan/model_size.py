@@ -19,6 +19,7 @@ from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
+from ddp_kit.setup.frozen_words import freeze_for_good
 from ddp_kit.setup.parts import part_of
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.checks import require_elementwise, require_splittable
@@ -90,7 +91,8 @@ def measure(
         stepped without memory.
     """
     model = build(recipe, settings)
-    require_splittable(model, settings, objectives=len(recipe.parts()))
+    thaws = callable(recipe.frozen)
+    require_splittable(model, settings, objectives=len(recipe.parts()), thaws=thaws)
     weight_type = weight_dtype(settings.precision)
     gathered_type = gathered_dtype(model, settings.precision) or weight_type
     # Before FSDP puts its parts in the place of the parameters.
@@ -134,6 +136,7 @@ def build(recipe: Recipe, settings: Settings) -> nn.Module:
         if "meta" not in str(error):
             raise
         model = recipe.model()
+    freeze_for_good(model, recipe.frozen)
     tied = tied_names(model)
     model = placed(model, device="meta", dtype=weight_dtype(settings.precision))
     tie(model, tied)

@@ -134,6 +134,10 @@ class DeepSpeedZero:
         config.require_known(self._file)
         return engine
 
+    def renew(self, wrapped: nn.Module) -> nn.Module:
+        """Is never asked for: `require_splittable` refuses it."""
+        raise NotImplementedError
+
     def enter(self, function: Function, *args: Any) -> Any:
         """Calls it; at stage 3 through the root, whose modules gather what they use."""
         if self._stage != 3:
