@@ -1,4 +1,4 @@
-"""A loss's count that `Data.count` tells before the forward pass, and that the loss must count too."""
+"""A count that `Data.count` tells before the forward pass, and that the loss must find too."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, final

@@ -1,8 +1,8 @@
 """What a step's loss is divided by: the count over the whole global batch, and when it is known.
 
 There are three cases behind one protocol: fixed, known before the forward pass (`known_count`), and
-found in the losses. Only a count that the losses alone know is summed while training, beside the last backward
-pass; the others make nothing wait.
+found in the losses. Only a count that the losses alone know is summed while training, beside the
+last backward pass; the others make nothing wait.
 
 What is summed over ranks has one slot for each micro-batch of the global batch, zero in those of
 others: the order of the sum does not depend on the number of ranks.
