@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 from ddp_kit import LossSum, build_loader, process_group, train_step, wrap
 from ddp_kit.data.own_loader import batches_of
 from ddp_kit.distributed.process_group import Group
+from ddp_kit.model_state.untouched import untouched
 from ddp_kit.settings import EarlyStop
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import StopFlag
@@ -301,7 +302,15 @@ def state_contenders(group: Group) -> list[Contender]:
 
 
 def show_agreement(group: Group) -> None:
-    """Prints what one comparison of the ranks' weights takes."""
+    """Prints what agreeing and the census cost: one comparison of the ranks' weights, with the look
+    for late changes, at each save and evaluation; one snapshot of the model, compared and put back,
+    around each of the three passes before the first step.
+    """
+    if group.rank == 0:
+        print("agreement and census, medians of 20; a step is train_step alone")
+        print(
+            f"{'weights':>9} {'step':>9} {'agree':>9} {'1 % from':>10} {'census':>9} {'start':>9}"
+        )
     for width in (128, 1024, 3072):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(784, width), nn.Linear(width, width), nn.Linear(width, 10))
@@ -318,13 +327,20 @@ def show_agreement(group: Group) -> None:
             require_agreement(training)
             steps.append(middle - begin)
             compared.append(time.perf_counter() - middle)
+        census = []
+        for _ in range(22):
+            begin = time.perf_counter()
+            with untouched(net) as before:
+                before.changes()
+            census.append(time.perf_counter() - begin)
         if group.rank == 0:
             size = sum(parameter.numel() for parameter in net.parameters())
             step = statistics.median(steps[2:])
             once = statistics.median(compared[2:])
+            seen = statistics.median(census[2:])
             print(
-                f"comparing {size / 1e6:.1f} M weights: {once * 1e3:.2f} ms, a step "
-                f"{step * 1e3:.2f} ms: 1 % of training at one save in {100 * once / step:.0f} steps"
+                f"{size / 1e6:7.1f} M {step * 1e3:6.2f} ms {once * 1e3:6.2f} ms "
+                f"{100 * once / step:4.0f} steps {seen * 1e3:6.2f} ms {3 * seen / step:3.1f} steps"
             )
 
 

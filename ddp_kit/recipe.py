@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from ddp_kit.data.seeding import made_under_seed
 from ddp_kit.errors import ConfigError, nearest
+from ddp_kit.io.hidden_packages import hint_of_hidden
 from ddp_kit.metrics import LossSum, Number
 from ddp_kit.settings import Settings
 from ddp_kit.trackers.base import Tracker
@@ -236,7 +237,7 @@ def _from_file(path: Path) -> ModuleType:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     loader = spec.loader
-    _import(lambda: loader.exec_module(module), str(path))
+    _import(lambda: loader.exec_module(module), str(path), folder=folder)
     return module
 
 
@@ -282,9 +283,10 @@ def _is_found(name: str) -> bool:
         return False
 
 
-def _import(load: Callable[[], Loaded], where: str) -> Loaded:
+def _import(load: Callable[[], Loaded], where: str, *, folder: str = "") -> Loaded:
     """Returns what `load` does.
 
+    Args: `folder` of the recipe, which stands first among those that Python imports from.
     Raises: ConfigError for whatever the user's own code raises, with its traceback.
     """
     try:
@@ -293,4 +295,5 @@ def _import(load: Callable[[], Loaded], where: str) -> Loaded:
         raise ConfigError(f"recipe {where} is not Python: {error}") from error
     except Exception as error:
         frames = "".join(traceback.format_exception(error)).rstrip()
-        raise ConfigError(f"recipe {where} raises when it is imported:\n{frames}") from error
+        said = f"recipe {where} raises when it is imported:\n{frames}{hint_of_hidden(folder)}"
+        raise ConfigError(said) from error

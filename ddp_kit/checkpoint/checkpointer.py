@@ -60,11 +60,12 @@ class Checkpointer:
         early_stopping: EarlyStopping | None = None,
         progress: StreamProgress | None = None,
         on_end: Callable[[Saved], None] | None = None,
-        owns_folder: bool = True,
+        takes_folder: Callable[[], None] | None = None,
     ):
         """Args: `minutes` of wall time after which rank 0 asks for a save; `progress` of data
-        with a state of its own; `on_end` hears of each save that has ended; `owns_folder` whether
-        no other run saves there: else what is there is left alone until the first save.
+        with a state of its own; `on_end` hears of each save that has ended; `takes_folder` is
+        called on every rank before the first save where another run may save there too: until
+        then what is there is left alone.
         """
         self.storage = storage
         self.saved_step = -1  # of the newest checkpoint begun or resumed from
@@ -80,7 +81,8 @@ class Checkpointer:
         self._best = math.nan
         group = training.group
         self._token = from_rank(group, uuid.uuid4().hex[:12].encode()).decode()
-        self._owns_folder = owns_folder
+        self._takes_folder = takes_folder
+        self._owns_folder = takes_folder is None
         self._has_looked = False  # for a checkpoint to go on from
         own_group = None
         if group.control_pg is not None:
@@ -151,8 +153,10 @@ class Checkpointer:
 
     def _take_folder(self) -> None:
         """Clears away what a killed attempt left, and what is of no past of this one's."""
-        if self._owns_folder:
+        if self._takes_folder is None:
             return
+        self._takes_folder()
+        self._takes_folder = None
         self._owns_folder = True
         if self._training.group.rank == 0:
             clear(self.storage, token=self._token)

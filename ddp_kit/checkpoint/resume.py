@@ -68,6 +68,14 @@ def described(feed: Feed) -> str:
     return words if feed.length == size else f"{words}, {feed.length} an epoch"
 
 
+def told_data(feed: Feed, *, world_size: int) -> dict[str, str]:
+    """Returns what a loop of one's own must share of its data with a checkpoint, in words."""
+    told = {DATA: described(feed)}
+    if feed.data.sharded:
+        told[f"ranks of the {DATA}"] = str(world_size)
+    return told
+
+
 def _sealed(name: str, text: str) -> str:
     return SEALED + hashlib.pbkdf2_hmac("sha256", text.encode(), name.encode(), ROUNDS).hex()
 

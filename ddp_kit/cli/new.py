@@ -42,19 +42,26 @@ def main(argv: Sequence[str]) -> int:
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file of a shipped recipe, `cifar` or `cifar.py`.
+    """Returns the file of a shipped recipe, `cifar` or `cifar.py`, or of a ported program, `dino`
+    or `ported/dino`.
 
     Raises: ConfigError with the list and the nearest name if there is none.
     """
     recipes: dict[str, Path] = {}
+    ported: dict[str, Path] = {}
     for folder in reversed(SHIPPED):
         recipes |= {path.stem: path for path in sorted(folder.glob("[a-z]*.py"))}
-    wanted = name.removesuffix(".py")
-    if wanted in recipes:
+        ported |= {path.stem: path for path in sorted(folder.glob("ported/[a-z]*.py"))}
+    wanted = name.removesuffix(".py").removeprefix("ported/")
+    if wanted in recipes and not name.startswith("ported/"):
         return recipes[wanted]
-    near = nearest(wanted, recipes)
+    if wanted in ported:
+        return ported[wanted]
+    near = nearest(wanted, [*recipes, *ported])
     hint = f" Did you mean --from {near}?" if near else ""
     shipped = ", ".join(sorted(recipes)) or "none"
+    if ported:
+        shipped += f"; other people's programs: {', '.join(sorted(ported))}"
     raise ConfigError(f"--from {name}: no such recipe. Shipped are: {shipped}.{hint}")
 
 

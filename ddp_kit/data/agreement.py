@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddp_kit.data.transfer import parts_of
 from ddp_kit.distributed.collectives import gather_bytes
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DataError
@@ -17,6 +18,8 @@ from ddp_kit.errors import DataError
 SPOTS = 64
 # Decoding and resizing may round otherwise on another kind of CPU.
 TOLERANCE = 1e-3
+# Of containers in containers: what moves itself may hold itself.
+DEEPEST = 16
 EVERYWHERE = (
     "Every rank must have all of the data, of which ddp_kit takes its share: leave out what shares "
     "them out by rank, and draws that are not seeded."
@@ -129,23 +132,24 @@ def _refusal(what: str, *, rank: int, is_iterable: bool) -> str:
     )
 
 
-def _print_of(batch: Any) -> list[Any]:
+def _print_of(batch: Any, *, depth: int = 0) -> list[Any]:
     """Returns what tells a batch's content from another's.
 
     For each tensor that is its shape and a checksum, or its shape and the values at some spots.
     """
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biufc":
+        batch = torch.from_numpy(np.ascontiguousarray(batch))
     if isinstance(batch, torch.Tensor):
         return [_print_of_tensor(batch.detach().cpu())]
-    if isinstance(batch, Mapping):
-        return _print_of(list(batch.values()))
-    if isinstance(batch, (tuple, list)):
-        found = []
-        for value in batch:
-            found += _print_of(value)
-        return found
     if isinstance(batch, (str, bytes, int)):
         return [[[], zlib.crc32(repr(batch).encode())]]
-    return []
+    if isinstance(batch, float):
+        return [[[], torch.nan_to_num(torch.tensor([batch])).tolist()]]
+    found = []
+    if depth < DEEPEST:
+        for value in parts_of(batch):
+            found += _print_of(value, depth=depth + 1)
+    return found
 
 
 def _print_of_tensor(values: torch.Tensor) -> list[Any]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ddp_kit.data.reader import MicroBatch
-from ddp_kit.data.transfer import Placement, has_cuda_tensors, map_tensors
+from ddp_kit.data.transfer import Placement, map_tensors, stays_in_stream
 
 
 def on_device(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterator[MicroBatch]:
@@ -22,12 +22,16 @@ def on_device(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iter
 def _one_ahead(micro_batches: Iterable[MicroBatch], placement: Placement) -> Iterator[MicroBatch]:
     """Copies through pinned memory and a CUDA stream of its own.
 
-    What a data set has put on the device itself stays in the stream that made it.
+    What a data set has put on the device itself stays in the stream that made it, and what moves
+    itself moves in the stream that uses it.
     """
     stream = torch.cuda.Stream(placement.device)
     ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
     for micro_batch in micro_batches:
-        if has_cuda_tensors(micro_batch.batch):
+        if stays_in_stream(micro_batch.batch):
+            if ahead is not None:
+                yield _arrived(*ahead)
+                ahead = None
             yield MicroBatch(micro_batch.request, placement(micro_batch.batch))
             continue
         with torch.cuda.stream(stream):

@@ -2,13 +2,15 @@
 
 Plain data are numbers, texts, None, and lists, tuples, sets, deques and dicts of them. A container
 is put back in place, so that whoever else holds it sees it too. Tensors outside of a model's
-registers have their values noted, generators their states; of any other object only which it is.
+registers and arrays have their values noted, generators their states, objects that hold nothing but
+these their attributes; of any other object only which it is.
 """
 
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,16 +35,27 @@ class Image:
     # Of a container; None: it is none, or too large.
     parts: "list[Image] | None" = None
     keys: list[Any] = field(default_factory=list)
-    # A tensor's values or a generator's state.
+    # A tensor's or an array's values or a generator's state.
     content: Any = None
+    # Whether the parts are an object's attributes.
+    is_record: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether it is numbers, texts and containers of them alone."""
+        if self.is_record:
+            return False
         if self.parts is not None:
             keys_are_plain = all(isinstance(key, SCALARS) for key in self.keys)
             return keys_are_plain and all(part.is_plain for part in self.parts)
         return isinstance(self.origin, SCALARS)
+
+    @property
+    def is_data(self) -> bool:
+        """Whether it is numbers, texts, tensors and arrays, and containers and objects of them."""
+        if self.parts is not None:
+            return all(part.is_data for part in self.parts)
+        return self.content is not None or isinstance(self.origin, SCALARS)
 
     @property
     def is_large(self) -> bool:
@@ -62,11 +75,15 @@ class Image:
         """Whether a value is what it was."""
         if self.parts is None:
             return self._shows_leaf(value)
-        if type(value) is not type(self.origin) or len(value) != len(self.parts):
+        if self.is_record:
+            if value is not self.origin:
+                return False
+            value = vars(value)
+        elif type(value) is not type(self.origin) or len(value) != len(self.parts):
             return False
         if isinstance(self.origin, (set, frozenset)):
             return bool(value == {part.origin for part in self.parts})
-        if isinstance(self.origin, Mapping):
+        if isinstance(value, Mapping):
             if list(value) != self.keys:
                 return False
             value = list(value.values())
@@ -81,6 +98,10 @@ class Image:
             return bool(value == origin) or repr(value) == repr(origin)
         if isinstance(origin, torch.Tensor) and self.content is not None:
             return same_bits(origin.detach(), self.content)
+        if isinstance(origin, np.ndarray) and self.content is not None:
+            kept: np.ndarray[Any, Any] = self.content
+            is_alike = origin.shape == kept.shape and origin.dtype == kept.dtype
+            return is_alike and origin.tobytes() == kept.tobytes()
         read = _state_reader(origin)
         return read is None or bool(_same_state(read(), self.content))
 
@@ -92,7 +113,10 @@ class Image:
         items = [part.put_back() for part in self.parts]
         if self.shows(self.origin):
             return self.origin
-        if isinstance(self.origin, Mapping):
+        if self.is_record:
+            vars(self.origin).clear()
+            vars(self.origin).update(zip(self.keys, items, strict=True))
+        elif isinstance(self.origin, Mapping):
             self.origin.clear()  # type: ignore[attr-defined]
             self.origin.update(zip(self.keys, items, strict=True))  # type: ignore[attr-defined]
         elif isinstance(self.origin, (list, deque)):
@@ -108,6 +132,9 @@ class Image:
         if isinstance(origin, torch.Tensor) and self.content is not None:
             if not same_bits(origin.detach(), self.content):
                 origin.detach().copy_(self.content)
+            return
+        if isinstance(origin, np.ndarray) and self.content is not None:
+            np.copyto(origin, self.content)
             return
         read = _state_reader(origin)
         if read is not None and not _same_state(read(), self.content):
@@ -132,6 +159,10 @@ def _image(value: Any, budget: _Budget, *, depth: int) -> Image:
     read = _state_reader(value)
     if read is not None:
         return Image(value, content=read())
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.flags.writeable:
+        return Image(value, content=value.copy())
+    if _is_record(value):
+        return _image_of_record(value, budget, depth=depth)
     is_container = isinstance(value, CONTAINERS) and not hasattr(value, "_fields")
     if not is_container or depth >= DEEPEST or len(value) > budget.parts:
         return Image(value)
@@ -140,6 +171,26 @@ def _image(value: Any, budget: _Budget, *, depth: int) -> Image:
     items = value.values() if isinstance(value, dict) else value
     parts = [_image(item, budget, depth=depth + 1) for item in items]
     return Image(value, parts=parts, keys=keys)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value may be an object of a user's own with attributes, such as a meter."""
+    kinds = (type, ModuleType, FunctionType, MethodType, nn.Module, *CONTAINERS, *SCALARS)
+    return not isinstance(value, kinds) and isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _image_of_record(value: Any, budget: _Budget, *, depth: int) -> Image:
+    """Returns the image of an object: of its attributes if all of them are data. One that holds
+    something else, a lock or a file, lives a life of its own.
+    """
+    attributes = vars(value)
+    if depth >= DEEPEST or len(attributes) > budget.parts or not attributes:
+        return Image(value)
+    budget.parts -= len(attributes)
+    parts = [_image(item, budget, depth=depth + 1) for item in attributes.values()]
+    if not all(part.is_data for part in parts):
+        return Image(value)
+    return Image(value, parts=parts, keys=list(attributes), is_record=True)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -33,7 +33,7 @@ from ddp_kit.setup.train_data import made_train_data, train_feed
 from ddp_kit.setup.wrap import wrap_parts
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
-from ddp_kit.strategies.checks import require_splittable
+from ddp_kit.strategies.checks import require_splittable, require_steppable
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.evaluation_sets import evaluation_sets, made_sets
 from ddp_kit.training.loop import Cadence
@@ -277,6 +277,7 @@ def _parts(model: nn.Module, recipe: Recipe, settings: Settings, feed: Feed) -> 
             seed=settings.seed,
             what=f"optimizer {objective.trains}",
         )
+        require_steppable(optimizer, settings)
         scheduler = None
         if objective.scheduler:
             scheduler = made_under_seed(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddp_kit.data.transfer import map_tensors
 from ddp_kit.errors import ConfigError, some
 from ddp_kit.model_state.images import same_bits
 from ddp_kit.model_state.places import BUFFERS, PARAMETERS, Attribute
@@ -184,21 +185,19 @@ class Census:
             return math.inf
 
 
-def all_like_the_first(value: Any, size: int) -> Any:
+def all_like_the_first(batch: Any, size: int) -> Any:
     """Returns a batch of so many samples of which each is the first one: another batch of the same
     shapes.
     """
-    if isinstance(value, torch.Tensor):
+
+    def repeated(value: torch.Tensor) -> torch.Tensor:
         if value.is_nested or value.layout is not torch.strided:
             return value
         if value.dim() and len(value) == size:
             return value[:1].expand(value.shape).clone()
         return value
-    if isinstance(value, dict):
-        return {key: all_like_the_first(item, size) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(all_like_the_first(item, size) for item in value)
-    return value
+
+    return map_tensors(batch, repeated)
 
 
 def _own_weights(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -26,7 +26,8 @@ from ddp_kit.setup.census import Census, all_like_the_first
 from ddp_kit.strategies import Wrapped
 from ddp_kit.training.answers import require_pairs
 from ddp_kit.training.growth import means_among, note_of_loss, note_of_metrics
-from ddp_kit.training.loss_count import Count, FixedCount, FoundCount, KnownCount
+from ddp_kit.training.known_count import TOLERANCE, KnownCount
+from ddp_kit.training.loss_count import Count, FixedCount, FoundCount
 from ddp_kit.training.nonfinite import samples_named
 from ddp_kit.training.state import LossCall, Training
 
@@ -203,7 +204,7 @@ class DryRun:
     def _check_count_beforehand(self, count: int | torch.Tensor) -> None:
         count_of = self._feed.data.count
         beforehand = count if count_of is None else count_of(self._batch.batch)
-        if not math.isclose(float(beforehand), float(count), rel_tol=1e-5):
+        if not math.isclose(float(beforehand), float(count), rel_tol=TOLERANCE):
             raise ConfigError(
                 f"Data(count=...) gives {float(beforehand):g} where the loss counts "
                 f"{float(count):g}; they must agree."

@@ -11,11 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from ddp_kit.checkpoint.init_from import load_weights
 from ddp_kit.data.seeding import Purpose, generators_put_back, key, seed_generators
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.errors import ConfigError, nearest
+from ddp_kit.errors import ConfigError, nearest, some
+from ddp_kit.io.logs import logger
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings
 from ddp_kit.setup.frozen_words import freeze_for_good
 from ddp_kit.strategies.precision import placed, weight_dtype
+from ddp_kit.training.ema import is_weight
 
 
 def build_model(
@@ -44,6 +46,8 @@ def build_model(
         device = "meta"
     elif is_split:
         device = "cpu"
+    if group.rank == 0:
+        _note_other_dtypes(model, settings)
     model = placed(model, device=device, dtype=weight_dtype(settings.precision))
     if settings.activation_checkpointing:
         checkpoint_activations(model, settings.activation_checkpointing)
@@ -72,7 +76,55 @@ def _fresh_model(recipe: Recipe, *, seed: int, is_meta: bool) -> nn.Module:
                 "run one batch through it in the recipe's model()."
             )
     freeze_for_good(model, recipe.frozen)
+    _refuse_shared_memory(model)
     return model
+
+
+def _refuse_shared_memory(model: nn.Module) -> None:
+    """Raises: ConfigError for tensors of one memory that are not one tensor: they would part where
+    the model goes to another device or precision, or is split.
+    """
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        if _has_memory(parameter):
+            _refuse_second(name, first=seen.setdefault(parameter.data_ptr(), name))
+    for name, buffer in model.named_buffers():
+        if _has_memory(buffer):
+            _refuse_second(name, first=seen.get(buffer.data_ptr(), name))
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether it is a plain tensor in memory, and no other kind that only stands for some."""
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return is_plain and not tensor.is_meta and tensor.numel() > 0
+
+
+def _refuse_second(name: str, *, first: str) -> None:
+    if name != first:
+        raise ConfigError(
+            f"the model's {first} and {name} share memory without being one parameter (`.data =`): "
+            "they would part where the model moves to another device or precision. Tie them by "
+            f"assigning the parameter itself, or copy: {name} = {first}.detach().clone()."
+        )
+
+
+def _note_other_dtypes(model: nn.Module, settings: Settings) -> None:
+    """Tells of weights that the model brings in another dtype than they are trained in."""
+    own = weight_dtype(settings.precision)
+    found: dict[torch.dtype, list[str]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        is_other = tensor.dtype not in (own, own.to_complex(), torch.float32, torch.complex64)
+        if is_weight(tensor) and is_other:
+            found.setdefault(tensor.dtype, []).append(name)
+    for dtype, names in found.items():
+        kind = str(dtype).removeprefix("torch.")
+        kept = str(own).removeprefix("torch.")
+        mend = ""
+        if dtype == torch.bfloat16:
+            mend = "; --precision bf16 computes in bfloat16, over weights in float32"
+        elif dtype in (torch.float64, torch.complex128):
+            mend = "; --precision fp64 keeps all of it in float64"
+        logger.info("note: %s has %s: it is cast to %s%s", some(names), kind, kept, mend)
 
 
 def load_first_weights(

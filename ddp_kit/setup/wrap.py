@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ddp_kit.checkpoint.resume import told_data
 from ddp_kit.checkpoint.weights import require_equal
 from ddp_kit.data.batch_plan import BatchPlan, require_subtrees
 from ddp_kit.data.loader import Feed
@@ -77,6 +78,7 @@ def wrap(
         buffers=buffers,
         frozen_in=frozen_names(model, frozen, parts=[""], feed=feed, group=group),
     )
+    training.data = told_data(feed, world_size=group.world_size)
     if group.rank == 0:
         for note in training.notes:
             logger.warning("note: %s", note)
@@ -231,5 +233,5 @@ def _objective(
         is_mixed=len(dtypes) > 1 or parameters[0].is_complex(),
         # The host need not wait for each step's verdict.
         is_deferred=view.heeds_found_inf and on_cuda and is_only and precision != "fp16",
-        may_draw=not type(part.optimizer).__module__.startswith("torch.optim."),
+        may_draw=not type(part.optimizer).__module__.startswith("torch.optim"),
     )

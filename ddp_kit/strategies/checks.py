@@ -16,6 +16,7 @@ from ddp_kit.settings import Settings
 from ddp_kit.strategies.deepspeed.config import config_of
 from ddp_kit.strategies.fsdp_modules import modules_to_wrap
 from ddp_kit.strategies.fused_step import is_dense
+from ddp_kit.strategies.outside_use import DerivedReadGuard, reads_numbers
 from ddp_kit.strategies.whole import arguments_of
 
 
@@ -107,6 +108,34 @@ def _require_real(model: nn.Module, settings: Settings) -> None:
         )
 
 
+def require_steppable(optimizer: Optimizer, settings: Settings) -> None:
+    """Checks that an optimizer can step what the chosen strategy makes of the weights: here, on
+    one rank too, and not only where they are split.
+
+    Raises: ConfigError if it cannot.
+    """
+    if settings.strategy == "zero1":
+        require_separate(optimizer)
+    elif settings.strategy == "deepspeed":
+        require_elementwise(optimizer, stage=settings.deepspeed.stage)
+    elif settings.strategy == "fsdp" and type(optimizer).__module__.startswith("torch.optim"):
+        # Another one may know of split tensors, and is watched in its first step.
+        _require_no_reads(optimizer)
+
+
+def _require_no_reads(optimizer: Optimizer) -> None:
+    """Raises: ConfigError if an optimizer reads numbers off weights or gradients."""
+    message = reads_numbers(optimizer)
+    try:
+        with DerivedReadGuard(message) as guard:
+            _stepped(optimizer, _small_and_large(), guard=guard)
+    except ConfigError:
+        raise
+    except Exception:
+        # What it needs to be built and stepped is for its first step to say.
+        return
+
+
 def require_elementwise(optimizer: Optimizer, *, stage: int) -> None:
     """Tries out whether an optimizer steps many parameters laid into one as it steps each.
 
@@ -174,7 +203,9 @@ def _stepped_alone(optimizer: Optimizer) -> torch.Tensor:
     return torch.cat([_stepped(optimizer, [tensor]) for tensor in _small_and_large()])
 
 
-def _stepped(optimizer: Optimizer, tensors: list[torch.Tensor]) -> torch.Tensor:
+def _stepped(
+    optimizer: Optimizer, tensors: list[torch.Tensor], *, guard: DerivedReadGuard | None = None
+) -> torch.Tensor:
     """Returns what two steps of such an optimizer make of the tensors, flat."""
     parameters = [nn.Parameter(tensor.clone()) for tensor in tensors]
     made: Any = type(optimizer)(parameters, **arguments_of(optimizer))
@@ -182,5 +213,7 @@ def _stepped(optimizer: Optimizer, tensors: list[torch.Tensor]) -> torch.Tensor:
         for parameter in parameters:
             # A gradient of no fixed ratio to the parameter.
             parameter.grad = parameter.detach().cos()
+            if guard is not None:
+                guard.watch(parameter, parameter.grad)
         made.step()
     return torch.cat([parameter.detach().flatten() for parameter in parameters])

@@ -17,7 +17,7 @@ from ddp_kit.strategies.optimizer_view import (
     kept_states,
     replace_states,
 )
-from ddp_kit.strategies.outside_use import PartialReadGuard
+from ddp_kit.strategies.outside_use import PartialReadGuard, reads_numbers
 
 # Words by which torch's errors about split tensors are known.
 SPLIT_TENSOR_WORDS = {"DTensor", "DeviceMesh", "placement"}
@@ -46,10 +46,7 @@ class SplitOptimizer:
             self._step()
             return
         self._has_stepped = True
-        with PartialReadGuard(
-            f"--strategy fsdp: {self._kind} reads numbers off weights or gradients that are split. "
-            "Type --strategy zero1."
-        ):
+        with PartialReadGuard(reads_numbers(self._optimizer)):
             self._step()
 
     def _step(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,6 +52,44 @@ class PartialReadGuard(TorchFunctionMode):
         if getattr(func, "__name__", "") in NUMBER_READS and _is_part(args[0]):
             raise ConfigError(self._message)
         return func(*args, **(kwargs or {}))
+
+
+def reads_numbers(optimizer: Optimizer) -> str:
+    """Returns what to say of an optimizer that does so with fsdp."""
+    return (
+        f"--strategy fsdp: {type(optimizer).__name__} reads numbers off weights or gradients that "
+        "are split. Type --strategy zero1."
+    )
+
+
+@final
+class DerivedReadGuard(TorchFunctionMode):
+    """Watches a trial on whole tensors for numbers that are read off them or what is made of them,
+    as `PartialReadGuard` does where they are split.
+    """
+
+    def __init__(self, message: str):
+        super().__init__()
+        self._message = message
+        # Kept alive, so that no other tensor gets the identity of one of them.
+        self._watched: dict[int, torch.Tensor] = {}
+
+    def watch(self, *tensors: torch.Tensor) -> None:
+        """Takes tensors that would be split."""
+        self._watched |= {id(tensor): tensor for tensor in tensors}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function.
+
+        Raises: ConfigError with the message if it would read such a number.
+        """
+        result = func(*args, **(kwargs or {}))
+        if not any(id(leaf) in self._watched for leaf in tree_leaves((args, kwargs))):
+            return result
+        if getattr(func, "__name__", "") in NUMBER_READS:
+            raise ConfigError(self._message)
+        self.watch(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)))
+        return result
 
 
 def _is_part(tensor: Any) -> bool:

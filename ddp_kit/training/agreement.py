@@ -29,6 +29,8 @@ def require_agreement(training: Training) -> None:
     if training.agreed_step == training.step:
         return
     training.forward_state.look()
+    for objective in training.objectives:
+        objective.count.look()
     training.agreed_step = training.step
     if training.group.control_pg is None:
         return

@@ -16,16 +16,17 @@ from ddp_kit.distributed.local_shard import local
 class WeightAverage:
     """Keeps `average = decay x average + (1 - decay) x weights` after every optimizer step.
 
-    Each rank averages what it holds of `like`: parameters and floating-point or complex buffers, on
-    the model's device.
+    Each rank averages what it holds of `like`: floating-point and complex parameters and buffers,
+    on the model's device. Whole numbers have no average, and stay.
     """
 
     def __init__(self, model: nn.Module, *, decay: float, reshaped: Collection[str] = ()):
         """Args: `reshaped` names of buffers whose shape changes, which cannot be averaged."""
         self._decay = decay
-        named: dict[str, torch.Tensor] = dict(model.named_parameters())
-        buffers = {name: buffer for name, buffer in model.named_buffers() if is_weight(buffer)}
-        named |= {name: buffer for name, buffer in buffers.items() if name not in reshaped}
+        everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        named = {name: tensor for name, tensor in everything.items() if is_weight(tensor)}
+        for name in reshaped:
+            named.pop(name, None)
         self.names = list(named)
         self.like = list(named.values())
         self._live = [local(tensor) for tensor in self.like]
@@ -61,6 +62,6 @@ class WeightAverage:
             average.copy_(kept)
 
 
-def is_weight(buffer: torch.Tensor) -> bool:
+def is_weight(tensor: torch.Tensor) -> bool:
     """Whether a buffer belongs to the weights: averaged and hashed with them."""
-    return buffer.is_floating_point() or buffer.is_complex()
+    return tensor.is_floating_point() or tensor.is_complex()

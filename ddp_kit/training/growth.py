@@ -9,10 +9,12 @@ import math
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
 
+from ddp_kit.data.transfer import is_record
 from ddp_kit.metrics import Number, Sums
 
 MOST_SAMPLES = 8  # that are tried, and then twice as many
@@ -170,6 +172,12 @@ def _taken(batch: Any, indices: torch.Tensor, *, size: int) -> Any:
         changed = copy.copy(batch)
         for name, value in batch.items():
             changed[name] = _taken(value, indices, size=size)
+        return changed
+    if is_record(batch):
+        changed = copy.copy(batch)
+        for field in fields(batch):
+            taken = _taken(getattr(batch, field.name), indices, size=size)
+            object.__setattr__(changed, field.name, taken)
         return changed
     if batch is None or isinstance(batch, str | int | float):
         return batch

@@ -1,15 +1,15 @@
 """What a step's loss is divided by: the count over the whole global batch, and when it is known.
 
-There are three cases behind one protocol: fixed, known before the forward pass, and found in the
-losses. Only a count that the losses alone know is summed while training, beside the last backward
-pass; the others make nothing wait.
+There are three cases behind one protocol: fixed, known before the forward pass (`known_count`), and
+found in the losses. Only a count that the losses alone know is summed while training, beside the
+last backward pass; the others make nothing wait.
 
 What is summed over ranks has one slot for each micro-batch of the global batch, zero in those of
 others: the order of the sum does not depend on the number of ranks.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, final
+from collections.abc import Sequence
+from typing import Protocol, final
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,9 @@ class Count(Protocol):
 
     def factor(self) -> float | torch.Tensor:
         """Returns what gradients must still be multiplied by."""
+
+    def look(self) -> None:
+        """At a save or evaluation: looks whether what was counted beforehand was right."""
 
 
 @final
@@ -78,52 +81,8 @@ class FixedCount:
         """Nothing is left to do."""
         return 1.0
 
-
-@final
-class KnownCount:
-    """`Data.count` tells the count of a batch before its forward pass; the sum over ranks runs
-    beside that pass."""
-
-    def __init__(self, count: Callable[[Any], float], *, group: Group, slots: int):
-        self._count = count
-        self._group = group
-        self._slots = torch.zeros(slots, dtype=torch.float64)
-        self._work: dist.Work | None = None
-        self._step = 0
-
-    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Counts this rank's batches and starts the sum over ranks."""
-        self._step = micro_batches[0].request.step + 1
-        self._slots.zero_()
-        for micro_batch in micro_batches:
-            self._slots[micro_batch.request.micro_batch] = float(self._count(micro_batch.batch))
-        if self._group.control_pg is not None:
-            self._work = dist.all_reduce(self._slots, group=self._group.control_pg, async_op=True)
-
-    def take(self, count: int | torch.Tensor, *, size: int) -> None:
-        """Nothing to do: what was counted beforehand holds."""
-
-    def divisor(self) -> float:
-        """The count of the global batch.
-
-        Raises: DdpKitError if it is 0.
-        """
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        whole = float(self._slots.sum())
-        if not whole:
-            raise DdpKitError(
-                f"step {self._step}: {EMPTY}: Data(count=...) counts nothing in any rank's batch."
-            )
-        return whole
-
-    def launch(self) -> None:
+    def look(self) -> None:
         """Nothing to do."""
-
-    def factor(self) -> float:
-        """Nothing is left to do."""
-        return 1.0
 
 
 @final
@@ -172,3 +131,6 @@ class FoundCount:
             self._work.wait()
             self._work = None
         return self._expected / self._slots.sum()
+
+    def look(self) -> None:
+        """Nothing to do."""

@@ -187,6 +187,8 @@ class Training:
     tuned: list[str] = field(default_factory=list)
     # What wrapping found that the user should read at start.
     notes: list[str] = field(default_factory=list)
+    # What a loop of one's own must share with a checkpoint of its data, in words.
+    data: Mapping[str, str] = field(default_factory=dict)
     # Of a snapshot: the optimizer may change the weights only after it.
     copied: "torch.cuda.Event | None" = None
     # Of the frozen weights, if checkpoints leave them out.

@@ -102,6 +102,24 @@ def test_new_finds_recipes_of_an_installed_wheel_before_those_of_a_checkout(tmp_
         new.find_recipe("_private")
 
 
+def test_a_ported_program_is_found_by_its_name_and_with_its_folder(tmp_path, monkeypatch):
+    """What is shipped under both names is the recipe, unless the folder is said."""
+    (tmp_path / "ported").mkdir()
+    for name in ("gan.py", "ported/gan.py", "ported/dino.py"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(new, "SHIPPED", (tmp_path,))
+    assert new.find_recipe("dino") == tmp_path / "ported" / "dino.py"
+    assert new.find_recipe("ported/dino.py") == tmp_path / "ported" / "dino.py"
+    assert new.find_recipe("gan") == tmp_path / "gan.py"
+    assert new.find_recipe("ported/gan") == tmp_path / "ported" / "gan.py"
+    with pytest.raises(ConfigError, match=r"other people's programs: dino, gan\. Did you mean"):
+        new.find_recipe("dinoo")
+
+
+def test_the_ported_programs_of_the_package_are_found():
+    assert new.find_recipe("nano_gpt").parent.name == "ported"
+
+
 def test_a_script_with_a_loop_of_its_own_is_started_as_such(tmp_path, monkeypatch, capsys):
     (tmp_path / "own_loop.py").write_text("print('a loop')\n")
     monkeypatch.setattr(new, "SHIPPED", (tmp_path,))

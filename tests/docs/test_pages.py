@@ -168,6 +168,37 @@ def test_each_message_that_has_an_answer_is_one_of_ours() -> None:
     assert not missing
 
 
+def habits() -> list[list[str]]:
+    headings = ("Data", "Model", "Resuming", "Reporting")
+    return [
+        row
+        for heading in headings
+        for row in rows("other-peoples-code.md", under=heading)
+        if not row[0].startswith("--")
+    ]
+
+
+def test_each_habit_names_a_test_that_is_there() -> None:
+    found = habits()
+    assert len(found) > 60
+    for row in found:
+        assert len(row) == 3, row
+        tests = re.findall(r"`(tests/[\w/.]+)`", row[2])
+        assert tests
+        assert all((ROOT / name).is_file() for name in tests), row
+
+
+def test_each_refusal_of_a_habit_begins_with_words_of_ours() -> None:
+    said = {words for path in LIBRARY.rglob("*.py") for words in strings(path)}
+    refused = [row[1] for row in habits() if re.search(r"refuse.*`[^`]* [^`]*…", row[1])]
+    assert len(refused) > 20
+    for cell in refused:
+        begins = [words for words in re.findall("`(.+?)`", cell) if "…" in words and " " in words]
+        for words in begins:
+            parts = [part.strip() for part in words.split("…") if part.strip(" .:")]
+            assert any(all(part in text for part in parts) for text in said), words
+
+
 def test_each_public_name_is_on_the_api_page() -> None:
     page = text("api.md")
     shown_there = set(re.findall(r"^::: ddp_kit\.(\w+)$", page, re.MULTILINE))
