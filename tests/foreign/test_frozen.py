@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from cases import Settings, Trace, classify, distance, recipe, trace, vectors
-from gans import gan
+from gans import fooled, gan
 from lives import Life, live
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 import ddp_kit
-from ddp_kit import LossSum, Recipe
+from ddp_kit import Data, LossSum, Recipe
+from ddp_kit.cli.plan.model_size import build as planned
 from ddp_kit.data.seeding import permutation
 from ddp_kit.distributed.process_group import Group, process_group
 from ddp_kit.distributed.topology import Topology
@@ -64,6 +65,17 @@ def head_first(epoch: int) -> list[str]:
 def frozen_later(epoch: int) -> list[str]:
     """The lower half once it is good enough, and for an epoch all but the biases' own."""
     return {0: [], 1: ["embed.*", "blocks.0.*"], 2: ["*.weight"], 3: []}.get(epoch, ["head.*"])
+
+
+@dataclass(frozen=True)
+class In:
+    """Answers something in one epoch, and nothing in the others."""
+
+    epoch: int
+    answer: Any
+
+    def __call__(self, epoch: int) -> Any:
+        return self.answer if epoch == self.epoch else []
 
 
 HABITS = [gradual, head_first, frozen_later]
@@ -265,6 +277,69 @@ def test_a_list_freezes_for_the_whole_run_as_the_model_itself_would(group: Group
     assert ours.losses == by_hand.losses
     for name, value in ours.state.items():
         assert torch.equal(value, by_hand.state[name]), name
+
+
+class Tied(Reader):
+    """A weight of two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].weight = self.blocks[0].weight
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_pattern_may_be_of_any_name_of_a_tied_weight(group: Group) -> None:
+    settings = replace(SETTINGS, epochs=1)
+    made = build(reading(settings, In(0, ["blocks.1.weight"]), model=Tied), settings, group)
+    before = made.training.model.blocks[0].weight.detach().clone()
+    for batch in made.feed.batches(start=0, end=2):
+        train_step(made.training, batch)
+    assert torch.equal(made.training.model.blocks[0].weight, before)
+
+
+@pytest.mark.ranks(1)
+def test_a_plan_knows_what_a_list_freezes(group: Group) -> None:
+    settings = replace(SETTINGS, global_batch=24)
+    model = planned(reading(settings, ["embed.*", "blocks.*"]), settings)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+
+
+@pytest.mark.ranks(2)
+def test_zero1_leaves_weights_where_they_are_in_memory(group: Group) -> None:
+    """torch's own lays them into other buckets, and warns of it, while a save may read them."""
+    settings = replace(SETTINGS, strategy="zero1")
+    made = build(reading(settings, frozen_later), settings, group)
+    parameters = list(made.training.model.parameters())
+    before = [parameter.data_ptr() for parameter in parameters]
+    for batch in made.feed.batches(start=0, end=11):
+        train_step(made.training, batch)
+    assert [parameter.data_ptr() for parameter in parameters] == before
+
+
+def toggled(model: Any, batch: Any) -> LossSum:
+    """A generator's loss as many write it: the discriminator is frozen for its time."""
+    for parameter in model.discriminator.parameters():
+        parameter.requires_grad = False
+    result = fooled(model, batch)
+    for parameter in model.discriminator.parameters():
+        parameter.requires_grad = True
+    return result
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_loss_may_freeze_the_part_of_another_objective_for_itself(group: Group) -> None:
+    settings = Settings(max_steps=6)
+    judges, fools = gan().parts()
+    toggling = replace(gan(), objectives=[judges, replace(fools, loss=toggled)])
+    ends = []
+    for made in (gan(), toggling):
+        built = build(made, settings, group)
+        for batch in built.feed.batches(start=0, end=6):
+            train_step(built.training, batch)
+        ends.append(built.training.model.state_dict())
+    for name, value in ends[0].items():
+        assert torch.equal(ends[1][name], value), name
 
 
 # Going on
@@ -472,6 +547,13 @@ def freezes_in_evaluate(settings: Settings) -> Recipe:
     )
 
 
+def freezes_all(settings: Settings) -> Recipe:
+    def freeze_all(model: nn.Module) -> None:
+        model.requires_grad_(False)
+
+    return reading(settings, (), callbacks=[Finetuning(freeze_all, at=2)])
+
+
 CHANGES = [
     (thaws, "True"),
     (freezes, "False"),
@@ -480,6 +562,7 @@ CHANGES = [
     (freezes_in_the_loss, "False"),
     (thaws_in_the_loss, "True"),
     (freezes_in_evaluate, "False"),
+    (freezes_all, "False"),
 ]
 
 
@@ -507,7 +590,8 @@ def test_a_change_that_only_torch_hears_of_is_refused_by_its_name(
     settings = replace(SETTINGS, epochs=3, run_dir=str(tmp_path))
     assert max(run_ranks(refused, ranks, settings, make, group=False)) <= 12
     said = json.loads((tmp_path / "status.json").read_text())["reason"]
-    assert f"requires_grad of embed.weight, embed.bias was changed to {now}" in said
+    assert "requires_grad of embed.weight, embed.bias" in said
+    assert f"was changed to {now} after the start" in said
     assert 'Recipe(frozen=["embed.weight"])' in said
 
 
@@ -610,17 +694,6 @@ def frozen_model() -> Reader:
     return model
 
 
-@dataclass(frozen=True)
-class In:
-    """Answers something in one epoch, and nothing in the others."""
-
-    epoch: int
-    answer: Any
-
-    def __call__(self, epoch: int) -> Any:
-        return self.answer if epoch == self.epoch else []
-
-
 @pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize(
     ("frozen", "message"),
@@ -680,3 +753,22 @@ def test_flags_that_freezing_by_epochs_cannot_keep_are_refused(
     settings = replace(SETTINGS, precision="fp32", **flags)
     with pytest.raises(ConfigError, match=message):
         build(reading(settings), settings, group)
+
+
+class Endless(IterableDataset[Any]):
+    """Each rank's own, without a length."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def __iter__(self) -> Any:
+        inputs, labels = vectors().tensors
+        yield from zip(inputs[self.rank :: 2], labels[self.rank :: 2], strict=True)
+
+
+@pytest.mark.ranks(1, 2)
+def test_each_ranks_own_streams_without_length_have_no_epochs_to_freeze_in(group: Group) -> None:
+    settings = replace(SETTINGS, epochs=0, max_steps=10)
+    data = Data(Endless(group.rank), sharded=True)
+    with pytest.raises(ConfigError, match=r"have no epochs in common. Give them __len__"):
+        build(reading(settings, train_data=lambda: data), settings, group)
