@@ -40,7 +40,7 @@ BUDGETS = {
     "training": 2880,
     "model_state": 1940,
     "checkpoint": 4480,
-    "setup": 2030,
+    "setup": 2100,
     "lifecycle": 1690,
     "cli": 2000,
     "launch": 4110,
