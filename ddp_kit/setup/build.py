@@ -5,7 +5,7 @@ Nothing is run but what the start needs: the dry run, and one micro-batch of the
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -24,11 +24,15 @@ from ddp_kit.io.logs import REDACTED
 from ddp_kit.recipe import Recipe
 from ddp_kit.settings import Settings, digest, flag, flatten
 from ddp_kit.setup.frozen_words import frozen_in
-from ddp_kit.setup.memory_format import chosen_placement, naming_the_format
+from ddp_kit.setup.memory_format import (
+    chosen_placement,
+    naming_the_format,
+    placement_for_optimizers,
+)
 from ddp_kit.setup.meta_init import Reads, materialise
 from ddp_kit.setup.model import build_model, load_first_weights
 from ddp_kit.setup.parts import Part, part_of
-from ddp_kit.setup.start_notes import split_notes
+from ddp_kit.setup.start_notes import sharded_notes, split_notes
 from ddp_kit.setup.train_data import made_train_data, train_feed
 from ddp_kit.setup.wrap import wrap_parts
 from ddp_kit.strategies import choose_strategy
@@ -120,9 +124,13 @@ def _built(
     """Wraps the parts."""
     cadence = cadence_of(settings, feed)
     strategy, base_hash = _spread(model, recipe, settings, group, is_resumed=is_resumed)
+    parts = _parts(model, recipe, settings, feed)
+    optimizers = [part.optimizer for part in parts]
+    placement = placement_for_optimizers(model, feed.placement, optimizers, settings, group)
+    feed = replace(feed, placement=placement)
     training = wrap_parts(
         model,
-        _parts(model, recipe, settings, feed),
+        parts,
         strategy=strategy,
         group=group,
         feed=feed,
@@ -140,11 +148,7 @@ def _built(
         reshaped = training.forward_state.reshaped
         training.average = WeightAverage(model, decay=settings.ema, reshaped=reshaped)
     training.base_sha256 = base_hash
-    if feed.data.sharded and group.world_size > 1:
-        training.notes.append(
-            "the training data are each rank's own (sharded=True): which samples a step sees "
-            "depends on the number of ranks"
-        )
+    training.notes += sharded_notes(feed, group)
     training.notes += split_notes(model, feed.plan, settings, group)
     evaluator = Evaluator(
         recipe=recipe,

@@ -5,6 +5,7 @@ few parts in 100,000. A model that reads memory in the order in which it lies co
 else, which is parts in ten. The limits lie between, and a doubt costs speed only.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -99,6 +101,31 @@ def evaluation_trial(
     return run
 
 
+def optimizer_trial(
+    model: nn.Module, optimizer: Optimizer, settings: Settings, group: Group
+) -> Trial:
+    """Returns what steps a copy of an optimizer by gradients that are drawn."""
+    own = {id(parameter): parameter for parameter in model.parameters()}
+
+    def run(placement: Placement) -> Figures:
+        copied = copy.deepcopy(optimizer, dict(own))
+        generator = torch.Generator().manual_seed(settings.seed)
+        before = []
+        for parameter in own.values():
+            before.append(parameter.detach().clone())
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(drawn)
+        with _alike(settings, group), torch.no_grad():
+            copied.step()
+        changes = []
+        for parameter, value in zip(own.values(), before, strict=True):
+            changes.append((parameter.detach() - value).to("cpu", torch.float64))
+        return [], changes
+
+    return run
+
+
 def difference(one: Figures, other: Figures) -> str:
     """Returns in which way two figures of the same differ by more than rounding; "" if they do
     not."""
@@ -114,7 +141,7 @@ def difference(one: Figures, other: Figures) -> str:
         most = MOST_OF_TENSORS * float(tensor.norm()) + LEAST_OF_TENSORS * largest
         # So that nan is a difference.
         if not float((tensor - another_tensor).norm()) <= most:
-            return "the model's gradients are others in it"
+            return "the model's gradients, or its optimizer's steps, are others in it"
     return ""
 
 
@@ -134,9 +161,9 @@ class _DrawsAlike(TorchDispatchMode):
         def plain(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.is_contiguous():
                 return tensor
-            copy = tensor.contiguous()
-            given[id(copy)] = tensor
-            return copy
+            laid_plainly = tensor.contiguous()
+            given[id(laid_plainly)] = tensor
+            return laid_plainly
 
         def laid(tensor: torch.Tensor) -> torch.Tensor:
             if id(tensor) in given:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ddp_kit.data.dataset import Data
 from ddp_kit.data.transfer import Placement
@@ -26,6 +27,7 @@ from ddp_kit.setup.format_trial import (
     Trial,
     difference,
     evaluation_trial,
+    optimizer_trial,
     training_trial,
 )
 from ddp_kit.strategies.precision import weight_dtype
@@ -69,6 +71,27 @@ def chosen_placement(
         trials.append(training_trial(model, recipe, data, settings, group))
         trials.append(evaluation_trial(model, recipe, sets, settings, group))
     return choose_memory_format(model, wanted, trials, group=group)
+
+
+def placement_for_optimizers(
+    model: nn.Module,
+    placement: Placement,
+    optimizers: Sequence[Optimizer],
+    settings: Settings,
+    group: Group,
+) -> Placement:
+    """Returns the placement to use with optimizers, once they are built. Every rank calls it.
+
+    One that reads memory itself, as those do that view a convolution's weight as a matrix, is tried
+    as the model is. torch's own do not.
+    """
+    foreign = [each for each in optimizers if not type(each).__module__.startswith("torch.optim.")]
+    if not placement.channels_last or not foreign:
+        return placement
+    for weight in _weights_of_convolutions(model):
+        weight.data = weight.data.contiguous()
+    trials = [optimizer_trial(model, optimizer, settings, group) for optimizer in foreign]
+    return choose_memory_format(model, placement, trials, group=group)
 
 
 def choose_memory_format(
@@ -123,23 +146,31 @@ def _tried(model: nn.Module, trial: Trial, placement: Placement) -> Figures:
             model.zero_grad(set_to_none=True)
 
 
-def _lay_convolutions(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """Gives the weights of two-dimensional convolutions, and no others, that format.
-
-    Returns: them, with the memory that they had.
-    """
-    before = []
+def _weights_of_convolutions(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the weights of two-dimensional convolutions, and no others."""
+    found = []
     for module in model.modules():
         weight = module._parameters.get("weight")
         if isinstance(module, CONVOLUTIONS) and weight is not None and weight.dim() == 4:
-            before.append((weight, weight.data))
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            found.append(weight)
+    return found
+
+
+def _lay_convolutions(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Gives convolutions that format. Returns their weights with the memory that they had."""
+    before = []
+    for weight in _weights_of_convolutions(model):
+        before.append((weight, weight.data))
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return before
 
 
 def _in_words(error: Exception) -> str:
     if "view size is not compatible" in str(error):
-        return "the model reshapes with view(); flatten(1) or reshape() would allow it"
+        return (
+            "the model, or its optimizer, reshapes with view(); flatten(1) or reshape() would "
+            "allow it"
+        )
     lines = str(error).splitlines() or [""]
     return f"the model fails in it ({type(error).__name__}: {lines[0]})"
 

@@ -3,6 +3,7 @@
 from torch import nn
 
 from ddp_kit.data.batch_plan import BatchPlan, splits_that_keep
+from ddp_kit.data.loader import Feed
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.settings import Settings
 
@@ -26,4 +27,14 @@ def split_notes(model: nn.Module, plan: BatchPlan, settings: Settings, group: Gr
     return [
         f"{', '.join(sorted(layers))} see one micro-batch at a time, "
         f"and at another number of ranks it would be another one: {mend}"
+    ]
+
+
+def sharded_notes(feed: Feed, group: Group) -> list[str]:
+    """Returns what to say of streams that are each rank's own."""
+    if not feed.data.sharded or group.world_size == 1:
+        return []
+    return [
+        "the training data are each rank's own (sharded=True): which samples a step sees depends "
+        "on the number of ranks"
     ]

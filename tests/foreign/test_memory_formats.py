@@ -162,18 +162,22 @@ def made(settings: Settings, model: Callable[[], nn.Module], **parts: Any) -> Re
     return recipe(settings, model=model, **({"train_data": lambda: Data(images())} | parts))
 
 
-def bare(model: Callable[[], nn.Module], settings: Settings) -> tuple[list[float], nn.Module]:
+def bare(
+    model: Callable[[], nn.Module], settings: Settings, *, optimizer: Any = None
+) -> tuple[list[float], nn.Module]:
     torch.manual_seed(key(settings.seed, Purpose.WEIGHTS))
     net = model()
-    optimizer = SGD(net.parameters(), lr=settings.lr, momentum=settings.momentum)
+    stepped = SGD(net.parameters(), lr=settings.lr, momentum=settings.momentum)
+    if optimizer is not None:
+        stepped = optimizer(net)
     inputs, labels = images().tensors
     losses = []
     for step in range(STEPS):
         part = torch.from_numpy(permutation(0, 0, 96)[24 * step : 24 * step + 24])
-        optimizer.zero_grad()
+        stepped.zero_grad()
         loss = cross_entropy(net(inputs[part]), labels[part])
         loss.backward()
-        optimizer.step()
+        stepped.step()
         losses.append(loss.item())
     return losses, net
 
@@ -241,6 +245,51 @@ def test_evaluation_reads_memory_too(group: Group, evaluate: Any) -> None:
     with torch.no_grad():
         (name, (total, count)) = next(iter(evaluate(model, (inputs, None)).items()))
     assert ours[name] == pytest.approx(float(total) / count, rel=1e-4)
+
+
+class Matrices(SGD):
+    """Takes a convolution's weight as a matrix, as Muon and Shampoo do."""
+
+    flatten: Any = staticmethod(torch.Tensor.view)
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None and parameter.dim() == 4:
+                rows = self.flatten(parameter.grad, (len(parameter), -1))
+                rows /= 0.1 + rows[:, :9].norm(dim=1, keepdim=True)
+                parameter.grad = rows.reshape(parameter.shape)
+        super().step()
+
+
+class Strided(Matrices):
+    """The same by strides, which raise nothing."""
+
+    @staticmethod
+    def flatten(gradient: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        return gradient.as_strided(
+            (shape[0], gradient[0].numel()), (gradient[0].numel(), 1)
+        ).clone()
+
+
+class Reshaped(Matrices):
+    flatten = staticmethod(torch.Tensor.reshape)
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize(
+    ("kind", "may_stay"), [(Matrices, False), (Strided, False), (Reshaped, True)]
+)
+def test_optimizers_read_memory_too(group: Group, kind: Any, may_stay: bool) -> None:
+    settings = Settings(max_steps=STEPS, precision="fp32")
+
+    def optimizer(model: nn.Module) -> SGD:
+        made: SGD = kind(model.parameters(), lr=0.1, momentum=0.9)
+        return made
+
+    _, net = bare(Net, settings, optimizer=optimizer)
+    ours = trace(group, made(settings, Net, optimizer=optimizer), settings)
+    assert distance(ours.state, dict(net.state_dict())) <= 1e-5
+    assert is_laid(build(made(settings, Net, optimizer=optimizer), settings, group)) is may_stay
 
 
 class OneRanks(Net):
