@@ -33,16 +33,18 @@ class Handle(Dataset[Any]):
     """One object for all data; its file is opened at the first sample."""
 
     def __init__(self, path: str):
-        self.path, self.file = path, None
+        self.path = path
+        self.file: int | None = None
 
     def __len__(self) -> int:
         return 120
 
     def __getitem__(self, index: int) -> Any:
-        self.file = self.file or open(self.path, "rb", buffering=0)
-        os.lseek(self.file.fileno(), 8 * index, os.SEEK_SET)
+        if self.file is None:
+            self.file = os.open(self.path, os.O_RDONLY)
+        os.lseek(self.file, 8 * index, os.SEEK_SET)
         torch.randn(20)  # time for another process to seek too
-        value = int(np.frombuffer(os.read(self.file.fileno(), 8), dtype=np.int64)[0])
+        value = int(np.frombuffer(os.read(self.file, 8), dtype=np.int64)[0])
         assert value == index
         return torch.full((6,), value / 120), value
 
@@ -109,7 +111,7 @@ def test_a_hugging_face_stream_is_the_same_on_any_number_of_ranks() -> None:
     for losses in run_ranks(streamed, 2, 0, group=False):
         assert losses == pytest.approx(reference, abs=1e-9)
     # It has a state_dict, and a place in the stream that only the training process can save.
-    with pytest.raises(RanksError, match="keeps its own state.*--num-workers 0"):
+    with pytest.raises(RanksError, match=r"keeps its own state.*--num-workers 0"):
         run_ranks(streamed, 1, 2, group=False)
 
 
