@@ -102,10 +102,17 @@ def require_same_run(
     if "extra" in opened.values:
         require_same_modules(opened.values["extra"], training.model, where=opened.folder)
     saved_base = opened.values["base_sha256"]
+    if bool(saved_base) != bool(training.base_sha256):
+        held = "the trained weights alone" if saved_base else "all weights"
+        raise ConfigError(
+            f"{opened.folder} holds {held}: --save-trainable-only cannot change in the course of a "
+            "run, with --change or without. Type it as it was, or begin a new run from these "
+            "weights: --init-from."
+        )
     if saved_base != training.base_sha256:
         raise ConfigError(
             f"{opened.folder} was saved over frozen weights of SHA-256 "
-            f"{saved_base[:12] or '(all saved)'}; this life has "
-            f"{training.base_sha256[:12] or 'no --save-trainable-only'}. "
+            f"{saved_base[:12]}; this life has "
+            f"{training.base_sha256[:12]}. "
             "Start from the same base: --init-from as the first life had it."
         )
