@@ -92,13 +92,15 @@ class Reporter:
         Raises: DdpKitError if micro-batches or ranks report different metrics.
         """
         self._wait_s += wait_s
-        self._losses.take(sums)
+        if not sums.is_dropped:
+            self._losses.take(sums)
         for progress in self._progress:
             progress(training.step)
         self._receive()
         if self._arrived and time.perf_counter() - self._last_burst > BURST_S:
             self._emit()
-        if training.step % self._log_every == 0 or is_last:
+        is_due = training.step % self._log_every == 0 or is_last
+        if is_due and not sums.is_dropped:
             self._begin(training, sums, epoch=epoch)
 
     def _begin(self, training: Training, sums: StepSums, *, epoch: int) -> None:
