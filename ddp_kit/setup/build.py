@@ -28,6 +28,7 @@ from ddp_kit.setup.model import build_model, load_first_weights
 from ddp_kit.setup.parts import Part, part_of
 from ddp_kit.setup.start_notes import split_notes
 from ddp_kit.setup.train_data import train_feed
+from ddp_kit.setup.watch import watch_steps
 from ddp_kit.setup.wrap import wrap_parts
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
@@ -118,6 +119,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         buffers=recipe.buffers,
         may_split=settings.strategy in ("fsdp", "deepspeed"),
     )
+    watch_steps(training, settings)
     if settings.ema:
         reshaped = training.forward_state.reshaped
         training.average = WeightAverage(model, decay=settings.ema, reshaped=reshaped)

@@ -11,6 +11,7 @@ from typing import Literal
 from ddp_kit.data.cursor import Cursor
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.distributed.control_packet import Decision
+from ddp_kit.io.logs import logger
 from ddp_kit.recipe import Callback
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, Stop, StopFlag
@@ -89,7 +90,8 @@ def fit(
             same on all ranks ({} without eval data), or raises Abandoned.
         owes_evaluation: the attempt before was stopped at a step that should have had one.
 
-    Raises: NonFiniteError on every rank if a loss or gradient is not finite.
+    Raises: NonFiniteError on every rank if a loss or gradient is not finite and nothing else was
+        asked for; RollBack on every rank if the run is to go back to its last checkpoint.
     """
     stop.deferring = True
     first = training.step
@@ -107,6 +109,8 @@ def fit(
         decision = training.control_packet.boundary(stop=stop.stop, saves=is_save_due)
         is_last = step == cadence.end
         report.step(training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=is_last)
+        if sums.is_dropped:
+            tell_dropped(training, report)
         if step == first + 1:
             training.after_first_step()
         for callback in callbacks:
@@ -164,6 +168,20 @@ def _catch_up(training: Training, measure: _Measure, *, epoch: int) -> Ending | 
     if training.checkpoints is not None and metrics:
         training.checkpoints.save(metrics, again=True)
     return ending
+
+
+def tell_dropped(training: Training, report: Reporter) -> None:
+    """Tells of the steps that were dropped since the last call. Every rank calls it."""
+    for told in training.bad_steps.take_told():
+        fault = told.fault
+        logger.warning("%s", told.message)
+        report.event(
+            fault.kind,
+            step=fault.step,
+            rank=max(fault.rank, 0),
+            message=told.message,
+            about=fault.about,
+        )
 
 
 def _finished(early_stopping: EarlyStopping) -> Ending:

@@ -83,6 +83,12 @@ class Reporter:
         self._since_time = time.perf_counter()
         self._wait_s = 0.0
 
+    def go_back(self, step: int) -> None:
+        """Forgets what the records to come would tell of the steps after a checkpoint, which come
+        again. Every rank calls it, once all is flushed."""
+        self._losses = LossesSince()
+        self.restart_clock(step)
+
     def step(
         self, training: Training, sums: StepSums, *, epoch: int, wait_s: float, is_last: bool
     ) -> None:

@@ -19,8 +19,10 @@ def may_be_applied(
     Raises: what `BadSteps.drop` and `fault_of` raise.
     """
     is_bad = bool(objective.found_inf)  # host-device synchronisation on CUDA
-    scale = replace(objective.scale)
-    objective.scale.update(overflowed=is_bad)
+    scale = objective.scale
+    if scale.is_on:
+        objective.scale = replace(scale)
+        objective.scale.update(overflowed=is_bad)
     if is_bad:
         objective.found_inf.zero_()
         fault = fault_of(training, objective, batch, sums)

@@ -1,0 +1,36 @@
+"""How a run watches its own steps: what it does about bad ones, and how it looks for wrong bits."""
+
+from ddp_kit.errors import ConfigError
+from ddp_kit.settings import Settings
+from ddp_kit.training.bad_steps import BadSteps
+from ddp_kit.training.spikes import Spikes
+from ddp_kit.training.state import Training
+
+
+def watch_steps(training: Training, settings: Settings) -> None:
+    """Gives training what the settings say of bad steps. Every rank calls it.
+
+    Raises: ConfigError if a step could be left out by halves.
+    """
+    spikes = None
+    if settings.on_spike != "off":
+        spikes = Spikes(window=settings.spike_window, z=settings.spike_z)
+    training.bad_steps = BadSteps(
+        on_nonfinite=settings.on_nonfinite,
+        on_spike=settings.on_spike,
+        most=settings.max_dropped,
+        spikes=spikes,
+    )
+    for name in ("on_nonfinite", "on_spike"):
+        if getattr(settings, name) == "skip" and len(training.objectives) > 1:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} skip: the recipe has {len(training.objectives)} objectives, which step "
+                "one after the other, and the step of one cannot be taken back when a later one "
+                f"is bad. Type {flag} rollback, which leaves out the whole step."
+            )
+    if not training.bad_steps.only_stops:
+        for objective in training.objectives:
+            # The verdict is due before the next step.
+            objective.is_deferred = False
+    training.check_every = settings.check_every
