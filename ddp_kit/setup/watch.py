@@ -2,6 +2,7 @@
 
 from ddp_kit.errors import ConfigError
 from ddp_kit.settings import Settings
+from ddp_kit.training.agreement import holds_copies
 from ddp_kit.training.bad_steps import BadSteps
 from ddp_kit.training.spikes import Spikes
 from ddp_kit.training.state import Training
@@ -34,3 +35,8 @@ def watch_steps(training: Training, settings: Settings) -> None:
             # The verdict is due before the next step.
             objective.is_deferred = False
     training.check_every = settings.check_every
+    if training.group.world_size > 1 and not holds_copies(training):
+        training.notes.append(
+            f"--strategy {settings.strategy} splits the weights, and no rank has a copy that could "
+            "be compared with another's: --check-every looks at buffers alone"
+        )

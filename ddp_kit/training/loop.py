@@ -15,7 +15,7 @@ from ddp_kit.io.logs import logger
 from ddp_kit.recipe import Callback
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, Stop, StopFlag
-from ddp_kit.training.agreement import require_agreement
+from ddp_kit.training.agreement import Sentinel, require_agreement
 from ddp_kit.training.nonfinite import look_back
 from ddp_kit.training.reporter import Reporter
 from ddp_kit.training.state import Training
@@ -96,6 +96,7 @@ def fit(
     stop.deferring = True
     first = training.step
     checkpoints = training.checkpoints
+    sentinel = Sentinel(training, every=training.check_every)
     measure = _Measure(training, evaluate, report, early_stopping, callbacks)
     ending = stopped(training.control_packet.exchange(stop=stop.stop))
     if owes_evaluation and ending is None:
@@ -119,6 +120,7 @@ def fit(
             checkpoints.report()
         saves = decision.saves or cadence.saves(step)
         evaluates = cadence.evaluates(step) and not decision.stop
+        sentinel.look(is_compared=bool(decision.stop) or saves or evaluates)
         if not (decision.stop or saves or evaluates):
             continue
         look_back(training)

@@ -64,6 +64,8 @@ def fault_of(
     if own is not None:
         training.control_packet.name_culprit(step)
     decision = training.control_packet.exchange()
+    # The next bad step is another one's.
+    training.control_packet.name_culprit(-1)
     if decision.culprit_rank >= 0:
         content = from_rank(training.group, json.dumps(own).encode(), source=decision.culprit_rank)
         return _fault_of_loss(
@@ -118,17 +120,19 @@ def _fault_of_gradient(
     """Returns the fault of a gradient that is not finite though the loss is."""
     step = batch.step + 1
     rank, found = _source_of_gradient(training, objective, batch)
-    where = ""
+    come_from = ""
     if rank >= 0:
-        where = (
-            f" on rank {rank}, micro-batch {found['micro_batch']}, "
-            f"samples {listed(found['samples'])}"
-        )
-    come_from = f"It comes from{where.removeprefix(' on')}. " if where else ""
+        samples = listed(found["samples"])
+        where = f"on rank {rank}, micro-batch {found['micro_batch']}, samples {samples}"
+        come_from = f"It comes from {where.removeprefix('on ')}. "
+    elif training.strategy.shards is None:
+        where = "and no micro-batch has it when it is computed again"
+    else:
+        where = "and where it comes from is not known where ranks hold parts of the weights"
     return Fault(
         kind="not_finite",
         step=step,
-        found=f"gradient of {some(bad)} though the loss is finite,{where or ' source not known'}",
+        found=f"gradient of {some(bad)} though the loss is finite, {where}",
         message=(
             f"the gradient of step {step} is not finite though the loss is, in {some(bad)}. "
             f"{come_from}{what_was_applied(training, objective)} "

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
 
-from ddp_kit import LossSum
+from ddp_kit import LossSum, Recipe
 from ddp_kit.data.seeding import permutation
 from ddp_kit.errors import DdpKitError
 from ddp_kit.setup import watch
@@ -96,7 +96,6 @@ class Ended:
 
     digest: str
     error: str
-    skipped: int
     seen: list[int]
     events: list[dict[str, Any]]
     records: list[dict[str, Any]]
@@ -118,14 +117,6 @@ def trained(
 ) -> Ended:
     """Trains on this rank, on data of which some steps are bad; some others are left out from the beginning."""
 
-    class Knowing(BadSteps):
-        def __init__(self, **given: Any):
-            super().__init__(**given)
-            self.left_out = set(unseen)
-
-    if unseen:
-        watch.BadSteps = Knowing  # type: ignore[misc]  # in this forked process alone
-    digest = error = ""
     made = recipe(
         settings,
         model=model,
@@ -134,18 +125,27 @@ def trained(
         scheduler=scheduled,
         callbacks=[fault],
     )
+    return trained_as(made, settings, fault, unseen)
+
+
+def trained_as(made: Recipe, settings: Settings, fault: Fault, unseen: Sequence[int]) -> Ended:
+    """Trains a recipe, some steps left out from the beginning."""
+
+    class Knowing(BadSteps):
+        def __init__(self, **given: Any):
+            super().__init__(**given)
+            self.left_out = set(unseen)
+
+    if unseen:
+        watch.BadSteps = Knowing  # type: ignore[misc]  # in this forked process alone
+    digest = error = ""
     try:
         digest = run(made, settings).weights_sha256
     except DdpKitError as raised:
         error = str(raised)
     folder = Path(settings.run_dir)
     return Ended(
-        digest,
-        error,
-        0,
-        fault.seen,
-        lines(folder / "events.jsonl"),
-        lines(folder / "metrics.jsonl"),
+        digest, error, fault.seen, lines(folder / "events.jsonl"), lines(folder / "metrics.jsonl")
     )
 
 
