@@ -28,6 +28,7 @@ from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.lifecycle.start import RunPlace, begins_from, open_directory
 from ddp_kit.recipe import Recipe
 from ddp_kit.setup.build import build, require_same_settings
+from ddp_kit.setup.same_machines import require_same_machines
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, heeding
 from ddp_kit.training.bad_steps import RollBack
@@ -46,6 +47,7 @@ def train_attempt(
     settings = attempt.request.settings
     source = attempt.request.source
     require_same_settings(group, settings, text=source.text if source else "")
+    differences = require_same_machines(group, exact=settings.exact)
     recipe = build()
     if not isinstance(recipe, Recipe):
         raise ConfigError(
@@ -60,6 +62,7 @@ def train_attempt(
     if opened is not None and not changed and _was_finished(context):
         return _finished_before(context)
     training = context.built.training
+    training.notes += differences
     owes = opened is not None and owes_evaluation(opened, context)
     begin(attempt, context, is_first=opened is None, owes_evaluation=owes)
     stack.callback(attempt.close)

@@ -4,6 +4,7 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.settings import Settings
 from ddp_kit.training.agreement import holds_copies
 from ddp_kit.training.bad_steps import BadSteps
+from ddp_kit.training.computed_twice import ComputedTwice
 from ddp_kit.training.spikes import Spikes
 from ddp_kit.training.state import Training
 
@@ -34,6 +35,8 @@ def watch_steps(training: Training, settings: Settings) -> None:
         for objective in training.objectives:
             # The verdict is due before the next step.
             objective.is_deferred = False
+    if settings.sdc_check:
+        training.look_twice = ComputedTwice(training, every=settings.sdc_check)
     training.check_every = settings.check_every
     if training.group.world_size > 1 and not holds_copies(training):
         training.notes.append(
