@@ -15,7 +15,6 @@ from ddp_kit.errors import DdpKitError
 from ddp_kit.io.logs import logger
 from ddp_kit.lifecycle.attempt import Attempt, RunContext
 from ddp_kit.setup.build import cadence_of
-from ddp_kit.training.loop import tell_dropped
 from ddp_kit.training.state import Training
 
 
@@ -83,7 +82,7 @@ def roll_back(attempt: Attempt, context: RunContext) -> bool:
     assert isinstance(checkpoints, Checkpointer)
     bad_step = training.step + 1
     reporter.flush()
-    tell_dropped(training, reporter)
+    reporter.tell_dropped(training)
     # The one in flight is the newest.
     checkpoints.finish()
     opened = find(Origin(context.place.checkpoints), group=training.group, sets_aside=True)

@@ -26,7 +26,7 @@ from ddp_kit.settings import Settings, digest, flag, flatten
 from ddp_kit.setup.meta_init import Reads, materialise
 from ddp_kit.setup.model import build_model, load_first_weights
 from ddp_kit.setup.parts import Part, part_of
-from ddp_kit.setup.start_notes import split_notes
+from ddp_kit.setup.start_notes import data_notes, split_notes
 from ddp_kit.setup.train_data import train_feed
 from ddp_kit.setup.watch import watch_steps
 from ddp_kit.setup.wrap import wrap_parts
@@ -125,11 +125,7 @@ def build(recipe: Recipe, settings: Settings, group: Group, *, is_resumed: bool 
         training.average = WeightAverage(model, decay=settings.ema, reshaped=reshaped)
     training.base_sha256 = base_hash
     sets = _evaluation_sets(recipe, settings, group)
-    if feed.data.sharded and group.world_size > 1:
-        training.notes.append(
-            "the training data are each rank's own (sharded=True): which samples a step sees "
-            "depends on the number of ranks"
-        )
+    training.notes += data_notes(feed, group)
     training.notes += split_notes(model, feed.plan, settings, group)
     evaluator = Evaluator(
         recipe=recipe,

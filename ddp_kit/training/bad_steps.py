@@ -110,6 +110,8 @@ class BadSteps:
 
     def take_told(self) -> list[Told]:
         """Returns what has been dropped since the last call."""
+        if not self._told:
+            return []
         told = self._told
         self._told = []
         return told

@@ -11,7 +11,6 @@ from typing import Literal
 from ddp_kit.data.cursor import Cursor
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.distributed.control_packet import Decision
-from ddp_kit.io.logs import logger
 from ddp_kit.recipe import Callback
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, Stop, StopFlag
@@ -110,8 +109,6 @@ def fit(
         decision = training.control_packet.boundary(stop=stop.stop, saves=is_save_due)
         is_last = step == cadence.end
         report.step(training, sums, epoch=batch.epoch, wait_s=batch.wait_s, is_last=is_last)
-        if sums.is_dropped:
-            tell_dropped(training, report)
         if step == first + 1:
             training.after_first_step()
         for callback in callbacks:
@@ -120,17 +117,11 @@ def fit(
             checkpoints.report()
         saves = decision.saves or cadence.saves(step)
         evaluates = cadence.evaluates(step) and not decision.stop
-        sentinel.look(is_compared=bool(decision.stop) or saves or evaluates)
-        if not (decision.stop or saves or evaluates):
+        is_pause = bool(decision.stop) or saves or evaluates
+        sentinel.look(is_compared=is_pause)
+        if not is_pause:
             continue
-        look_back(training)
-        report.flush()
-        metrics: dict[str, float] = {}
-        ending = stopped(decision)
-        if evaluates:
-            metrics, ending = measure(batch.epoch)
-        if checkpoints is not None:
-            checkpoints.after(metrics, is_due=saves or ending is not None)
+        ending = _pause(measure, decision, saves=saves, evaluates=evaluates, epoch=batch.epoch)
         if ending is not None:
             return ending
     return _finished(early_stopping)
@@ -163,6 +154,23 @@ class _Measure:
         return metrics, None
 
 
+def _pause(
+    measure: _Measure, decision: Decision, *, saves: bool, evaluates: bool, epoch: int
+) -> Ending | None:
+    """Evaluates and saves, as far as these are due. Returns how the run ends, if it ends here."""
+    training = measure.training
+    checkpoints = training.checkpoints
+    look_back(training)
+    measure.report.flush()
+    metrics: dict[str, float] = {}
+    ending = stopped(decision)
+    if evaluates:
+        metrics, ending = measure(epoch)
+    if checkpoints is not None:
+        checkpoints.after(metrics, is_due=saves or ending is not None)
+    return ending
+
+
 def _catch_up(training: Training, measure: _Measure, *, epoch: int) -> Ending | None:
     """Makes up for an evaluation that the attempt before owes, and saves its metrics with the
     step. Returns how the run ends, if it ends here."""
@@ -170,20 +178,6 @@ def _catch_up(training: Training, measure: _Measure, *, epoch: int) -> Ending | 
     if training.checkpoints is not None and metrics:
         training.checkpoints.save(metrics, again=True)
     return ending
-
-
-def tell_dropped(training: Training, report: Reporter) -> None:
-    """Tells of the steps that were dropped since the last call. Every rank calls it."""
-    for told in training.bad_steps.take_told():
-        fault = told.fault
-        logger.warning("%s", told.message)
-        report.event(
-            fault.kind,
-            step=fault.step,
-            rank=max(fault.rank, 0),
-            message=told.message,
-            about=fault.about,
-        )
 
 
 def _finished(early_stopping: EarlyStopping) -> Ending:

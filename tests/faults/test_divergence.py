@@ -1,5 +1,6 @@
 """Ranks that hold other weights, or run other programs: the first tensor and the rank are named within steps, and nothing more is saved."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ddp_kit.distributed.topology import read_topology
 from ddp_kit.testing import run_ranks
 from ddp_kit.training import loop
 
+SLOW = [pytest.mark.slow, pytest.mark.steady]
 BASE = Settings(max_steps=24, micro_batch=8, precision="fp32", check_every=2, save_every=5)
 
 
@@ -64,7 +66,11 @@ def drifting(settings: Settings, how: str, rank: int, after: int) -> Ended:
 
 @pytest.mark.parametrize(
     ("how", "world_size", "rank", "strategy"),
-    [("drift", 3, 2, "ddp"), ("bit", 2, 1, "zero1"), ("buffer", 3, 0, "ddp")],
+    [
+        ("drift", 3, 2, "ddp"),
+        pytest.param("bit", 2, 1, "ddp", marks=SLOW),
+        pytest.param("buffer", 3, 0, "zero1", marks=SLOW),
+    ],
 )
 def test_a_rank_that_drifts_is_named_between_saves_and_nothing_more_is_saved(
     tmp_path: Path, how: str, world_size: int, rank: int, strategy: str
@@ -103,11 +109,11 @@ def quietly(settings: Settings) -> list[int]:
     return agreed
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=SLOW)])
 def test_ranks_that_agree_are_seen_to_agree_beside_training(tmp_path: Path, strategy: str) -> None:
     settings = replace(BASE, run_dir=str(tmp_path), save_every=100, eval_every=100)
     settings = replace(settings, strategy=strategy, max_steps=9, epochs=0)
-    first, second = run_ranks(quietly, 2, settings, group=False, env={"SLOWLY": "1"})
+    first, second = run_ranks(quietly, 2, settings, group=False)
     assert first == second
     assert first[-2] >= 2  # before the save of the last step
     log = (tmp_path / "logs" / "rank-0.log").read_text()
@@ -116,23 +122,18 @@ def test_ranks_that_agree_are_seen_to_agree_beside_training(tmp_path: Path, stra
 
 def apart(settings: Settings, what: str) -> str:
     """Starts a run in which rank 1 is otherwise."""
-    if read_topology().rank == 1:
-        if what == "NVIDIA_TF32_OVERRIDE":
-            import os
-
-            os.environ[what] = "0"
-        elif what == "torch":
-            torch.__version__ = "2.0.0"  # type: ignore[assignment]
-        elif what == "Python":
-            sys.version_info = (3, 8, 1, "final", 0)  # type: ignore[assignment]
-        elif what == "OMP_WAIT_POLICY":
-            import os
-
-            os.environ[what] = "passive"
-        else:
-            torch.backends.cpu.get_cpu_capability = lambda: "NO AVX"
     fault = Fault()
-    return trained_as(recipe(settings, loss=fault.loss), settings, fault, []).error
+    with pytest.MonkeyPatch.context() as patched:
+        if read_topology().rank == 1:
+            if what.isupper():
+                patched.setenv(what, "passive" if what == "OMP_WAIT_POLICY" else "0")
+            elif what == "torch":
+                patched.setattr(torch, "__version__", "2.0.0")
+            elif what == "Python":
+                patched.setattr(sys, "version_info", (3, 8, 1, "final", 0))
+            else:
+                patched.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NO AVX")
+        return trained_as(recipe(settings, loss=fault.loss), settings, fault, []).error
 
 
 @pytest.mark.parametrize(
@@ -143,28 +144,35 @@ def apart(settings: Settings, what: str) -> str:
             False,
             "compute differently: NVIDIA_TF32_OVERRIDE is not set on rank 0, 0 on rank 1",
         ),
-        ("torch", False, "run different programs: torch is .* on rank 0, 2.0.0 on rank 1"),
-        ("Python", False, "run different programs: Python is .* on rank 0, 3.8 on rank 1"),
-        (
+        pytest.param(
+            "torch",
+            False,
+            "run different programs: torch is .* on rank 0, 2.0.0 on rank 1",
+            marks=SLOW,
+        ),
+        pytest.param(
+            "Python",
+            False,
+            "run different programs: Python is .* on rank 0, 3.8 on rank 1",
+            marks=SLOW,
+        ),
+        pytest.param(
             "capability",
             True,
             "--exact: the ranks' machines differ: torch's CPU capability is .*NO AVX on rank 1",
+            marks=SLOW,
         ),
         ("capability", False, ""),
-        ("OMP_WAIT_POLICY", True, ""),
+        pytest.param("OMP_WAIT_POLICY", True, "", marks=SLOW),
     ],
 )
 def test_ranks_of_other_programs_or_environments_are_refused_or_told(
     tmp_path: Path, what: str, exact: bool, refusal: str
 ) -> None:
     settings = replace(BASE, run_dir=str(tmp_path), exact=exact, max_steps=2, micro_batch=6)
-    found = run_ranks(apart, 2, settings, what, group=False)
-    for error in found:
+    for error in run_ranks(apart, 2, settings, what, group=False):
         assert bool(error) == bool(refusal)
-        if refusal:
-            import re
-
-            assert re.search(refusal, error)
+        assert re.search(refusal, error)
     if not refusal:
         log = (tmp_path / "logs" / "rank-0.log").read_text()
         assert "note: the ranks' " in log

@@ -16,6 +16,7 @@ from ddp_kit.data.seeding import permutation
 from ddp_kit.testing import RanksError, run_ranks
 from ddp_kit.train import run
 
+SLOW = [pytest.mark.slow, pytest.mark.steady]
 BASE = Settings(max_steps=9, save_every=3, micro_batch=4, log_every=1, precision="fp32")
 
 
@@ -27,8 +28,15 @@ def in_folder(settings: Settings, folder: Path, **changes: Any) -> Settings:
     return replace(settings, run_dir=str(folder), **changes)
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
-@pytest.mark.parametrize("kind", ["nan", "gradient"])
+@pytest.mark.parametrize(
+    ("policy", "kind"),
+    [
+        ("skip", "nan"),
+        ("rollback", "gradient"),
+        pytest.param("skip", "gradient", marks=SLOW),
+        pytest.param("rollback", "nan", marks=SLOW),
+    ],
+)
 def test_a_bad_step_is_left_out_as_in_the_run_that_never_saw_it(
     tmp_path: Path, policy: str, kind: str
 ) -> None:
@@ -107,8 +115,15 @@ def last_weights(settings: Settings, policy_steps: list[int]) -> dict[str, torch
     return run(made, settings).model.state_dict()
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("policy", "world_size"),
+    [
+        ("skip", 1),
+        ("rollback", 2),
+        pytest.param("skip", 2, marks=SLOW),
+        pytest.param("rollback", 1, marks=SLOW),
+    ],
+)
 def test_what_is_left_out_is_left_out_of_a_bare_loop(
     tmp_path: Path, policy: str, world_size: int
 ) -> None:
@@ -140,15 +155,15 @@ def ends_of(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in lines(folder / "events.jsonl") if event["event"] == kind]
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
+@pytest.mark.parametrize("policy", [pytest.param("skip", marks=SLOW), "rollback"])
 @pytest.mark.parametrize(
     ("precision", "strategy", "kind"),
     [
-        ("bf16", "ddp", "nan"),
+        pytest.param("bf16", "ddp", "nan", marks=SLOW),
         ("fp16", "ddp", "inf"),
-        ("fp32", "zero1", "gradient"),
-        ("fp32", "fsdp", "nan"),
-        ("fp32", "fsdp", "gradient"),
+        pytest.param("fp32", "zero1", "gradient", marks=SLOW),
+        pytest.param("fp32", "fsdp", "nan", marks=SLOW),
+        pytest.param("fp32", "fsdp", "gradient", marks=SLOW),
     ],
 )
 def test_a_fault_that_strikes_once_leaves_no_trace_of_its_step(
@@ -172,7 +187,7 @@ def test_a_fault_that_strikes_once_leaves_no_trace_of_its_step(
     assert told in event["message"]
 
 
-@pytest.mark.parametrize("world_sizes", [(2, 4), (1, 2)])
+@pytest.mark.parametrize("world_sizes", [(2, 4), pytest.param((1, 2), marks=SLOW)])
 def test_killed_after_it_went_back_a_run_still_leaves_the_step_out_on_any_number_of_ranks(
     tmp_path: Path, world_sizes: tuple[int, int]
 ) -> None:
@@ -193,6 +208,8 @@ def test_killed_after_it_went_back_a_run_still_leaves_the_step_out_on_any_number
     assert other[0].digest != good[0].digest
 
 
+@pytest.mark.slow
+@pytest.mark.steady
 def test_before_its_first_save_a_run_goes_back_to_where_it_began(tmp_path: Path) -> None:
     settings = in_folder(BASE, tmp_path / "bad", on_nonfinite="rollback", save_every=0)
     bad = ends(2, settings, Fault("nan", rank=1, step=4))
@@ -201,7 +218,9 @@ def test_before_its_first_save_a_run_goes_back_to_where_it_began(tmp_path: Path)
     assert bad[0].seen == [1, 2, 3, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
-@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("stop", marks=SLOW), "skip", pytest.param("rollback", marks=SLOW)]
+)
 def test_a_gradient_far_too_large_is_dropped_the_same_way_and_the_window_outlives_a_kill(
     tmp_path: Path, policy: str
 ) -> None:

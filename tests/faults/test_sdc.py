@@ -16,6 +16,7 @@ from ddp_kit.testing import run_ranks
 from ddp_kit.training import alone, computed_twice
 from ddp_kit.training.alone import Alone
 
+SLOW = [pytest.mark.slow, pytest.mark.steady]
 BASE = Settings(max_steps=6, micro_batch=4, precision="fp32", ema=0.5)
 MODELS = {"normed": normed, "counting": Counting}
 
@@ -46,7 +47,10 @@ def computed(settings: Settings, name: str, rank: int = 0, passes: tuple[int, ..
     return replace(ended, seen=[*ended.seen, chip.now])
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("normed", 2), ("counting", 1), ("normed", 1)])
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [("normed", 2), pytest.param("counting", 1, marks=SLOW), pytest.param("normed", 1, marks=SLOW)],
+)
 def test_a_run_with_the_check_gives_the_bits_of_one_without(
     tmp_path: Path, name: str, world_size: int
 ) -> None:
@@ -64,7 +68,9 @@ def test_a_run_with_the_check_gives_the_bits_of_one_without(
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(("rank", "world_size"), [(1, 3), (0, 2), (0, 1)])
+@pytest.mark.parametrize(
+    ("rank", "world_size"), [(1, 3), pytest.param(0, 2, marks=SLOW), pytest.param(0, 1, marks=SLOW)]
+)
 def test_a_single_bit_that_one_pass_has_otherwise_names_rank_host_and_result(
     tmp_path: Path, rank: int, world_size: int
 ) -> None:
@@ -91,7 +97,7 @@ def unsteady(settings: Settings) -> Ended:
     return trained_as(recipe(settings, loss=loss, callbacks=[fault]), settings, fault, [])
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=SLOW), 2])
 def test_an_operation_that_is_not_deterministic_is_no_chip(tmp_path: Path, world_size: int) -> None:
     settings = replace(BASE, sdc_check=2, run_dir=str(tmp_path))
     found = run_ranks(unsteady, world_size, settings, group=False)
