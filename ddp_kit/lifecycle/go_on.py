@@ -4,6 +4,7 @@ A run goes back in the same processes. What its start has built stays: the wrapp
 buckets, the process groups. What steps have changed is read, as in a new attempt.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ from ddp_kit.checkpoint.checkpointer import Checkpointer
 from ddp_kit.checkpoint.find import Origin, find
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.resume import resume, resume_data
+from ddp_kit.data.iterable import StreamPosition
 from ddp_kit.errors import DdpKitError
 from ddp_kit.io.logs import logger
 from ddp_kit.lifecycle.attempt import Attempt, RunContext
-from ddp_kit.setup.build import cadence_of
-from ddp_kit.training.state import Training
+from ddp_kit.setup.build import Built, cadence_of
 
 
 def go_on_from(
@@ -55,18 +56,23 @@ def owes_evaluation(opened: Opened, context: RunContext) -> bool:
     return step > 0 and context.built.cadence.evaluates(step) and not opened.manifest.metrics
 
 
-def leave_a_way_back(opened: Opened | None, training: Training, *, changed: Sequence[str]) -> None:
+def leave_a_way_back(opened: Opened | None, built: Built, *, changed: Sequence[str]) -> None:
     """Saves before the first step where the run could not go back to what is there. Every rank
     calls it.
 
     A checkpoint of other settings is no place to go back to: its numbers were replaced by those of
     this attempt once, at its begin.
     """
-    assert training.checkpoints is not None
+    checkpoints = built.training.checkpoints
+    assert checkpoints is not None
     if opened is None:
-        training.checkpoints.save({})
+        if built.feed.progress is not None:
+            # In these processes the data set will have moved on.
+            state = copy.deepcopy(built.feed.data.dataset.state_dict())
+            built.feed.progress.note(0, StreamPosition(state=state))
+        checkpoints.save({})
     elif changed:
-        training.checkpoints.save(_metrics_of(opened), again=True)
+        checkpoints.save(_metrics_of(opened), again=True)
 
 
 def roll_back(attempt: Attempt, context: RunContext) -> bool:

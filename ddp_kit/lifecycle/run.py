@@ -74,7 +74,7 @@ def train_attempt(
     if is_over:
         end = training.step
     if training.bad_steps.rolls_back:
-        leave_a_way_back(opened, training, changed=changed)
+        leave_a_way_back(opened, context.built, changed=changed)
     ending = _fit(attempt, context, end=end, owes_evaluation=owes)
     return _end(ending, attempt, context)
 

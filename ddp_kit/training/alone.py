@@ -23,7 +23,7 @@ class Alone:
 
 
 def computed_alone(training: Training, objective: ObjectiveState, batch: MicroBatch) -> Alone:
-    """Runs a micro-batch forward and backward, with the draws that it has in the current step.
+    """Runs a micro-batch forward and backward, with the draws that it has in its step.
 
     Parameters' own gradients are left alone, so that nothing is summed; buffers, attributes and
     generators are put back.
@@ -31,7 +31,7 @@ def computed_alone(training: Training, objective: ObjectiveState, batch: MicroBa
     with untouched(training.model, has_attribute=training.forward_state.has_attribute):
         seed_forward(
             objective.forward_key,
-            training.step,
+            batch.request.step,
             batch.request.micro_batch,
             device=training.group.device,
         )

@@ -1,14 +1,28 @@
 """A loss or gradient that is not finite, and one far too large: the run ends, or all ranks leave the step out, at once or from the last checkpoint."""
 
+import importlib.util
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bad_runs import BATCH, Ended, Fault, bad_data, lines, scheduled, spoilt, trained, trained_as
+from bad_runs import (
+    BATCH,
+    Ended,
+    Fault,
+    bad_data,
+    bad_places,
+    lines,
+    scheduled,
+    spoilt,
+    trained,
+    trained_as,
+)
 from cases import Settings, distance, normed, plain, recipe, vectors
 from gans import gan
+from mortal import Counted
 from torch.optim.lr_scheduler import ExponentialLR
 
 from ddp_kit import LossSum
@@ -206,6 +220,45 @@ def test_killed_after_it_went_back_a_run_still_leaves_the_step_out_on_any_number
     assert resumed[0].seen[0] == 5
     other = ends(1, in_folder(settings, tmp_path / "other"), Fault())
     assert other[0].digest != good[0].digest
+
+
+@pytest.mark.slow
+@pytest.mark.steady
+def test_where_two_steps_are_bad_each_is_traced_to_its_own_rank(tmp_path: Path) -> None:
+    """What a loss has told of its rank says nothing of a gradient that is bad later."""
+    settings = in_folder(BASE, tmp_path, on_nonfinite="skip")
+    data = partial(bad_places, {3: 23, 7: 1})
+    (first, second) = ends(2, settings, Fault("nan gradient"), (), (), normed, data)[0].of(
+        "not_finite"
+    )
+    assert (first["step"], first["rank"], first["value"]) == (3, 1, "nan")
+    assert (second["step"], second["rank"], second["micro_batch"]) == (7, 0, 0)
+    assert second["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.steady
+@pytest.mark.parametrize("step", [2, 6])
+def test_data_with_a_state_of_their_own_go_back_too(tmp_path: Path, step: int) -> None:
+    settings = in_folder(BASE, tmp_path / "bad", on_nonfinite="rollback")
+    bad = ends(2, settings, Fault("nan", rank=1, step=step + 1), (), (), normed, Counted)
+    good = ends(2, in_folder(settings, tmp_path / "good"), Fault(), (), [step + 1], normed, Counted)
+    assert {end.error for end in [*bad, *good]} == {""}
+    assert len({end.digest for end in [*bad, *good]}) == 1
+    assert bad[0].of("rollback")[0]["step"] == step - step % 3
+
+
+@pytest.mark.slow
+@pytest.mark.steady
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_with_deepspeed_a_step_is_left_out_too(tmp_path: Path, policy: str) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    settings = in_folder(BASE, tmp_path / "bad", on_nonfinite=policy, strategy="deepspeed")
+    bad = ends(2, settings, Fault("nan", rank=1, step=5), (), (), plain)
+    good = ends(2, in_folder(settings, tmp_path / "good"), Fault(), (), [5], plain)
+    assert {end.error for end in [*bad, *good]} == {""}
+    assert len({end.digest for end in [*bad, *good]}) == 1
 
 
 @pytest.mark.slow

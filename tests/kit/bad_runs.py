@@ -27,14 +27,18 @@ BAD = 9  # a label that stands for a bad sample
 BATCH, PER_EPOCH = 24, 10
 
 
-def bad_data(steps: Sequence[int], *, at: int = BATCH - 1) -> TensorDataset:
-    """Returns data of which these steps (from 1) have one bad sample, at a place of the global batch."""
+def bad_data(steps: Sequence[int]) -> TensorDataset:
+    """Returns data of which these steps (from 1) end with a bad sample."""
+    return bad_places(dict.fromkeys(steps, BATCH - 1))
+
+
+def bad_places(places: Mapping[int, int]) -> TensorDataset:
+    """Returns data of which steps (from 1) have a bad sample at a place of the global batch."""
     inputs, labels = vectors().tensors
     labels = labels.clone()
-    for step in steps:
-        epoch, within = divmod(step - 1, PER_EPOCH)
-        assert epoch == 0, "in a later epoch the sample would have been seen before"
-        labels[permutation(0, epoch, 240)[within * BATCH + at]] = BAD
+    for step, at in places.items():
+        assert step <= PER_EPOCH, "in a later epoch the sample would have been seen before"
+        labels[permutation(0, 0, 240)[(step - 1) * BATCH + at]] = BAD
     return TensorDataset(inputs, labels)
 
 
@@ -87,7 +91,8 @@ class Fault:
         if is_here and not self.has_struck and model.training and self.now:
             self.has_struck = True
             rows = torch.ones_like(rows)
-        return spoilt(self.kind, model, batch, rows=rows)
+        kinds = self.kind.split()  # "nan gradient": first the one, later the other
+        return spoilt(kinds[0 if self.now < 5 else -1], model, batch, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ def trained(
     bad: Sequence[int] = (),
     unseen: Sequence[int] = (),
     model: Any = normed,
+    data: Any = None,
 ) -> Ended:
     """Trains on this rank, on data of which some steps are bad; some others are left out from the beginning."""
 
@@ -121,7 +127,7 @@ def trained(
         settings,
         model=model,
         loss=fault.loss,
-        train_data=lambda: bad_data(bad),
+        train_data=data or (lambda: bad_data(bad)),
         scheduler=scheduled,
         callbacks=[fault],
     )
