@@ -193,6 +193,9 @@ def test_a_fault_that_strikes_once_leaves_no_trace_of_its_step(
     assert len({end.digest for end in [*bad, *good]}) == 1
     (event,) = bad[0].of("not_finite")
     assert event["step"] == 5
+    # It was no overflow, of which fp16's loss scale would learn.
+    scales = {record["loss_scale"] for record in bad[0].records if "loss_scale" in record}
+    assert scales == ({2.0**16} if precision == "fp16" else set())
     # A gradient is looked into by computing it again, where a rank has the whole model.
     told = {
         ("fsdp", "gradient"): "where ranks hold parts of the weights; ",
