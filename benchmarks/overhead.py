@@ -43,7 +43,7 @@ from ddp_kit.stopping.signals import StopFlag
 from ddp_kit.trackers.base import RunInfo
 from ddp_kit.trackers.console import Console
 from ddp_kit.trackers.jsonl import JsonlTracker
-from ddp_kit.training.agreement import require_agreement
+from ddp_kit.training.agreement import Sentinel, require_agreement
 from ddp_kit.training.loop import Cadence, fit
 from ddp_kit.training.reporter import Reporter
 
@@ -54,6 +54,7 @@ TARGETS = {  # (base, contender): ratio
     ("bare loop", "ddp_kit, its own loader, single samples"): 1.20,
     ("bare DDP, default class", "ddp_kit, its defaults (SCHED_BATCH)"): 0.50,
     ("bare DDP, SCHED_BATCH", "ddp_kit, its defaults (SCHED_BATCH)"): 1.03,
+    ("ddp_kit, --check-every 0 (SCHED_BATCH)", "ddp_kit, its defaults (SCHED_BATCH)"): 1.01,
 }
 
 
@@ -175,7 +176,7 @@ def summed(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> LossSum:
 
 
 def ours(
-    group: Group, dataset: Dataset[Any], *, loader: bool, folder: Path
+    group: Group, dataset: Dataset[Any], *, loader: bool, folder: Path, check_every: int = 500
 ) -> Callable[[int], None]:
     """ddp_kit's `fit` with its defaults; with `loader`, fed by the hand-written script's
     DataLoader.
@@ -184,6 +185,7 @@ def ours(
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     feed = build_loader(dataset, group=group, global_batch=BATCH * group.world_size)
     training = wrap(net, optimizer, summed, group=group, feed=feed)
+    training.check_every = check_every
     console = Console(stream=io.StringIO())
     lines = JsonlTracker()
     reporter = Reporter(
@@ -233,6 +235,7 @@ def contenders(group: Group, folder: Path) -> list[Contender]:
     loop = bare(group, dataset)
     own = ours(group, dataset, loader=False, folder=folder / "own")
     fed = ours(group, dataset, loader=True, folder=folder / "fed")
+    unchecked = ours(group, dataset, loader=False, folder=folder / "unchecked", check_every=0)
     singles = ours(group, Singles(dataset), loader=False, folder=folder / "singles")
     if group.world_size == 1:
         return [
@@ -245,6 +248,7 @@ def contenders(group: Group, folder: Path) -> list[Contender]:
     return [
         Contender("bare DDP, default class", loop, "SCHED_OTHER"),
         Contender("ddp_kit, its defaults (SCHED_BATCH)", own, "SCHED_BATCH"),
+        Contender("ddp_kit, --check-every 0 (SCHED_BATCH)", unchecked, "SCHED_BATCH"),
         Contender("Accelerate, default class", accelerated(group, dataset), "SCHED_OTHER"),
         Contender("bare DDP, SCHED_BATCH", loop, "SCHED_BATCH"),
         Contender("ddp_kit, the same DataLoader, SCHED_BATCH", fed, "SCHED_BATCH"),
@@ -304,12 +308,14 @@ def state_contenders(group: Group) -> list[Contender]:
 def show_agreement(group: Group) -> None:
     """Prints what agreeing and the census cost: one comparison of the ranks' weights, with the look
     for late changes, at each save and evaluation; one snapshot of the model, compared and put back,
-    around each of the three passes before the first step.
+    around each of the three passes before the first step; of the sentinel, which sends a digest
+    beside training, the share of training at one in 500 steps.
     """
     if group.rank == 0:
         print("agreement and census, medians of 20; a step is train_step alone")
         print(
-            f"{'weights':>9} {'step':>9} {'agree':>9} {'1 % from':>10} {'census':>9} {'start':>9}"
+            f"{'weights':>9} {'step':>9} {'agree':>9} {'1 % from':>10} {'census':>9} {'start':>9} "
+            f"{'sentinel':>8}"
         )
     for width in (128, 1024, 3072):
         torch.manual_seed(0)
@@ -318,15 +324,23 @@ def show_agreement(group: Group) -> None:
         feed = build_loader(data(600), group=group, global_batch=BATCH * group.world_size)
         training = wrap(net, optimizer, summed, group=group, feed=feed)
         batches = feed.batches(start=0, end=10**9)
+        sentinel = Sentinel(training, every=1)
         steps = []
         compared = []
+        beside = []
         for _ in range(22):
             begin = time.perf_counter()
             train_step(training, next(batches))
             middle = time.perf_counter()
             require_agreement(training)
+            end = time.perf_counter()
             steps.append(middle - begin)
-            compared.append(time.perf_counter() - middle)
+            compared.append(end - middle)
+            # Sends a digest, as --check-every does, and takes the answer.
+            sentinel.look(is_compared=False)
+            training.control_packet.exchange()
+            beside.append(time.perf_counter() - end)
+            sentinel.look(is_compared=True)
         census = []
         for _ in range(22):
             begin = time.perf_counter()
@@ -338,9 +352,11 @@ def show_agreement(group: Group) -> None:
             step = statistics.median(steps[2:])
             once = statistics.median(compared[2:])
             seen = statistics.median(census[2:])
+            sent = statistics.median(beside[2:])
             print(
                 f"{size / 1e6:7.1f} M {step * 1e3:6.2f} ms {once * 1e3:6.2f} ms "
-                f"{100 * once / step:4.0f} steps {seen * 1e3:6.2f} ms {3 * seen / step:3.1f} steps"
+                f"{100 * once / step:4.0f} steps {seen * 1e3:6.2f} ms {3 * seen / step:3.1f} steps "
+                f"{sent / step / 5:6.3f} %"
             )
 
 
@@ -380,6 +396,7 @@ def show(times: dict[str, list[float]], world_size: int, options: argparse.Names
         f"{options.rounds} rounds of {options.steps} steps, load {os.getloadavg()[0]:.1f}"
     )
     bases = ["bare DDP, default class", "bare DDP, SCHED_BATCH"]
+    bases.append("ddp_kit, --check-every 0 (SCHED_BATCH)")
     if options.what == "state":
         bases = list(STATES)[:1]
     elif world_size == 1:

@@ -121,6 +121,34 @@ class Settings:
         ),
     )
     """largest global gradient norm; 0 is off"""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = field(
+        default="stop", metadata=rule("when a step is bad", free=True)
+    )
+    """at a loss or gradient that is inf or nan: end the run; leave the step out; or go back to the
+    last checkpoint and leave it out"""
+    on_spike: Literal["off", "stop", "skip", "rollback"] = field(
+        default="off", metadata=rule("when a step is bad")
+    )
+    """the same at a gradient norm far above those of the steps before"""
+    spike_z: float = field(
+        default=20.0, metadata=rule("when a step is bad", least=1, expected="at least 1")
+    )
+    """how many robust deviations above the median of the steps before are a spike"""
+    spike_window: int = field(
+        default=100, metadata=rule("when a step is bad", least=8, expected="at least 8 steps")
+    )
+    """over how many steps; none is judged before there are so many"""
+    max_dropped: int = field(
+        default=10,
+        metadata=rule("when a step is bad", least=1, expected="at least 1 step", free=True),
+    )
+    """steps that a run may leave out in all; one more ends it"""
+    check_every: int = field(default=500, metadata=rule("when a step is bad", least=0, free=True))
+    """optimizer steps between looks whether all ranks hold the same weights; also at every save and
+    evaluation; 0: only there"""
+    sdc_check: int = field(default=0, metadata=rule("when a step is bad", least=0, free=True))
+    """optimizer steps between computing a micro-batch twice, to find a chip that miscalculates; 0
+    is off"""
     eval_every: int = field(default=0, metadata=rule("evaluation", least=0, free=True))
     """optimizer steps between evaluations; also at every epoch's end; 0: only there"""
     log_every: int = field(

@@ -92,6 +92,11 @@ class Checkpointer:
         group.closing.callback(self._close)
         self._last_save = time.monotonic()
 
+    @property
+    def binding(self) -> Mapping[str, Any]:
+        """The settings that a later attempt must share."""
+        return self._about.binding
+
     def _close(self) -> None:
         has_failed = self._training.group.has_failed
         self._writer.close(abandon=has_failed)

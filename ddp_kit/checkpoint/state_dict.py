@@ -124,6 +124,9 @@ def state_of(
         "tied": tied_names(training.model),
     }
     values |= forward_values(training)
+    bad_steps = training.bad_steps.to_save()
+    if bad_steps:
+        values["bad_steps"] = bad_steps
     if early_stopping is not None:
         own = {
             "best": early_stopping.best,
@@ -226,6 +229,7 @@ def _restore_counters(
 ) -> None:
     training.step = values["step"]
     training.skipped = values["skipped"]
+    training.bad_steps.restore(values.get("bad_steps", {}))
     if early_stopping is not None and "early_stopping" in values:
         for key, value in decode(values["early_stopping"], tensors).items():
             setattr(early_stopping, key, value)

@@ -24,6 +24,7 @@ def check(settings: Settings) -> None:
         *_length(settings),
         *_resuming(settings),
         *_early_stop(settings),
+        *_bad_steps(settings),
         *_exact(settings),
         *_strategy(settings),
         *_split_strategy(settings),
@@ -96,6 +97,21 @@ def _early_stop(settings: Settings) -> Iterator[str]:
         )
 
 
+def _bad_steps(settings: Settings) -> Iterator[str]:
+    """Yields what has no effect, as long as nobody asks for it."""
+    defaults = Settings()
+    if settings.on_spike == "off":
+        for name in ("spike_z", "spike_window"):
+            if getattr(settings, name) != getattr(defaults, name):
+                yield f"{flag(name)} is set without --on-spike: type --on-spike stop too"
+    drops = {"skip", "rollback"} & {settings.on_nonfinite, settings.on_spike}
+    if settings.max_dropped != defaults.max_dropped and not drops:
+        yield (
+            "--max-dropped is set where no step is dropped:"
+            " type --on-nonfinite skip or rollback too"
+        )
+
+
 def _exact(settings: Settings) -> Iterator[str]:
     """Yields what of the settings cannot be had exactly."""
     if not settings.exact:
@@ -146,6 +162,11 @@ def _split_strategy(settings: Settings) -> Iterator[str]:
     chosen = settings.strategy
     if chosen not in ("fsdp", "deepspeed"):
         return
+    if settings.sdc_check:
+        yield (
+            f"--strategy {chosen} with --sdc-check: a rank has no whole model that it could compute"
+            " with twice. Type --strategy zero1 or ddp"
+        )
     if settings.find_unused_parameters:
         yield (
             f"--strategy {chosen} with --find-unused-parameters:"

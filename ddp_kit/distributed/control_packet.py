@@ -10,6 +10,7 @@ all ranks derive from the packet itself. An evaluation's micro-batches are such 
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -32,6 +33,8 @@ class Field(IntEnum):
     CULPRIT = 1  # (step of a non-finite loss + 1) x 2^16 + rank
     STEP_US = 2  # longest time of a step, microseconds
     SAVE = 3  # 1: a save is due by wall time, or asked for
+    DIGEST = 4  # of what all ranks should hold alike, 0: none
+    AGAINST = 5  # its negative: the largest one is the smallest digest's
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,27 @@ class ControlPacket:
         # The last one of each kind, on the slowest rank.
         self._step_s: dict[str, float] = {}
         self._culprit_step = -1
+        # Gives the digest that the next packet takes.
+        self._digest: Callable[[], int] | None = None
+        self._verdict: bool | None = None
+
+    def compare(self, digest: Callable[[], int]) -> None:
+        """Lets the next packet take a number, from 0 on, that should be the same on all ranks.
+
+        Every rank calls it at the same boundary. `digest` is called when that packet is sent.
+        """
+        self._digest = digest
+        self._verdict = None
+
+    def take_verdict(self) -> bool | None:
+        """Returns whether the number of `compare` was the same on all ranks, once: None until the
+        packet is read, at the same boundary on all ranks."""
+        verdict = self._verdict
+        self._verdict = None
+        return verdict
 
     def name_culprit(self, step: int) -> None:
-        """Notes that this rank's loss of `step` was not finite."""
+        """Notes that this rank's loss of `step` was not finite; -1: none was."""
         self._culprit_step = step
 
     def boundary(self, *, stop: int = 0, saves: bool = False) -> Decision:
@@ -144,6 +165,12 @@ class ControlPacket:
         self._packet[Field.CULPRIT] = self._with_rank(self._culprit_step + 1)
         self._packet[Field.STEP_US] = int((now - then) / steps * 1e6) if steps > 0 else 0
         self._packet[Field.SAVE] = int(saves)
+        digest = 0
+        if self._digest is not None:
+            digest = self._digest() + 1
+            self._digest = None
+        self._packet[Field.DIGEST] = digest
+        self._packet[Field.AGAINST] = -digest
         if self._group.control_pg is not None:
             self._work = dist.all_reduce(
                 self._packet, dist.ReduceOp.MAX, group=self._group.control_pg, async_op=True
@@ -159,7 +186,9 @@ class ControlPacket:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        stop, culprit, _, saves = self._packet.tolist()
+            if self._packet[Field.DIGEST]:
+                self._verdict = bool(self._packet[Field.DIGEST] == -self._packet[Field.AGAINST])
+        stop, culprit, _, saves, _, _ = self._packet.tolist()
         return Decision(
             stop=stop >> SHIFT,
             stop_rank=stop & RANK_MASK if stop else -1,

@@ -12,7 +12,7 @@ from ddp_kit.checkpoint.best_weights import best_weights
 from ddp_kit.checkpoint.checkpointer import About, Checkpointer
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.storage import LocalDisk
-from ddp_kit.checkpoint.resume import binding, described, resume, resume_data
+from ddp_kit.checkpoint.resume import binding, described
 from ddp_kit.checkpoint.retention import keep_of
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.distributed.collectives import from_rank
@@ -21,15 +21,18 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import logger, rank_log
 from ddp_kit.lifecycle.attempt import Attempt, RunContext
 from ddp_kit.lifecycle.begin import begin
+from ddp_kit.lifecycle.go_on import go_on_from, leave_a_way_back, owes_evaluation, roll_back
 from ddp_kit.lifecycle.outcome import Outcome, leave_ending, outcome_of
 from ddp_kit.lifecycle.reporters import reporter_of
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.lifecycle.start import RunPlace, begins_from, open_directory
 from ddp_kit.recipe import Recipe
-from ddp_kit.setup.build import build, cadence_of, require_same_settings
+from ddp_kit.setup.build import build, require_same_settings
 from ddp_kit.setup.memory_format import naming_the_format
+from ddp_kit.setup.same_machines import require_same_machines
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, heeding
+from ddp_kit.training.bad_steps import RollBack
 from ddp_kit.training.loop import Ending, fit, stopped
 
 
@@ -45,6 +48,7 @@ def train_attempt(
     settings = attempt.request.settings
     source = attempt.request.source
     require_same_settings(group, settings, text=source.text if source else "")
+    differences = require_same_machines(group, exact=settings.exact)
     recipe = build()
     if not isinstance(recipe, Recipe):
         raise ConfigError(
@@ -59,12 +63,9 @@ def train_attempt(
     if opened is not None and not changed and _was_finished(context):
         return _finished_before(context)
     training = context.built.training
-    owes_evaluation = (
-        opened is not None
-        and context.built.cadence.evaluates(training.step)
-        and not opened.manifest.metrics
-    )
-    begin(attempt, context, is_first=opened is None, owes_evaluation=owes_evaluation)
+    training.notes += differences
+    owes = opened is not None and owes_evaluation(opened, context)
+    begin(attempt, context, is_first=opened is None, owes_evaluation=owes)
     stack.callback(attempt.close)
     for callback in recipe.callbacks:
         callback.on_start(training.model)
@@ -73,7 +74,9 @@ def train_attempt(
     end = context.built.cadence.end
     if is_over:
         end = training.step
-    ending = _fit(attempt, context, end=end, owes_evaluation=owes_evaluation)
+    if training.bad_steps.rolls_back:
+        leave_a_way_back(opened, context.built, changed=changed)
+    ending = _fit(attempt, context, end=end, owes_evaluation=owes)
     return _end(ending, attempt, context)
 
 
@@ -142,24 +145,7 @@ def _take_over(opened: Opened | None, attempt: Attempt, context: RunContext) -> 
     )
     if opened is None:
         return []
-    attempt.metrics = {name: float(value) for name, value in opened.manifest.metrics.items()}
-    resume_data(
-        opened,
-        built.feed,
-        world_size=training.group.world_size,
-        restarts=settings.resume_data == "restart",
-    )
-    changed = resume(
-        opened,
-        training,
-        feed=built.feed,
-        settings=settings,
-        new=bound,
-        early_stopping=context.early_stopping,
-    )
-    # The place may be another one now.
-    built.cadence = cadence_of(settings, built.feed)
-    return changed
+    return go_on_from(opened, attempt, context, bound=bound)
 
 
 def _was_finished(context: RunContext) -> bool:
@@ -180,7 +166,18 @@ def _finished_before(context: RunContext) -> Outcome:
 
 
 def _fit(attempt: Attempt, context: RunContext, *, end: int, owes_evaluation: bool) -> Ending:
-    """Trains up to step `end`. Returns how the loop ended."""
+    """Trains up to step `end`, from the last checkpoint again each time a bad step asks for it.
+    Returns how the loop ended."""
+    owes = owes_evaluation
+    while True:
+        try:
+            return _fit_once(attempt, context, end=end, owes_evaluation=owes)
+        except RollBack:
+            # The batches are closed by now, and their workers gone.
+            owes = roll_back(attempt, context)
+
+
+def _fit_once(attempt: Attempt, context: RunContext, *, end: int, owes_evaluation: bool) -> Ending:
     built = context.built
     training = built.training
 

@@ -32,8 +32,9 @@ from ddp_kit.setup.memory_format import (
 from ddp_kit.setup.meta_init import Reads, materialise
 from ddp_kit.setup.model import build_model, load_first_weights
 from ddp_kit.setup.parts import Part, part_of
-from ddp_kit.setup.start_notes import sharded_notes, split_notes
+from ddp_kit.setup.start_notes import data_notes, split_notes
 from ddp_kit.setup.train_data import made_train_data, train_feed
+from ddp_kit.setup.watch import watch_steps
 from ddp_kit.setup.wrap import wrap_parts
 from ddp_kit.strategies import choose_strategy
 from ddp_kit.strategies.base import Strategy
@@ -144,11 +145,12 @@ def _built(
         frozen_in=frozen_in(model, recipe, feed=feed, group=group, cadence=cadence),
         may_split=settings.strategy in ("fsdp", "deepspeed"),
     )
+    watch_steps(training, settings)
     if settings.ema:
         reshaped = training.forward_state.reshaped
         training.average = WeightAverage(model, decay=settings.ema, reshaped=reshaped)
     training.base_sha256 = base_hash
-    training.notes += sharded_notes(feed, group)
+    training.notes += data_notes(feed, group)
     training.notes += split_notes(model, feed.plan, settings, group)
     evaluator = Evaluator(
         recipe=recipe,

@@ -1,4 +1,4 @@
-"""What the split of a global batch does to a model's numbers, said once at start."""
+"""What the split of data and batches does to a model's numbers, said once at start."""
 
 from torch import nn
 
@@ -6,6 +6,16 @@ from ddp_kit.data.batch_plan import BatchPlan, splits_that_keep
 from ddp_kit.data.loader import Feed
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.settings import Settings
+
+
+def data_notes(feed: Feed, group: Group) -> list[str]:
+    """Returns what of the data makes the numbers depend on the number of ranks."""
+    if not feed.data.sharded or group.world_size == 1:
+        return []
+    return [
+        "the training data are each rank's own (sharded=True): which samples a step sees "
+        "depends on the number of ranks"
+    ]
 
 
 def split_notes(model: nn.Module, plan: BatchPlan, settings: Settings, group: Group) -> list[str]:
@@ -27,14 +37,4 @@ def split_notes(model: nn.Module, plan: BatchPlan, settings: Settings, group: Gr
     return [
         f"{', '.join(sorted(layers))} see one micro-batch at a time, "
         f"and at another number of ranks it would be another one: {mend}"
-    ]
-
-
-def sharded_notes(feed: Feed, group: Group) -> list[str]:
-    """Returns what to say of streams that are each rank's own."""
-    if not feed.data.sharded or group.world_size == 1:
-        return []
-    return [
-        "the training data are each rank's own (sharded=True): which samples a step sees depends "
-        "on the number of ranks"
     ]

@@ -218,6 +218,7 @@ def _objective(
     return ObjectiveState(
         name="" if is_only else f"{part.trains}/",
         model=model,
+        bare=call,
         call=wrapped.call,
         parameters=parameters,
         frozen=frozen,

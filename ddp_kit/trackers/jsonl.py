@@ -5,9 +5,10 @@ Each record is one line of strict JSON, which knows no NaN and no infinity: they
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import final
 
-from ddp_kit.io.json_lines import JsonLines
+from ddp_kit.io.json_lines import JsonLines, supersede
 from ddp_kit.io.redact import redact
 from ddp_kit.trackers.base import RunInfo
 
@@ -23,12 +24,14 @@ class JsonlTracker:
     """
 
     def __init__(self) -> None:
+        self._path: Path | None = None
         self._metrics: JsonLines | None = None
         self._events: JsonLines | None = None
 
     def start(self, info: RunInfo) -> None:
         """Opens both files for appending. Raises: OSError if one cannot be opened."""
-        self._metrics = JsonLines(info.run_dir / "metrics.jsonl")
+        self._path = info.run_dir / "metrics.jsonl"
+        self._metrics = JsonLines(self._path)
         self._events = JsonLines(info.run_dir / "events.jsonl")
 
     def log(self, record: Mapping[str, object]) -> None:
@@ -48,8 +51,18 @@ class JsonlTracker:
         assert self._events is not None, "start first"
         # First the records before it: in the order in which things happened.
         self.flush()
+        if event["event"] == "rollback":
+            self._go_back(event["step"])
         self._events.add(redact(event))
         self._events.flush()
+
+    def _go_back(self, step: object) -> None:
+        """Drops the records of the steps that the run has gone back over: they come again."""
+        if self._metrics is None or self._path is None or not isinstance(step, int):
+            return
+        self._metrics.close()
+        supersede(self._path, step=step, owes_evaluation=False)
+        self._metrics = JsonLines(self._path)
 
     def sample(self, name: str, value: object, *, step: int) -> None:
         """Writes nothing: images and texts do not belong into lines of numbers."""

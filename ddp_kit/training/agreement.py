@@ -1,13 +1,15 @@
-"""Whether all ranks still hold the same weights and buffers: compared at each save and evaluation.
+"""Whether all ranks still hold the same weights and buffers.
 
-Ranks stay equal because they do the same with equal numbers. Whatever breaks that (a callback on
-one rank, a loss that writes into the model, a broken device) would end in a checkpoint of rank 0's
-half of the truth.
+Compared at each save and evaluation, and beside training every so many steps: then the digest
+travels in the control packet, and nobody waits for it. Ranks stay equal because they do the same
+with equal numbers. Whatever breaks that (a callback on one rank, a loss that writes into the model,
+a broken device) would end in a checkpoint of rank 0's half of the truth.
 """
 
 import json
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -31,15 +33,73 @@ def require_agreement(training: Training) -> None:
     training.forward_state.look()
     for objective in training.objectives:
         objective.count.look()
+    if training.group.control_pg is not None:
+        held = _Held(training)
+        if first_difference(training.group, [len(held.names), held.digest()]) is not None:
+            _tell(training, held)
     training.agreed_step = training.step
-    if training.group.control_pg is None:
-        return
-    named = _whole_tensors(training)
-    digests = digests_of(list(named.values()))
-    text = json.dumps([digests, training.forward_state.attributes.saved()]).encode()
-    if first_difference(training.group, [len(named), zlib.crc32(text)]) is None:
-        return
-    _tell(training, list(named), digests)
+
+
+class Sentinel:
+    """Compares the ranks' models beside training. Every rank calls `look` after each step."""
+
+    def __init__(self, training: Training, *, every: int):
+        """Args: `every` so many steps, 0: never."""
+        self._training = training
+        self._every = every
+        if training.group.control_pg is None:
+            self._every = 0
+        # One is on its way at most, with steps of microseconds over several of them.
+        self._sent: _Held | None = None
+        # What another loop has sent tells nothing of this one.
+        training.control_packet.take_verdict()
+
+    def look(self, *, is_compared: bool) -> None:
+        """Reads what has come back, and sends the digest that is due.
+
+        Args: `is_compared` whether the models are compared at this step anyway.
+        Raises: DdpKitError as `require_agreement`, some steps later.
+        """
+        if not self._every:
+            return
+        training = self._training
+        if self._sent is not None:
+            verdict = training.control_packet.take_verdict()
+            if verdict is None:
+                return
+            sent = self._sent
+            self._sent = None
+            if not verdict:
+                _tell(training, sent)
+            training.agreed_step = max(training.agreed_step, sent.step)
+        if training.step % self._every == 0 and not is_compared:
+            self._sent = _Held(training)
+            training.control_packet.compare(self._sent.digest)
+
+
+class _Held:
+    """What this rank holds at one step, of which every rank should hold the same."""
+
+    def __init__(self, training: Training):
+        self.step = training.step
+        tensors = _whole_tensors(training)
+        self.names = list(tensors)
+        self._digests = Digests(list(tensors.values()))
+        self._attributes = json.dumps(training.forward_state.attributes.saved())
+
+    def digests(self) -> list[int]:
+        """Returns one for each name."""
+        return self._digests.read()
+
+    def digest(self) -> int:
+        """Returns one for all."""
+        text = json.dumps([self.digests(), self._attributes]).encode()
+        return zlib.crc32(text)
+
+
+def holds_copies(training: Training) -> bool:
+    """Whether the ranks have whole weights, which can be compared."""
+    return any(not is_split(parameter) for parameter in training.model.parameters())
 
 
 def _whole_tensors(training: Training) -> dict[str, torch.Tensor]:
@@ -49,37 +109,76 @@ def _whole_tensors(training: Training) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in everything.items() if not is_split(tensor)}
 
 
-def _tell(training: Training, names: list[str], digests: list[int]) -> None:
+def _tell(training: Training, held: _Held) -> None:
     """Raises: DdpKitError; always."""
-    rows = gather_bytes(training.group, json.dumps([names, digests]).encode())
+    rows = gather_bytes(training.group, json.dumps([held.names, held.digests()]).encode())
     every = [json.loads(row) for row in rows]
-    said = "have other plain attributes of the model"
-    for i, name in enumerate(names):
-        held = [row[1][i] if row[0] == names else 0 for row in every]
-        if len(set(held)) > 1:
-            usual, _ = Counter(held).most_common(1)[0]
-            others = [str(rank) for rank, digest in enumerate(held) if digest != usual]
-            said = f"hold other values of {name}: rank {some(others)} unlike the rest"
-            break
+    different = []
+    for i, name in enumerate(held.names):
+        digests = [row[1][i] if row[0] == held.names else 0 for row in every]
+        if len(set(digests)) > 1:
+            different.append((name, digests))
+    said = "the ranks have other plain attributes of the model"
+    if different:
+        name, digests = different[0]
+        said = f"{_who(digests)} in {name} ({len(different)} of {len(held.names)} tensors)"
+    last = "not compared before in this attempt"
+    if training.agreed_step >= 0:
+        last = f"last agreed at step {training.agreed_step}"
     raise DdpKitError(
-        f"at step {training.step} the ranks {said}. Nothing of this step was saved. Something "
+        f"DIVERGED at step {held.step}: {said}; {last}. Nothing since then was saved. Something "
         "changes the model on one rank alone, or by what only that rank has seen: a callback, "
-        "code that asks for the rank, weights written outside the forward pass."
+        "code that asks for the rank, weights written outside the forward pass. Or a device "
+        "miscalculates: --sdc-check 100 looks for that."
     )
+
+
+def _who(digests: Sequence[int]) -> str:
+    """Returns which ranks differ: from most of the others, or all where no most are alike."""
+    usual, count = Counter(digests).most_common(1)[0]
+    if 2 * count <= len(digests):
+        return f"ranks {some([str(rank) for rank in range(len(digests))])} differ"
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != usual]
+    if len(others) == 1:
+        return f"rank {others[0]} differs from the others"
+    return f"ranks {some(others)} differ from the others"
 
 
 def digests_of(tensors: list[torch.Tensor]) -> list[int]:
     """Returns a checksum of each tensor's memory; those of a CUDA device in one synchronisation."""
-    own: list[int | torch.Tensor] = []
-    for tensor in tensors:
-        memory = _memory(tensor)
-        if memory.is_cuda:
-            own.append(checksum(memory))
-        else:
-            own.append(zlib.crc32(view_of(memory)))
-    on_device = [digest for digest in own if isinstance(digest, torch.Tensor)]
-    read = iter(torch.stack(on_device).tolist() if on_device else ())
-    return [next(read) if isinstance(digest, torch.Tensor) else digest for digest in own]
+    return Digests(tensors).read()
+
+
+class Digests:
+    """A checksum of each tensor's memory as it is now, computed where it is."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        """Those of a CUDA device are on their way to the host when this returns."""
+        self._own: list[int | None] = []
+        on_device = []
+        for tensor in tensors:
+            memory = _memory(tensor)
+            if memory.is_cuda:
+                on_device.append(checksum(memory))
+                self._own.append(None)
+            else:
+                self._own.append(zlib.crc32(view_of(memory)))
+        self._arriving: torch.Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+        if on_device:
+            found = torch.stack(on_device)
+            self._arriving = torch.empty_like(found, device="cpu", pin_memory=True)
+            self._arriving.copy_(found, non_blocking=True)
+            self._event = torch.cuda.current_stream().record_event()
+
+    def read(self) -> list[int]:
+        """Returns them, in the order of the tensors."""
+        arrived: list[int] = []
+        if self._arriving is not None and self._event is not None:
+            self._event.synchronize()
+            arrived = self._arriving.tolist()
+        waiting = iter(arrived)
+        return [next(waiting) if digest is None else digest for digest in self._own]
 
 
 def _memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ddp_kit.distributed.control_packet import Decision
 from ddp_kit.recipe import Callback
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, Stop, StopFlag
-from ddp_kit.training.agreement import require_agreement
+from ddp_kit.training.agreement import Sentinel, require_agreement
 from ddp_kit.training.nonfinite import look_back
 from ddp_kit.training.reporter import Reporter
 from ddp_kit.training.state import Training
@@ -89,11 +89,13 @@ def fit(
             same on all ranks ({} without eval data), or raises Abandoned.
         owes_evaluation: the attempt before was stopped at a step that should have had one.
 
-    Raises: NonFiniteError on every rank if a loss or gradient is not finite.
+    Raises: NonFiniteError on every rank if a loss or gradient is not finite and nothing else was
+        asked for; RollBack on every rank if the run is to go back to its last checkpoint.
     """
     stop.deferring = True
     first = training.step
     checkpoints = training.checkpoints
+    sentinel = Sentinel(training, every=training.check_every)
     measure = _Measure(training, evaluate, report, early_stopping, callbacks)
     ending = stopped(training.control_packet.exchange(stop=stop.stop))
     if owes_evaluation and ending is None:
@@ -115,16 +117,11 @@ def fit(
             checkpoints.report()
         saves = decision.saves or cadence.saves(step)
         evaluates = cadence.evaluates(step) and not decision.stop
-        if not (decision.stop or saves or evaluates):
+        is_pause = bool(decision.stop) or saves or evaluates
+        sentinel.look(is_compared=is_pause)
+        if not is_pause:
             continue
-        look_back(training)
-        report.flush()
-        metrics: dict[str, float] = {}
-        ending = stopped(decision)
-        if evaluates:
-            metrics, ending = measure(batch.epoch)
-        if checkpoints is not None:
-            checkpoints.after(metrics, is_due=saves or ending is not None)
+        ending = _pause(measure, decision, saves=saves, evaluates=evaluates, epoch=batch.epoch)
         if ending is not None:
             return ending
     return _finished(early_stopping)
@@ -155,6 +152,23 @@ class _Measure:
         if metrics and self.early_stopping.update(metrics, step=step):
             return metrics, _finished(self.early_stopping)
         return metrics, None
+
+
+def _pause(
+    measure: _Measure, decision: Decision, *, saves: bool, evaluates: bool, epoch: int
+) -> Ending | None:
+    """Evaluates and saves, as far as these are due. Returns how the run ends, if it ends here."""
+    training = measure.training
+    checkpoints = training.checkpoints
+    look_back(training)
+    measure.report.flush()
+    metrics: dict[str, float] = {}
+    ending = stopped(decision)
+    if evaluates:
+        metrics, ending = measure(epoch)
+    if checkpoints is not None:
+        checkpoints.after(metrics, is_due=saves or ending is not None)
+    return ending
 
 
 def _catch_up(training: Training, measure: _Measure, *, epoch: int) -> Ending | None:

@@ -1,83 +1,27 @@
-"""Whether a step may be applied, and where the fault is if not.
+"""Why a step is not finite: which rank, which micro-batch, which samples, which parameters.
 
-The check is on the reduced gradients, which are equal on all ranks. Of a bad loss rank, step and
-samples are named. Training never goes on with weights that a bad step has changed.
+All ranks come here at the same step, having seen it in the reduced gradients. Training never goes
+on with weights that a bad step has changed.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-from torch.autograd.graph import Node
 
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.distributed.collectives import from_rank, gather_bytes, sum_over_ranks
 from ddp_kit.errors import DdpKitError, NonFiniteError, some
 from ddp_kit.strategies.precision import MOST_AT_FLOOR
+from ddp_kit.training.alone import computed_alone
+from ddp_kit.training.bad_steps import Fault
 from ddp_kit.training.loss_count import EMPTY
 from ddp_kit.training.state import ObjectiveState, StepSums, Training
 
 MOST_LISTED = 16  # samples that an error names
-
-
-def find_non_finite(
-    gradients: list[torch.Tensor], found: torch.Tensor, *, one: torch.Tensor, is_mixed: bool
-) -> None:
-    """Sets `found` to 1 if a gradient is not finite.
-
-    It is GradScaler's kernel, multiplying by `one`. `is_mixed`: the gradients have several dtypes,
-    or complex ones, which the kernel does not take.
-    """
-    if not is_mixed:
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one)
-        return
-    for gradient in gradients:
-        if gradient.is_complex():
-            gradient = torch.view_as_real(gradient.resolve_conj())
-        torch._amp_foreach_non_finite_check_and_unscale_([gradient], found, one)
-
-
-@contextmanager
-def mark_added(total: torch.Tensor, mark: torch.Tensor) -> Iterator[None]:
-    """Adds `mark` to the gradient of one parameter that a total depends on, during its backward.
-
-    A total that is inf may send its parameters no gradient at all (a `where`, a clamp, a relu
-    between), not even a nan: a nan that is added travels over ranks with the gradient.
-    """
-    node = _accumulation(total.grad_fn)
-    if node is None:
-        yield
-        return
-
-    def marked(gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        gradient = gradients[0]
-        # None where a function of the user's own gives none.
-        return gradients if gradient is None else (gradient + mark.to(gradient.dtype),)
-
-    handle = node.register_prehook(marked)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _accumulation(node: Node | None) -> Node | None:
-    """Returns where the gradient of some parameter is added up, the nearest one in the graph."""
-    waiting = [node]
-    seen: set[Node] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(getattr(node, "variable", None), nn.Parameter):
-            return node
-        waiting += [before for before, _ in node.next_functions]
-    return None
 
 
 def look_back(training: Training) -> None:
@@ -96,54 +40,146 @@ def look_back(training: Training) -> None:
     training.suspect = None
     training.group.unseen.pop(id(training), None)
     if bool(seen):
-        raise_unless_overflow(training, training.objectives[0], batch, sums)
+        fault = fault_of(training, training.objectives[0], batch, sums)
+        if fault is not None:
+            training.bad_steps.drop(fault)
 
 
-def raise_unless_overflow(
+def fault_of(
     training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums
-) -> None:
+) -> Fault | None:
     """Puts the buffers back and finds out why a step is not finite.
 
-    All ranks are here at the same step. It returns if fp16 gradients only overflowed.
+    All ranks are here at the same step.
 
+    Returns: the fault, with rank and samples, or parameters; None if fp16 gradients only
+        overflowed.
     Raises:
-        NonFiniteError: the loss or gradient is not finite; with rank and samples, or parameters.
-            Or fp16 gradients stay so at the smallest loss scale.
+        NonFiniteError: fp16 gradients stay not finite at the smallest loss scale.
         DdpKitError: the count over the whole global batch is 0.
     """
     training.forward_state.restore()
     step = batch.step + 1
-    what_was_applied = _what_was_applied(training, objective)
-    own = _first_bad_samples(batch, sums)
+    own = _first_bad_micro_batch(batch, sums)
     if own is not None:
         training.control_packet.name_culprit(step)
     decision = training.control_packet.exchange()
+    # The next bad step is another one's.
+    training.control_packet.name_culprit(-1)
     if decision.culprit_rank >= 0:
-        content = from_rank(training.group, own or b"", source=decision.culprit_rank)
-        samples = np.frombuffer(content, dtype=np.int64)
-        raise NonFiniteError(
-            f"the loss of step {decision.culprit_step} is not finite on rank "
-            f"{decision.culprit_rank}, samples {listed(samples)}. {what_was_applied} "
-            "Look at these samples, or lower the learning rate, or type --grad-clip 1."
+        content = from_rank(training.group, json.dumps(own).encode(), source=decision.culprit_rank)
+        return _fault_of_loss(
+            training, objective, step, rank=decision.culprit_rank, found=json.loads(content)
         )
     if not sum_over_ranks(training.group, _own_count(objective, sums)):
         raise DdpKitError(f"step {step}: {EMPTY}.")
     scale = objective.scale
     if scale.is_on and not scale.is_hopeless:
-        return
+        return None
     bad = _bad_parameters(training, objective)
     if scale.is_on:
         raise NonFiniteError(
             f"the gradients of the last {MOST_AT_FLOOR} steps, up to step {step}, "
             f"are not finite at the smallest loss scale ({scale.scale:g}), in {some(bad)}: "
-            f"it is not fp16 that overflows. {what_was_applied} "
+            f"it is not fp16 that overflows. {what_was_applied(training, objective)} "
             "A square root or logarithm of 0 does this; "
             "--precision bf16 or fp32 ends at the first such step."
         )
-    raise NonFiniteError(
-        f"the gradient of step {step} is not finite though the loss is, in {some(bad)}. "
-        f"{what_was_applied} A square root or logarithm of 0 does this; or lower the learning rate."
+    return _fault_of_gradient(training, objective, batch, bad)
+
+
+def _fault_of_loss(
+    training: Training,
+    objective: ObjectiveState,
+    step: int,
+    *,
+    rank: int,
+    found: Mapping[str, Any],
+) -> Fault:
+    samples = listed(found["samples"])
+    return Fault(
+        kind="not_finite",
+        step=step,
+        found=(
+            f"loss {found['value']} on rank {rank}, micro-batch {found['micro_batch']}, "
+            f"samples {samples}"
+        ),
+        message=(
+            f"the loss of step {step} is not finite on rank {rank}, samples {samples}. "
+            f"{what_was_applied(training, objective)} "
+            "Look at these samples, or lower the learning rate, or type --grad-clip 1."
+        ),
+        rank=rank,
+        about=found,
     )
+
+
+def _fault_of_gradient(
+    training: Training, objective: ObjectiveState, batch: RankBatch, bad: list[str]
+) -> Fault:
+    """Returns the fault of a gradient that is not finite though the loss is."""
+    step = batch.step + 1
+    rank, found = _source_of_gradient(training, objective, batch)
+    come_from = ""
+    if rank >= 0:
+        samples = listed(found["samples"])
+        where = f"on rank {rank}, micro-batch {found['micro_batch']}, samples {samples}"
+        come_from = f"It comes from {where.removeprefix('on ')}. "
+    elif training.strategy.shards is None:
+        where = "and no micro-batch has it when it is computed again"
+    else:
+        where = "and where it comes from is not known where ranks hold parts of the weights"
+    return Fault(
+        kind="not_finite",
+        step=step,
+        found=f"gradient of {some(bad)} though the loss is finite, {where}",
+        message=(
+            f"the gradient of step {step} is not finite though the loss is, in {some(bad)}. "
+            f"{come_from}{what_was_applied(training, objective)} "
+            "A square root or logarithm of 0 does this; or lower the learning rate."
+        ),
+        rank=rank,
+        about={"parameters": bad, **found},
+    )
+
+
+def _source_of_gradient(
+    training: Training, objective: ObjectiveState, batch: RankBatch
+) -> tuple[int, Mapping[str, Any]]:
+    """Returns the first rank of which a micro-batch has a bad gradient by itself, and which one.
+
+    The sum over ranks no longer tells. Rank -1: none has, or ranks hold parts of the weights.
+    """
+    own = None
+    if training.strategy.shards is None:
+        own = _first_bad_gradient(training, objective, batch)
+    rows = gather_bytes(training.group, json.dumps(own).encode())
+    for rank, row in enumerate(rows):
+        found = json.loads(row)
+        if found is not None:
+            return rank, found
+    return -1, {}
+
+
+def _first_bad_gradient(
+    training: Training, objective: ObjectiveState, batch: RankBatch
+) -> Mapping[str, Any] | None:
+    for micro_batch in batch.micro_batches:
+        try:
+            alone = computed_alone(training, objective, micro_batch)
+        except Exception:
+            # Whatever a model raises that cannot be run so: what is known is told without it.
+            return None
+        for gradient in alone.gradients:
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                return _told(micro_batch)
+    return None
+
+
+def _told(micro_batch: MicroBatch) -> dict[str, Any]:
+    """Returns what is said of a micro-batch."""
+    request = micro_batch.request
+    return {"micro_batch": request.micro_batch, "samples": request.indices.tolist()}
 
 
 def _own_count(objective: ObjectiveState, sums: StepSums) -> torch.Tensor:
@@ -167,7 +203,7 @@ def _bad_parameters(training: Training, objective: ObjectiveState) -> list[str]:
     return [name for name in names.values() if name in bad]
 
 
-def _what_was_applied(training: Training, objective: ObjectiveState) -> str:
+def what_was_applied(training: Training, objective: ObjectiveState) -> str:
     """Objectives run in order, and one may need what those before it have changed: their steps
     cannot be taken back."""
     before = []
@@ -183,14 +219,13 @@ def _what_was_applied(training: Training, objective: ObjectiveState) -> str:
     )
 
 
-def _first_bad_samples(batch: RankBatch, sums: StepSums) -> bytes | None:
-    """Returns the sample indices, as bytes, of this rank's first micro-batch whose loss is not
-    finite."""
+def _first_bad_micro_batch(batch: RankBatch, sums: StepSums) -> dict[str, Any] | None:
+    """Returns what is said of this rank's first micro-batch whose loss is not finite."""
     for i, (_, part) in enumerate(sums.parts):
         total = part["loss"][0]
         if isinstance(total, torch.Tensor) and not bool(torch.isfinite(total)):
             micro_batch = batch.micro_batches[i % len(batch.micro_batches)]
-            return micro_batch.request.indices.astype(np.int64).tobytes()
+            return {"value": str(float(total)), **_told(micro_batch)}
     return None
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ddp_kit.distributed.collectives import same_everywhere
 from ddp_kit.errors import DdpKitError
+from ddp_kit.io.logs import logger
 from ddp_kit.trackers.base import RunInfo, Tracker
 from ddp_kit.training.state import StepSums, Training
 from ddp_kit.training.step_record import (
@@ -83,6 +84,12 @@ class Reporter:
         self._since_time = time.perf_counter()
         self._wait_s = 0.0
 
+    def go_back(self, step: int) -> None:
+        """Forgets what the records to come would tell of the steps after a checkpoint, which come
+        again. Every rank calls it, once all is flushed."""
+        self._losses = LossesSince()
+        self.restart_clock(step)
+
     def step(
         self, training: Training, sums: StepSums, *, epoch: int, wait_s: float, is_last: bool
     ) -> None:
@@ -92,13 +99,16 @@ class Reporter:
         Raises: DdpKitError if micro-batches or ranks report different metrics.
         """
         self._wait_s += wait_s
-        self._losses.take(sums)
+        if not sums.is_dropped:
+            self._losses.take(sums)
         for progress in self._progress:
             progress(training.step)
         self._receive()
         if self._arrived and time.perf_counter() - self._last_burst > BURST_S:
             self._emit()
-        if training.step % self._log_every == 0 or is_last:
+        self.tell_dropped(training)
+        is_due = training.step % self._log_every == 0 or is_last
+        if is_due and not sums.is_dropped:
             self._begin(training, sums, epoch=epoch)
 
     def _begin(self, training: Training, sums: StepSums, *, epoch: int) -> None:
@@ -210,6 +220,19 @@ class Reporter:
         record |= about or {}
         for tracker in self._trackers:
             tracker.event(record)
+
+    def tell_dropped(self, training: Training) -> None:
+        """Tells of the steps that were dropped since the last call. Every rank calls it."""
+        for told in training.bad_steps.take_told():
+            fault = told.fault
+            logger.warning("%s", told.message)
+            self.event(
+                fault.kind,
+                step=fault.step,
+                rank=max(fault.rank, 0),
+                message=told.message,
+                about=fault.about,
+            )
 
     def samples(self, values: Mapping[str, Any], *, step: int) -> None:
         """Hands texts and images to every tracker."""

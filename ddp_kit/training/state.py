@@ -25,6 +25,7 @@ from ddp_kit.settings import Precision
 from ddp_kit.strategies.base import Strategy
 from ddp_kit.strategies.optimizer_view import OptimizerView
 from ddp_kit.strategies.precision import LossScale, autocast
+from ddp_kit.training.bad_steps import BadSteps
 from ddp_kit.training.ema import WeightAverage
 from ddp_kit.training.freezing import Freezing, GradientFlags
 from ddp_kit.training.loss_count import Count
@@ -129,6 +130,7 @@ class ObjectiveState:
     name: str
     # Without what a strategy wraps around it.
     model: nn.Module
+    bare: nn.Module
     call: nn.Module
     parameters: list[nn.Parameter]
     # The other objectives': their gradients are not computed.
@@ -196,6 +198,11 @@ class Training:
     checkpoints: SavesState | None = None
     # At which the ranks were last seen to hold the same model.
     agreed_step: int = -1
+    # Steps between looks whether they do, 0: at saves and evaluations only.
+    check_every: int = 500
+    bad_steps: BadSteps = field(default_factory=BadSteps)
+    # Called before an objective's part of a step, if passes are computed twice.
+    look_twice: "Callable[[ObjectiveState, RankBatch], None] | None" = None
     # A deferred step that the host has not seen yet.
     suspect: "tuple[RankBatch, StepSums, torch.Tensor] | None" = None
 
@@ -215,9 +222,11 @@ class StepSums:
     # This rank's first micro-batch in the global batch, and how many it has.
     first: int = 0
     size: int = 1
+    # Whether the step was left out for what it is: its loss is none to be recorded.
+    is_dropped: bool = False
     # Each micro-batch's sums, still on the device, objective by objective.
     parts: list[tuple[str, Sums]] = field(default_factory=list)
-    # By objective, where gradients were clipped.
+    # By objective, where gradients were clipped or watched for spikes.
     grad_norms: dict[str, torch.Tensor] = field(default_factory=dict)
     # Of each objective's parameter groups, as the step used them.
     rates: dict[str, list[Any]] = field(default_factory=dict)

@@ -12,7 +12,6 @@ Nothing here waits for the device unless a line says so.
 import math
 
 import torch
-import torch.distributed as dist
 
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
@@ -20,14 +19,10 @@ from ddp_kit.data.seeding import seed_forward
 from ddp_kit.distributed.collectives import anywhere, over_shards
 from ddp_kit.metrics import Sums
 from ddp_kit.stopping.signals import StopFlag
-from ddp_kit.training.nonfinite import (
-    find_non_finite,
-    listed,
-    look_back,
-    mark_added,
-    raise_unless_overflow,
-)
+from ddp_kit.training.finite_check import find_non_finite, mark_added
+from ddp_kit.training.nonfinite import listed, look_back
 from ddp_kit.training.state import ObjectiveState, StepSums, Training
+from ddp_kit.training.verdict import may_be_applied
 
 OPTIMIZER = -1  # stands for the micro-batch in the keys of an optimizer's draws
 
@@ -40,19 +35,25 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
     Returns: the sums of each micro-batch's losses and metrics, gradient norms and learning rates.
 
     Raises: NonFiniteError on every rank, with the weights as they were before the step, if a loss
-        or gradient is not finite.
+        or gradient is not finite and nothing else was asked for; RollBack if the run is to go back.
     """
     sums = StepSums(first=batch.micro_batches[0].request.micro_batch, size=len(batch.micro_batches))
     look_back(training)
     training.flags.require()
     if training.freezing is not None:
         training.freezing.enter(batch.epoch, objectives=training.objectives, flags=training.flags)
+    if training.step + 1 in training.bad_steps.left_out:
+        sums.is_dropped = True
+        for objective in training.objectives:
+            _end_objective(objective, is_applied=False)
+        _end(training, is_whole=False)
+        return sums
     training.forward_state.begin_step()
     is_whole = True
     for objective in training.objectives:
-        optimizer = objective.optimizer
         # The rates of this step: the scheduler moves on below.
-        sums.rates[objective.name] = [group["lr"] for group in optimizer.param_groups]
+        groups = objective.optimizer.param_groups
+        sums.rates[objective.name] = [group["lr"] for group in groups]
         for parameter in objective.frozen:
             parameter.requires_grad_(False)
         try:
@@ -60,18 +61,28 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
         finally:
             for parameter in objective.frozen:
                 parameter.requires_grad_(True)
-        if not is_applied:
-            is_whole = False
-            # Else torch's schedulers warn of a step never taken.
-            optimizer._opt_called = True  # type: ignore[attr-defined]
-        if objective.scheduler is not None:
-            objective.scheduler.step()
+        _end_objective(objective, is_applied=is_applied)
+        is_whole = is_whole and is_applied
+    _end(training, is_whole=is_whole)
+    return sums
+
+
+def _end_objective(objective: ObjectiveState, *, is_applied: bool) -> None:
+    """Moves the schedule on."""
+    if not is_applied:
+        # Else torch's schedulers warn of a step never taken.
+        objective.optimizer._opt_called = True  # type: ignore[attr-defined]
+    if objective.scheduler is not None:
+        objective.scheduler.step()
+
+
+def _end(training: Training, *, is_whole: bool) -> None:
+    """Counts the step."""
     if not is_whole:
         training.skipped += 1
     if training.average is not None:
         training.average.update()
     training.step += 1
-    return sums
 
 
 def _objective_step(
@@ -81,6 +92,8 @@ def _objective_step(
     applied."""
     for parameter in objective.parameters:
         parameter.grad = None
+    if training.look_twice is not None:
+        training.look_twice(objective, batch)
     strategy = training.strategy
     state = training.forward_state
     count = objective.count
@@ -194,9 +207,11 @@ def _apply(
         training.copied = None
     find_non_finite(gradients, found, one=objective.one, is_mixed=objective.is_mixed)
     anywhere(found, shards)
-    if training.grad_clip:
-        norm = _clip(gradients, training.grad_clip, shards=shards)
+    if training.grad_clip or training.bad_steps.spikes is not None:
+        norm = over_shards(torch.nn.utils.get_total_norm(gradients), shards)
         sums.grad_norms[objective.name] = norm
+        if training.grad_clip:
+            _clip(gradients, training.grad_clip, norm=norm)
     if objective.may_draw:
         # Each rank's generators stand where its own last micro-batch has left them.
         seed_forward(objective.forward_key, training.step, OPTIMIZER, device=training.group.device)
@@ -204,11 +219,7 @@ def _apply(
         _step_deferred(training, objective, batch, sums)
         return True
 
-    is_bad = bool(found)  # host-device synchronisation on CUDA
-    objective.scale.update(overflowed=is_bad)
-    if is_bad:
-        found.zero_()
-        raise_unless_overflow(training, objective, batch, sums)
+    if not may_be_applied(training, objective, batch, sums):
         return False
     _step_optimizer(training, objective)
     # As torch's schedulers note a step.
@@ -224,16 +235,11 @@ def _step_optimizer(training: Training, objective: ObjectiveState) -> None:
         objective.optimizer_view.step()
 
 
-def _clip(
-    gradients: list[torch.Tensor], limit: float, *, shards: dist.ProcessGroup | None
-) -> torch.Tensor:
-    """Scales the gradients to a norm of `limit` over all parameters, at most. Returns their norm
-    before."""
-    norm = over_shards(torch.nn.utils.get_total_norm(gradients), shards)
+def _clip(gradients: list[torch.Tensor], limit: float, *, norm: torch.Tensor) -> None:
+    """Scales gradients of a norm over all parameters to a norm of `limit`, at most."""
     coefficient = torch.clamp(limit / (norm + 1e-6), max=1.0)
     # A nan would make all gradients bad where one is.
     torch._foreach_mul_(gradients, coefficient.nan_to_num_(nan=1.0))
-    return norm
 
 
 def _step_deferred(

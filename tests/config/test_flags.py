@@ -127,6 +127,13 @@ def test_an_unknown_flag_or_value_is_refused_in_plain_words(args: list[str], mes
         (["--grad-clip", "nan"], ["--grad-clip nan: expected"]),
         (["--seed", "-1"], ["--seed -1: expected 0 to 2^63 - 1"]),
         (["--early-stop.patience", "9"], ["--early-stop.* is set without --early-stop.metric"]),
+        (["--spike-z", "9"], ["--spike-z is set without --on-spike"]),
+        (["--max-dropped", "3"], ["--max-dropped is set where no step is dropped"]),
+        (["--max-dropped", "0"], ["--max-dropped 0: expected at least 1 step"]),
+        (
+            ["--sdc-check", "9", "--strategy", "fsdp"],
+            ["--strategy fsdp with --sdc-check: a rank has no whole model"],
+        ),
         (
             ["--early-stop.metric", "loss", "--early-stop.patience", "0"],
             ["--early-stop.patience 0"],
