@@ -350,10 +350,11 @@ class Wide(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Linear(6, 700)
-        self.blocks = nn.ModuleList(nn.Linear(700, 700) for _ in range(2))
-        self.norm = nn.LayerNorm(700)
         self.head = nn.Linear(700, 4)
+        self.blocks = nn.ModuleList([nn.Linear(700, 700)])
+        self.embed = nn.Linear(6, 700)
+        self.norm = nn.LayerNorm(700)
+        self.blocks.append(nn.Linear(700, 700))
 
     forward = Reader.forward
 
