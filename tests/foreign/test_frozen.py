@@ -391,8 +391,12 @@ def attempt(settings: Settings, ranks: int, *, until: int = 0, make: Any = going
     return run_ranks(live, ranks, make, own, group=False)[0]
 
 
+def by_turns(epoch: int) -> list[str]:
+    return ["embed.*"] if epoch < 2 else ["head.bias"]
+
+
 def wide(settings: Settings) -> Recipe:
-    return going_on(settings, head_first, model=Wide)
+    return going_on(settings, by_turns, model=Wide)
 
 
 def with_sgd(settings: Settings) -> Recipe:
