@@ -37,7 +37,7 @@ BUDGETS = {
     "trackers": 710,
     "strategies": 2690,
     "stopping": 510,
-    "training": 3510,
+    "training": 3520,
     "model_state": 1940,
     "checkpoint": 4480,
     "setup": 1910,
