@@ -15,6 +15,7 @@ from ddp_kit.data.loader import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.distributed.collectives import from_rank, gather_bytes, sum_over_ranks
 from ddp_kit.errors import DdpKitError, NonFiniteError, some
+from ddp_kit.io.logs import logger
 from ddp_kit.strategies.precision import MOST_AT_FLOOR
 from ddp_kit.training.alone import computed_alone
 from ddp_kit.training.bad_steps import Fault
@@ -164,16 +165,21 @@ def _source_of_gradient(
 def _first_bad_gradient(
     training: Training, objective: ObjectiveState, batch: RankBatch
 ) -> Mapping[str, Any] | None:
+    """Computes all of this rank's micro-batches, as the other ranks do: a forward pass may speak to
+    them."""
+    bad: Mapping[str, Any] | None = None
     for micro_batch in batch.micro_batches:
         try:
             alone = computed_alone(training, objective, micro_batch)
-        except Exception:
+        except Exception as error:
             # Whatever a model raises that cannot be run so: what is known is told without it.
+            logger.warning("micro-batches could not be computed by themselves: %s", error)
             return None
-        for gradient in alone.gradients:
-            if gradient is not None and not bool(torch.isfinite(gradient).all()):
-                return _told(micro_batch)
-    return None
+        found = [gradient for gradient in alone.gradients if gradient is not None]
+        is_finite = all(bool(torch.isfinite(gradient).all()) for gradient in found)
+        if bad is None and not is_finite:
+            bad = _told(micro_batch)
+    return bad
 
 
 def _told(micro_batch: MicroBatch) -> dict[str, Any]:

@@ -253,6 +253,32 @@ def test_data_with_a_state_of_their_own_go_back_too(tmp_path: Path, step: int) -
 
 @pytest.mark.slow
 @pytest.mark.steady
+def test_a_run_goes_back_to_what_it_was_changed_to_on_purpose(tmp_path: Path) -> None:
+    """Not to the checkpoint of the attempt before, which had another rate; with loader workers, and evaluations."""
+    found = []
+    for name, fault, unseen in (("bad", Fault("nan", rank=0, step=7), []), ("good", Fault(), [7])):
+        first = in_folder(BASE, tmp_path / name, max_steps=4, save_every=0)
+        assert {end.error for end in ends(2, first, Fault())} == {""}
+        changed = replace(first, lr=0.03, max_steps=9, change=("lr", "max_steps"), num_workers=1)
+        found.append(ends(2, replace(changed, on_nonfinite="rollback"), fault, (), unseen))
+    bad, good = found
+    assert {end.error for end in [*bad, *good]} == {""}
+    assert len({end.digest for end in [*bad, *good]}) == 1
+    assert [event["step"] for event in bad[0].of("rollback")] == [4]
+    assert bad[0].records == [
+        {**mine, **timed(theirs)}
+        for mine, theirs in zip(good[0].records, bad[0].records, strict=True)
+    ]
+
+
+def timed(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the machine."""
+    names = ("samples_per_s", "data_wait", "peak_memory_mib")
+    return {name: record[name] for name in names if name in record}
+
+
+@pytest.mark.slow
+@pytest.mark.steady
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_with_deepspeed_a_step_is_left_out_too(tmp_path: Path, policy: str) -> None:
     if importlib.util.find_spec("deepspeed") is None:
