@@ -30,9 +30,9 @@ LAUNCHERS_MAY_IMPORT = {"launch", "io", "errors"}
 # Lines of a room, at most: a little more than it has today. Raising one is a decision, to be seen in review.
 BUDGETS = {
     "faces": 1100,
-    "io": 720,
+    "io": 940,
     "config": 1160,
-    "distributed": 2240,
+    "distributed": 2330,
     "data": 3650,
     "trackers": 710,
     "strategies": 2690,

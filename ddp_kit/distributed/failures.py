@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from ddp_kit.errors import DdpKitError, summary
+from ddp_kit.io.cgroup import MemoryKills
 from ddp_kit.io.polling import wait_until
 
 Answer = TypeVar("Answer")
@@ -27,6 +28,8 @@ READ = "read"
 SILENCE_S = 1.0
 LINGER_S = 5.0  # for the peers to lose the connection and read why
 PAUSE_S = 0.02
+# What torch says of a loader worker that has died.
+WORKER_DEATHS = ("is killed by signal: Killed", ") exited unexpectedly")
 LOSS_SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -100,6 +103,7 @@ class FailureReport:
         self._world_size = world_size
         self._store = store
         self._hosts = hosts
+        self._memory = MemoryKills()
         self._is_told = False
         self._has_spoken = False
 
@@ -132,6 +136,9 @@ class FailureReport:
         """Returns the failure of a rank that lost a peer which left no word."""
         gone = self._missing(LOST, within_s=SILENCE_S if self._rank == 0 else 0)
         message = "a peer is gone that left no word (killed, or out of memory)"
+        why = self._memory.words()
+        if why:
+            message = f"{_named(gone)} was killed by the kernel: {why}"
         if self._rank == 0 or self._store is None:
             message += f"; not heard of: rank {', '.join(map(str, gone))}"
         return Failure(
@@ -147,7 +154,7 @@ class FailureReport:
 
         Returns: (rank, message) of the first one that was left.
         """
-        message = summary(error)
+        message = self._with_memory(summary(error))
         if not self._is_told and not is_lost_peer(error):
             word = f"{self._rank}\n{message}"
             reply = self._ask(lambda store: store.compare_set(FIRST, "", word))
@@ -156,6 +163,13 @@ class FailureReport:
         found = self._ask(_first)
         self._note(READ)
         return found or (self._rank, message)
+
+    def _with_memory(self, message: str) -> str:
+        """Adds to the message of a loader worker's death that the kernel did it, if it did."""
+        why = ""
+        if any(words in message for words in WORKER_DEATHS):
+            why = self._memory.words()
+        return f"{message}; killed by the kernel: {why}" if why else message
 
     @property
     def is_awaited(self) -> bool:
@@ -198,6 +212,11 @@ class FailureReport:
             except dist.DistError:
                 self._store = None
                 return None
+
+
+def _named(gone: list[int]) -> str:
+    """Returns the rank that is gone in words, if it is one that is known."""
+    return f"rank {gone[0]}" if len(gone) == 1 else "a peer"
 
 
 def _first(store: dist.Store) -> tuple[int, str] | None:
