@@ -29,10 +29,10 @@ ABOVE_ALL = {"testing", "__init__"}  # a pytest plugin, and the table of public 
 LAUNCHERS_MAY_IMPORT = {"launch", "io", "errors"}
 # Lines of a room, at most: a little more than it has today. Raising one is a decision, to be seen in review.
 BUDGETS = {
-    "faces": 1100,
+    "faces": 1115,
     "io": 940,
     "config": 1160,
-    "distributed": 2330,
+    "distributed": 2370,
     "data": 3650,
     "trackers": 710,
     "strategies": 2690,
@@ -41,7 +41,7 @@ BUDGETS = {
     "model_state": 1940,
     "checkpoint": 4480,
     "setup": 1710,
-    "lifecycle": 1690,
+    "lifecycle": 1960,
     "cli": 2000,
     "launch": 4110,
     "testing": 1840,

@@ -183,8 +183,16 @@ class FailureReport:
         """Waits until every peer has read what is in the store, or LINGER_S is over."""
         self._missing(READ, within_s=LINGER_S)
 
+    def note(self, what: str) -> None:
+        """Notes that this rank has done with something, for `without`."""
+        self._note(what)
+
     def _note(self, what: str) -> None:
         self._ask(lambda store: store.set(f"{what}/{self._rank}", ""))
+
+    def without(self, what: str) -> list[int]:
+        """Returns the ranks that have not noted `what` so far."""
+        return self._missing(what, within_s=0)
 
     def _missing(self, what: str, *, within_s: float) -> list[int]:
         """Returns the ranks that do not note `what` in time.
