@@ -30,7 +30,7 @@ LAUNCHERS_MAY_IMPORT = {"launch", "io", "errors"}
 # Lines of a room, at most: a little more than it has today. Raising one is a decision, to be seen in review.
 BUDGETS = {
     "faces": 1115,
-    "io": 940,
+    "io": 950,
     "config": 1160,
     "distributed": 2370,
     "data": 3650,

@@ -28,8 +28,6 @@ READ = "read"
 SILENCE_S = 1.0
 LINGER_S = 5.0  # for the peers to lose the connection and read why
 PAUSE_S = 0.02
-# What torch says of a loader worker that has died.
-WORKER_DEATHS = ("is killed by signal: Killed", ") exited unexpectedly")
 LOSS_SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -124,9 +122,9 @@ class FailureReport:
             )
         # That a peer is lost is no news to the others.
         self._is_told = True
-        self._note(LOST)
+        self.note(LOST)
         found = self._ask(_first)
-        self._note(READ)
+        self.note(READ)
         if found is None:
             return self._silent(error)
         culprit, message = found
@@ -138,7 +136,8 @@ class FailureReport:
         message = "a peer is gone that left no word (killed, or out of memory)"
         why = self._memory.words()
         if why:
-            message = f"{_named(gone)} was killed by the kernel: {why}"
+            victim = f"rank {gone[0]}" if len(gone) == 1 else "a peer"
+            message = f"{victim} was killed by the kernel: {why}"
         if self._rank == 0 or self._store is None:
             message += f"; not heard of: rank {', '.join(map(str, gone))}"
         return Failure(
@@ -154,22 +153,15 @@ class FailureReport:
 
         Returns: (rank, message) of the first one that was left.
         """
-        message = self._with_memory(summary(error))
+        message = self._memory.of_worker(summary(error))
         if not self._is_told and not is_lost_peer(error):
             word = f"{self._rank}\n{message}"
             reply = self._ask(lambda store: store.compare_set(FIRST, "", word))
             self._has_spoken = reply is not None
         self._is_told = True
         found = self._ask(_first)
-        self._note(READ)
+        self.note(READ)
         return found or (self._rank, message)
-
-    def _with_memory(self, message: str) -> str:
-        """Adds to the message of a loader worker's death that the kernel did it, if it did."""
-        why = ""
-        if any(words in message for words in WORKER_DEATHS):
-            why = self._memory.words()
-        return f"{message}; killed by the kernel: {why}" if why else message
 
     @property
     def is_awaited(self) -> bool:
@@ -185,9 +177,6 @@ class FailureReport:
 
     def note(self, what: str) -> None:
         """Notes that this rank has done with something, for `without`."""
-        self._note(what)
-
-    def _note(self, what: str) -> None:
         self._ask(lambda store: store.set(f"{what}/{self._rank}", ""))
 
     def without(self, what: str) -> list[int]:
@@ -220,11 +209,6 @@ class FailureReport:
             except dist.DistError:
                 self._store = None
                 return None
-
-
-def _named(gone: list[int]) -> str:
-    """Returns the rank that is gone in words, if it is one that is known."""
-    return f"rank {gone[0]}" if len(gone) == 1 else "a peer"
 
 
 def _first(store: dist.Store) -> tuple[int, str] | None:

@@ -16,6 +16,8 @@ GIB = 2**30
 MIB = 2**20
 # A limit above this is none: version 1 writes the largest multiple of a page there is.
 NO_LIMIT = 2**60
+# What torch says of a loader worker that has died.
+WORKER_DEATHS = ("is killed by signal: Killed", ") exited unexpectedly")
 JOB = re.compile(r"job_\d+")
 # By version of cgroups: the file with `oom_kill N`, the limit, the most that was used.
 FILES = {
@@ -112,6 +114,13 @@ class MemoryKills:
             facts.append(f"{gib(peak)} at the peak")
         facts.append(f"{killed} oom_kill")
         return f"out of memory (cgroup {self._cgroup.path}: {', '.join(facts)})"
+
+    def of_worker(self, message: str) -> str:
+        """Adds to what torch says of a loader worker's death that the kernel did it, if it did."""
+        why = ""
+        if any(words in message for words in WORKER_DEATHS):
+            why = self.words()
+        return f"{message}; killed by the kernel: {why}" if why else message
 
     def _count(self) -> int:
         if self._cgroup is None:

@@ -31,8 +31,7 @@ from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, heeding
 from ddp_kit.training.loop import Ending, fit, stopped
 
-# For a callback's `on_end`: less than other ranks wait for rank 0.
-ON_END_S = 540.0
+ON_END_S = 540.0  # for callbacks' `on_end`: less than other ranks wait for rank 0
 
 
 def train_attempt(
@@ -250,8 +249,7 @@ def _end(ending: Ending, attempt: Attempt, context: RunContext) -> Outcome:
     training.control_packet.close()
     for callback in context.recipe.callbacks:
         callback.on_end(ending.reason or ending.status)
-    if ending.status == "finished":
-        # A stop has no time to wait, and its checkpoint is all that it needs.
+    if ending.status == "finished":  # a stop has no time to wait
         await_all(training.group, "on_end", within_s=ON_END_S)
     return leave_ending(attempt, context, ending, digest=digest)
 
