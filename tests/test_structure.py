@@ -30,7 +30,7 @@ LAUNCHERS_MAY_IMPORT = {"launch", "io", "errors"}
 # Lines of a room, at most: a little more than it has today. Raising one is a decision, to be seen in review.
 BUDGETS = {
     "faces": 1115,
-    "io": 950,
+    "io": 1000,
     "config": 1160,
     "distributed": 2370,
     "data": 3650,
@@ -42,7 +42,7 @@ BUDGETS = {
     "checkpoint": 4480,
     "setup": 1710,
     "lifecycle": 1960,
-    "cli": 2000,
+    "cli": 3420,
     "launch": 4110,
     "testing": 1840,
 }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from launching import Ended
 from paths import KIT
-from patient_runs import REQUEUE, events, run
+from patient_runs import REQUEUE, events, run, torchrun
 from warm import LAUNCHER, started
 
 from ddp_kit.lifecycle.history import NoProgressError, require_progress, require_progress_so_far
@@ -99,10 +99,8 @@ def test_lives_that_never_began_do_not_keep_one_from_it_that_does() -> None:
 @pytest.mark.slow
 @pytest.mark.steady
 def test_torchrun_that_restarts_the_ranks_to_no_end_is_told_so(tmp_path: Path) -> None:
-    from test_stopping_under_torchrun import torchrun
-
     env = {"ACT": "raise", "AT_STEP": "3", "AT_RANK": "1"}
-    with torchrun(tmp_path, restarts="5", **env) as agent:
+    with torchrun(tmp_path, restarts="4", **env) as agent:
         output, _ = agent.communicate(timeout=240)
     assert agent.returncode == 1, output
     begun = events(tmp_path / "run", "start", "resume")
@@ -111,7 +109,7 @@ def test_torchrun_that_restarts_the_ranks_to_no_end_is_told_so(tmp_path: Path) -
     left = json.loads((tmp_path / "run" / "status.json").read_text())
     assert left["status"] == "failed"
     assert "3 lives of this job have begun at step 2" in left["reason"]
-    assert left["reason"].count("ValueError: a fault of its own") == 1
+    assert left["reason"].count("ValueError: a fault of its own") == 3
 
 
 def status(folder: Path) -> dict[str, Any]:
