@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import Cluster
 from examined import examine
 
 from ddp_kit.cli.doctor import judged_limits, judged_ranks, judged_together
@@ -288,6 +289,22 @@ def test_it_starts_as_a_run_does(words: list[str], launcher: str) -> None:
     assert done.stdout.splitlines()[-1] == "go"
     store = "other hosts reach [::]:" if launcher == "torchrun" else "this host alone"
     assert store in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.steady
+def test_under_srun_the_nodes_of_a_job_are_examined(cluster: Cluster, tmp_path: Path) -> None:
+    done = cluster.tried(
+        *("srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "ddp_kit.cli.main"),
+        *("doctor", "--run-dir", str(tmp_path)),
+        within_s=100,
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks on 2 nodes by slurm: rank=0 (SLURM_PROCID)" in done.stdout
+    assert "s from rank 0's clock (within " in done.stdout
+    assert "between nodes ranks 0 " in done.stdout
+    assert done.stdout.splitlines()[-1] == "go"
 
 
 @contextmanager
