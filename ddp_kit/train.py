@@ -17,6 +17,7 @@ from ddp_kit.distributed.collectives import from_rank
 from ddp_kit.distributed.topology import is_first_rank, read_topology
 from ddp_kit.io.logs import hiding, patient_output
 from ddp_kit.lifecycle.attempt import Attempt, Request
+from ddp_kit.lifecycle.history import job_facts
 from ddp_kit.lifecycle.outcome import Outcome
 from ddp_kit.lifecycle.run import train_attempt
 from ddp_kit.lifecycle.run_dir import RunDir
@@ -26,7 +27,6 @@ from ddp_kit.recipe import Recipe, load_recipe
 from ddp_kit.settings import Settings
 from ddp_kit.stopping.signals import (
     REQUEUE,
-    StopFlag,
     Stopped,
     is_restarted,
     leaves_with_agent,
@@ -65,8 +65,9 @@ def _attempt(build: Callable[[], Recipe], request: Request) -> Outcome:
     path = Path(settings.run_dir) if settings.run_dir else default_path(request.name)
     with patient_output(), hiding(secrets_of(settings)), signals_noted() as stop:
         attempt = Attempt(request, stop)
+        attempt.job = job_facts(path)
         with (
-            _warnings_requeue(stop, path),
+            _warnings_requeue(attempt, path),
             ExitStack() as stack,
             session(
                 settings,
@@ -83,22 +84,24 @@ def _attempt(build: Callable[[], Recipe], request: Request) -> Outcome:
                 # done.
                 from_rank(group, b"")
                 return outcome
-            except BaseException:
+            except BaseException as error:
                 # torchrun sends SIGTERM to the survivors of a rank: what failed is to be written
                 # down first.
                 stop.deferring = True
+                attempt.require_progress_so_far(error, path)
                 raise
 
 
 @contextmanager
-def _warnings_requeue(stop: StopFlag, path: Path) -> Iterator[None]:
+def _warnings_requeue(attempt: Attempt, path: Path) -> Iterator[None]:
     """After a warning before the first step, rank 0 asks for another attempt, also where there is
-    no run directory yet, or no group.
+    no run directory yet, or no group. Raises: NoProgressError if that leads nowhere.
     """
     try:
         yield
     except Stopped as early:
-        stop.deferring = True
+        attempt.stop.deferring = True
+        attempt.require_progress_so_far(early, path)
         if early.code == REQUEUE and is_first_rank():
             RunDir(path).ask_requeue(str(early))
         raise

@@ -29,10 +29,10 @@ ABOVE_ALL = {"testing", "__init__"}  # a pytest plugin, and the table of public 
 LAUNCHERS_MAY_IMPORT = {"launch", "io", "errors"}
 # Lines of a room, at most: a little more than it has today. Raising one is a decision, to be seen in review.
 BUDGETS = {
-    "faces": 1100,
-    "io": 770,
+    "faces": 1115,
+    "io": 1050,
     "config": 1160,
-    "distributed": 2250,
+    "distributed": 2400,
     "data": 3650,
     "trackers": 710,
     "strategies": 3000,
@@ -41,8 +41,8 @@ BUDGETS = {
     "model_state": 1990,
     "checkpoint": 4600,
     "setup": 2600,
-    "lifecycle": 1780,
-    "cli": 2000,
+    "lifecycle": 2000,
+    "cli": 3450,
     "launch": 4110,
     "testing": 1840,
 }

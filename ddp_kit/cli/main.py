@@ -49,6 +49,10 @@ VERBS = {
     "evaluate": ("ddp_kit.evaluate", "evaluate weights: evaluate RECIPE.py --from runs/NAME"),
     "show": ("ddp_kit.cli.show", "one screen about a run: status, metrics, curve: show runs/NAME"),
     "ckpt": ("ddp_kit.cli.ckpt", "a run's checkpoints: ckpt ls RUN, verify, export, diff"),
+    "doctor": (
+        "ddp_kit.cli.doctor.command",
+        "is this place fit for a run: go or no-go, a line a check; also under srun and torchrun",
+    ),
     "env": ("ddp_kit.cli.env", "what to paste into a bug report"),
 }
 

@@ -6,6 +6,7 @@ are never unpickled. In one process without a group each function returns what i
 
 import zlib
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,28 @@ def max_over_ranks(group: Group, values: Sequence[int]) -> list[int]:
     dist.all_reduce(packet, dist.ReduceOp.MAX, group=group.control_pg)
     result: list[int] = packet.tolist()
     return result
+
+
+def await_all(group: Group, what: str, *, within_s: float) -> None:
+    """Returns once every rank has called it, which each does when it has done with `what`.
+
+    Raises: DdpKitError with the ranks that have not in that time; what torch raises if one is gone.
+    """
+    if group.control_pg is None:
+        return
+    group.failure_report.note(what)
+    work = dist.all_reduce(torch.zeros(1), group=group.control_pg, async_op=True)
+    assert work is not None
+    try:
+        work.wait(timedelta(seconds=within_s))
+    except RuntimeError as error:
+        late = group.failure_report.without(what)
+        if "timed out" not in str(error).lower() or not late:
+            raise
+        ranks = ", ".join(map(str, late))
+        raise DdpKitError(
+            f"rank {ranks} has not come out of {what} within {within_s:.0f} s."
+        ) from error
 
 
 def first_difference(group: Group, values: Sequence[int]) -> int | None:

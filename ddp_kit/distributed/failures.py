@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from ddp_kit.errors import DdpKitError, summary
+from ddp_kit.io.cgroup import MemoryKills
 from ddp_kit.io.polling import wait_until
 
 Answer = TypeVar("Answer")
@@ -100,6 +101,7 @@ class FailureReport:
         self._world_size = world_size
         self._store = store
         self._hosts = hosts
+        self._memory = MemoryKills()
         self._is_told = False
         self._has_spoken = False
 
@@ -120,9 +122,9 @@ class FailureReport:
             )
         # That a peer is lost is no news to the others.
         self._is_told = True
-        self._note(LOST)
+        self.note(LOST)
         found = self._ask(_first)
-        self._note(READ)
+        self.note(READ)
         if found is None:
             return self._silent(error)
         culprit, message = found
@@ -132,6 +134,10 @@ class FailureReport:
         """Returns the failure of a rank that lost a peer which left no word."""
         gone = self._missing(LOST, within_s=SILENCE_S if self._rank == 0 else 0)
         message = "a peer is gone that left no word (killed, or out of memory)"
+        why = self._memory.words()
+        if why:
+            victim = f"rank {gone[0]}" if len(gone) == 1 else "a peer"
+            message = f"{victim} was killed by the kernel: {why}"
         if self._rank == 0 or self._store is None:
             message += f"; not heard of: rank {', '.join(map(str, gone))}"
         return Failure(
@@ -147,14 +153,14 @@ class FailureReport:
 
         Returns: (rank, message) of the first one that was left.
         """
-        message = summary(error)
+        message = self._memory.of_worker(summary(error))
         if not self._is_told and not is_lost_peer(error):
             word = f"{self._rank}\n{message}"
             reply = self._ask(lambda store: store.compare_set(FIRST, "", word))
             self._has_spoken = reply is not None
         self._is_told = True
         found = self._ask(_first)
-        self._note(READ)
+        self.note(READ)
         return found or (self._rank, message)
 
     @property
@@ -169,8 +175,13 @@ class FailureReport:
         """Waits until every peer has read what is in the store, or LINGER_S is over."""
         self._missing(READ, within_s=LINGER_S)
 
-    def _note(self, what: str) -> None:
+    def note(self, what: str) -> None:
+        """Notes that this rank has done with something, for `without`."""
         self._ask(lambda store: store.set(f"{what}/{self._rank}", ""))
+
+    def without(self, what: str) -> list[int]:
+        """Returns the ranks that have not noted `what` so far."""
+        return self._missing(what, within_s=0)
 
     def _missing(self, what: str, *, within_s: float) -> list[int]:
         """Returns the ranks that do not note `what` in time.

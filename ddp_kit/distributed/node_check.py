@@ -93,8 +93,8 @@ class NodeCheck:
         store.set(f"size/{own.node_rank}", str(own.local_world_size))
         if self.own_host:
             store.set(f"host/{own.node_rank}", self.own_host)
-        identity = f"no: {self.fault}" if self.fault else _identity(device)
-        store.set(f"device/{own.node_rank}/{own.local_rank}", identity)
+        found = f"no: {self.fault}" if self.fault else identity(device)
+        store.set(f"device/{own.node_rank}/{own.local_rank}", found)
 
     def _call(self, store: dist.Store) -> None:
         """Waits for the answers of all ranks and tells them what came of it."""
@@ -200,7 +200,7 @@ class NodeCheck:
             if not here or len(here) < size:
                 faults[node] = f"{len(here)} of {size or 'its'} ranks came"
         for node, names in devices.items():
-            wrong = _wrong_devices(names, others_have_cuda=has_cuda)
+            wrong = wrong_devices(names, others_have_cuda=has_cuda)
             if wrong:
                 faults[node] = wrong
         return faults
@@ -278,15 +278,15 @@ def node_check(topology: Topology, folder: Path | None) -> NodeCheck:
     )
 
 
-def _identity(device: torch.device) -> str:
+def identity(device: torch.device) -> str:
     """Returns which device this is, so that ranks on one and the same are seen."""
     if device.type != "cuda":
         return "cpu"
     return f"cuda {torch.cuda.get_device_properties(device).uuid}"
 
 
-def _wrong_devices(names: Sequence[str], *, others_have_cuda: bool) -> str:
-    """Returns what is wrong with the devices of a node's ranks, "" if nothing is."""
+def wrong_devices(names: Sequence[str], *, others_have_cuda: bool) -> str:
+    """Returns what is wrong with the devices (as `identity` has them) of a node, "" if nothing."""
     lacking = sum(name.startswith("no: ") for name in names)
     if not lacking and others_have_cuda:
         lacking = names.count("cpu")

@@ -190,7 +190,7 @@ def process_group(
         return
     with ExitStack() as stack:
         if topology.nodes == 1:
-            stack.enter_context(environment_default("GLOO_SOCKET_IFNAME", _loopback()))
+            stack.enter_context(environment_default("GLOO_SOCKET_IFNAME", loopback()))
         usual = timedelta(seconds=first_timeout_s)
         with _leaving(group):
             with check.judging():
@@ -220,7 +220,8 @@ def _leaving(group: Group) -> Iterator[None]:
     _leave(group, failed=False)
 
 
-def _loopback() -> str:
+def loopback() -> str:
+    """Returns the name of the interface that stays on this host."""
     names = [name for _, name in socket.if_nameindex()]
     return next((name for name in ("lo", "lo0") if name in names), names[0])
 

@@ -25,9 +25,13 @@ class Plan:
     words: tuple[str, ...]
     processes: int = 1
     python: str = sys.executable
+    # What each rank runs. Only of `ddp_kit.train` the first word is a recipe.
+    module: str = "ddp_kit.train"
 
     def __post_init__(self) -> None:
-        faults = recipe_faults(self.words, verb="run --nproc-per-node 2")
+        faults = []
+        if self.module == "ddp_kit.train":
+            faults = recipe_faults(self.words, verb="run --nproc-per-node 2")
         if self.processes < 1:
             faults.append(f"--nproc-per-node {self.processes}: expected 1 or more, or auto")
         if faults:
@@ -36,7 +40,7 @@ class Plan:
     @property
     def command(self) -> list[str]:
         """What each rank runs."""
-        return [self.python, "-m", "ddp_kit.train", *self.words]
+        return [self.python, "-m", self.module, *self.words]
 
 
 def recipe_faults(words: Sequence[str], *, verb: str) -> list[str]:

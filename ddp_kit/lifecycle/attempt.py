@@ -12,9 +12,18 @@ from pathlib import Path
 from ddp_kit.checkpoint.checkpointer import Checkpointer
 from ddp_kit.checkpoint.format.writer import Saved
 from ddp_kit.distributed.failures import Failure
+from ddp_kit.distributed.topology import is_first_rank
 from ddp_kit.io.json_lines import read_json
 from ddp_kit.io.logs import logger
 from ddp_kit.io.polling import wait_until
+from ddp_kit.lifecycle.history import (
+    CLAIM,
+    NoProgressError,
+    fruitless,
+    lives_of_job,
+    note,
+    require_progress_so_far,
+)
 from ddp_kit.lifecycle.resume_command import resume_command
 from ddp_kit.lifecycle.run_dir import RunDir, Status
 from ddp_kit.lifecycle.session import exit_code
@@ -24,8 +33,9 @@ from ddp_kit.settings import Settings
 from ddp_kit.setup.build import Built
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.grace_period import GracePeriod
-from ddp_kit.stopping.signals import StopFlag, Stopped
+from ddp_kit.stopping.signals import REQUEUE, StopFlag, Stopped
 from ddp_kit.stopping.stop_watcher import StopWatcher
+from ddp_kit.training.loop import Ending
 from ddp_kit.training.reporter import Reporter
 
 STATUS_S = 3.0
@@ -66,10 +76,14 @@ class Attempt:
     def __init__(self, request: Request, stop: StopFlag) -> None:
         self.request = request
         self.stop = stop
+        # What this attempt is a life of, as it was before a rank of it could leave word.
+        self.job: Mapping[str, object] = {}
+        self._is_noted = False
         self.directory: RunDir | None = None  # rank 0 only
         self.place: RunPlace | None = None
         self.context: RunContext | None = None
         self.has_begun = False  # from then on the run directory tells of this attempt
+        self.began: int | None = None  # at which step
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.stop_watcher: StopWatcher | None = None  # rank 0 only
         self._grace_period: GracePeriod | None = None
@@ -145,7 +159,10 @@ class Attempt:
         """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its
         peers does. What an earlier attempt left stays until this one has begun.
         """
-        if self.place is not None and self.place.earlier and not self.has_begun:
+        is_circle = isinstance(failure.error, NoProgressError)
+        if self.directory is not None and not self.has_begun:
+            self._note_early(failure)
+        if self.place is not None and self.place.earlier and not (self.has_begun or is_circle):
             return
         if self.directory is not None:
             self._write(self.directory, failure)
@@ -157,18 +174,66 @@ class Attempt:
                 if is_heir and _status_of(directory.path) == "running":
                     self._write(directory, failure)
 
+    def require_progress_so_far(self, end: BaseException, path: Path) -> None:
+        """Called on an end before the first step. `path` is the run directory.
+
+        Raises: NoProgressError in its place if it would have the job started again, and that leads
+            nowhere.
+        """
+        if not isinstance(end, Stopped) or end.code != REQUEUE:
+            return
+        self._note_unclaimed(end, path)
+        if self.place is not None:
+            starts = list(self.place.starts)
+            endings = list(self.place.endings)
+        else:
+            lives = fruitless(lives_of_job(path, self.job))
+            starts = [life.step for life in lives]
+            endings = [life.ending for life in lives]
+        try:
+            require_progress_so_far(starts, began=self.began, endings=[*endings, str(end)])
+        except NoProgressError as circle:
+            if self.place is None and is_first_rank():
+                directory = RunDir(path)
+                step = _step_in(read_json(path / "status.json"))
+                directory.status("failed", reason=str(circle), step=step, exit_code=1)
+            raise
+
+    def _note_unclaimed(self, end: BaseException, path: Path) -> None:
+        """Leaves word, once, of a life that ends before it has the run directory."""
+        if self.place is None and self.job and not self._is_noted and is_first_rank():
+            path.mkdir(parents=True, exist_ok=True)
+            note(path, CLAIM, self.job)
+            note(path, "stop", {}, message=str(end))
+            self._is_noted = True
+
+    def require_new_step(self, ending: Ending) -> None:
+        """Called on an end that all ranks agree on. Raises: NoProgressError as above."""
+        if ending.exit_code != REQUEUE or self.step != self.began or self.place is None:
+            return
+        endings = [*self.place.endings, ending.reason]
+        require_progress_so_far(self.place.starts, began=self.began, endings=endings)
+
+    def _note_early(self, failure: Failure) -> None:
+        """Leaves word of a failure before there is a reporter, where lives are counted."""
+        if self.place is not None and self.place.job:
+            note(self.place.path, "failure", {}, message=failure.reason)
+
     def _write(self, directory: RunDir, failure: Failure) -> None:
         error = failure.error
         reason = failure.reason
         status: Status = "failed"
         if isinstance(error, Stopped) and failure.is_own:
             status = "preempted" if error.stop.is_preemption else "stopped"
-        self._told = {"status": status, "reason": reason, "step": self.step}
+        step = self.step
+        if not self.has_begun and self.place is not None:
+            step = _step_in(self.place.earlier)
+        self._told = {"status": status, "reason": reason, "step": step}
         try:
             self._told = directory.status(
                 status,
                 reason=reason,
-                step=self.step,
+                step=step,
                 metrics=self.metrics,
                 exit_code=exit_code(error),
             )
@@ -187,6 +252,11 @@ class Attempt:
             reporter.finish(self._told)
         if self.advice:
             sys.stderr.write(f"{self.advice}\n")
+
+
+def _step_in(status: Mapping[str, object]) -> int:
+    found = status.get("step", 0)
+    return found if isinstance(found, int) else 0
 
 
 def _status_of(path: Path) -> object:

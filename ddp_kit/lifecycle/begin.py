@@ -10,7 +10,7 @@ from ddp_kit.io.json_lines import supersede
 from ddp_kit.io.logs import logger
 from ddp_kit.io.redact import redact
 from ddp_kit.lifecycle.attempt import Attempt, RunContext
-from ddp_kit.lifecycle.history import job_facts, require_progress
+from ddp_kit.lifecycle.history import require_progress
 from ddp_kit.lifecycle.start import write_facts
 from ddp_kit.settings import to_json
 from ddp_kit.setup.build import Built
@@ -40,14 +40,15 @@ def begin(attempt: Attempt, context: RunContext, *, is_first: bool, owes_evaluat
     )
     attempt.has_begun = True
     context.reporter.start(info, step=training.step)
-    require_progress(place.starts, step=training.step)
+    attempt.began = training.step
+    require_progress(place.starts, step=training.step, endings=place.endings)
     kind = "start"
     lost = ""
     if not is_first:
         kind = "resume"
         lost = f"{max(0, place.last_step - training.step)} steps lost"
         logger.info("resumed at step %d: %s", training.step, lost)
-    context.reporter.event(kind, step=training.step, message=lost, about=job_facts())
+    context.reporter.event(kind, step=training.step, message=lost, about=place.job)
     attempt.watch_for_stops(context)
 
 

@@ -15,7 +15,7 @@ from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.resume import binding, described
 from ddp_kit.checkpoint.retention import keep_of
 from ddp_kit.checkpoint.weights import weights_sha256
-from ddp_kit.distributed.collectives import from_rank
+from ddp_kit.distributed.collectives import await_all, from_rank
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import logger, rank_log
@@ -34,6 +34,8 @@ from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, heeding
 from ddp_kit.training.bad_steps import RollBack
 from ddp_kit.training.loop import Ending, fit, stopped
+
+ON_END_S = 540.0  # for callbacks' `on_end`: less than other ranks wait for rank 0
 
 
 def train_attempt(
@@ -230,6 +232,7 @@ def _end(ending: Ending, attempt: Attempt, context: RunContext) -> Outcome:
             ending.reason,
             time.monotonic() - context.stop.since,
         )
+    attempt.require_new_step(ending)
     digest = ""
     # Hashing belongs into no grace period.
     has_time = ending.status != "preempted"
@@ -245,6 +248,8 @@ def _end(ending: Ending, attempt: Attempt, context: RunContext) -> Outcome:
     training.control_packet.close()
     for callback in context.recipe.callbacks:
         callback.on_end(ending.reason or ending.status)
+    if ending.status == "finished":  # a stop has no time to wait
+        await_all(training.group, "on_end", within_s=ON_END_S)
     return leave_ending(attempt, context, ending, digest=digest)
 
 

@@ -5,12 +5,10 @@ from a checkpoint of another run by accident.
 """
 
 import json
-import os
 import re
-import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,10 +24,17 @@ from ddp_kit.errors import ConfigError
 from ddp_kit.io.json_lines import json_text, read_json
 from ddp_kit.io.logs import logger
 from ddp_kit.io.polling import wait_until
-from ddp_kit.io.process import process_start
 from ddp_kit.io.redact import redact
 from ddp_kit.lifecycle.env_facts import environment_facts
-from ddp_kit.lifecycle.history import last_step, starts_of_job
+from ddp_kit.lifecycle.history import (
+    CLAIM,
+    agent,
+    fruitless,
+    job_facts,
+    last_step,
+    lives_of_job,
+    note,
+)
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.recipe import RecipeSource
 from ddp_kit.settings import Settings, to_json
@@ -47,7 +52,10 @@ class RunPlace:
     run_id: str
     earlier: Mapping[str, object]  # the status that an earlier attempt left
     last_step: int = 0  # that the attempt before is known to have done
-    starts: Sequence[int] = ()  # at which this job's earlier attempts began
+    # At which this job's last fruitless attempts began (None: never), and what they ended by.
+    starts: Sequence[int | None] = ()
+    endings: Sequence[str] = ()
+    job: Mapping[str, object] = field(default_factory=dict)  # that this attempt is a life of
     origin: str = ""  # what --resume named when the run began from it
     is_restarted: bool = False  # by SLURM or torchrun's agent, with the command as it was
 
@@ -103,6 +111,7 @@ def _claim(
     """Claims the run directory and reads what an earlier attempt left there. Rank 0 calls it."""
     path = place.path
     directory = RunDir(path)
+    job = job_facts(path)
     directory.claim()
     earlier = directory.earlier()
     if earlier and settings.resume == "never":
@@ -117,14 +126,18 @@ def _claim(
     if earlier:
         facts = read_json(path / "settings.json")
     run_id = str(facts.get("run_id", ""))
-    starts = starts_of_job(path)
+    lives = lives_of_job(path, job)
+    if job:
+        note(path, CLAIM, job)
     place = replace(
         place,
         run_id=run_id or place.run_id,
         earlier=earlier,
-        starts=starts,
+        starts=[life.step for life in fruitless(lives)],
+        endings=[life.ending for life in fruitless(lives)],
+        job=job,
         origin=str(facts.get("resumed_from", "")),
-        is_restarted=bool(starts) or _restarts_by_agent() > 0,
+        is_restarted=bool(lives) or _restarts_by_agent() > 0,
     )
     if earlier:
         place = replace(place, last_step=last_step(path, earlier))
@@ -165,7 +178,7 @@ def write_facts(
     """Writes settings.json and env.json. Those of an earlier attempt stay until this one has
     begun.
     """
-    about: dict[str, object] = {"run_id": place.run_id, "agent": _agent(), "recipe": place.name}
+    about: dict[str, object] = {"run_id": place.run_id, "agent": agent(), "recipe": place.name}
     about["resumed_from"] = place.origin
     if settings.resume not in ("auto", "never"):
         about["resumed_from"] = _whole_path(settings.resume)
@@ -251,14 +264,9 @@ def default_path(name: str) -> Path:
     """
     if _restarts_by_agent():
         for path in sorted(Path("runs").glob("*/settings.json"), reverse=True):
-            if read_json(path).get("agent") == _agent():
+            if read_json(path).get("agent") == agent():
                 return path.parent
     return default_name(name)
-
-
-def _agent() -> str:
-    """This process's parent, which under torchrun starts every attempt of a run."""
-    return f"{socket.gethostname()} {os.getppid()} {process_start(os.getppid())}"
 
 
 def default_name(recipe: str, environ: Mapping[str, str] | None = None) -> Path:

@@ -15,8 +15,10 @@ from ddp_kit.data.loader import feed_of
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.collectives import max_over_ranks
+from ddp_kit.distributed.out_of_memory import is_out_of_memory
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.errors import ConfigError
+from ddp_kit.errors import ConfigError, summary
+from ddp_kit.io.logs import logger
 from ddp_kit.model_state.untouched import untouched
 from ddp_kit.recipe import Objective
 from ddp_kit.settings import Settings
@@ -113,11 +115,12 @@ def _fits(
             call(batch.batch)[0].backward()
         if group.device.type == "cuda":
             return _leaves_room(model, group.device)
-    except torch.OutOfMemoryError:
-        return False
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
             raise
+        # Where nothing fits at last, this may be why: cuDNN's word means other things too.
+        words = summary(error).partition("\n")[0]
+        logger.info("--micro-batch auto: %d samples do not fit: %s", size, words)
         return False
     return True
 

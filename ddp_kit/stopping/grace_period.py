@@ -22,11 +22,7 @@ class GracePeriod:
         """Raises: ConfigError if DDP_KIT_GRACE_S is no number."""
         self._control_packet = control_packet
         self._saves = deque[float](maxlen=RECENT)
-        self._giver = "DDP_KIT_GRACE_S"
-        self.has_s = _given_s()
-        if topology.launcher == "torchrun" and not 0 < self.has_s < AGENT_S:
-            self._giver = "torchrun's agent"
-            self.has_s = AGENT_S
+        self.has_s, self._giver = given_grace(topology)
         self._has_said = False
         self._has_warned = False
 
@@ -64,6 +60,17 @@ class GracePeriod:
             "the run may be killed before it has saved. Ask the launcher for a longer grace; "
             "--save-every and --save-minutes bound what is lost."
         )
+
+
+def given_grace(topology: Topology) -> tuple[float, str]:
+    """Returns the seconds between the warning and the kill, 0 if not known, and who gives them.
+
+    Raises: ConfigError if DDP_KIT_GRACE_S is no number.
+    """
+    has_s = _given_s()
+    if topology.launcher == "torchrun" and not 0 < has_s < AGENT_S:
+        return AGENT_S, "torchrun's agent"
+    return has_s, "DDP_KIT_GRACE_S"
 
 
 def _given_s() -> float:

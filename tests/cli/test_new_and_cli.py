@@ -33,6 +33,7 @@ def test_help_lists_every_verb_with_one_line(capsys):
         "evaluate",
         "show",
         "ckpt",
+        "doctor",
         "env",
     ]
     assert all(len(line) <= 120 for line in lines)
@@ -47,7 +48,7 @@ def test_every_verb_has_its_module(verb):
 def test_an_unknown_verb_is_answered_with_the_nearest(capsys):
     assert refused(["shwo", "runs/x"], capsys) == (
         "ddp-kit: unknown verb shwo. Did you mean show? The verbs are: run, slurm, jobs, logs, cancel, resubmit, sweep, "
-        "new, check, plan, evaluate, show, ckpt, env.\n"
+        "new, check, plan, evaluate, show, ckpt, doctor, env.\n"
     )
     assert "Did you mean" not in refused(["zzz"], capsys)
 

@@ -1,6 +1,11 @@
 """Runs of `patient.py`, a recipe that is asked to stop or to save in many ways, and what they leave."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +49,34 @@ def kinds(run_dir: Path, kind: str) -> list[int]:
     """The steps of the metrics of one kind."""
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [record["step"] for record in records if record["kind"] == kind]
+
+
+@contextmanager
+def torchrun(folder: Path, *, restarts: str = "0", **env: str) -> Iterator["subprocess.Popen[str]"]:
+    """Starts the recipe on two ranks under torchrun itself. Killed at the end."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        restarts,
+        "-m",
+        "ddp_kit.train",
+        PATIENT,
+    ]
+    path = os.pathsep.join(map(str, (Path(PATIENT).parents[1], Path(PATIENT).parent)))
+    given = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env
+    words = [*command, *LONG, "--save-every", "2", "--run-dir", str(folder / "run")]
+    with subprocess.Popen(
+        words,
+        env=given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as agent:
+        yield agent
+        agent.kill()

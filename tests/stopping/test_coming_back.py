@@ -8,7 +8,7 @@ import pytest
 from patient_runs import REQUEUE, events, run
 
 from ddp_kit.errors import DdpKitError
-from ddp_kit.lifecycle.history import require_progress, starts_of_job
+from ddp_kit.lifecycle.history import job_facts, lives_of_job, require_progress
 
 
 def test_a_life_says_what_was_lost(tmp_path: Path) -> None:
@@ -49,13 +49,13 @@ def test_lives_of_another_job_of_the_same_number_do_not_count(
     for name, value in own.items():
         monkeypatch.setenv(name, value)
 
-    def left(*lives: tuple[int, str]) -> list[int]:
+    def left(*lives: tuple[int, str]) -> list[int | None]:
         lines = [
             {"event": "resume", "job": "77", "step": step, "restart": restart, "cluster": cluster}
             for step, (restart, cluster) in enumerate(lives)
         ]
         (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return starts_of_job(tmp_path)
+        return [life.step for life in lives_of_job(tmp_path, job_facts())]
 
     assert left((0, "here"), (0, "elsewhere"), (1, "here"), (1, "elsewhere")) == [0, 2]
     # the count of jobs began anew

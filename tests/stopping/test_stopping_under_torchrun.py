@@ -1,46 +1,11 @@
 """Stops through torchrun itself, whose agent sends signals, is killed, and restarts ranks."""
 
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from patient_runs import LONG, PATIENT, REQUEUE, events, saved
-
-
-@contextmanager
-def torchrun(folder: Path, *, restarts: str = "0", **env: str) -> Iterator["subprocess.Popen[str]"]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        restarts,
-        "-m",
-        "ddp_kit.train",
-        PATIENT,
-    ]
-    path = os.pathsep.join(map(str, (Path(PATIENT).parents[1], Path(PATIENT).parent)))
-    given = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env
-    words = [*command, *LONG, "--save-every", "2", "--run-dir", str(folder / "run")]
-    with subprocess.Popen(
-        words,
-        env=given,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as agent:
-        yield agent
-        agent.kill()
+from patient_runs import REQUEUE, events, saved, torchrun
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
+from ddp_kit.io.cgroup import MemoryKills
 from ddp_kit.io.logs import patient_output
 from ddp_kit.io.polling import wait_until
 from ddp_kit.launch.environment import environment, inside_job
@@ -42,6 +43,7 @@ def run(plan: Plan) -> int:
 
     Returns: the exit code of the first rank that failed (128 + the signal), else 0.
     """
+    memory = MemoryKills()
     with patient_output(), contextlib.ExitStack() as stack:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             ranks = [
@@ -50,7 +52,7 @@ def run(plan: Plan) -> int:
             ]
         stack.enter_context(_forwarded(ranks))
         try:
-            return _watch(ranks)
+            return _watch(ranks, memory=memory)
         finally:
             _end(ranks)
 
@@ -121,7 +123,7 @@ def _forwarded(ranks: Sequence[Rank]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _watch(ranks: Sequence[Rank]) -> int:
+def _watch(ranks: Sequence[Rank], *, memory: MemoryKills) -> int:
     """Waits for all ranks, after a failure not for long.
 
     Returns: the exit code of the rank that failed first, or 0.
@@ -141,10 +143,17 @@ def _watch(ranks: Sequence[Rank]) -> int:
     for number, code in first.items():
         # it could not say so itself, and its peers have failed after it, if only just
         if code < 0:
-            name = signal.Signals(-code).name
-            print(f"rank {number} was ended by {name}", file=sys.stderr, flush=True)
+            print(_ended_by(number, -code, memory=memory), file=sys.stderr, flush=True)
             return 128 - code
     return next(iter(first.values()), 0)
+
+
+def _ended_by(rank: int, number: int, *, memory: MemoryKills) -> str:
+    """Returns what ended a rank: a signal, or the kernel for want of memory, as it has counted."""
+    why = memory.words()
+    if number == signal.SIGKILL and why:
+        return f"rank {rank} was killed by the kernel: {why}"
+    return f"rank {rank} was ended by {signal.Signals(number).name}"
 
 
 def _have_ended(ranks: Sequence[Rank]) -> bool:
