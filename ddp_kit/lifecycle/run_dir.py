@@ -19,7 +19,7 @@ from typing import IO, Literal, get_args
 from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.atomic import write_text
-from ddp_kit.io.json_lines import json_text, read_json
+from ddp_kit.io.json_lines import NOT_JSON, json_text, read_json
 from ddp_kit.io.lock import exclusive
 from ddp_kit.io.polling import wait_until
 from ddp_kit.io.process import pid_namespace, process_start
@@ -203,7 +203,7 @@ def _read_owner(file: IO[str]) -> Owner | None:
     try:
         found = json.loads(file.read())
         return Owner(**{name: kind(found[name]) for name, kind in Owner.__annotations__.items()})
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (*NOT_JSON, KeyError, TypeError, OverflowError):
         return None
 
 
