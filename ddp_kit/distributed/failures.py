@@ -4,18 +4,18 @@ A rank that fails leaves word in the store before its connections close. Nothing
 peers end because connections close, and read here why they did.
 """
 
-import os
 import socket
-import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from ddp_kit.errors import DdpKitError, summary
+from ddp_kit.distributed.lost_peer import Loss, loss_of, words_of
+from ddp_kit.distributed.peers import Peer
+from ddp_kit.distributed.store_answers import answer_of
+from ddp_kit.errors import DdpKitError
 from ddp_kit.io.polling import wait_until
 
 Answer = TypeVar("Answer")
@@ -27,14 +27,12 @@ READ = "read"
 SILENCE_S = 1.0
 LINGER_S = 5.0  # for the peers to lose the connection and read why
 PAUSE_S = 0.02
-LOSS_SIGNS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Connection refused",
-    "Timed out waiting",
-    "gloo/transport",
-)
+ANSWER_S = 5.0  # for the store to answer: it lives in rank 0, which may have stopped
+DEATH_S = 2.0  # from the loss of a killed process's connections to its end
+NOBODY = -1  # in place of the rank that failed first, where none has
+GONE = "a peer is gone that left no word (killed, or out of memory)"
+BROKEN = "a connection between ranks broke, though every rank's process lives"
+NO_PROGRESS = "no progress: a collective was not completed in time"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +47,11 @@ class Failure:
     is_alone: bool = False  # there are no other ranks
 
     @property
+    def is_hang(self) -> bool:
+        """Whether nothing moved, and nobody is known to have failed."""
+        return self.message.startswith(NO_PROGRESS)
+
+    @property
     def is_own(self) -> bool:
         """Whether this rank failed by itself, not because of another one.
 
@@ -56,7 +59,7 @@ class Failure:
         """
         if self.is_silent:
             return False
-        return self.culprit == self.rank or self.message == summary(self.error)
+        return self.culprit == self.rank or self.message == words_of(self.error)
 
     @property
     def reason(self) -> str:
@@ -93,13 +96,19 @@ class FailureReport:
     """
 
     def __init__(
-        self, *, rank: int, world_size: int, store: dist.Store | None = None, hosts: bool = False
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        store: dist.Store | None = None,
+        hosts: bool = False,
     ):
         """Args: `hosts` whether the store lives in this process."""
         self._rank = rank
         self._world_size = world_size
         self._store = store
         self._hosts = hosts
+        self.peers: Sequence[Peer] = ()  # of all ranks, once they have met
         self._is_told = False
         self._has_spoken = False
 
@@ -109,53 +118,101 @@ class FailureReport:
         Every rank that fails calls it, before it leaves the group. Word is left before connections
         close. So whoever loses one and finds no word knows that a peer died without any.
         """
-        if self._world_size == 1 or not is_lost_peer(error):
+        loss = loss_of(error)
+        if self._world_size == 1 or loss is Loss.NONE:
             culprit, message = self.tell(error)
-            return Failure(
-                error=error,
-                rank=self._rank,
-                culprit=culprit,
-                message=message,
-                is_alone=self._world_size == 1,
-            )
+            return self._failure(error, culprit, message)
         # That a peer is lost is no news to the others.
         self._is_told = True
         self._note(LOST)
         found = self._ask(_first)
-        self._note(READ)
         if found is None:
-            return self._silent(error)
-        culprit, message = found
-        return Failure(error=error, rank=self._rank, culprit=culprit, message=message)
+            found = self._silent(error, loss)
+        self._note(READ)
+        return self._failure(error, *found)
 
-    def _silent(self, error: BaseException) -> Failure:
-        """Returns the failure of a rank that lost a peer which left no word."""
-        gone = self._missing(LOST, within_s=SILENCE_S if self._rank == 0 else 0)
-        message = "a peer is gone that left no word (killed, or out of memory)"
-        if self._rank == 0 or self._store is None:
-            message += f"; not heard of: rank {', '.join(map(str, gone))}"
+    def _failure(self, error: BaseException, culprit: int, message: str) -> Failure:
         return Failure(
             error=error,
             rank=self._rank,
-            culprit=gone[0] if gone else -1,
+            culprit=culprit,
             message=message,
-            is_silent=True,
+            is_silent=message.startswith((GONE, BROKEN, NO_PROGRESS)),
+            is_alone=self._world_size == 1,
         )
+
+    def _silent(self, error: BaseException, loss: Loss) -> tuple[int, str]:
+        """Returns the culprit, as far as it is known, and what to say, of a rank that waited for a
+        peer which left no word.
+        """
+        gone = self._gone(within_s=DEATH_S if loss is Loss.CLOSED else 0)
+        if loss is Loss.TIMEOUT and not gone:
+            return self._leave_word(NOBODY, f"{NO_PROGRESS} ({words_of(error)}); {self._living()}")
+        if not gone and self._sees_all:
+            return self._leave_word(NOBODY, f"{BROKEN} ({words_of(error)})")
+        message = GONE
+        if not gone:
+            gone = self._missing(LOST, within_s=SILENCE_S if self._rank == 0 else 0)
+            if self._rank and self._store is not None:
+                return gone[0] if gone else NOBODY, message
+        return gone[0] if gone else NOBODY, f"{message}; not heard of: rank {_listed(gone)}"
+
+    def _gone(self, *, within_s: float) -> list[int]:
+        """Returns the ranks whose process is known to have ended without a word: those that have
+        lost a peer themselves have left, too.
+        """
+        gone: list[int] = []
+
+        def is_one_gone() -> bool:
+            nonlocal gone
+            gone = [rank for rank, peer in enumerate(self.peers) if peer.is_gone]
+            return bool(gone)
+
+        wait_until(is_one_gone, within_s=within_s, pause_s=PAUSE_S)
+        if not gone:
+            return []
+        silent = self._ask(lambda store: _without(store, LOST, self._world_size))
+        if silent is None:
+            # The store has died with rank 0, or stands still with it.
+            return [0] if 0 in gone else gone
+        return [rank for rank in gone if rank in silent]
+
+    @property
+    def _sees_all(self) -> bool:
+        return bool(self.peers) and all(peer.is_here for peer in self.peers)
+
+    def _living(self) -> str:
+        """Returns what is known of the processes, of which none is gone."""
+        stopped = [rank for rank, peer in enumerate(self.peers) if peer.is_stopped]
+        if stopped:
+            named = [f"rank {rank} (pid {self.peers[rank].pid})" for rank in stopped]
+            return f"stopped from outside: {', '.join(named)}"
+        if self._sees_all:
+            return "every rank's process lives"
+        return "no rank's process is known to be gone"
+
+    def _leave_word(self, culprit: int, message: str) -> tuple[int, str]:
+        """Leaves word for the peers, and returns the one that was left first."""
+        word = f"{culprit}\n{message}"
+        reply = self._ask(lambda store: store.compare_set(FIRST, "", word))
+        self._has_spoken = reply is not None
+        return _read(reply) if reply else (culprit, message)
 
     def tell(self, error: BaseException) -> tuple[int, str]:
         """Leaves word of an error if this rank has not done so.
 
         Returns: (rank, message) of the first one that was left.
         """
-        message = summary(error)
+        culprit = self._rank
+        if isinstance(error, DdpKitError) and error.rank >= 0:
+            culprit = error.rank
+        message = words_of(error)
         if not self._is_told and not is_lost_peer(error):
-            word = f"{self._rank}\n{message}"
-            reply = self._ask(lambda store: store.compare_set(FIRST, "", word))
-            self._has_spoken = reply is not None
+            self._leave_word(culprit, message)
         self._is_told = True
         found = self._ask(_first)
         self._note(READ)
-        return found or (self._rank, message)
+        return found or (culprit, message)
 
     @property
     def is_awaited(self) -> bool:
@@ -188,23 +245,30 @@ class FailureReport:
         return [0] if missing is None else missing
 
     def _ask(self, question: Callable[[dist.Store], Answer]) -> Answer | None:
-        """Asks the store; None if there is none any more."""
-        if self._store is None:
+        """Asks the store; None if there is none any more, or it does not answer in time."""
+        store = self._store
+        if store is None:
             return None
-        # As it dies torch writes C++ stacks to stderr, which would hide our one line.
-        with _without_stderr():
-            try:
-                return question(self._store)
-            except dist.DistError:
-                self._store = None
-                return None
+        try:
+            return answer_of(lambda: question(store), within_s=ANSWER_S)
+        except (dist.DistError, TimeoutError):
+            self._store = None
+            return None
 
 
 def _first(store: dist.Store) -> tuple[int, str] | None:
     if not store.check([FIRST]):
         return None
-    rank, _, message = store.get(FIRST).decode().partition("\n")
+    return _read(store.get(FIRST))
+
+
+def _read(word: bytes) -> tuple[int, str]:
+    rank, _, message = word.decode().partition("\n")
     return int(rank), message
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _without(store: dist.Store, what: str, world_size: int) -> list[int]:
@@ -212,25 +276,6 @@ def _without(store: dist.Store, what: str, world_size: int) -> list[int]:
     return [rank for rank in range(world_size) if not store.check([f"{what}/{rank}"])]
 
 
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    if sys.stderr is not None:
-        sys.stderr.flush()
-    kept = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
-
-
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error is what a rank sees when another one has gone."""
-    if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    return any(sign in str(error) for sign in LOSS_SIGNS)
+    """Whether an error is what a rank sees when it waits for another one in vain."""
+    return loss_of(error) is not Loss.NONE

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ddp_kit.distributed.failures import FailureReport
 from ddp_kit.distributed.gloo_abort import Connections, abandon
 from ddp_kit.distributed.node_check import NodeCheck, node_check
+from ddp_kit.distributed.peers import meet
 from ddp_kit.distributed.process_tuning import set_threads, tune_process
 from ddp_kit.distributed.rendezvous import Place, gather, hosts_store, place_of, rendezvous
 from ddp_kit.distributed.topology import Topology, environment_default, read_topology
@@ -245,7 +246,7 @@ def _join(
         check.passed("met")
         _make_small_groups(group, training, timeout=timeout)
     assert group.control_pg is not None
-    _wait_for_all(group.control_pg, "cpu")
+    group.failure_report.peers = meet(group.control_pg, topology.world_size)
     check.try_sum(training, group.device)
     if timeout != usual:
         store.set_timeout(usual)

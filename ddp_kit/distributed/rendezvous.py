@@ -27,6 +27,7 @@ from ddp_kit.errors import ConfigError, DdpKitError
 HERE = "ddp_kit_here"
 ALL = "ddp_kit_all"
 ANSWER_S = 1.0  # for an answer at a port
+WAIT_S = 1.0  # for the others, until signals are looked at
 PAUSE_S = 0.2  # between rounds of asking
 POLL_S = 0.05  # to see that the telling is over
 LONGEST = 200  # bytes of an answer
@@ -131,10 +132,20 @@ def _torchs_store(address: str, topology: Topology, *, timeout: timedelta) -> di
 
 
 def gather(store: dist.Store, topology: Topology, *, timeout: timedelta) -> None:
-    """Returns once every rank is connected to the store. Every rank calls it."""
+    """Returns once every rank is connected to the store. Every rank calls it.
+
+    Signals are heard of meanwhile: one wait in C takes WAIT_S at most.
+    """
     if store.add(HERE, 1) == topology.world_size:
         store.set(ALL, "")
-    store.wait([ALL], timeout)
+    end = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            store.wait([ALL], timedelta(seconds=min(WAIT_S, timeout.total_seconds())))
+            return
+        except dist.DistStoreError:
+            if time.monotonic() >= end:
+                raise
 
 
 def _is_agents() -> bool:

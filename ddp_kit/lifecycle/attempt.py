@@ -16,9 +16,10 @@ from ddp_kit.io.json_lines import read_json
 from ddp_kit.io.logs import logger
 from ddp_kit.io.polling import wait_until
 from ddp_kit.lifecycle.resume_command import resume_command
-from ddp_kit.lifecycle.run_dir import RunDir, Status
-from ddp_kit.lifecycle.session import exit_code
+from ddp_kit.lifecycle.run_dir import RunDir
+from ddp_kit.lifecycle.session import code_of
 from ddp_kit.lifecycle.start import RunPlace
+from ddp_kit.lifecycle.status import Status
 from ddp_kit.recipe import Recipe, RecipeSource
 from ddp_kit.settings import Settings
 from ddp_kit.setup.build import Built
@@ -134,12 +135,16 @@ class Attempt:
         if self.context is None or not self.request.args:
             return ""
         training = self.context.built.training
-        if training.checkpoints is None or training.checkpoints.committed_step <= 0:
+        checkpointer = training.checkpoints
+        if not isinstance(checkpointer, Checkpointer):
+            return ""
+        step = checkpointer.newest_whole()
+        if step <= 0:
             return ""
         command = resume_command(
             self.request.args, self.context.place.path, training.group.topology
         )
-        return f"to go on from step {training.checkpoints.committed_step}: {command}"
+        return f"to go on from step {step}: {command}"
 
     def failed(self, failure: Failure) -> None:
         """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its
@@ -151,6 +156,10 @@ class Attempt:
             self._write(self.directory, failure)
         elif isinstance(failure.error, Stopped) and self.place is not None:
             _await_status(self.place.path)
+        elif failure.is_hang and self.place is not None:
+            # Rank 0 lives and may have stopped: it could not write this.
+            if _status_of(self.place.path) == "running":
+                self._write(RunDir(self.place.path), failure)
         elif failure.is_silent and self.place is not None:
             directory = RunDir(self.place.path)
             with directory.inherited() as is_heir:
@@ -170,11 +179,11 @@ class Attempt:
                 reason=reason,
                 step=self.step,
                 metrics=self.metrics,
-                exit_code=exit_code(error),
+                exit_code=code_of(failure),
             )
-        except OSError as failure:
+        except OSError as fault:
             # A full disk, which may be why this attempt failed.
-            logger.warning("status.json could not be written: %s", failure)
+            logger.warning("status.json could not be written: %s", fault)
 
     def after_failure(self, failure: Failure) -> None:
         """Tells the trackers of a failure that has been written down, and a person how to go on."""
@@ -185,8 +194,9 @@ class Attempt:
             kind = "failure" if self._told["status"] == "failed" else "stop"
             reporter.event(kind, step=self.step, rank=failure.culprit, message=failure.reason)
             reporter.finish(self._told)
-        if self.advice:
-            sys.stderr.write(f"{self.advice}\n")
+        advice = self.advice
+        if advice:
+            sys.stderr.write(f"{advice}\n")
 
 
 def _status_of(path: Path) -> object:

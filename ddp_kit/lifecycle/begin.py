@@ -31,6 +31,7 @@ def begin(attempt: Attempt, context: RunContext, *, is_first: bool, owes_evaluat
             context.directory, request.settings, training.group, place=place, source=request.source
         )
         context.directory.status("running", step=training.step)
+        context.directory.tell_progress(lambda: _progress(context))
     say(context.built, training.group, place.path)
     info = RunInfo(
         run_dir=place.path,
@@ -49,6 +50,13 @@ def begin(attempt: Attempt, context: RunContext, *, is_first: bool, owes_evaluat
         logger.info("resumed at step %d: %s", training.step, lost)
     context.reporter.event(kind, step=training.step, message=lost, about=job_facts())
     attempt.watch_for_stops(context)
+
+
+def _progress(context: RunContext) -> tuple[int, int]:
+    """Returns the step and epoch that a run is at."""
+    cadence = context.built.cadence
+    step = context.built.training.step
+    return step, cadence.cursor.epoch(step, steps_per_epoch=cadence.steps_per_epoch)
 
 
 def say(built: Built, group: Group, path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from ddp_kit.io.logs import logger
 from ddp_kit.lifecycle.attempt import Attempt, RunContext
 from ddp_kit.lifecycle.run_dir import RunDir
+from ddp_kit.lifecycle.status import status_content
 from ddp_kit.stopping.signals import REQUEUE, Stop
 from ddp_kit.training.loop import Ending
 
@@ -63,7 +64,7 @@ def _write_ending(
     step = context.built.training.step
     cadence = context.built.cadence
     reporter = context.reporter
-    status = directory.status(
+    status = status_content(
         ending.status,
         reason=ending.reason,
         step=step,
@@ -72,6 +73,11 @@ def _write_ending(
         weights_sha256=digest,
         exit_code=ending.exit_code,
     )
+    try:
+        directory.leave_status(status)
+    except OSError as error:
+        # The run is over all the same, and its last checkpoint is whole.
+        logger.warning("status.json could not be written: %s", error)
     if ending.exit_code == REQUEUE:
         directory.ask_requeue(ending.reason)
     if (
@@ -83,5 +89,8 @@ def _write_ending(
     kind = "finish" if ending.status == "finished" else "stop"
     reporter.event(kind, step=step, message=ending.reason)
     reporter.finish(status)
-    if ending.status != "finished" and attempt.advice:
-        logger.info("%s", attempt.advice)
+    advice = ""
+    if ending.status != "finished":
+        advice = attempt.advice
+    if advice:
+        logger.info("%s", advice)

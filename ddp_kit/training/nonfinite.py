@@ -124,7 +124,8 @@ def raise_unless_overflow(
         raise NonFiniteError(
             f"the loss of step {decision.culprit_step} is not finite on rank "
             f"{decision.culprit_rank}, samples {listed(samples)}. {what_was_applied} "
-            "Look at these samples, or lower the learning rate, or type --grad-clip 1."
+            "Look at these samples, or lower the learning rate, or type --grad-clip 1.",
+            rank=decision.culprit_rank,
         )
     if not sum_over_ranks(training.group, _own_count(objective, sums)):
         raise DdpKitError(f"step {step}: {EMPTY}.")
