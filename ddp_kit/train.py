@@ -24,6 +24,7 @@ from ddp_kit.lifecycle.session import recipe_path, run_command, session
 from ddp_kit.lifecycle.start import default_path
 from ddp_kit.recipe import Recipe, load_recipe
 from ddp_kit.settings import Settings
+from ddp_kit.stopping.departure import departing
 from ddp_kit.stopping.signals import (
     REQUEUE,
     StopFlag,
@@ -66,6 +67,7 @@ def _attempt(build: Callable[[], Recipe], request: Request) -> Outcome:
     with patient_output(), hiding(secrets_of(settings)), signals_noted() as stop:
         attempt = Attempt(request, stop)
         with (
+            departing(stop, pace=attempt.pace, tell=attempt.departed),
             _warnings_requeue(stop, path),
             ExitStack() as stack,
             session(
@@ -76,6 +78,7 @@ def _attempt(build: Callable[[], Recipe], request: Request) -> Outcome:
                 run_dir=path,
             ) as group,
         ):
+            attempt.group = group
             try:
                 outcome = train_attempt(build, attempt, group, stack)
                 stack.close()
@@ -87,6 +90,7 @@ def _attempt(build: Callable[[], Recipe], request: Request) -> Outcome:
                 # torchrun sends SIGTERM to the survivors of a rank: what failed is to be written
                 # down first.
                 stop.deferring = True
+                stop.is_leaving = True
                 raise
 
 

@@ -122,6 +122,11 @@ class ControlPacket:
         """
         return self._work
 
+    @property
+    def boundaries(self) -> int:
+        """How many this rank has passed. Any thread may ask."""
+        return self._position
+
     def close(self) -> None:
         """Completes the packet in flight, so that no rank leaves another waiting."""
         self._read()

@@ -2,7 +2,9 @@
 leaves behind.
 """
 
+import contextlib
 import math
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,20 +14,23 @@ from pathlib import Path
 from ddp_kit.checkpoint.checkpointer import Checkpointer
 from ddp_kit.checkpoint.format.writer import Saved
 from ddp_kit.distributed.failures import Failure
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.errors import DdpKitError
 from ddp_kit.io.json_lines import read_json
 from ddp_kit.io.logs import logger
 from ddp_kit.io.polling import wait_until
 from ddp_kit.lifecycle.resume_command import resume_command
 from ddp_kit.lifecycle.run_dir import RunDir
-from ddp_kit.lifecycle.session import code_of
+from ddp_kit.lifecycle.session import HANG, code_of
 from ddp_kit.lifecycle.start import RunPlace
-from ddp_kit.lifecycle.status import Status
+from ddp_kit.lifecycle.status import Status, status_content
 from ddp_kit.recipe import Recipe, RecipeSource
 from ddp_kit.settings import Settings
 from ddp_kit.setup.build import Built
+from ddp_kit.stopping.departure import Departure, Pace
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.grace_period import GracePeriod
-from ddp_kit.stopping.signals import StopFlag, Stopped
+from ddp_kit.stopping.signals import Stop, StopFlag, Stopped
 from ddp_kit.stopping.stop_watcher import StopWatcher
 from ddp_kit.training.reporter import Reporter
 
@@ -67,6 +72,8 @@ class Attempt:
     def __init__(self, request: Request, stop: StopFlag) -> None:
         self.request = request
         self.stop = stop
+        stop.on_second = self.left_at_once
+        self.group: Group | None = None
         self.directory: RunDir | None = None  # rank 0 only
         self.place: RunPlace | None = None
         self.context: RunContext | None = None
@@ -98,6 +105,40 @@ class Attempt:
             grace_period=self._grace_period,
             end=end,
         )
+
+    def pace(self) -> Pace:
+        """Returns how far the loop is. Any thread may ask."""
+        if self._grace_period is None or not self.stop.deferring:
+            return Pace()
+        return self._grace_period.pace()
+
+    def departed(self, departure: Departure) -> None:
+        """Writes down that this process ends itself, since nothing moves. A thread calls it."""
+        if self.directory is not None and self.directory.is_running:
+            status: Status = "failed"
+            if departure.exit_code != HANG:
+                status = "preempted" if departure.stop.is_preemption else "stopped"
+            self._leave_last(status, departure.reason, departure.exit_code)
+        sys.stderr.write(f"{departure.reason}\n")
+        sys.stderr.flush()
+        if self.group is not None:
+            self.group.failure_report.tell(DdpKitError(departure.reason))
+
+    def left_at_once(self, stop: Stop) -> None:
+        """Writes down that a second signal ends this process."""
+        if self.directory is None or not self.directory.is_running:
+            return
+        status: Status = "preempted" if stop.is_preemption else "stopped"
+        code = 128 + signal.Signals[stop.name]
+        self._leave_last(status, f"a second {stop.name}: left at once", code)
+
+    def _leave_last(self, status: Status, reason: str, code: int) -> None:
+        assert self.directory is not None
+        content = status_content(
+            status, reason=reason, step=self.step, metrics=self.metrics, exit_code=code
+        )
+        with contextlib.suppress(OSError):
+            self.directory.leave_status(content)
 
     def close(self) -> None:
         """Ends the watch."""

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from ddp_kit.data import batch_plan
+from ddp_kit.distributed.launcher_pipes import tell_run_folder
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import facts
 from ddp_kit.io.json_lines import supersede
@@ -31,6 +32,7 @@ def begin(attempt: Attempt, context: RunContext, *, is_first: bool, owes_evaluat
             context.directory, request.settings, training.group, place=place, source=request.source
         )
         context.directory.status("running", step=training.step)
+        tell_run_folder(place.path)
         context.directory.tell_progress(lambda: _progress(context))
     say(context.built, training.group, place.path)
     info = RunInfo(

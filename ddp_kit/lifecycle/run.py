@@ -74,6 +74,7 @@ def train_attempt(
     if is_over:
         end = training.step
     ending = _fit(attempt, context, end=end, owes_evaluation=owes_evaluation)
+    context.stop.is_settled = True
     return _end(ending, attempt, context)
 
 

@@ -166,6 +166,11 @@ class RunDir:
         """Writes status.json, of a content that is made. Raises: OSError if it cannot be."""
         self._status.write(content)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether this attempt has begun, and its end is not written down yet."""
+        return self._status.is_running
+
     def tell_progress(self, progress: Callable[[], tuple[int, int]]) -> None:
         """From now on status.json has, at each heartbeat, the step and epoch that `progress`
         returns, until another status is written.

@@ -55,6 +55,7 @@ class StatusFile:
         self._writing = threading.RLock()
         self._progress: Callable[[], tuple[int, int]] | None = None
         self._step = -1
+        self.is_running = False
         # Given back where the process may open no more files.
         self._spare = -1
 
@@ -110,6 +111,7 @@ class StatusFile:
         step = content["step"]
         assert isinstance(step, int)
         self._step = step
+        self.is_running = content["status"] == "running"
 
 
 def _text(content: Mapping[str, object]) -> str:

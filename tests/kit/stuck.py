@@ -2,7 +2,8 @@
 
     stop     SIGSTOP to itself               sleep    Python sleeps
     wait     C code that has let the GIL go  hold     C code that holds the GIL
-TIMEOUT_S in the environment is how long a collective may take after the first step."""
+In the environment TIMEOUT_S is how long a collective may take after the first step, PATIENCE_S and ORPHANED_S how long a rank that was told
+to end waits for a step."""
 
 import ctypes
 import os
@@ -24,6 +25,7 @@ from ddp_kit.stopping import departure
 if "TIMEOUT_S" in os.environ:
     process_group.__wrapped__.__kwdefaults__["timeout_s"] = float(os.environ["TIMEOUT_S"])  # type: ignore[attr-defined]  # contextmanager's
 departure.PATIENCE_S = float(os.environ.get("PATIENCE_S", departure.PATIENCE_S))
+departure.ORPHANED_S = float(os.environ.get("ORPHANED_S", departure.ORPHANED_S))
 
 
 @dataclass(frozen=True, kw_only=True)
