@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from ddp_kit.io.atomic import write_text
@@ -60,24 +59,24 @@ class RunFolder:
         os.close(self.descriptor)
 
     def leave_last_word(self, rank: int, code: int) -> None:
-        """Writes into status.json that a rank was ended by a signal, unless the ranks have written
-        how their run ended. Raises: OSError if it cannot be written.
+        """Writes into status.json how the first rank ended, where the ranks have left that open.
+        Raises: OSError if it cannot be written.
 
         Args: `code` the rank's exit code, as `subprocess` has it.
         """
         folder = self.path
-        if folder is None or code >= 0:
+        if folder is None:
             return
         status = read_json(folder / "status.json")
-        reason = f"rank {rank} was ended by {signal.Signals(-code).name}"
-        if not _is_open(status):
+        is_running = status.get("status") == "running"
+        is_unknown = str(status.get("reason")).startswith(UNKNOWN)
+        if code < 0 and (is_running or is_unknown):
+            reason = f"rank {rank} was ended by {signal.Signals(-code).name}"
+            exit_code = 128 - code
+        elif is_running:
+            reason = f"rank {rank} ended with {code}, and rank 0 has not written why"
+            exit_code = code
+        else:
             return
-        told = {**status, "status": "failed", "reason": reason, "exit_code": 128 - code}
+        told = {**status, "status": "failed", "reason": reason, "exit_code": exit_code}
         write_text(folder / "status.json", json_text(told, indent=2) + "\n", durable=True)
-
-
-def _is_open(status: Mapping[str, object]) -> bool:
-    """Whether a status leaves open how the run ended."""
-    if status.get("status") == "failed":
-        return str(status.get("reason")).startswith(UNKNOWN)
-    return status.get("status") == "running"
