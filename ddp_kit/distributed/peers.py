@@ -3,6 +3,7 @@
 They tell each other who they are as they meet. Of another host's processes nothing is known here.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -34,7 +35,10 @@ class Peer:
     @property
     def is_gone(self) -> bool:
         """Whether it is known to have ended."""
-        return self.is_here and process_start(self.pid) != self.start
+        # A process that may open no more files cannot look.
+        with contextlib.suppress(OSError):
+            return self.is_here and process_start(self.pid) != self.start
+        return False
 
     @property
     def is_stopped(self) -> bool:

@@ -9,7 +9,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TypeVar
 
 Answer = TypeVar("Answer")
@@ -45,12 +45,13 @@ def answer_of(question: Callable[[], Answer], *, within_s: float) -> Answer:
 def _without_stderr() -> Iterator[None]:
     if sys.stderr is not None:
         sys.stderr.flush()
-    kept = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
+    with ExitStack() as stack:
+        # A process that may open no more files says more than it should.
+        with suppress(OSError):
+            kept = os.dup(2)
+            stack.callback(os.close, kept)
+            null = os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, null)
+            os.dup2(null, 2)
+            stack.callback(os.dup2, kept, 2)
         yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
