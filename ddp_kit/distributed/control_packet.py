@@ -9,6 +9,7 @@ all ranks derive from the packet itself. An evaluation's micro-batches are such 
 """
 
 import math
+import threading
 import time
 from dataclasses import dataclass
 from enum import IntEnum
@@ -68,6 +69,10 @@ class ControlPacket:
         # The last one of each kind, on the slowest rank.
         self._step_s: dict[str, float] = {}
         self._culprit_step = -1
+        # Of `early_boundary`: what this rank does not pass yet, and where all ranks meet.
+        self._promises = threading.Condition()
+        self._promised: float = math.inf
+        self._meeting = -1
 
     def name_culprit(self, step: int) -> None:
         """Notes that this rank's loss of `step` was not finite."""
@@ -79,12 +84,20 @@ class ControlPacket:
         Args: `stop` why this rank would stop, 0: it would not; `saves` a save is due on this rank.
         Returns: an empty decision where nothing was due.
         """
-        self._position += 1
+        with self._promises:
+            self._position += 1
+            if self._position >= self._promised:
+                self._keep_promise()
+        if self._position == self._meeting:
+            return self.exchange(stop=stop)
         if self._position < self._next:
             return NOTHING
         decision = self._read()
         step_s = int(self._packet[Field.STEP_US]) / 1e6
-        interval = 1 if self._is_new_kind else _interval(step_s)
+        interval = _interval(step_s)
+        if self._is_new_kind or self._group.control_pg is None:
+            # One process has nobody to wait for.
+            interval = 1
         if step_s and not self._is_new_kind:
             self._step_s[self._kind] = step_s
         self._is_new_kind = False
@@ -92,6 +105,43 @@ class ControlPacket:
         self._send(stop=stop, saves=saves and not decision.saves)
         self._next = self._position + interval
         return decision
+
+    def _keep_promise(self) -> None:
+        """Waits until all ranks have promised. Raises: RuntimeError if they do not in time."""
+        timeout_s = self._group.timeout_s
+        if not self._promises.wait_for(lambda: self._position < self._promised, timeout_s):
+            raise RuntimeError(
+                f"Timed out waiting {timeout_s:.0f} s for all ranks to agree on a boundary"
+            )
+
+    @property
+    def is_due_next(self) -> bool:
+        """Whether a packet is sent at the next boundary anyhow. Any thread may ask."""
+        return self._next <= self._position + 1
+
+    def promise(self) -> int:
+        """Returns a boundary that this rank does not pass before `meet_at` or `release`. A thread
+        calls it.
+        """
+        with self._promises:
+            promised = self._position + 1
+            self._promised = promised
+            return promised
+
+    def meet_at(self, position: int) -> None:
+        """Sets the boundary at which all ranks exchange their packets, the same on all ranks. A
+        thread calls it.
+        """
+        with self._promises:
+            self._meeting = position
+            self._promised = math.inf
+            self._promises.notify_all()
+
+    def release(self) -> None:
+        """Takes a promise back: the run ends otherwise. A thread calls it."""
+        with self._promises:
+            self._promised = math.inf
+            self._promises.notify_all()
 
     def begin_kind(self, kind: str) -> None:
         """Tells that the boundaries to come are of another kind, whose length is not known yet.

@@ -43,6 +43,8 @@ class Group:
     pg: dist.ProcessGroup | None = None
     control_pg: dist.ProcessGroup | None = None
     sums_pg: dist.ProcessGroup | None = None
+    # In which all ranks have met, for threads; None in one process.
+    store: dist.Store | None = None
     # Those of who communicates beside training.
     others: list[dist.ProcessGroup] = field(default_factory=list)
     timeout_s: float = 600
@@ -241,6 +243,7 @@ def _join(
         store=dist.PrefixStore("ddp_kit_blame", store),
         hosts=init_method is None and hosts_store(topology),
     )
+    group.store = dist.PrefixStore("ddp_kit_threads", store)
     with group.connecting():
         training = _make_training_group(group, store, timeout=timeout)
         check.passed("met")

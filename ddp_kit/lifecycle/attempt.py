@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ddp_kit.checkpoint.checkpointer import Checkpointer
 from ddp_kit.checkpoint.format.writer import Saved
+from ddp_kit.distributed.early_boundary import EarlyBoundary
 from ddp_kit.distributed.failures import Failure
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
@@ -81,6 +82,7 @@ class Attempt:
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.stop_watcher: StopWatcher | None = None  # rank 0 only
         self._grace_period: GracePeriod | None = None
+        self._early_boundary: EarlyBoundary | None = None
         # The content of status.json after a failure, where this rank has written it.
         self._told: Mapping[str, object] | None = None
 
@@ -92,7 +94,16 @@ class Attempt:
         training = context.built.training
         checkpointer = training.checkpoints
         assert isinstance(checkpointer, Checkpointer)
-        self._grace_period = GracePeriod(training.control_packet, training.group.topology)
+        group = training.group
+        self._grace_period = GracePeriod(training.control_packet, group.topology)
+        if group.store is not None:
+            self._early_boundary = EarlyBoundary(
+                training.control_packet,
+                group.store,
+                rank=group.rank,
+                world_size=group.world_size,
+            )
+            self.stop.hurry = self._early_boundary.ask
         if context.directory is None:
             return
         end = math.inf
@@ -144,6 +155,8 @@ class Attempt:
         """Ends the watch."""
         if self.stop_watcher is not None:
             self.stop_watcher.close()
+        if self._early_boundary is not None:
+            self._early_boundary.close()
 
     def saved(self, save: Saved) -> None:
         """Takes a save that has ended: tells of it, and what a stop needs now."""

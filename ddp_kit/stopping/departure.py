@@ -31,6 +31,8 @@ SAVING_S = 600.0  # once all ranks have agreed to stop, or have come to the end
 AT_ONCE_S = 2.0  # after a second signal
 LAST_WORDS_S = 3.0  # for the status, which a dead disk may keep
 POLL_S = 0.1
+HURRY_S = 0.5  # in which ranks that send packets as often as they mean to have agreed
+SIGNALS = {int(getattr(signal, stop.name)) for stop in Stop if hasattr(signal, stop.name)}
 ORDERS = {int(getattr(signal, name)) for name in ("SIGTERM", "SIGHUP", "SIGINT")}
 OVER = 0  # no signal has this number
 HANG = 124
@@ -85,13 +87,15 @@ class Watch:
 
     def _run(self) -> None:
         first: int | None = None
+        # When the newest signal came of which the ranks have not agreed yet.
+        asked = 0.0
         ordered = 0.0
         since = 0.0
         is_second = False
         has_answered = False
         boundaries = -1
         while True:
-            timeout = None if first is None else POLL_S
+            timeout = None if first is None and not asked else POLL_S
             ready, _, _ = select.select([self._read], [], [], timeout)
             numbers = os.read(self._read, 64) if ready else b""
             if OVER in numbers:
@@ -104,6 +108,11 @@ class Watch:
                     boundaries = self._pace().boundaries
                 elif not _is_echo(first, number, now - ordered):
                     is_second = True
+            if SIGNALS.intersection(numbers):
+                asked = now
+            if asked and now - asked > HURRY_S:
+                asked = 0.0
+                self._hurry()
             if first is None:
                 continue
             if not has_answered and self._is_orphan:
@@ -116,6 +125,11 @@ class Watch:
             limit_s = AT_ONCE_S if is_second else self._limit_s(pace)
             if now - since > limit_s:
                 self._leave(first, now - ordered, pace)
+
+    def _hurry(self) -> None:
+        """Where steps are slow, the next packet may be far away."""
+        if self._flag.hurry is not None and not self._flag.is_settled:
+            self._flag.hurry()
 
     @property
     def _is_orphan(self) -> bool:

@@ -121,6 +121,8 @@ class StopFlag:
         self.is_settled = False
         # A failure is being written down.
         self.is_leaving = False
+        # Called by whoever sees that a stop is not agreed upon soon.
+        self.hurry: Callable[[], None] | None = None
         # Called before a second signal ends this process at once.
         self.on_second: Callable[[Stop], None] | None = None
         # The first signal that was no mere warning, and when it came.
