@@ -88,14 +88,15 @@ class ControlPacket:
             self._position += 1
             if self._position >= self._promised:
                 self._keep_promise()
-        if self._position == self._meeting:
+            is_meeting = self._position == self._meeting
+        if is_meeting:
             return self.exchange(stop=stop)
         if self._position < self._next:
             return NOTHING
         decision = self._read()
         step_s = int(self._packet[Field.STEP_US]) / 1e6
         interval = _interval(step_s)
-        if self._is_new_kind or self._group.control_pg is None:
+        if self._is_new_kind or self._group.world_size == 1:
             # One process has nobody to wait for.
             interval = 1
         if step_s and not self._is_new_kind:
@@ -118,6 +119,11 @@ class ControlPacket:
     def is_due_next(self) -> bool:
         """Whether a packet is sent at the next boundary anyhow. Any thread may ask."""
         return self._next <= self._position + 1
+
+    @property
+    def is_to_meet(self) -> bool:
+        """Whether this rank has yet to come to where all ranks meet. Any thread may ask."""
+        return self._position < self._meeting
 
     def promise(self) -> int:
         """Returns a boundary that this rank does not pass before `meet_at` or `release`. A thread
@@ -199,7 +205,7 @@ class ControlPacket:
         self._packet[Field.CULPRIT] = self._with_rank(self._culprit_step + 1)
         self._packet[Field.STEP_US] = int((now - then) / steps * 1e6) if steps > 0 else 0
         self._packet[Field.SAVE] = int(saves)
-        if self._group.control_pg is not None:
+        if self._group.control_pg is not None and self._group.world_size > 1:
             self._work = dist.all_reduce(
                 self._packet, dist.ReduceOp.MAX, group=self._group.control_pg, async_op=True
             )

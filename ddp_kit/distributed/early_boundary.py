@@ -13,6 +13,7 @@ import time
 import torch.distributed as dist
 
 from ddp_kit.distributed.control_packet import ControlPacket
+from ddp_kit.distributed.process_group import Group
 
 POLL_S = 0.5
 SOON_S = 0.02  # between two looks for the other ranks' promises
@@ -22,12 +23,11 @@ HURRY = "hurry"
 class EarlyBoundary:
     """A rank's thread that makes and keeps promises. Every rank makes one, and closes it."""
 
-    def __init__(self, packet: ControlPacket, store: dist.Store, *, rank: int, world_size: int):
+    def __init__(self, packet: ControlPacket, group: Group, store: dist.Store):
         """Args: `store` nobody else uses these names in it."""
         self._packet = packet
+        self._group = group
         self._store = store
-        self._rank = rank
-        self._world_size = world_size
         self._is_in_hurry = False
         self._is_over = False
         self._wake = threading.Event()
@@ -50,13 +50,10 @@ class EarlyBoundary:
     def _run(self) -> None:
         number = 0
         try:
-            while not self._is_over:
-                key = f"{HURRY}/{number}"
-                if self._is_in_hurry:
-                    self._store.set(key, "")
-                if self._store.check([key]):
-                    self._is_in_hurry = False
-                    self._meet(key)
+            while not self._is_over and not self._group.failure_report.is_store_gone:
+                # One after the other: this rank may still be on its way to the last one.
+                if not self._packet.is_to_meet and self._is_asked(f"{HURRY}/{number}"):
+                    self._meet(f"{HURRY}/{number}")
                     number += 1
                 self._wake.wait(POLL_S)
                 self._wake.clear()
@@ -64,10 +61,17 @@ class EarlyBoundary:
             # The store has gone with its rank, and the run ends by that.
             self._packet.release()
 
+    def _is_asked(self, key: str) -> bool:
+        """Whether a rank asks for a meeting; this one does so here."""
+        if self._is_in_hurry:
+            self._is_in_hurry = False
+            self._store.set(key, "")
+        return self._store.check([key])
+
     def _meet(self, key: str) -> None:
         promised = self._packet.promise()
-        self._store.set(f"{key}/{self._rank}", str(promised))
-        keys = [f"{key}/{rank}" for rank in range(self._world_size)]
+        self._store.set(f"{key}/{self._group.rank}", str(promised))
+        keys = [f"{key}/{rank}" for rank in range(self._group.world_size)]
         while not self._store.check(keys):
             time.sleep(SOON_S)
         self._packet.meet_at(max(int(self._store.get(each)) for each in keys))

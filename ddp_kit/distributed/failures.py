@@ -102,12 +102,14 @@ class FailureReport:
         world_size: int,
         store: dist.Store | None = None,
         hosts: bool = False,
+        is_rank_0s: bool = False,
     ):
-        """Args: `hosts` whether the store lives in this process."""
+        """Args: `hosts` whether the store lives in this process, `is_rank_0s` in that of rank 0."""
         self._rank = rank
         self._world_size = world_size
         self._store = store
         self._hosts = hosts
+        self._is_rank_0s = is_rank_0s
         self.peers: Sequence[Peer] = ()  # of all ranks, once they have met
         self._is_told = False
         self._has_spoken = False
@@ -221,6 +223,13 @@ class FailureReport:
         That is this rank's word, or the store with another one's.
         """
         return self._has_spoken or (self._hosts and self._ask(_first) is not None)
+
+    @property
+    def is_store_gone(self) -> bool:
+        """Whether the store is known to have ended with rank 0: of one that has, torch
+        writes C++ stacks to stderr when it is asked.
+        """
+        return self._is_rank_0s and bool(self.peers) and self.peers[0].is_gone
 
     def linger(self) -> None:
         """Waits until every peer has read what is in the store, or LINGER_S is over."""

@@ -33,11 +33,6 @@ POLL_S = 0.05  # to see that the telling is over
 LONGEST = 200  # bytes of an answer
 
 
-def hosts_store(topology: Topology) -> bool:
-    """Whether this rank holds the store: rank 0 does, unless torchrun's agent has one."""
-    return topology.rank == 0 and not _is_agents()
-
-
 @dataclass
 class Place:
     """Where this process has met its peers: how often, and in which store."""
@@ -83,7 +78,7 @@ def rendezvous(
     # The agent's store outlives the ranks, and keeps their addresses. Rank 0's does not, and agents
     # of several nodes may count differently.
     life = "0"
-    if _is_agents():
+    if is_agents_store():
         life = environment().get("TORCHELASTIC_RESTART_COUNT", "0")
     with _whole_store(topology, place, timeout=timeout) as store:
         yield dist.PrefixStore(meeting, dist.PrefixStore(f"ddp_kit_life_{life}", store))
@@ -103,7 +98,7 @@ def _whole_store(topology: Topology, place: Place, *, timeout: timedelta) -> Ite
 
 @contextmanager
 def _new_store(topology: Topology, *, timeout: timedelta) -> Iterator[dist.Store]:
-    if _is_agents():  # it listens where torchrun says
+    if is_agents_store():  # it listens where torchrun says
         yield _torchs_store("env://", topology, timeout=timeout)
         return
     is_local = topology.nodes == 1
@@ -148,7 +143,7 @@ def gather(store: dist.Store, topology: Topology, *, timeout: timedelta) -> None
                 raise
 
 
-def _is_agents() -> bool:
+def is_agents_store() -> bool:
     """Whether torchrun's agent holds the store."""
     return environment().get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 

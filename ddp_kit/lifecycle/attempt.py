@@ -97,12 +97,7 @@ class Attempt:
         group = training.group
         self._grace_period = GracePeriod(training.control_packet, group.topology)
         if group.store is not None:
-            self._early_boundary = EarlyBoundary(
-                training.control_packet,
-                group.store,
-                rank=group.rank,
-                world_size=group.world_size,
-            )
+            self._early_boundary = EarlyBoundary(training.control_packet, group, group.store)
             self.stop.hurry = self._early_boundary.ask
         if context.directory is None:
             return
@@ -204,6 +199,9 @@ class Attempt:
         """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its
         peers does. What an earlier attempt left stays until this one has begun.
         """
+        if self._early_boundary is not None:
+            # The store may go with the ranks.
+            self._early_boundary.close()
         if self.place is not None and self.place.earlier and not self.has_begun:
             return
         if self.directory is not None:

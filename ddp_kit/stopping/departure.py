@@ -40,12 +40,12 @@ HANG = 124
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How far the loop is: boundaries that are done, -1 before the first step; seconds between two
-    of them in which a stop is agreed; seconds that a stop is given, 0 where that is not known.
+    """How far the loop is: boundaries that are done, -1 before the first step; seconds that a stop
+    needs, as far as it was measured, and that it is given, 0 where that is not known.
     """
 
     boundaries: int = -1
-    agreement_s: float = 0.0
+    needs_s: float = 0.0
     grace_s: float = 0.0
 
 
@@ -143,12 +143,12 @@ class Watch:
             # Its handler has run: an exception unwinds.
             return LEAVING_S if self._flag.since else EARLY_S
         if self._flag.is_settled:
-            return pace.grace_s or SAVING_S
-        limit_s = max(PATIENCE_S, 2 * pace.agreement_s)
+            return SAVING_S
+        limit_s = max(PATIENCE_S, 2 * pace.needs_s)
         if pace.grace_s:
             limit_s = max(pace.grace_s - LAST_WORDS_S, 1.0)
         if self._is_orphan:
-            limit_s = min(limit_s, max(ORPHANED_S, pace.agreement_s))
+            limit_s = min(limit_s, max(ORPHANED_S, pace.needs_s))
         return limit_s
 
     def _leave(self, number: int, seconds: float, pace: Pace) -> None:

@@ -46,7 +46,7 @@ class GracePeriod:
         """Returns how far the loop is, for whoever waits for it to leave. Any thread may ask."""
         return Pace(
             boundaries=self._control_packet.boundaries,
-            agreement_s=sum(self._control_packet.agreement_s()),
+            needs_s=self.needs_s or sum(self._control_packet.agreement_s()),
             grace_s=self.has_s,
         )
 

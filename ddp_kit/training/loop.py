@@ -123,6 +123,8 @@ def fit(
         ending = stopped(decision)
         if evaluates:
             metrics, ending = measure(batch.epoch)
+        # What is left is to save, which may take its time.
+        stop.is_settled = ending is not None
         if checkpoints is not None:
             checkpoints.after(metrics, is_due=saves or ending is not None)
         if ending is not None:
