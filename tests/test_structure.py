@@ -30,20 +30,20 @@ LAUNCHERS_MAY_IMPORT = {"launch", "io", "errors"}
 # Lines of a room, at most: a little more than it has today. Raising one is a decision, to be seen in review.
 BUDGETS = {
     "faces": 1100,
-    "io": 720,
+    "io": 780,
     "config": 1160,
-    "distributed": 2240,
+    "distributed": 2640,
     "data": 3650,
     "trackers": 710,
     "strategies": 2690,
-    "stopping": 510,
+    "stopping": 740,
     "training": 2880,
     "model_state": 1940,
     "checkpoint": 4480,
     "setup": 1710,
-    "lifecycle": 1690,
+    "lifecycle": 1900,
     "cli": 2000,
-    "launch": 4110,
+    "launch": 4200,
     "testing": 1840,
 }
 MOST_TERNARIES, MOST_PAIRS = 12.0, 3.0  # per 1,000 lines

@@ -53,8 +53,7 @@ class Group:
     tuned: list[str] = field(default_factory=list)
     closing: ExitStack = field(default_factory=ExitStack)
     connections: Connections = field(default_factory=Connections)
-    # It is being left on an error: peers may be gone.
-    has_failed: bool = False
+    has_failed: bool = False  # it is being left on an error: peers may be gone
     # Each looks at a last step whose outcome the host has not read.
     unseen: dict[int, Callable[[], None]] = field(default_factory=dict)
 

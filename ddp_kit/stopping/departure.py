@@ -100,6 +100,9 @@ class Watch:
             numbers = os.read(self._read, 64) if ready else b""
             if OVER in numbers:
                 return
+            if self._before >= 0 and numbers:
+                # Somebody else, as an event loop, hears of signals this way too.
+                os.write(self._before, numbers)
             now = time.monotonic()
             for number in ORDERS.intersection(numbers):
                 if first is None:

@@ -22,13 +22,18 @@ ALL_GONE_S = 40.0
 
 @contextmanager
 def launched(
-    folder: Path, *flags: str, recipe: str = STUCK, ranks: int = 2, **env: str
+    folder: Path,
+    *flags: str,
+    recipe: str = STUCK,
+    ranks: int = 2,
+    patience_s: float = 0.5,
+    **env: str,
 ) -> Iterator[Started]:
     """`ddp-kit run`; at the end nothing of it is left."""
     words = ["--nproc-per-node", str(ranks), recipe, *flags, "--run-dir", str(folder / "run")]
     pids: list[int] = []
     with started(
-        LAUNCHER, *words, folder=folder, env={"EVERY_STEP": "1"} | env, patience_s=0.5
+        LAUNCHER, *words, folder=folder, env={"EVERY_STEP": "1"} | env, patience_s=patience_s
     ) as run:
         run.until(lambda: len(run.children) == ranks)
         pids += run.children
@@ -131,3 +136,44 @@ def test_the_signal_that_ended_a_rank_is_the_exit_code_in_status_json_too(
     assert (told["status"], told["exit_code"]) == ("failed", 128 + number)
     assert told["reason"] == f"rank {victim} was ended by {number.name}"
     assert told["step"] >= 0
+
+
+IMPORTS = """\
+import os, signal, time
+print("imports", os.environ["RANK"], flush=True)
+if os.environ["RANK"] == "1":
+    {what}
+from paced import *
+from paced import recipe, Settings
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137),
+        ("os._exit(7)", 7),
+        pytest.param(
+            "raise ValueError('of its own')", 2, marks=[pytest.mark.slow, pytest.mark.steady]
+        ),
+    ],
+)
+def test_a_rank_that_ends_in_its_import_ends_the_run(what: str, code: int, tmp_path: Path) -> None:
+    recipe = tmp_path / "importing.py"
+    recipe.write_text(IMPORTS.format(what=what))
+    with launched(tmp_path, recipe=str(recipe)) as run:
+        assert run.ended() == code, run.output
+
+
+def test_sigterm_during_an_import_leaves_promptly_on_all_ranks(tmp_path: Path) -> None:
+    """Rank 0 waits for the other one in C code by then."""
+    recipe = tmp_path / "importing.py"
+    recipe.write_text(IMPORTS.format(what="time.sleep(1000)"))
+    with launched(tmp_path, recipe=str(recipe), patience_s=60.0) as run:
+        run.says("imports 0")
+        run.says("imports 1")
+        time.sleep(1.0)
+        begin = time.monotonic()
+        run.send(signal.SIGTERM)
+        assert run.ended() == 143, run.output
+        assert time.monotonic() - begin < 30
