@@ -32,7 +32,7 @@ BUDGETS = {
     "faces": 1100,
     "io": 780,
     "config": 1160,
-    "distributed": 2640,
+    "distributed": 2660,
     "data": 3650,
     "trackers": 710,
     "strategies": 2690,

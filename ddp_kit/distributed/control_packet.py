@@ -9,7 +9,6 @@ all ranks derive from the packet itself. An evaluation's micro-batches are such 
 """
 
 import math
-import threading
 import time
 from dataclasses import dataclass
 from enum import IntEnum
@@ -17,6 +16,7 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 
+from ddp_kit.distributed.boundaries import Boundaries
 from ddp_kit.distributed.process_group import Group
 
 # Between packets where steps are shorter. It decides how late a stop may be, so never above 1 s.
@@ -60,7 +60,7 @@ class ControlPacket:
         self._work: dist.Work | None = None
         self._packet = torch.zeros(len(Field), dtype=torch.int64)
         # In boundaries of this attempt: where we are, and where the next packet is due.
-        self._position = 0
+        self.boundaries = Boundaries(group.timeout_s)
         self._next = 0
         # Position and time of the last packet that was sent.
         self._last = (0, time.perf_counter())
@@ -69,10 +69,6 @@ class ControlPacket:
         # The last one of each kind, on the slowest rank.
         self._step_s: dict[str, float] = {}
         self._culprit_step = -1
-        # Of `early_boundary`: what this rank does not pass yet, and where all ranks meet.
-        self._promises = threading.Condition()
-        self._promised: float = math.inf
-        self._meeting = -1
 
     def name_culprit(self, step: int) -> None:
         """Notes that this rank's loss of `step` was not finite."""
@@ -84,14 +80,10 @@ class ControlPacket:
         Args: `stop` why this rank would stop, 0: it would not; `saves` a save is due on this rank.
         Returns: an empty decision where nothing was due.
         """
-        with self._promises:
-            self._position += 1
-            if self._position >= self._promised:
-                self._keep_promise()
-            is_meeting = self._position == self._meeting
+        is_meeting = self.boundaries.pass_one()
         if is_meeting:
             return self.exchange(stop=stop)
-        if self._position < self._next:
+        if self.boundaries.position < self._next:
             return NOTHING
         decision = self._read()
         step_s = int(self._packet[Field.STEP_US]) / 1e6
@@ -104,50 +96,13 @@ class ControlPacket:
         self._is_new_kind = False
         # A save that was just decided is about to be done.
         self._send(stop=stop, saves=saves and not decision.saves)
-        self._next = self._position + interval
+        self._next = self.boundaries.position + interval
         return decision
-
-    def _keep_promise(self) -> None:
-        """Waits until all ranks have promised. Raises: RuntimeError if they do not in time."""
-        timeout_s = self._group.timeout_s
-        if not self._promises.wait_for(lambda: self._position < self._promised, timeout_s):
-            raise RuntimeError(
-                f"Timed out waiting {timeout_s:.0f} s for all ranks to agree on a boundary"
-            )
 
     @property
     def is_due_next(self) -> bool:
         """Whether a packet is sent at the next boundary anyhow. Any thread may ask."""
-        return self._next <= self._position + 1
-
-    @property
-    def is_to_meet(self) -> bool:
-        """Whether this rank has yet to come to where all ranks meet. Any thread may ask."""
-        return self._position < self._meeting
-
-    def promise(self) -> int:
-        """Returns a boundary that this rank does not pass before `meet_at` or `release`. A thread
-        calls it.
-        """
-        with self._promises:
-            promised = self._position + 1
-            self._promised = promised
-            return promised
-
-    def meet_at(self, position: int) -> None:
-        """Sets the boundary at which all ranks exchange their packets, the same on all ranks. A
-        thread calls it.
-        """
-        with self._promises:
-            self._meeting = position
-            self._promised = math.inf
-            self._promises.notify_all()
-
-    def release(self) -> None:
-        """Takes a promise back: the run ends otherwise. A thread calls it."""
-        with self._promises:
-            self._promised = math.inf
-            self._promises.notify_all()
+        return self._next <= self.boundaries.position + 1
 
     def begin_kind(self, kind: str) -> None:
         """Tells that the boundaries to come are of another kind, whose length is not known yet.
@@ -157,7 +112,7 @@ class ControlPacket:
         self._kind = kind
         self._is_new_kind = True
         self._next = 0
-        self._last = (self._position, time.perf_counter())
+        self._last = (self.boundaries.position, time.perf_counter())
 
     def exchange(self, *, stop: int = 0) -> Decision:
         """Sends and reads at once, and returns the decision.
@@ -178,11 +133,6 @@ class ControlPacket:
         """
         return self._work
 
-    @property
-    def boundaries(self) -> int:
-        """How many this rank has passed. Any thread may ask."""
-        return self._position
-
     def close(self) -> None:
         """Completes the packet in flight, so that no rank leaves another waiting."""
         self._read()
@@ -199,8 +149,8 @@ class ControlPacket:
     def _send(self, *, stop: int, saves: bool = False) -> None:
         now = time.perf_counter()
         position, then = self._last
-        steps = self._position - position
-        self._last = (self._position, now)
+        steps = self.boundaries.position - position
+        self._last = (self.boundaries.position, now)
         self._packet[Field.STOP] = self._with_rank(stop)
         self._packet[Field.CULPRIT] = self._with_rank(self._culprit_step + 1)
         self._packet[Field.STEP_US] = int((now - then) / steps * 1e6) if steps > 0 else 0

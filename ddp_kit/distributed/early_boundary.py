@@ -52,14 +52,14 @@ class EarlyBoundary:
         try:
             while not self._is_over and not self._group.failure_report.is_store_gone:
                 # One after the other: this rank may still be on its way to the last one.
-                if not self._packet.is_to_meet and self._is_asked(f"{HURRY}/{number}"):
+                if not self._packet.boundaries.is_to_meet and self._is_asked(f"{HURRY}/{number}"):
                     self._meet(f"{HURRY}/{number}")
                     number += 1
                 self._wake.wait(POLL_S)
                 self._wake.clear()
         except dist.DistError:
             # The store has gone with its rank, and the run ends by that.
-            self._packet.release()
+            self._packet.boundaries.release()
 
     def _is_asked(self, key: str) -> bool:
         """Whether a rank asks for a meeting; this one does so here."""
@@ -69,9 +69,9 @@ class EarlyBoundary:
         return self._store.check([key])
 
     def _meet(self, key: str) -> None:
-        promised = self._packet.promise()
+        promised = self._packet.boundaries.promise()
         self._store.set(f"{key}/{self._group.rank}", str(promised))
         keys = [f"{key}/{rank}" for rank in range(self._group.world_size)]
         while not self._store.check(keys):
             time.sleep(SOON_S)
-        self._packet.meet_at(max(int(self._store.get(each)) for each in keys))
+        self._packet.boundaries.meet_at(max(int(self._store.get(each)) for each in keys))

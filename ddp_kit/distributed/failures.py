@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from ddp_kit.distributed.lost_peer import Loss, loss_of, words_of
-from ddp_kit.distributed.peers import Peer
+from ddp_kit.distributed.peers import Peer, gone_of, living_words, sees_all
 from ddp_kit.distributed.store_answers import answer_of
 from ddp_kit.errors import DdpKitError
 from ddp_kit.io.polling import wait_until
@@ -149,8 +149,10 @@ class FailureReport:
         """
         gone = self._gone(within_s=DEATH_S if loss is Loss.CLOSED else 0)
         if loss is Loss.TIMEOUT and not gone:
-            return self._leave_word(NOBODY, f"{NO_PROGRESS} ({words_of(error)}); {self._living()}")
-        if not gone and self._sees_all:
+            return self._leave_word(
+                NOBODY, f"{NO_PROGRESS} ({words_of(error)}); {living_words(self.peers)}"
+            )
+        if not gone and sees_all(self.peers):
             return self._leave_word(NOBODY, f"{BROKEN} ({words_of(error)})")
         message = GONE
         if not gone:
@@ -163,14 +165,7 @@ class FailureReport:
         """Returns the ranks whose process is known to have ended without a word: those that have
         lost a peer themselves have left, too.
         """
-        gone: list[int] = []
-
-        def is_one_gone() -> bool:
-            nonlocal gone
-            gone = [rank for rank, peer in enumerate(self.peers) if peer.is_gone]
-            return bool(gone)
-
-        wait_until(is_one_gone, within_s=within_s, pause_s=PAUSE_S)
+        gone = gone_of(self.peers, within_s=within_s)
         if not gone:
             return []
         silent = self._ask(lambda store: _without(store, LOST, self._world_size))
@@ -178,20 +173,6 @@ class FailureReport:
             # The store has died with rank 0, or stands still with it.
             return [0] if 0 in gone else gone
         return [rank for rank in gone if rank in silent]
-
-    @property
-    def _sees_all(self) -> bool:
-        return bool(self.peers) and all(peer.is_here for peer in self.peers)
-
-    def _living(self) -> str:
-        """Returns what is known of the processes, of which none is gone."""
-        stopped = [rank for rank, peer in enumerate(self.peers) if peer.is_stopped]
-        if stopped:
-            named = [f"rank {rank} (pid {self.peers[rank].pid})" for rank in stopped]
-            return f"stopped from outside: {', '.join(named)}"
-        if self._sees_all:
-            return "every rank's process lives"
-        return "no rank's process is known to be gone"
 
     def _leave_word(self, culprit: int, message: str) -> tuple[int, str]:
         """Leaves word for the peers, and returns the one that was left first."""

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
+from ddp_kit.io.polling import wait_until
 from ddp_kit.io.process import is_stopped, pid_namespace, process_start
 
+PAUSE_S = 0.02
 WIDTH = 512  # bytes of a process's facts: a host's name has 64 at most
 
 
@@ -64,3 +66,32 @@ def meet(group: dist.ProcessGroup, world_size: int) -> Sequence[Peer]:
     every = [torch.empty_like(own) for _ in range(world_size)]
     dist.all_gather(every, own, group=group)
     return [Peer(**json.loads(bytes(row.tolist()))) for row in every]
+
+
+def gone_of(peers: Sequence[Peer], *, within_s: float) -> list[int]:
+    """Returns the ranks whose process is known to have ended; one that was killed is waited for."""
+    gone: list[int] = []
+
+    def is_one_gone() -> bool:
+        nonlocal gone
+        gone = [rank for rank, peer in enumerate(peers) if peer.is_gone]
+        return bool(gone)
+
+    wait_until(is_one_gone, within_s=within_s, pause_s=PAUSE_S)
+    return gone
+
+
+def sees_all(peers: Sequence[Peer]) -> bool:
+    """Whether all ranks' processes can be seen from here."""
+    return bool(peers) and all(peer.is_here for peer in peers)
+
+
+def living_words(peers: Sequence[Peer]) -> str:
+    """Returns what is known of the processes, of which none is gone."""
+    stopped = [rank for rank, peer in enumerate(peers) if peer.is_stopped]
+    if stopped:
+        named = [f"rank {rank} (pid {peers[rank].pid})" for rank in stopped]
+        return f"stopped from outside: {', '.join(named)}"
+    if sees_all(peers):
+        return "every rank's process lives"
+    return "no rank's process is known to be gone"

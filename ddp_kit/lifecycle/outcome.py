@@ -2,18 +2,22 @@
 agreed on the end. What a failure leaves is `attempt`'s.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from ddp_kit.checkpoint.format.commit import SaveError
+from ddp_kit.errors import NonFiniteError
 from ddp_kit.io.logs import logger
 from ddp_kit.lifecycle.attempt import Attempt, RunContext
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.lifecycle.status import status_content
 from ddp_kit.stopping.signals import REQUEUE, Stop
 from ddp_kit.training.loop import Ending
+from ddp_kit.training.state import SavesState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +98,19 @@ def _write_ending(
         advice = attempt.advice
     if advice:
         logger.info("%s", advice)
+
+
+@contextmanager
+def finishing_save(checkpoints: SavesState | None) -> Iterator[None]:
+    """Finishes the save in flight before the run ends by a step that is not finite.
+
+    All ranks are well and raise it at the same step. After any other error the peers may be gone.
+    """
+    try:
+        yield
+    except NonFiniteError:
+        if checkpoints is not None:
+            # It says itself what became of it, and the step is what ends the run.
+            with suppress(SaveError):
+                checkpoints.finish()
+        raise

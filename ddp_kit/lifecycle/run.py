@@ -3,14 +3,13 @@ work; here they are called one after the other.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
 from ddp_kit.checkpoint.best_weights import best_weights
 from ddp_kit.checkpoint.checkpointer import About, Checkpointer
-from ddp_kit.checkpoint.format.commit import SaveError
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.resume import binding, described, resume, resume_data
@@ -18,11 +17,11 @@ from ddp_kit.checkpoint.retention import keep_of
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.distributed.collectives import from_rank
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.errors import ConfigError, NonFiniteError
+from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import logger, rank_log
 from ddp_kit.lifecycle.attempt import Attempt, RunContext
 from ddp_kit.lifecycle.begin import begin
-from ddp_kit.lifecycle.outcome import Outcome, leave_ending, outcome_of
+from ddp_kit.lifecycle.outcome import Outcome, finishing_save, leave_ending, outcome_of
 from ddp_kit.lifecycle.reporters import reporter_of
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.lifecycle.start import RunPlace, begins_from, open_directory
@@ -191,7 +190,7 @@ def _fit(attempt: Attempt, context: RunContext, *, end: int, owes_evaluation: bo
         return attempt.metrics
 
     with (
-        _save_in_flight_finished(context),
+        finishing_save(training.checkpoints),
         closing(built.feed.batches(start=training.step, end=end)) as batches,
     ):
         return fit(
@@ -205,23 +204,6 @@ def _fit(attempt: Attempt, context: RunContext, *, end: int, owes_evaluation: bo
             callbacks=context.recipe.callbacks,
             owes_evaluation=owes_evaluation,
         )
-
-
-@contextmanager
-def _save_in_flight_finished(context: RunContext) -> Iterator[None]:
-    """Ends a save before the run ends by a step that is not finite.
-
-    All ranks are well and raise it at the same step. After any other error the peers may be gone.
-    """
-    try:
-        yield
-    except NonFiniteError:
-        checkpoints = context.built.training.checkpoints
-        if checkpoints is not None:
-            # It says itself what became of it, and the step is what ends the run.
-            with suppress(SaveError):
-                checkpoints.finish()
-        raise
 
 
 def _evaluate(context: RunContext, *, epoch: int) -> dict[str, float]:

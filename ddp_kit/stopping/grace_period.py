@@ -45,7 +45,7 @@ class GracePeriod:
     def pace(self) -> Pace:
         """Returns how far the loop is, for whoever waits for it to leave. Any thread may ask."""
         return Pace(
-            boundaries=self._control_packet.boundaries,
+            boundaries=self._control_packet.boundaries.position,
             needs_s=self.needs_s or sum(self._control_packet.agreement_s()),
             grace_s=self.has_s,
         )

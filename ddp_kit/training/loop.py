@@ -85,8 +85,7 @@ def fit(
     Every rank calls it; all leave at the same step. Saves go to `training.checkpoints`.
 
     Args:
-        evaluate: `evaluate(epoch)` returns the metrics of an evaluation after the current step, the
-            same on all ranks ({} without eval data), or raises Abandoned.
+        evaluate: of an epoch: its metrics, alike on all ranks ({} without data); raises Abandoned.
         owes_evaluation: the attempt before was stopped at a step that should have had one.
 
     Raises: NonFiniteError on every rank if a loss or gradient is not finite.
@@ -123,10 +122,9 @@ def fit(
         ending = stopped(decision)
         if evaluates:
             metrics, ending = measure(batch.epoch)
-        # What is left is to save, which may take its time.
         stop.is_settled = ending is not None
         if checkpoints is not None:
-            checkpoints.after(metrics, is_due=saves or ending is not None)
+            checkpoints.after(metrics, is_due=saves or stop.is_settled)
         if ending is not None:
             return ending
     return _finished(early_stopping)
