@@ -16,6 +16,11 @@ class DdpKitError(Exception):
 
     exit_code = 1
 
+    def __init__(self, *args: object, rank: int = -1) -> None:
+        """Args: `rank` whose fault it is, where every rank raises it; -1: of who raises it."""
+        super().__init__(*args)
+        self.rank = rank
+
 
 class ConfigError(DdpKitError):
     """Settings, flags, environment or recipe cannot be run as given."""
@@ -35,16 +40,25 @@ class NonFiniteError(DdpKitError):
     """A loss or gradient is not finite; the step was not applied."""
 
 
+def text_of(error: BaseException) -> str:
+    """Returns an error's message, or that it has none: the `str` of a user's own error may fail."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"(its message cannot be made: {type(failure).__name__})"
+
+
 def summary(error: BaseException) -> str:
     """Returns kind and message of an error.
 
     Of one that torch brought from a loader worker they are the worker's own.
     """
-    lines = str(error).strip().splitlines()
+    text = text_of(error)
+    lines = text.strip().splitlines()
     # Torch puts the worker's whole traceback into the message.
     if len(lines) > 1 and lines[1].startswith("Original Traceback"):
         return f"{_raised(lines)} (in a loader worker)"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {text}"
 
 
 def _raised(traceback: Sequence[str]) -> str:

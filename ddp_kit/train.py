@@ -17,7 +17,7 @@ from ddp_kit.distributed.collectives import from_rank
 from ddp_kit.distributed.topology import is_first_rank, read_topology
 from ddp_kit.io.logs import hiding, patient_output
 from ddp_kit.lifecycle.attempt import Attempt, Request
-from ddp_kit.lifecycle.history import job_facts
+from ddp_kit.lifecycle.job_lives import JobLife
 from ddp_kit.lifecycle.outcome import Outcome
 from ddp_kit.lifecycle.run import train_attempt
 from ddp_kit.lifecycle.run_dir import RunDir
@@ -25,6 +25,7 @@ from ddp_kit.lifecycle.session import recipe_path, run_command, session
 from ddp_kit.lifecycle.start import default_path
 from ddp_kit.recipe import Recipe, load_recipe
 from ddp_kit.settings import Settings
+from ddp_kit.stopping.departure import departing
 from ddp_kit.stopping.signals import (
     REQUEUE,
     Stopped,
@@ -64,9 +65,9 @@ def _attempt(build: Callable[[], Recipe], request: Request) -> Outcome:
     settings = request.settings
     path = Path(settings.run_dir) if settings.run_dir else default_path(request.name)
     with patient_output(), hiding(secrets_of(settings)), signals_noted() as stop:
-        attempt = Attempt(request, stop)
-        attempt.job = job_facts(path)
+        attempt = Attempt(request, stop, life=JobLife(path))
         with (
+            departing(stop, pace=attempt.pace, tell=attempt.departed),
             _warnings_requeue(attempt, path),
             ExitStack() as stack,
             session(
@@ -77,6 +78,7 @@ def _attempt(build: Callable[[], Recipe], request: Request) -> Outcome:
                 run_dir=path,
             ) as group,
         ):
+            attempt.group = group
             try:
                 outcome = train_attempt(build, attempt, group, stack)
                 stack.close()
@@ -88,7 +90,8 @@ def _attempt(build: Callable[[], Recipe], request: Request) -> Outcome:
                 # torchrun sends SIGTERM to the survivors of a rank: what failed is to be written
                 # down first.
                 stop.deferring = True
-                attempt.require_progress_so_far(error, path)
+                stop.is_leaving = True
+                attempt.life.require_progress_so_far(error)
                 raise
 
 
@@ -101,7 +104,7 @@ def _warnings_requeue(attempt: Attempt, path: Path) -> Iterator[None]:
         yield
     except Stopped as early:
         attempt.stop.deferring = True
-        attempt.require_progress_so_far(early, path)
+        attempt.life.require_progress_so_far(early)
         if early.code == REQUEUE and is_first_rank():
             RunDir(path).ask_requeue(str(early))
         raise

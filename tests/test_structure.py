@@ -30,20 +30,20 @@ LAUNCHERS_MAY_IMPORT = {"launch", "io", "errors"}
 # Lines of a room, at most: a little more than it has today. Raising one is a decision, to be seen in review.
 BUDGETS = {
     "faces": 1115,
-    "io": 1050,
+    "io": 1120,
     "config": 1160,
-    "distributed": 2400,
+    "distributed": 2850,
     "data": 3650,
     "trackers": 710,
     "strategies": 3000,
-    "stopping": 510,
+    "stopping": 740,
     "training": 3800,
     "model_state": 1990,
     "checkpoint": 4600,
     "setup": 2600,
-    "lifecycle": 2000,
+    "lifecycle": 2300,
     "cli": 3450,
-    "launch": 4110,
+    "launch": 4250,
     "testing": 1840,
 }
 MOST_TERNARIES, MOST_PAIRS = 12.0, 3.0  # per 1,000 lines

@@ -22,7 +22,7 @@ from ddp_kit.checkpoint.format.encoding import encode
 from ddp_kit.checkpoint.format.layout import Manifest
 from ddp_kit.checkpoint.format.opened import Opened
 from ddp_kit.checkpoint.format.storage import Storage
-from ddp_kit.checkpoint.format.writer import FAILURES, Saved, Writer
+from ddp_kit.checkpoint.format.writer import ABANDON_S, FAILURES, Saved, Writer
 from ddp_kit.checkpoint.retention import Keep, clear, set_aside_newer
 from ddp_kit.checkpoint.state_dict import State, state_of
 from ddp_kit.data.iterable import StreamPosition, StreamProgress
@@ -265,6 +265,13 @@ class Checkpointer:
         if not ended.error:
             self.committed_step = ended.step
         self._on_end(ended)
+
+    def newest_whole(self) -> int:
+        """Returns the step of the newest whole checkpoint, -1 without one. A save in flight gets
+        the time that it has anyhow when the run fails.
+        """
+        self._writer.wait(within_s=ABANDON_S)
+        return max(self.committed_step, self._writer.committed_step)
 
     def finish(self, *, failures: int = FAILURES) -> None:
         """Waits for the save in flight and tells of it.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ddp_kit.cli.plot import Point, draw
 from ddp_kit.errors import ConfigError, nearest
 from ddp_kit.io.json_lines import read_json, read_lines
+from ddp_kit.io.tables import printable
 from ddp_kit.lifecycle.run_dir import is_in_use
 from ddp_kit.settings import Settings, to_json
 from ddp_kit.trackers.console import evaluation_line, shown, train_line
@@ -24,6 +25,8 @@ Record = Mapping[str, object]
 
 FILES = ("status.json", "metrics.jsonl", "settings.json")
 HEIGHT = 14
+# A larger number is no step of ours, and would not become a float.
+MOST = 2**63
 MARKS = "●▲■◆"
 SMALLER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse", "rmse", "nll")
 COLOURS = {
@@ -80,7 +83,9 @@ def screen(run: Path, *, width: int) -> list["Text"]:
 
 
 def _is_whole(record: Record) -> bool:
-    return isinstance(record.get("step"), int) and "kind" in record
+    step = record.get("step")
+    is_step = isinstance(step, int) and not isinstance(step, bool) and abs(step) < MOST
+    return is_step and isinstance(record.get("kind"), str)
 
 
 def is_run(path: Path) -> bool:
@@ -117,7 +122,7 @@ def _runs_in(folder: Path) -> list[str]:
 def _row(name: str, text: str, *, colour: str = "") -> "Text":
     from rich.text import Text
 
-    return Text.assemble((f"{name:9} ", "bold"), (text, colour))
+    return Text.assemble((f"{printable(name):9} ", "bold"), (printable(text), colour))
 
 
 def _headline(run: Path) -> "Text":
@@ -222,6 +227,8 @@ def _numbers(record: Record) -> dict[str, object]:
     for name, value in record.items():
         if value in ("nan", "inf", "-inf"):
             numbers[name] = float(str(value))
+        elif isinstance(value, int) and abs(value) >= MOST:
+            numbers[name] = math.inf
     return numbers
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ddp_kit.cli.plot import Point, draw
-from ddp_kit.cli.show import smaller_is_better
+from ddp_kit.cli.show import MOST, smaller_is_better
 from ddp_kit.errors import ConfigError, DdpKitError
-from ddp_kit.io.json_lines import read_json, read_lines
+from ddp_kit.io.json_lines import read_json, read_lines, whole
+from ddp_kit.io.tables import printable
 from ddp_kit.trackers.console import shown
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def print_results(sweep: Path, *, metric: str) -> None:
         marks[letter] = run.curves.get(by, [])
     lines = draw([], marks, width=min(width, 120), height=HEIGHT)
     if lines:
-        lines.insert(0, f"   {by}, one letter a run")
+        lines.insert(0, f"   {printable(by)}, one letter a run")
     else:
         lines.append("   no evaluation yet")
     for line in lines:
@@ -116,8 +117,12 @@ def _table(
     """Returns a row for each run: point, status, best value of `by`, last values of `others`."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("", *axes, "status", "step", f"best {by}", "at step", *others, box=box.SIMPLE)
+    names = ["", *axes, "status", "step", f"best {by}", "at step", *others]
+    table = Table(box=box.SIMPLE)
+    for name in names:
+        table.add_column(Text(printable(name)))
     for at, run in enumerate(runs):
         status = read_json(sweep / run.name / "status.json")
         row = [string.ascii_letters[at : at + 1]]
@@ -133,7 +138,7 @@ def _table(
                 row.append(shown(run.curves[name][-1][1]))
             else:
                 row.append("-")
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
@@ -145,7 +150,7 @@ def _points(sweep: Path) -> dict[str, Mapping[str, str]]:
             f"{sweep}: no sweep (it has no sweep.json). Type the folder that `ddp-kit sweep` named."
         )
     # As ddp_kit.launch.runs.sweep writes it.
-    runs: dict[str, Mapping[str, str]] = read_json(path)["runs"]  # type: ignore[assignment]
+    runs: dict[str, Mapping[str, str]] = read_json(path).get("runs", {})  # type: ignore[assignment]
     return runs
 
 
@@ -153,11 +158,12 @@ def _curves(run: Path) -> dict[str, list[Point]]:
     """Returns the evaluation metrics of a run by step."""
     found: dict[str, list[Point]] = {}
     for record in read_lines(run / "metrics.jsonl"):
-        if record.get("kind") != "eval":
+        step = whole(record.get("step"))
+        if record.get("kind") != "eval" or not 0 < step < MOST:
             continue
         for name, value in record.items():
             if name != "time" and isinstance(value, float) and math.isfinite(value):
-                found.setdefault(name, []).append((float(str(record["step"])), value))
+                found.setdefault(name, []).append((float(step), value))
     return found
 
 

@@ -17,6 +17,7 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 
+from ddp_kit.distributed.boundaries import Boundaries
 from ddp_kit.distributed.process_group import Group
 
 # Between packets where steps are shorter. It decides how late a stop may be, so never above 1 s.
@@ -62,7 +63,7 @@ class ControlPacket:
         self._work: dist.Work | None = None
         self._packet = torch.zeros(len(Field), dtype=torch.int64)
         # In boundaries of this attempt: where we are, and where the next packet is due.
-        self._position = 0
+        self.boundaries = Boundaries(group.timeout_s)
         self._next = 0
         # Position and time of the last packet that was sent.
         self._last = (0, time.perf_counter())
@@ -100,19 +101,29 @@ class ControlPacket:
         Args: `stop` why this rank would stop, 0: it would not; `saves` a save is due on this rank.
         Returns: an empty decision where nothing was due.
         """
-        self._position += 1
-        if self._position < self._next:
+        is_meeting = self.boundaries.pass_one()
+        if is_meeting:
+            return self.exchange(stop=stop)
+        if self.boundaries.position < self._next:
             return NOTHING
         decision = self._read()
         step_s = int(self._packet[Field.STEP_US]) / 1e6
-        interval = 1 if self._is_new_kind else _interval(step_s)
+        interval = _interval(step_s)
+        if self._is_new_kind or self._group.world_size == 1:
+            # One process has nobody to wait for.
+            interval = 1
         if step_s and not self._is_new_kind:
             self._step_s[self._kind] = step_s
         self._is_new_kind = False
         # A save that was just decided is about to be done.
         self._send(stop=stop, saves=saves and not decision.saves)
-        self._next = self._position + interval
+        self._next = self.boundaries.position + interval
         return decision
+
+    @property
+    def is_due_next(self) -> bool:
+        """Whether a packet is sent at the next boundary anyhow. Any thread may ask."""
+        return self._next <= self.boundaries.position + 1
 
     def begin_kind(self, kind: str) -> None:
         """Tells that the boundaries to come are of another kind, whose length is not known yet.
@@ -122,7 +133,7 @@ class ControlPacket:
         self._kind = kind
         self._is_new_kind = True
         self._next = 0
-        self._last = (self._position, time.perf_counter())
+        self._last = (self.boundaries.position, time.perf_counter())
 
     def exchange(self, *, stop: int = 0) -> Decision:
         """Sends and reads at once, and returns the decision.
@@ -159,8 +170,8 @@ class ControlPacket:
     def _send(self, *, stop: int, saves: bool = False) -> None:
         now = time.perf_counter()
         position, then = self._last
-        steps = self._position - position
-        self._last = (self._position, now)
+        steps = self.boundaries.position - position
+        self._last = (self.boundaries.position, now)
         self._packet[Field.STOP] = self._with_rank(stop)
         self._packet[Field.CULPRIT] = self._with_rank(self._culprit_step + 1)
         self._packet[Field.STEP_US] = int((now - then) / steps * 1e6) if steps > 0 else 0
@@ -171,7 +182,7 @@ class ControlPacket:
             self._digest = None
         self._packet[Field.DIGEST] = digest
         self._packet[Field.AGAINST] = -digest
-        if self._group.control_pg is not None:
+        if self._group.control_pg is not None and self._group.world_size > 1:
             self._work = dist.all_reduce(
                 self._packet, dist.ReduceOp.MAX, group=self._group.control_pg, async_op=True
             )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ddp_kit.distributed.topology import Topology, environment
 from ddp_kit.errors import ConfigError, DdpKitError
-from ddp_kit.io.atomic import write_text
+from ddp_kit.io.atomic import make_private_folder, write_text
 from ddp_kit.io.polling import wait_until
 
 FILE = "bad_nodes"
@@ -222,7 +222,7 @@ class NodeCheck:
         """Leaves the nodes' names, a line each, unless all of them failed."""
         if not 0 < len(nodes) < self.topology.nodes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.folder)
         names = [self._host(node) for node in sorted(nodes)]
         write_text(self.folder / FILE, "".join(f"{name}\n" for name in names if name))
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from ddp_kit.distributed.failures import FailureReport
 from ddp_kit.distributed.gloo_abort import Connections, abandon
 from ddp_kit.distributed.node_check import NodeCheck, node_check
+from ddp_kit.distributed.peers import meet
 from ddp_kit.distributed.process_tuning import set_threads, tune_process
-from ddp_kit.distributed.rendezvous import Place, gather, hosts_store, place_of, rendezvous
+from ddp_kit.distributed.rendezvous import Place, gather, is_agents_store, place_of, rendezvous
 from ddp_kit.distributed.topology import Topology, environment_default, read_topology
 from ddp_kit.errors import ConfigError
 
@@ -28,7 +29,7 @@ from ddp_kit.errors import ConfigError
 class Group:
     """The ranks of a run as one of them sees them.
 
-    In one process without a group, all three process groups are None.
+    In one process without a group, all three process groups are None, and so is the store.
 
     `sums_pg` is for small sums beside backward: on CUDA the training group itself. On a CPU it is
     one of its own, since after a collective that failed unread gloo may let another one of the same
@@ -42,6 +43,7 @@ class Group:
     pg: dist.ProcessGroup | None = None
     control_pg: dist.ProcessGroup | None = None
     sums_pg: dist.ProcessGroup | None = None
+    store: dist.Store | None = None  # for threads of all ranks
     # Those of who communicates beside training.
     others: list[dist.ProcessGroup] = field(default_factory=list)
     timeout_s: float = 600
@@ -51,8 +53,7 @@ class Group:
     tuned: list[str] = field(default_factory=list)
     closing: ExitStack = field(default_factory=ExitStack)
     connections: Connections = field(default_factory=Connections)
-    # It is being left on an error: peers may be gone.
-    has_failed: bool = False
+    has_failed: bool = False  # it is being left on an error: peers may be gone
     # Each looks at a last step whose outcome the host has not read.
     unseen: dict[int, Callable[[], None]] = field(default_factory=dict)
 
@@ -235,18 +236,21 @@ def _join(
     with rendezvous(topology, place, init_method=init_method, timeout=timeout) as store:
         check.roll_call(store, group.device)
         gather(store, topology, timeout=timeout)
+    is_rank_0s = init_method is None and not is_agents_store()
     group.failure_report = FailureReport(
         rank=topology.rank,
         world_size=topology.world_size,
         store=dist.PrefixStore("ddp_kit_blame", store),
-        hosts=init_method is None and hosts_store(topology),
+        hosts=is_rank_0s and topology.rank == 0,
+        is_rank_0s=is_rank_0s,
     )
+    group.store = dist.PrefixStore("ddp_kit_threads", store)
     with group.connecting():
         training = _make_training_group(group, store, timeout=timeout)
         check.passed("met")
         _make_small_groups(group, training, timeout=timeout)
     assert group.control_pg is not None
-    _wait_for_all(group.control_pg, "cpu")
+    group.failure_report.peers = meet(group.control_pg, topology.world_size)
     check.try_sum(training, group.device)
     if timeout != usual:
         store.set_timeout(usual)

@@ -27,14 +27,10 @@ from ddp_kit.errors import ConfigError, DdpKitError
 HERE = "ddp_kit_here"
 ALL = "ddp_kit_all"
 ANSWER_S = 1.0  # for an answer at a port
+WAIT_S = 1.0  # for the others, until signals are looked at
 PAUSE_S = 0.2  # between rounds of asking
 POLL_S = 0.05  # to see that the telling is over
 LONGEST = 200  # bytes of an answer
-
-
-def hosts_store(topology: Topology) -> bool:
-    """Whether this rank holds the store: rank 0 does, unless torchrun's agent has one."""
-    return topology.rank == 0 and not _is_agents()
 
 
 @dataclass
@@ -82,7 +78,7 @@ def rendezvous(
     # The agent's store outlives the ranks, and keeps their addresses. Rank 0's does not, and agents
     # of several nodes may count differently.
     life = "0"
-    if _is_agents():
+    if is_agents_store():
         life = environment().get("TORCHELASTIC_RESTART_COUNT", "0")
     with _whole_store(topology, place, timeout=timeout) as store:
         yield dist.PrefixStore(meeting, dist.PrefixStore(f"ddp_kit_life_{life}", store))
@@ -102,7 +98,7 @@ def _whole_store(topology: Topology, place: Place, *, timeout: timedelta) -> Ite
 
 @contextmanager
 def _new_store(topology: Topology, *, timeout: timedelta) -> Iterator[dist.Store]:
-    if _is_agents():  # it listens where torchrun says
+    if is_agents_store():  # it listens where torchrun says
         yield _torchs_store("env://", topology, timeout=timeout)
         return
     is_local = topology.nodes == 1
@@ -131,13 +127,23 @@ def _torchs_store(address: str, topology: Topology, *, timeout: timedelta) -> di
 
 
 def gather(store: dist.Store, topology: Topology, *, timeout: timedelta) -> None:
-    """Returns once every rank is connected to the store. Every rank calls it."""
+    """Returns once every rank is connected to the store. Every rank calls it.
+
+    Signals are heard of meanwhile: one wait in C takes WAIT_S at most.
+    """
     if store.add(HERE, 1) == topology.world_size:
         store.set(ALL, "")
-    store.wait([ALL], timeout)
+    end = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            store.wait([ALL], timedelta(seconds=min(WAIT_S, timeout.total_seconds())))
+            return
+        except dist.DistStoreError:
+            if time.monotonic() >= end:
+                raise
 
 
-def _is_agents() -> bool:
+def is_agents_store() -> bool:
     """Whether torchrun's agent holds the store."""
     return environment().get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 

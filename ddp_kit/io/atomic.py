@@ -38,3 +38,30 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_over(path: Path, text: str) -> None:
+    """Writes a text over the content of a file that is there.
+
+    For a full disk, where no file has room beside it: a text that fits into the file's own blocks
+    needs none. A reader may see it torn.
+
+    Raises: OSError if it cannot be written.
+    """
+    content = text.encode()
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(descriptor, content, 0)
+        os.ftruncate(descriptor, len(content))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_private_folder(path: Path) -> None:
+    """Makes a folder into which only its owner may look, if it is not there; those above it are as
+    the umask has them. A stricter umask stays.
+
+    Raises: OSError if it cannot be made.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)

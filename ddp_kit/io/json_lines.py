@@ -13,6 +13,8 @@ from ddp_kit.io.atomic import write_text
 from ddp_kit.io.logs import logger
 
 _LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
+# What a text that is no JSON raises: numbers of thousands of digits, and brackets nested as deep.
+NOT_JSON = (ValueError, RecursionError)
 
 
 def json_text(value: object, *, indent: int | None = None) -> str:
@@ -55,7 +57,7 @@ def read_lines(path: Path) -> Iterator[dict[str, object]]:
         for line in lines:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except NOT_JSON:
                 continue
             if isinstance(record, dict):
                 yield record
@@ -65,9 +67,16 @@ def read_json(path: Path) -> dict[str, object]:
     """Returns the object in a JSON file; an empty one if it is missing or holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, *NOT_JSON):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def whole(value: object) -> int:
+    """Returns a whole number that a file holds, 0 where something else stands in its place."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return 0
 
 
 def supersede(path: Path, *, step: int, owes_evaluation: bool) -> None:

@@ -23,6 +23,17 @@ def process_start(pid: int) -> str:
     return found.stdout.strip()
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process on this host stands still: SIGSTOP, Ctrl-Z or a debugger. False where the
+    system does not tell.
+    """
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state in "Tt"
+
+
 def pid_namespace() -> str:
     """Returns in which namespace this process's number holds, "" where there are none."""
     path = Path("/proc/self/ns/pid")

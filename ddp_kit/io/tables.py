@@ -4,6 +4,16 @@ import sys
 from collections.abc import Collection, Sequence
 
 
+def printable(text: str, *, kept: str = "") -> str:
+    """Returns the text with a space for each control character, a newline too.
+
+    Args: `kept` are characters that stay all the same.
+    """
+    return "".join(
+        character if character.isprintable() or character in kept else " " for character in text
+    )
+
+
 def aligned(
     rows: Sequence[Sequence[str]],
     *,

@@ -2,7 +2,9 @@
 leaves behind.
 """
 
+import contextlib
 import math
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,31 +13,28 @@ from pathlib import Path
 
 from ddp_kit.checkpoint.checkpointer import Checkpointer
 from ddp_kit.checkpoint.format.writer import Saved
+from ddp_kit.distributed.early_boundary import EarlyBoundary
 from ddp_kit.distributed.failures import Failure
-from ddp_kit.distributed.topology import is_first_rank
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.errors import DdpKitError
 from ddp_kit.io.json_lines import read_json
 from ddp_kit.io.logs import logger
 from ddp_kit.io.polling import wait_until
-from ddp_kit.lifecycle.history import (
-    CLAIM,
-    NoProgressError,
-    fruitless,
-    lives_of_job,
-    note,
-    require_progress_so_far,
-)
+from ddp_kit.lifecycle.history import NoProgressError
+from ddp_kit.lifecycle.job_lives import JobLife, step_in
 from ddp_kit.lifecycle.resume_command import resume_command
-from ddp_kit.lifecycle.run_dir import RunDir, Status
-from ddp_kit.lifecycle.session import exit_code
+from ddp_kit.lifecycle.run_dir import RunDir
+from ddp_kit.lifecycle.session import HANG, code_of
 from ddp_kit.lifecycle.start import RunPlace
+from ddp_kit.lifecycle.status import Status, status_content
 from ddp_kit.recipe import Recipe, RecipeSource
 from ddp_kit.settings import Settings
 from ddp_kit.setup.build import Built
+from ddp_kit.stopping.departure import Departure, Pace
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.grace_period import GracePeriod
-from ddp_kit.stopping.signals import REQUEUE, StopFlag, Stopped
+from ddp_kit.stopping.signals import Stop, StopFlag, Stopped
 from ddp_kit.stopping.stop_watcher import StopWatcher
-from ddp_kit.training.loop import Ending
 from ddp_kit.training.reporter import Reporter
 
 STATUS_S = 3.0
@@ -73,20 +72,20 @@ class RunContext:
 class Attempt:
     """How far an attempt has come: a failure at any time finds here what to write, and where."""
 
-    def __init__(self, request: Request, stop: StopFlag) -> None:
+    def __init__(self, request: Request, stop: StopFlag, *, life: JobLife) -> None:
         self.request = request
         self.stop = stop
-        # What this attempt is a life of, as it was before a rank of it could leave word.
-        self.job: Mapping[str, object] = {}
-        self._is_noted = False
+        self.life = life
+        stop.on_second = self.left_at_once
+        self.group: Group | None = None
         self.directory: RunDir | None = None  # rank 0 only
         self.place: RunPlace | None = None
         self.context: RunContext | None = None
         self.has_begun = False  # from then on the run directory tells of this attempt
-        self.began: int | None = None  # at which step
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.stop_watcher: StopWatcher | None = None  # rank 0 only
         self._grace_period: GracePeriod | None = None
+        self._early_boundary: EarlyBoundary | None = None
         # The content of status.json after a failure, where this rank has written it.
         self._told: Mapping[str, object] | None = None
 
@@ -98,7 +97,11 @@ class Attempt:
         training = context.built.training
         checkpointer = training.checkpoints
         assert isinstance(checkpointer, Checkpointer)
-        self._grace_period = GracePeriod(training.control_packet, training.group.topology)
+        group = training.group
+        self._grace_period = GracePeriod(training.control_packet, group.topology)
+        if group.store is not None:
+            self._early_boundary = EarlyBoundary(training.control_packet, group, group.store)
+            self.stop.hurry = self._early_boundary.ask
         if context.directory is None:
             return
         end = math.inf
@@ -112,10 +115,46 @@ class Attempt:
             end=end,
         )
 
+    def pace(self) -> Pace:
+        """Returns how far the loop is. Any thread may ask."""
+        if self._grace_period is None or not self.stop.deferring:
+            return Pace()
+        return self._grace_period.pace()
+
+    def departed(self, departure: Departure) -> None:
+        """Writes down that this process ends itself, since nothing moves. A thread calls it."""
+        if self.directory is not None and self.directory.is_running:
+            status: Status = "failed"
+            if departure.exit_code != HANG:
+                status = "preempted" if departure.stop.is_preemption else "stopped"
+            self._leave_last(status, departure.reason, departure.exit_code)
+        sys.stderr.write(f"{departure.reason}\n")
+        sys.stderr.flush()
+        if self.group is not None:
+            self.group.failure_report.tell(DdpKitError(departure.reason))
+
+    def left_at_once(self, stop: Stop) -> None:
+        """Writes down that a second signal ends this process."""
+        if self.directory is None or not self.directory.is_running:
+            return
+        status: Status = "preempted" if stop.is_preemption else "stopped"
+        code = 128 + signal.Signals[stop.name]
+        self._leave_last(status, f"a second {stop.name}: left at once", code)
+
+    def _leave_last(self, status: Status, reason: str, code: int) -> None:
+        assert self.directory is not None
+        content = status_content(
+            status, reason=reason, step=self.step, metrics=self.metrics, exit_code=code
+        )
+        with contextlib.suppress(OSError):
+            self.directory.leave_status(content)
+
     def close(self) -> None:
         """Ends the watch."""
         if self.stop_watcher is not None:
             self.stop_watcher.close()
+        if self._early_boundary is not None:
+            self._early_boundary.close()
 
     def saved(self, save: Saved) -> None:
         """Takes a save that has ended: tells of it, and what a stop needs now."""
@@ -148,76 +187,42 @@ class Attempt:
         if self.context is None or not self.request.args:
             return ""
         training = self.context.built.training
-        if training.checkpoints is None or training.checkpoints.committed_step <= 0:
+        checkpointer = training.checkpoints
+        if not isinstance(checkpointer, Checkpointer):
+            return ""
+        step = checkpointer.newest_whole()
+        if step <= 0:
             return ""
         command = resume_command(
             self.request.args, self.context.place.path, training.group.topology
         )
-        return f"to go on from step {training.checkpoints.committed_step}: {command}"
+        return f"to go on from step {step}: {command}"
 
     def failed(self, failure: Failure) -> None:
         """Leaves a failure in the run directory. If rank 0 is the one that died, the first of its
         peers does. What an earlier attempt left stays until this one has begun.
         """
+        if self._early_boundary is not None:
+            # The store may go with the ranks.
+            self._early_boundary.close()
         is_circle = isinstance(failure.error, NoProgressError)
         if self.directory is not None and not self.has_begun:
-            self._note_early(failure)
+            self.life.note_early(failure)
         if self.place is not None and self.place.earlier and not (self.has_begun or is_circle):
             return
         if self.directory is not None:
             self._write(self.directory, failure)
         elif isinstance(failure.error, Stopped) and self.place is not None:
             _await_status(self.place.path)
+        elif failure.is_hang and self.place is not None:
+            # Rank 0 lives and may have stopped: it could not write this.
+            if _status_of(self.place.path) == "running":
+                self._write(RunDir(self.place.path), failure)
         elif failure.is_silent and self.place is not None:
             directory = RunDir(self.place.path)
             with directory.inherited() as is_heir:
                 if is_heir and _status_of(directory.path) == "running":
                     self._write(directory, failure)
-
-    def require_progress_so_far(self, end: BaseException, path: Path) -> None:
-        """Called on an end before the first step. `path` is the run directory.
-
-        Raises: NoProgressError in its place if it would have the job started again, and that leads
-            nowhere.
-        """
-        if not isinstance(end, Stopped) or end.code != REQUEUE:
-            return
-        self._note_unclaimed(end, path)
-        if self.place is not None:
-            starts = list(self.place.starts)
-            endings = list(self.place.endings)
-        else:
-            lives = fruitless(lives_of_job(path, self.job))
-            starts = [life.step for life in lives]
-            endings = [life.ending for life in lives]
-        try:
-            require_progress_so_far(starts, began=self.began, endings=[*endings, str(end)])
-        except NoProgressError as circle:
-            if self.place is None and is_first_rank():
-                directory = RunDir(path)
-                step = _step_in(read_json(path / "status.json"))
-                directory.status("failed", reason=str(circle), step=step, exit_code=1)
-            raise
-
-    def _note_unclaimed(self, end: BaseException, path: Path) -> None:
-        """Leaves word, once, of a life that ends before it has the run directory."""
-        if self.place is None and self.job and not self._is_noted and is_first_rank():
-            path.mkdir(parents=True, exist_ok=True)
-            note(path, CLAIM, self.job)
-            note(path, "stop", {}, message=str(end))
-            self._is_noted = True
-
-    def require_new_step(self, ending: Ending) -> None:
-        """Called on an end that all ranks agree on. Raises: NoProgressError as above."""
-        if ending.exit_code != REQUEUE or self.step != self.began or self.place is None:
-            return
-        endings = [*self.place.endings, ending.reason]
-        require_progress_so_far(self.place.starts, began=self.began, endings=endings)
-
-    def _note_early(self, failure: Failure) -> None:
-        """Leaves word of a failure before there is a reporter, where lives are counted."""
-        if self.place is not None and self.place.job:
-            note(self.place.path, "failure", {}, message=failure.reason)
 
     def _write(self, directory: RunDir, failure: Failure) -> None:
         error = failure.error
@@ -227,7 +232,7 @@ class Attempt:
             status = "preempted" if error.stop.is_preemption else "stopped"
         step = self.step
         if not self.has_begun and self.place is not None:
-            step = _step_in(self.place.earlier)
+            step = step_in(self.place.earlier)
         self._told = {"status": status, "reason": reason, "step": step}
         try:
             self._told = directory.status(
@@ -235,11 +240,11 @@ class Attempt:
                 reason=reason,
                 step=step,
                 metrics=self.metrics,
-                exit_code=exit_code(error),
+                exit_code=code_of(failure),
             )
-        except OSError as failure:
+        except OSError as fault:
             # A full disk, which may be why this attempt failed.
-            logger.warning("status.json could not be written: %s", failure)
+            logger.warning("status.json could not be written: %s", fault)
 
     def after_failure(self, failure: Failure) -> None:
         """Tells the trackers of a failure that has been written down, and a person how to go on."""
@@ -250,13 +255,9 @@ class Attempt:
             kind = "failure" if self._told["status"] == "failed" else "stop"
             reporter.event(kind, step=self.step, rank=failure.culprit, message=failure.reason)
             reporter.finish(self._told)
-        if self.advice:
-            sys.stderr.write(f"{self.advice}\n")
-
-
-def _step_in(status: Mapping[str, object]) -> int:
-    found = status.get("step", 0)
-    return found if isinstance(found, int) else 0
+        advice = self.advice
+        if advice:
+            sys.stderr.write(f"{advice}\n")
 
 
 def _status_of(path: Path) -> object:

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from ddp_kit.data import batch_plan
+from ddp_kit.distributed.launcher_pipes import tell_run_folder
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.topology import facts
 from ddp_kit.io.json_lines import supersede
@@ -31,6 +32,8 @@ def begin(attempt: Attempt, context: RunContext, *, is_first: bool, owes_evaluat
             context.directory, request.settings, training.group, place=place, source=request.source
         )
         context.directory.status("running", step=training.step)
+        tell_run_folder(place.path)
+        context.directory.tell_progress(lambda: _progress(context))
     say(context.built, training.group, place.path)
     info = RunInfo(
         run_dir=place.path,
@@ -40,7 +43,7 @@ def begin(attempt: Attempt, context: RunContext, *, is_first: bool, owes_evaluat
     )
     attempt.has_begun = True
     context.reporter.start(info, step=training.step)
-    attempt.began = training.step
+    attempt.life.began = training.step
     require_progress(place.starts, step=training.step, endings=place.endings)
     kind = "start"
     lost = ""
@@ -50,6 +53,13 @@ def begin(attempt: Attempt, context: RunContext, *, is_first: bool, owes_evaluat
         logger.info("resumed at step %d: %s", training.step, lost)
     context.reporter.event(kind, step=training.step, message=lost, about=place.job)
     attempt.watch_for_stops(context)
+
+
+def _progress(context: RunContext) -> tuple[int, int]:
+    """Returns the step and epoch that a run is at."""
+    cadence = context.built.cadence
+    step = context.built.training.step
+    return step, cadence.cursor.epoch(step, steps_per_epoch=cadence.steps_per_epoch)
 
 
 def say(built: Built, group: Group, path: Path) -> None:

@@ -2,17 +2,22 @@
 agreed on the end. What a failure leaves is `attempt`'s.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from ddp_kit.checkpoint.format.commit import SaveError
+from ddp_kit.errors import NonFiniteError
 from ddp_kit.io.logs import logger
 from ddp_kit.lifecycle.attempt import Attempt, RunContext
 from ddp_kit.lifecycle.run_dir import RunDir
+from ddp_kit.lifecycle.status import status_content
 from ddp_kit.stopping.signals import REQUEUE, Stop
 from ddp_kit.training.loop import Ending
+from ddp_kit.training.state import SavesState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,7 @@ def _write_ending(
     step = context.built.training.step
     cadence = context.built.cadence
     reporter = context.reporter
-    status = directory.status(
+    status = status_content(
         ending.status,
         reason=ending.reason,
         step=step,
@@ -72,6 +77,11 @@ def _write_ending(
         weights_sha256=digest,
         exit_code=ending.exit_code,
     )
+    try:
+        directory.leave_status(status)
+    except OSError as error:
+        # The run is over all the same, and its last checkpoint is whole.
+        logger.warning("status.json could not be written: %s", error)
     if ending.exit_code == REQUEUE:
         directory.ask_requeue(ending.reason)
     if (
@@ -83,5 +93,24 @@ def _write_ending(
     kind = "finish" if ending.status == "finished" else "stop"
     reporter.event(kind, step=step, message=ending.reason)
     reporter.finish(status)
-    if ending.status != "finished" and attempt.advice:
-        logger.info("%s", attempt.advice)
+    advice = ""
+    if ending.status != "finished":
+        advice = attempt.advice
+    if advice:
+        logger.info("%s", advice)
+
+
+@contextmanager
+def finishing_save(checkpoints: SavesState | None) -> Iterator[None]:
+    """Finishes the save in flight before the run ends by a step that is not finite.
+
+    All ranks are well and raise it at the same step. After any other error the peers may be gone.
+    """
+    try:
+        yield
+    except NonFiniteError:
+        if checkpoints is not None:
+            # It says itself what became of it, and the step is what ends the run.
+            with suppress(SaveError):
+                checkpoints.finish()
+        raise

@@ -22,7 +22,7 @@ from ddp_kit.io.logs import logger, rank_log
 from ddp_kit.lifecycle.attempt import Attempt, RunContext
 from ddp_kit.lifecycle.begin import begin
 from ddp_kit.lifecycle.go_on import go_on_from, leave_a_way_back, owes_evaluation, roll_back
-from ddp_kit.lifecycle.outcome import Outcome, leave_ending, outcome_of
+from ddp_kit.lifecycle.outcome import Outcome, finishing_save, leave_ending, outcome_of
 from ddp_kit.lifecycle.reporters import reporter_of
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.lifecycle.start import RunPlace, begins_from, open_directory
@@ -79,6 +79,7 @@ def train_attempt(
     if training.bad_steps.rolls_back:
         leave_a_way_back(opened, context.built, changed=changed)
     ending = _fit(attempt, context, end=end, owes_evaluation=owes)
+    context.stop.is_settled = True
     return _end(ending, attempt, context)
 
 
@@ -94,6 +95,7 @@ def _open_directory(attempt: Attempt, group: Group, stack: ExitStack) -> RunPlac
         request.settings, group, name=request.name, source=request.source, claimed=claimed
     )
     attempt.place = place
+    attempt.life.place = place
     stack.enter_context(rank_log(place.path / "logs", rank=group.rank))
     return place
 
@@ -189,7 +191,11 @@ def _fit_once(attempt: Attempt, context: RunContext, *, end: int, owes_evaluatio
         return attempt.metrics
 
     batches = built.feed.batches(start=training.step, end=end)
-    with naming_the_format(built.feed.placement), closing(batches):
+    with (
+        naming_the_format(built.feed.placement),
+        finishing_save(training.checkpoints),
+        closing(batches),
+    ):
         return fit(
             training,
             batches,
@@ -232,7 +238,7 @@ def _end(ending: Ending, attempt: Attempt, context: RunContext) -> Outcome:
             ending.reason,
             time.monotonic() - context.stop.since,
         )
-    attempt.require_new_step(ending)
+    attempt.life.require_new_step(ending, step=attempt.step)
     digest = ""
     # Hashing belongs into no grace period.
     has_time = ending.status != "preempted"

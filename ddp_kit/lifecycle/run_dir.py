@@ -11,22 +11,20 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Literal, get_args
+from typing import IO
 
 from ddp_kit.distributed.topology import environment
 from ddp_kit.errors import ConfigError
-from ddp_kit.io.atomic import write_text
-from ddp_kit.io.json_lines import json_text, read_json
+from ddp_kit.io.atomic import make_private_folder, write_text
+from ddp_kit.io.json_lines import NOT_JSON, json_text, read_json
 from ddp_kit.io.lock import exclusive
 from ddp_kit.io.polling import wait_until
 from ddp_kit.io.process import pid_namespace, process_start
-from ddp_kit.io.redact import redact_text
 from ddp_kit.lifecycle.history import restart_count, whole_name_of_job
-
-Status = Literal["running", "finished", "stopped", "preempted", "failed"]
+from ddp_kit.lifecycle.status import Status, StatusFile, status_content
 
 BEAT_S = 15.0
 DEATH_S = 2.0  # from the loss of a killed process's connections to its end
@@ -55,6 +53,7 @@ class RunDir:
         self.path = path
         self._lock = path / "run.lock"
         self._owner: Owner | None = None
+        self._status = StatusFile(path / "status.json")
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
 
@@ -67,7 +66,7 @@ class RunDir:
         Raises: ConfigError if the directory cannot be written or is in use by a live run.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self.path)
             wait_until(
                 lambda: not _is_lost_peer(self.holder()),
                 within_s=STALE_S + BEAT_S,
@@ -81,6 +80,7 @@ class RunDir:
                 f"--run-dir {self.path}: cannot be written ({error.strerror}). Type another "
                 "--run-dir."
             ) from error
+        self._status.open()
         self._stop.clear()
         self._heart = threading.Thread(target=self._beat, name="run-dir-heartbeat", daemon=True)
         self._heart.start()
@@ -90,7 +90,7 @@ class RunDir:
         there at the end.
         """
         # A warning may come before there is anything else.
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.path)
         (self.path / "requeue").write_text(f"{' '.join(reason.split())}\n", encoding="utf-8")
 
     def release(self) -> None:
@@ -100,6 +100,7 @@ class RunDir:
         self._stop.set()
         self._heart.join()
         self._heart = None
+        self._status.close()
         with exclusive(self._lock) as file:
             if _read_owner(file) in (self._owner, None):
                 self._lock.unlink()
@@ -149,18 +150,32 @@ class RunDir:
         """Writes status.json. Returns: its content, which trackers get at the end. `exit_code` is
         None while running.
         """
-        assert status in get_args(Status), status
-        content: dict[str, object] = {
-            "status": status,
-            "reason": redact_text(reason),
-            "step": step,
-            "epoch": epoch,
-            "metrics": dict(metrics or {}),
-            "weights_sha256": weights_sha256,
-            "exit_code": exit_code,
-        }
-        self.write_json("status.json", content)
+        content = status_content(
+            status,
+            reason=reason,
+            step=step,
+            epoch=epoch,
+            metrics=metrics,
+            weights_sha256=weights_sha256,
+            exit_code=exit_code,
+        )
+        self.leave_status(content)
         return content
+
+    def leave_status(self, content: Mapping[str, object]) -> None:
+        """Writes status.json, of a content that is made. Raises: OSError if it cannot be."""
+        self._status.write(content)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this attempt has begun, and its end is not written down yet."""
+        return self._status.is_running
+
+    def tell_progress(self, progress: Callable[[], tuple[int, int]]) -> None:
+        """From now on status.json has, at each heartbeat, the step and epoch that `progress`
+        returns, until another status is written.
+        """
+        self._status.follow(progress)
 
     def holder(self) -> Owner | None:
         """Returns whose lock is in force, None if it is nobody's. Takes nothing."""
@@ -190,6 +205,7 @@ class RunDir:
             # A file server that is away for a while; the next beat tries again.
             with contextlib.suppress(OSError):
                 os.utime(self._lock)
+                self._status.beat()
 
 
 def is_in_use(path: Path) -> bool:
@@ -203,7 +219,7 @@ def _read_owner(file: IO[str]) -> Owner | None:
     try:
         found = json.loads(file.read())
         return Owner(**{name: kind(found[name]) for name, kind in Owner.__annotations__.items()})
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (*NOT_JSON, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -20,6 +20,7 @@ from ddp_kit.settings import Settings
 from ddp_kit.strategies.precision import arithmetic, deterministic
 
 OTHERS_SPEAK_S = 5.0  # a busy machine starts the first rank that much later than the others
+HANG = 124  # as `timeout` of coreutils has it
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 OnFailure = Callable[[Failure], None]
 
@@ -65,7 +66,7 @@ def session(
                 after_failure(failure)
             if not speaks or isinstance(error, SystemExit):
                 raise
-            raise SystemExit(exit_code(error)) from error
+            raise SystemExit(code_of(failure)) from error
 
 
 def exit_code(error: BaseException) -> int:
@@ -79,6 +80,13 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return 1
+
+
+def code_of(failure: Failure) -> int:
+    """Returns the exit code of a rank: 124 where nothing moved any more, else its error's."""
+    if failure.is_hang:
+        return HANG
+    return exit_code(failure.error)
 
 
 def run_command(command: Callable[[], int]) -> int:

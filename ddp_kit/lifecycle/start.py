@@ -159,7 +159,8 @@ def _require_shared(path: Path, run_id: str, *, group: Group) -> None:
     if missing:
         raise ConfigError(
             f"rank {missing - 1} does not see --run-dir {path} as rank 0 wrote it. All nodes must "
-            "share that file system."
+            "share that file system.",
+            rank=missing - 1,
         )
 
 

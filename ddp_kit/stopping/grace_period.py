@@ -8,6 +8,7 @@ from collections import deque
 from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.topology import Topology, environment
 from ddp_kit.errors import ConfigError
+from ddp_kit.stopping.departure import Pace
 
 # After which torchrun's agent kills the ranks that it has sent SIGTERM.
 AGENT_S = 30.0
@@ -36,6 +37,14 @@ class GracePeriod:
         if not self._saves:
             return 0.0
         return sum(self._control_packet.agreement_s()) + 2 * max(self._saves)
+
+    def pace(self) -> Pace:
+        """Returns how far the loop is, for whoever waits for it to leave. Any thread may ask."""
+        return Pace(
+            boundaries=self._control_packet.boundaries.position,
+            needs_s=self.needs_s or sum(self._control_packet.agreement_s()),
+            grace_s=self.has_s,
+        )
 
     def statement(self) -> str:
         """Returns the sum in words, the first time that it is known, else ""."""

@@ -117,6 +117,14 @@ class StopFlag:
         self.stop = Stop.NONE
         self.since = 0.0
         self.deferring = False
+        # All ranks have left the loop together: what is left is to save.
+        self.is_settled = False
+        # A failure is being written down.
+        self.is_leaving = False
+        # Called by whoever sees that a stop is not agreed upon soon.
+        self.hurry: Callable[[], None] | None = None
+        # Called before a second signal ends this process at once.
+        self.on_second: Callable[[Stop], None] | None = None
         # The first signal that was no mere warning, and when it came.
         self._order = Stop.NONE
         self._ordered = 0.0
@@ -133,6 +141,11 @@ class StopFlag:
         if self._order:
             if self._is_echo(stop, now):
                 return
+            on_second = self.on_second
+            # Once: it may be the disk that this process waits for.
+            self.on_second = None
+            if on_second is not None:
+                on_second(stop)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if stop not in WARNINGS:

@@ -93,6 +93,9 @@ class StopWatcher:
             self._look()
 
     def _look(self) -> None:
+        if self._flag.stop and self._flag.hurry is not None:
+            # It was there a second ago: steps have become slow since the last packet.
+            self._flag.hurry()
         names = set()
         # A file server may be away for a while; the next look tries again.
         with contextlib.suppress(OSError):

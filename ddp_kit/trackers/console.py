@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from ddp_kit.distributed.topology import environment
+from ddp_kit.io.json_lines import whole
 from ddp_kit.io.logs import without_secrets
+from ddp_kit.io.tables import printable
 from ddp_kit.trackers.base import RunInfo
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ class Console:
     def finish(self, status: Mapping[str, object]) -> None:
         """Draws the live line a last time, gives the terminal back, prints how the run ended."""
         if self._live is not None:
-            self._draw(_whole(status.get("step")) or self._step, time.monotonic())
+            self._draw(whole(status.get("step")) or self._step, time.monotonic())
             self._live.stop()
         self._live = None
         self._due = math.inf
@@ -206,14 +208,6 @@ def duration(seconds: float) -> str:
     return f"{minute}:{second:02d}"
 
 
-def printable(text: str) -> str:
-    """Returns the text with a space for each control character.
-
-    A newline is one too, as a record is one line.
-    """
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
 def _with_means(record: Mapping[str, object]) -> dict[str, object]:
     """Returns a train record with each `loss_mean` in the place of its `loss`."""
     told = dict(record)
@@ -236,10 +230,6 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
-
-
-def _whole(value: object) -> int:
-    return value if isinstance(value, int) else 0
 
 
 def _go_live(stream: TextIO) -> "Live":

@@ -93,12 +93,13 @@ class BadSteps:
         policy = self._policies[fault.kind]
         kind = DdpKitError if fault.kind == "spike" else NonFiniteError
         if policy == "stop":
-            raise kind(fault.message)
+            raise kind(fault.message, rank=fault.rank)
         steps = self.dropped | {fault.step}
         if len(steps) > self._most:
             raise kind(
                 f"{fault.words()}. {len(self.dropped)} steps have been dropped before it, and "
-                f"--max-dropped is {self._most}. {fault.message}"
+                f"--max-dropped is {self._most}. {fault.message}",
+                rank=fault.rank,
             )
         self.dropped = steps
         count = f"({len(steps)} of at most {self._most})"

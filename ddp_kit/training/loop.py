@@ -85,8 +85,7 @@ def fit(
     Every rank calls it; all leave at the same step. Saves go to `training.checkpoints`.
 
     Args:
-        evaluate: `evaluate(epoch)` returns the metrics of an evaluation after the current step, the
-            same on all ranks ({} without eval data), or raises Abandoned.
+        evaluate: of an epoch: its metrics, alike on all ranks ({} without data); raises Abandoned.
         owes_evaluation: the attempt before was stopped at a step that should have had one.
 
     Raises: NonFiniteError on every rank if a loss or gradient is not finite and nothing else was
@@ -121,7 +120,9 @@ def fit(
         sentinel.look(is_compared=is_pause)
         if not is_pause:
             continue
-        ending = _pause(measure, decision, saves=saves, evaluates=evaluates, epoch=batch.epoch)
+        ending = _pause(
+            measure, decision, stop, saves=saves, evaluates=evaluates, epoch=batch.epoch
+        )
         if ending is not None:
             return ending
     return _finished(early_stopping)
@@ -155,7 +156,13 @@ class _Measure:
 
 
 def _pause(
-    measure: _Measure, decision: Decision, *, saves: bool, evaluates: bool, epoch: int
+    measure: _Measure,
+    decision: Decision,
+    stop: StopFlag,
+    *,
+    saves: bool,
+    evaluates: bool,
+    epoch: int,
 ) -> Ending | None:
     """Evaluates and saves, as far as these are due. Returns how the run ends, if it ends here."""
     training = measure.training
@@ -166,8 +173,9 @@ def _pause(
     ending = stopped(decision)
     if evaluates:
         metrics, ending = measure(epoch)
+    stop.is_settled = ending is not None
     if checkpoints is not None:
-        checkpoints.after(metrics, is_due=saves or ending is not None)
+        checkpoints.after(metrics, is_due=saves or stop.is_settled)
     return ending
 
 

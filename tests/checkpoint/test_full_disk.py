@@ -68,12 +68,12 @@ def test_a_run_whose_events_find_no_room_trains_to_its_end_and_says_so_once(tmp_
 def test_a_failure_is_told_even_if_status_json_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(self: RunDir, name: str, value: object) -> None:
-        raise OSError(28, "No space left on device", name)
+    def full(self: RunDir, content: object) -> None:
+        raise OSError(28, "No space left on device", "status.json")
 
     class Failing:
         def on_start(self, model: object) -> None:
-            monkeypatch.setattr(RunDir, "write_json", full)
+            monkeypatch.setattr(RunDir, "leave_status", full)
             raise RuntimeError("the observer's own")
 
     settings = Settings(max_steps=2, run_dir=str(tmp_path / "run"))

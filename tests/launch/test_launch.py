@@ -14,6 +14,7 @@ import pytest
 from paths import KIT, ROOT
 from warm import LAUNCHER, LIMIT_S, Started, started
 
+from ddp_kit.io.cgroup import MemoryKills
 from ddp_kit.launch.environment import visible_gpus
 from ddp_kit.launch.local import processes, torchrun
 from ddp_kit.launch.local.processes import PEERS_S
@@ -317,11 +318,11 @@ def test_the_first_failure_is_named_and_of_those_found_at_once_the_one_by_a_sign
         return [subprocess.Popen(["sh", "-c", program]) for program in programs]
 
     later = ranks_of("sleep 0.5; kill -ABRT $$", "exit 3")
-    assert processes._watch(later) == 3
+    assert processes._watch(later, memory=MemoryKills()) == (1, 3)
     at_once = ranks_of("exit 3", "kill -KILL $$")
     for rank in at_once:
         rank.wait()
-    assert processes._watch(at_once) == 137
+    assert processes._watch(at_once, memory=MemoryKills()) == (1, -signal.SIGKILL)
 
 
 @pytest.mark.parametrize("terminal", ["full", "closed"])

@@ -77,6 +77,7 @@ class Writer:
         self._idle.set()
         self._outcome: Saved | BaseException | None = None
         self._failures: list[str] = []  # in a row
+        self.committed_step = -1  # of the newest save
         self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -115,9 +116,9 @@ class Writer:
         self._submit(lambda: self._commit(copied, state, manifest, begin=begin))
         return copied
 
-    def wait(self) -> None:
-        """Returns once no save is in flight."""
-        self._idle.wait()
+    def wait(self, within_s: float | None = None) -> None:
+        """Returns once no save is in flight, or so many seconds are over."""
+        self._idle.wait(within_s)
 
     def ended(self) -> Saved | None:
         """Returns the save that has ended since the last call, if one has.
@@ -173,6 +174,7 @@ class Writer:
                 token=self._token,
             )
             self._failures.clear()
+            self.committed_step = manifest.step
         except SaveError as failure:
             error = f"{failure}{self._room(len(copied.content))}"
             self._failures.append(error)

@@ -25,12 +25,18 @@ from ddp_kit.io.cgroup import MemoryKills
 from ddp_kit.io.logs import patient_output
 from ddp_kit.io.polling import wait_until
 from ddp_kit.launch.environment import environment, inside_job
+from ddp_kit.launch.local.guard import Guard
+from ddp_kit.launch.local.run_folder import RunFolder
 from ddp_kit.launch.plan import Plan
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # peers of a failed rank end within 10 s by themselves
 PEERS_S = 15.0
 TERM_S = 10.0
+# without a heartbeat of rank 0, which beats every 15 s, after an order to end
+STILL_S = 60.0
+ORDERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+HANG = 124
 POLL_S = 0.02
 USAGE = 2
 # of prctl.h
@@ -45,46 +51,60 @@ def run(plan: Plan) -> int:
     """
     memory = MemoryKills()
     with patient_output(), contextlib.ExitStack() as stack:
+        folder = stack.enter_context(contextlib.closing(RunFolder()))
+        guard = stack.enter_context(contextlib.closing(Guard()))
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            ranks = [
-                stack.enter_context(_start(plan, rank, listener=listener))
-                for rank in range(plan.processes)
-            ]
-        stack.enter_context(_forwarded(ranks))
+            ranks = []
+            for number in range(plan.processes):
+                pipes = {"DDP_KIT_GUARD": guard.name}
+                descriptors = [guard.descriptor]
+                if number == 0:
+                    pipes["DDP_KIT_LISTENER"] = str(listener.fileno())
+                    pipes["DDP_KIT_RUN_FOLDER"] = folder.name
+                    descriptors += [listener.fileno(), folder.descriptor]
+                facts = _facts(plan, number, port=listener.getsockname()[1]) | pipes
+                rank = _start(plan, number, facts=facts, descriptors=descriptors)
+                ranks.append(stack.enter_context(rank))
+        told = stack.enter_context(_forwarded(ranks))
+        guard.watch([rank.pid for rank in ranks])
+        first: tuple[int, int] = (0, 0)
         try:
-            return _watch(ranks, memory=memory)
+            first = _watch(ranks, memory=memory, told=told, folder=folder)
         finally:
             _end(ranks)
+            rank_number, code = first
+            if code:
+                ended_by = _ended_by(rank_number, code, memory=memory)
+                # a full disk: the exit code says it all the same
+                with contextlib.suppress(OSError):
+                    folder.leave_last_word(rank_number, code, ended_by=ended_by)
+        return code if code >= 0 else 128 - code
 
 
-def _start(plan: Plan, rank: int, *, listener: socket.socket) -> Rank:
-    handed_on = [listener.fileno()] if rank == 0 else []
+def _start(plan: Plan, rank: int, *, facts: Mapping[str, str], descriptors: Sequence[int]) -> Rank:
     return subprocess.Popen(
         plan.command,
-        env=_facts(plan, rank, listener=listener),
+        env=facts,
         stdin=None if rank == 0 else subprocess.DEVNULL,
-        pass_fds=handed_on,
+        pass_fds=descriptors,
         # Ctrl-C reaches the launcher alone, which hands it on: twice would mean "leave at once"
         start_new_session=True,
         preexec_fn=_dies_with(os.getpid()),
     )
 
 
-def _facts(plan: Plan, rank: int, *, listener: socket.socket) -> Mapping[str, str]:
+def _facts(plan: Plan, rank: int, *, port: int) -> dict[str, str]:
     """Returns a rank's environment."""
-    facts = {
+    return {
         **inside_job(environment()),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(plan.processes),
         "LOCAL_WORLD_SIZE": str(plan.processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(listener.getsockname()[1]),
+        "MASTER_PORT": str(port),
         "DDP_KIT_LAUNCHER": "ddp-kit run",
     }
-    if rank == 0:
-        facts["DDP_KIT_LISTENER"] = str(listener.fileno())
-    return facts
 
 
 def _dies_with(parent: int) -> Callable[[], None] | None:
@@ -105,28 +125,40 @@ def _dies_with(parent: int) -> Callable[[], None] | None:
 
 
 @contextmanager
-def _forwarded(ranks: Sequence[Rank]) -> Iterator[None]:
+def _forwarded(ranks: Sequence[Rank]) -> Iterator[list[float]]:
     """Hands signals on to every rank while it lasts.
 
     A SIGHUP that came ignored, as nohup has it, the ranks ignore too.
+
+    Yields: when an order to end was handed on, by `time.monotonic()`.
     """
+    told: list[float] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
+        if number in ORDERS:
+            told.append(time.monotonic())
         for rank in ranks:
             rank.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
-        yield
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _watch(ranks: Sequence[Rank], *, memory: MemoryKills) -> int:
+def _watch(
+    ranks: Sequence[Rank],
+    *,
+    memory: MemoryKills,
+    told: Sequence[float] = (),
+    folder: RunFolder | None = None,
+) -> tuple[int, int]:
     """Waits for all ranks, after a failure not for long.
 
-    Returns: the exit code of the rank that failed first, or 0.
+    Returns: the rank that failed first and its exit code, negative for a signal; (0, 0) if none
+        has.
     """
     end = float("inf")
     first: dict[int, int] = {}
@@ -137,23 +169,34 @@ def _watch(ranks: Sequence[Rank], *, memory: MemoryKills) -> int:
             # what one rank refuses as usage all refuse, and the others would only say it again
             patience_s = 0.0 if USAGE in _failed(ranks).values() else PEERS_S
             end = min(end, time.monotonic() + patience_s)
+        elif told and folder is not None and _stands_still(told, folder):
+            print(f"rank 0 does not answer, {STILL_S:.0f} s after a signal", file=sys.stderr)
+            return 0, HANG
         time.sleep(POLL_S)
     if not first:
         first = _failed(ranks)
     for number, code in first.items():
         # it could not say so itself, and its peers have failed after it, if only just
         if code < 0:
-            print(_ended_by(number, -code, memory=memory), file=sys.stderr, flush=True)
-            return 128 - code
-    return next(iter(first.values()), 0)
+            print(_ended_by(number, code, memory=memory), file=sys.stderr, flush=True)
+            return number, code
+    return next(iter(first.items()), (0, 0))
 
 
-def _ended_by(rank: int, number: int, *, memory: MemoryKills) -> str:
+def _stands_still(told: Sequence[float], folder: RunFolder) -> bool:
+    """Whether rank 0 was told to end and nothing of Python runs in it: not even its heart, a
+    thread."""
+    return min(time.monotonic() - told[0], folder.without_heartbeat_s()) > STILL_S
+
+
+def _ended_by(rank: int, code: int, *, memory: MemoryKills) -> str:
     """Returns what ended a rank: a signal, or the kernel for want of memory, as it has counted."""
+    if code >= 0:
+        return f"rank {rank} ended with {code}"
     why = memory.words()
-    if number == signal.SIGKILL and why:
+    if code == -signal.SIGKILL and why:
         return f"rank {rank} was killed by the kernel: {why}"
-    return f"rank {rank} was ended by {signal.Signals(number).name}"
+    return f"rank {rank} was ended by {signal.Signals(-code).name}"
 
 
 def _have_ended(ranks: Sequence[Rank]) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddp_kit.io.json_lines import NOT_JSON, whole
 from ddp_kit.io.process import process_start
 from ddp_kit.launch.environment import has_slurm
 from ddp_kit.launch.plan import LaunchError
@@ -46,7 +47,8 @@ class FoundRun:
 
         They are {"job", "time", "folder" of submitit's files, "cluster" if it is known}.
         """
-        return list(_lines(self.folder / "launch" / "jobs.jsonl"))
+        found = _lines(self.folder / "launch" / "jobs.jsonl")
+        return [submission for submission in found if {"job", "folder"} <= submission.keys()]
 
     def jobs(self) -> list[cluster.Job]:
         """Returns those of its jobs that SLURM still knows of, oldest first.
@@ -88,7 +90,7 @@ class FoundRun:
         owner = self.owner()
         host = str(owner.get("host", ""))
         if host == socket.gethostname():
-            start = process_start(int(owner.get("pid") or 0))
+            start = process_start(whole(owner.get("pid")))
             is_held = start != "" and start == owner.get("start")
         else:
             is_held = self._is_lock_fresh()
@@ -146,7 +148,7 @@ class FoundRun:
         """Returns the step of its newest checkpoint, -1 without one."""
         manifests = (self.folder / "checkpoints").glob("step-*/manifest.json")
         steps = [path.parent.name.removeprefix("step-") for path in manifests]
-        return max((int(step) for step in steps if step.isdigit()), default=-1)
+        return max((int(step) for step in steps if step.isdecimal()), default=-1)
 
 
 def is_of(job: cluster.Job, submission: Mapping[str, Any]) -> bool:
@@ -189,7 +191,7 @@ def _objects(texts: Iterable[str]) -> Iterator[Mapping[str, Any]]:
     for text in texts:
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except NOT_JSON:
             continue
         if isinstance(value, dict):
             yield value

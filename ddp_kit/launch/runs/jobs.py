@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_kit.io.tables import aligned
+from ddp_kit.io.json_lines import whole
+from ddp_kit.io.tables import aligned, printable
 from ddp_kit.launch.environment import has_slurm
 from ddp_kit.launch.plan import LaunchError
 from ddp_kit.launch.runs.found import FoundRun, is_of
@@ -35,7 +36,7 @@ def _row(run: FoundRun, jobs: Mapping[str, cluster.Job]) -> tuple[str, ...]:
     status = run.status
     state, why = _state(run, status, job)
     train = run.newest("loss")
-    step = max(int(status.get("step") or 0), int(train.get("step", 0)))
+    step = max(whole(status.get("step")), whole(train.get("step")))
     name = run.folder.name
     if run.folder.parent.name != "runs":
         name = f"{run.folder.parent.name}/{name}"
@@ -46,7 +47,8 @@ def _row(run: FoundRun, jobs: Mapping[str, cluster.Job]) -> tuple[str, ...]:
     if run.newest_checkpoint() >= 0:
         saved = f"step {run.newest_checkpoint()}"
     attempts = len(run.events("start", "resume"))
-    return (name, number, state, str(attempts), str(step), loss, saved, why)
+    cells = (name, number, state, str(attempts), str(step), loss, saved, why)
+    return tuple(printable(cell) for cell in cells)
 
 
 def _state(run: FoundRun, status: Mapping[str, Any], job: cluster.Job | None) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from ddp_kit.io.tables import printable
 from ddp_kit.launch.plan import LaunchError
 from ddp_kit.launch.runs.found import FoundRun
 from ddp_kit.launch.runs.log_lines import Line, Reader, merged, rank_logs
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 def _print(lines: Sequence[Line]) -> bool:
     """Prints lines by their time. Returns: whether there were any."""
     for line in merged(lines):
-        print(line, flush=True)
+        print(printable(line, kept="\t"), flush=True)
     return bool(lines)
 
 

@@ -1,10 +1,11 @@
 """Finding runs: by folder, by the name of a folder in runs/, or by a job's id."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from ddp_kit.io.json_lines import whole
 from ddp_kit.launch.environment import has_slurm
 from ddp_kit.launch.plan import LaunchError
 from ddp_kit.launch.runs.found import FoundRun, is_of
@@ -58,11 +59,16 @@ def _of_job(number: str, *, here: Sequence[FoundRun]) -> FoundRun | None:
         if any(is_of(job, submission) for job in jobs):
             return run
     if found:
-        return max(found, key=lambda pair: float(pair[0].get("time", 0)))[1]
+        return max(found, key=lambda pair: _time_of(pair[0]))[1]
     points = [run for run in known if number in _arrays_of(run)]
     if points:
         _refuse_sweep(number, points)
     return None
+
+
+def _time_of(submission: Mapping[str, Any]) -> float:
+    when = submission.get("time")
+    return when if isinstance(when, float) else float(whole(when))
 
 
 def _arrays_of(run: FoundRun) -> set[str]:

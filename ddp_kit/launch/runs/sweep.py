@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddp_kit.io.atomic import make_private_folder
 from ddp_kit.io.logs import patient_output
 from ddp_kit.launch.environment import has_slurm, visible_gpus
 from ddp_kit.launch.local import processes as local
@@ -56,7 +57,7 @@ def claim(sweep: Sweep) -> None:
     runs = {folder_of(point): point for point in sweep.points}
     text = json.dumps({"runs": runs}, indent=1) + "\n"
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        make_private_folder(home)
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise LaunchError(f"{home}: holds a sweep over another grid. Type another --name.")
         # a point's values may be secrets

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddp_kit.io.atomic import make_private_folder
 from ddp_kit.launch.environment import outside_job
 from ddp_kit.launch.plan import LaunchError
 from ddp_kit.launch.private_file import write_private
@@ -57,7 +58,7 @@ def _make_folders(plan: SlurmPlan) -> None:
     """Raises: LaunchError if one cannot be made."""
     try:
         for path in (Path(plan.folder), *(_home(run) for run in plan.runs)):
-            path.mkdir(parents=True, exist_ok=True)
+            make_private_folder(path)
     except OSError as error:
         raise LaunchError(
             f"{error.filename}: cannot be written ({error.strerror}). Type another --run-dir."
