@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches
@@ -25,6 +25,7 @@ from ddp_kit.data.stream_length import length_of
 from ddp_kit.data.transfer import Placement
 from ddp_kit.data.workers import by_one_worker, with_workers
 from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.pulse import Pulse
 from ddp_kit.errors import ConfigError
 
 
@@ -60,6 +61,7 @@ class Feed:
     progress: StreamProgress | None = None
     streams: OwnStreams | None = None
     cursor: Cursor = field(default_factory=Cursor)
+    pulse: Pulse = field(default_factory=Pulse)
 
     @property
     def length(self) -> int:
@@ -82,7 +84,8 @@ class Feed:
         """
         per_step = len(self.plan.of_rank(self.rank))
         with contextlib.closing(self._read(start=start, end=end)) as micro_batches:
-            yield from grouped(on_device(micro_batches, self.placement), per_step=per_step)
+            placed = on_device(micro_batches, self.placement)
+            yield from grouped(placed, per_step=per_step, pulse=self.pulse, start=start)
 
     def _read(self, *, start: int, end: int) -> Generator[MicroBatch, None, None]:
         if self.sampler is None:
@@ -159,7 +162,7 @@ def build_loader(
     streams = None
     if given.sharded:
         streams = agreed_streams(given, plan=plan, group=group)
-    return feed_of(
+    feed = feed_of(
         given,
         streams=streams,
         plan=plan,
@@ -168,6 +171,7 @@ def build_loader(
         placement=placement or Placement(group.device),
         num_workers=num_workers,
     )
+    return replace(feed, pulse=group.pulse)
 
 
 def feed_of(
@@ -279,9 +283,12 @@ def _evaluation(
         yield from reader.read([request])
 
 
-def grouped(micro_batches: Iterable[MicroBatch], *, per_step: int) -> Iterator[RankBatch]:
-    """Yields each step's micro-batches together, with the time that was waited for them."""
+def grouped(
+    micro_batches: Iterable[MicroBatch], *, per_step: int, pulse: Pulse, start: int
+) -> Iterator[RankBatch]:
+    """Yields each step's micro-batches together, from step `start` on, with the time waited."""
     of_step: list[MicroBatch] = []
+    pulse.begin_step(start + 1)
     begin = time.perf_counter()
     for micro_batch in micro_batches:
         of_step.append(micro_batch)
@@ -289,4 +296,5 @@ def grouped(micro_batches: Iterable[MicroBatch], *, per_step: int) -> Iterator[R
             request = of_step[0].request
             yield RankBatch(request.step, request.epoch, of_step, time.perf_counter() - begin)
             of_step = []
+            pulse.begin_step(request.step + 2)
             begin = time.perf_counter()

@@ -18,8 +18,10 @@ def batches_of(loader: Iterable[Any], *, group: Group, size: int) -> Iterator[Ra
     placement; samples are named by their place in the batch.
     """
     indices = np.arange(size)
+    group.pulse.begin_step(1)
     begin = time.perf_counter()
     for step, batch in enumerate(loader):
         request = Request(step, 0, group.rank, indices)
         yield RankBatch(step, 0, [MicroBatch(request, batch)], time.perf_counter() - begin)
+        group.pulse.begin_step(step + 2)
         begin = time.perf_counter()

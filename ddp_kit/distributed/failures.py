@@ -102,6 +102,8 @@ class FailureReport:
         self._hosts = hosts
         self._is_told = False
         self._has_spoken = False
+        # Hears of an error before anybody is asked about it.
+        self.before: Callable[[BaseException], None] = _nothing
 
     def find_culprit(self, error: BaseException) -> Failure:
         """Tells the peers of this rank's failure and returns whose came first.
@@ -118,6 +120,7 @@ class FailureReport:
                 message=message,
                 is_alone=self._world_size == 1,
             )
+        self.before(error)
         # That a peer is lost is no news to the others.
         self._is_told = True
         self._note(LOST)
@@ -148,6 +151,8 @@ class FailureReport:
         Returns: (rank, message) of the first one that was left.
         """
         message = summary(error)
+        if not self._is_told:
+            self.before(error)
         if not self._is_told and not is_lost_peer(error):
             word = f"{self._rank}\n{message}"
             reply = self._ask(lambda store: store.compare_set(FIRST, "", word))
@@ -198,6 +203,10 @@ class FailureReport:
             except dist.DistError:
                 self._store = None
                 return None
+
+
+def _nothing(error: BaseException) -> None:
+    """Nobody wants to hear of it."""
 
 
 def _first(store: dist.Store) -> tuple[int, str] | None:

@@ -37,6 +37,11 @@ def hosts_store(topology: Topology) -> bool:
     return topology.rank == 0 and not _is_agents()
 
 
+def store_rank(init_method: str | None) -> int:
+    """Returns the rank in which the store lives, -1 if that is torchrun's agent or a file."""
+    return -1 if init_method is not None or _is_agents() else 0
+
+
 @dataclass
 class Place:
     """Where this process has met its peers: how often, and in which store."""

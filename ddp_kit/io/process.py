@@ -23,6 +23,21 @@ def process_start(pid: int) -> str:
     return found.stdout.strip()
 
 
+def process_state(pid: int) -> str:
+    """Returns the letter that Linux has for what a process on this host does: T stopped, D in a
+    wait in the kernel, R and S it runs or sleeps; "gone" if it is there no more.
+
+    Elsewhere it is "".
+    """
+    if not Path("/proc/self/stat").exists():
+        return ""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
+    return "gone" if state in "ZX" else state
+
+
 def pid_namespace() -> str:
     """Returns in which namespace this process's number holds, "" where there are none."""
     path = Path("/proc/self/ns/pid")

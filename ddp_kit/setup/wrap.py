@@ -30,6 +30,7 @@ from ddp_kit.strategies.fused_step import fuse
 from ddp_kit.strategies.precision import LossScale
 from ddp_kit.training.optimizer_marks import marks_of
 from ddp_kit.training.state import LossCall, ObjectiveState, Training
+from ddp_kit.watchdog.watch import watch
 
 
 def wrap(
@@ -52,6 +53,7 @@ def wrap(
     Every rank calls it; see `wrap_parts`, also for what it raises. `buffers` is that of Recipe;
     `exact` wants `process_group(threads=...)` on a CPU.
     """
+    watch(group)
     require_equal(model, group=group)
     if exact and group.device.type == "cpu" and not group.has_stated_threads:
         raise ConfigError(

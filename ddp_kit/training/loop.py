@@ -11,6 +11,7 @@ from typing import Literal
 from ddp_kit.data.cursor import Cursor
 from ddp_kit.data.loader import RankBatch
 from ddp_kit.distributed.control_packet import Decision
+from ddp_kit.distributed.pulse import Phase
 from ddp_kit.recipe import Callback
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, Stop, StopFlag
@@ -145,7 +146,8 @@ class _Measure:
         step = self.training.step
         require_agreement(self.training)
         try:
-            metrics = self.evaluate(epoch)
+            with self.training.group.pulse.during(Phase.EVALUATION):
+                metrics = self.evaluate(epoch)
         except Abandoned as abandoned:
             return {}, stopped(abandoned.decision)
         if metrics:

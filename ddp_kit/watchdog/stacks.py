@@ -1,0 +1,150 @@
+"""Where threads stand: the line of the user's code, and the stacks of whole processes.
+
+A handler in C writes the stacks of all Python threads when `SIGNAL` comes, so that a rank answers
+that sits in C code or holds the interpreter's lock. It writes into memory, which a peer on the same
+host reads: a healthy run leaves no file.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from types import FrameType
+
+# Nobody else's: libraries take the first ones of these.
+SIGNAL = getattr(signal, "SIGRTMIN", -8) + 7
+# Whose frames are not the user's code.
+FOREIGN = tuple(
+    {
+        str(Path(__file__).parents[1]) + os.sep,
+        sysconfig.get_path("stdlib") + os.sep,
+        sysconfig.get_path("platstdlib") + os.sep,
+        sysconfig.get_path("purelib") + os.sep,
+        sysconfig.get_path("platlib") + os.sep,
+        sysconfig.get_path("scripts") + os.sep,
+        "<",
+    }
+)
+# In which a thread waits for other ranks.
+COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py", "torch/_tensor.py")
+DEBUGGERS = ("pdb.py", "bdb.py", "debugpy", "pydevd")
+WRITTEN_S = 1.0
+
+
+class StackSignal:
+    """The handler of `SIGNAL`, from `install` to `remove`."""
+
+    def __init__(self) -> None:
+        self.descriptor = -1
+        self._file = -1
+
+    def install(self) -> None:
+        """Installs it where the system has such signals and such memory."""
+        if SIGNAL < 0 or not hasattr(os, "memfd_create"):
+            return
+        self._file = os.memfd_create("ddp_kit-stacks")
+        faulthandler.register(SIGNAL, file=self._file, all_threads=True)
+        self.descriptor = self._file
+
+    def remove(self) -> None:
+        """Takes it away."""
+        if self._file < 0:
+            return
+        faulthandler.unregister(SIGNAL)
+        os.close(self._file)
+        self._file = -1
+        self.descriptor = -1
+
+
+def main_frame(ident: int) -> FrameType | None:
+    """Returns the innermost frame of a thread."""
+    return sys._current_frames().get(ident)
+
+
+def users_line(frame: FrameType | None) -> str:
+    """Returns the innermost line of the user's code, "" if there is none."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if is_users(name):
+            return f"{shown(name)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def is_users(name: str) -> bool:
+    """Whether a file is neither torch's nor ddp_kit's, nor another installed one."""
+    return not name.startswith(FOREIGN)
+
+
+def shown(name: str) -> str:
+    """Returns a path as it is read best: from the working directory if it is below it."""
+    with contextlib.suppress(ValueError):
+        return str(Path(name).relative_to(Path.cwd()))
+    return name
+
+
+def waits_in_collective(frame: FrameType | None) -> bool:
+    """Whether a thread sits in a collective, or in the backward pass outside the user's code.
+
+    What the user's code does within it is nearer.
+    """
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if any(part in name for part in COLLECTIVES):
+            return True
+        if is_users(name):
+            return False
+        frame = frame.f_back
+    return False
+
+
+def is_debugged(frame: FrameType | None) -> bool:
+    """Whether a person is in a debugger there."""
+    while frame is not None:
+        if any(part in frame.f_code.co_filename for part in DEBUGGERS):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def write_own(path: Path) -> None:
+    """Writes the stacks of this process's threads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+
+
+def fetch(pid: int, descriptor: int) -> str:
+    """Asks another process of this host for its stacks.
+
+    Returns: "" where it gives none: it is stopped, or has no handler.
+    """
+    if descriptor < 0 or SIGNAL < 0:
+        return ""
+    path = Path(f"/proc/{pid}/fd/{descriptor}")
+    text = ""
+    with contextlib.suppress(OSError):
+        before = path.stat().st_size
+        os.kill(pid, SIGNAL)
+        end = time.monotonic() + WRITTEN_S
+        while time.monotonic() < end:
+            time.sleep(0.05)
+            size = path.stat().st_size
+            if size > before and len(text) == size:
+                break
+            text = path.read_text(encoding="utf-8", errors="replace")
+    return text
+
+
+def users_line_in(text: str) -> str:
+    """Returns the innermost line of the user's code in stacks as they are written, "" if there is
+    none. The main thread's are the last ones."""
+    for line in text.rpartition("hread 0x")[2].splitlines():
+        name, quote, rest = line.strip().removeprefix('File "').partition('", line ')
+        if quote and is_users(name):
+            return f"{shown(name)}:{rest.split()[0]}"
+    return ""
