@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from ddp_kit.io.pulse_file import MARKS, PART, PHASE, STEP, no_file
+
 # Of a step's parts: those of its passes are counted from the last one backwards, since ranks may
 # have different numbers of them, and what comes after the passes is counted on from here.
 PASSES = 1 << 20
@@ -84,6 +86,8 @@ class Pulse:
         self.marks = 0
         self.since = time.monotonic()
         self.own_s = [0.0] * len(Phase)
+        # The place again, for other processes of the host once there is a watchdog.
+        self.numbers = no_file()
         self.limits = Limits()
         # Steps that are done, and the slowest of them but the first, which compiles.
         self.steps = 0
@@ -102,10 +106,15 @@ class Pulse:
         self.since = now
         self.phase = phase
         self.marks += 1
+        numbers = self.numbers
+        numbers[PHASE] = phase
+        numbers[PART] = self.part
+        numbers[MARKS] = self.marks
 
     def begin_step(self, step: int) -> None:
         """Enters the wait for the data of a step; the first one is 1."""
         self.step = step
+        self.numbers[STEP] = step
         self.part = 0
         self.mark(Phase.DATA)
         self._began = self.since
@@ -127,7 +136,7 @@ class Pulse:
     def beat(self) -> None:
         """Gets on within a phase: one micro-batch of an evaluation is done."""
         self.part += 1
-        self.marks += 1
+        self.mark(self.phase)
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
@@ -141,9 +150,20 @@ class Pulse:
             self.part += 1
             self.mark(before)
 
+    def finish(self, step: int) -> None:
+        """Enters the end of a run, after `step` steps."""
+        self.step = step
+        self.numbers[STEP] = step
+        self.part = 2 * AFTER_STEP
+        self.mark(Phase.END)
+
     @property
     def limit_s(self) -> float:
         """Seconds that the phase may go without progress."""
+        return self.limit_of(self.phase)
+
+    def limit_of(self, phase: Phase) -> float:
+        """Returns the seconds that a phase may go without progress, as of now."""
         limits = self.limits
         of_phase = {
             Phase.START: limits.start,
@@ -152,8 +172,8 @@ class Pulse:
             Phase.SAVE: limits.save,
             Phase.END: limits.end,
         }
-        if self.phase in of_phase:
-            return of_phase[self.phase]
+        if phase in of_phase:
+            return of_phase[phase]
         limit = limits.step or max(LEAST_S, FACTOR * self.slowest_s)
         if not self.steps or limits.compiles:
             return max(limit, limits.first_step)

@@ -17,7 +17,6 @@ from ddp_kit.checkpoint.retention import keep_of
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.distributed.collectives import from_rank
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.distributed.pulse import Phase
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import logger, rank_log
 from ddp_kit.lifecycle.attempt import Attempt, RunContext
@@ -222,7 +221,7 @@ def _end(ending: Ending, attempt: Attempt, context: RunContext) -> Outcome:
     """Waits for the last save, evaluates the test data and leaves the status."""
     training = context.built.training
     assert training.checkpoints is not None
-    training.group.pulse.mark(Phase.END)
+    training.group.pulse.finish(training.step)
     if ending.stop:
         # Now, on ranks that saw no sign of it.
         context.stop.ask(ending.stop)

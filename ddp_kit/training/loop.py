@@ -95,6 +95,7 @@ def fit(
     stop.deferring = True
     first = training.step
     checkpoints = training.checkpoints
+    pulse = training.group.pulse
     measure = _Measure(training, evaluate, report, early_stopping, callbacks)
     ending = stopped(training.control_packet.exchange(stop=stop.stop))
     if owes_evaluation and ending is None:
@@ -118,6 +119,7 @@ def fit(
         evaluates = cadence.evaluates(step) and not decision.stop
         if not (decision.stop or saves or evaluates):
             continue
+        pulse.mark(Phase.CONTROL)
         look_back(training)
         report.flush()
         metrics: dict[str, float] = {}
@@ -150,6 +152,7 @@ class _Measure:
                 metrics = self.evaluate(epoch)
         except Abandoned as abandoned:
             return {}, stopped(abandoned.decision)
+        self.training.group.pulse.mark(Phase.CALLBACK)
         if metrics:
             for callback in self.callbacks:
                 callback.on_evaluation(step, metrics)

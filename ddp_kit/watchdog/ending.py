@@ -14,15 +14,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddp_kit.distributed.pulse import Pulse
+from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.pulse import Phase
 from ddp_kit.io.logs import logger, without_secrets
 from ddp_kit.io.polling import wait_until
-from ddp_kit.io.process import process_state
 from ddp_kit.watchdog import stacks
 from ddp_kit.watchdog.board import Board
 
 HUNG = 124
 DISK_S = 4.0
+LOG_S = 0.5
+LAST_S = 0.5
+# Within which every rank is gone.
+ENDING_S = 15.0
 # For the others to have done what they have to do.
 OTHERS_S = 5.0
 POLL_S = 0.05
@@ -35,7 +39,7 @@ class Frozen:
     rank: int
     host: tuple[str, str]
     pid: int
-    stack_file: int = -1
+    stacks: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,32 +71,36 @@ def read_sentence(text: str) -> Sentence:
     return Sentence(**values)
 
 
-def leave(
-    sentence: Sentence, *, rank: int, world_size: int, pulse: Pulse, board: Board | None
-) -> None:
+def leave(sentence: Sentence, *, group: Group, board: Board | None) -> None:
     """Ends this process, and those of this host that cannot end themselves. Does not return.
 
     Each rank that can does it, from its watchdog's thread.
     """
+    rank = group.rank
+    pulse = group.pulse
+    # Who wakes up now goes no further than to its next mark.
+    setattr(pulse, "mark", _wait_for_end)  # noqa: B010 (a method of this one object)
     if sentence.speaker == rank:
         _say(sentence.text)
     own_frozen = _own_frozen(sentence, rank=rank)
+    _kill(own_frozen)
     folder = pulse.stacks
     if folder is not None:
         _within(DISK_S, lambda: _write_stacks(folder, rank, own_frozen))
     frozen_ranks = {each.rank for each in sentence.frozen}
     # The one that has the run directory, or else the one that speaks.
     writer = sentence.speaker if 0 in frozen_ranks else 0
-    if writer == rank:
-        if 0 in frozen_ranks:
-            _kill(own_frozen)
-        write = pulse.on_verdict
-        if write is not None:
-            _within(DISK_S, lambda: write(sentence.text, sentence.culprit))
-    _within(POLL_S * 4, lambda: logger.error("%s", sentence.text))
+    write = pulse.on_verdict
+    if writer == rank and write is not None:
+        _within(DISK_S, lambda: write(sentence.text, sentence.culprit))
+    if logger.handlers:
+        _within(LOG_S, lambda: logger.debug("%s", sentence.text))
+    _within(LOG_S, _flush_streams)
     if board is not None:
-        _await_others(board, expected=set(range(world_size)) - frozen_ranks)
-    _kill(own_frozen)
+        _await_others(board, expected=set(range(group.world_size)) - frozen_ranks)
+        if rank == group.store_rank:
+            # The others have read that all are done before the store goes.
+            time.sleep(LAST_S)
     os._exit(HUNG)
 
 
@@ -111,10 +119,7 @@ def _own_frozen(sentence: Sentence, *, rank: int) -> list[Frozen]:
 def _write_stacks(folder: Path, rank: int, frozen: Sequence[Frozen]) -> None:
     stacks.write_own(folder / f"rank-{rank}.txt")
     for each in frozen:
-        text = stacks.fetch(each.pid, each.stack_file)
-        if not text:
-            state = process_state(each.pid)
-            text = f"pid {each.pid} gives no stacks: the state of its process is {state or '?'}\n"
+        text = each.stacks or f"pid {each.pid} gave no stacks: it was stopped, or in the kernel\n"
         (folder / f"rank-{each.rank}.txt").write_text(text, encoding="utf-8")
 
 
@@ -166,13 +171,19 @@ def claim_file(folder: Path, text: str) -> bool:
     return True
 
 
-def flush_streams() -> None:
+def _flush_streams() -> None:
     """Nothing that was printed is lost: `os._exit` flushes no streams."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
 
 
-def wait_for_end(seconds: float) -> None:
-    """Keeps the main thread from saying that a peer is lost, while the run is being ended."""
-    time.sleep(seconds)
+def wait_for_end() -> None:
+    """Keeps the main thread from going on, or from saying that a peer is lost, while the run is
+    being ended.
+    """
+    time.sleep(ENDING_S)
+
+
+def _wait_for_end(phase: Phase) -> None:
+    wait_for_end()

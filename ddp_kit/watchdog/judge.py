@@ -150,6 +150,8 @@ def _waiting(others: Sequence[Seen]) -> str:
     by_wait: dict[str, list[int]] = {}
     for seen in others:
         default = f"are in {_phase(seen.news.phase)}"
+        if seen.news.is_waiting:
+            default = f"wait in a collective in {_phase(seen.news.phase)}"
         by_wait.setdefault(WAITS.get(seen.news.phase, default), []).append(seen.news.rank)
     text = ""
     for wait, ranks in by_wait.items():

@@ -14,8 +14,8 @@ class News:
     `sequences`: how many collectives it has entered, by process group. `line` is the innermost line
     of the user's code that the main thread is in, `is_waiting` whether that thread sits in a
     collective, `detail` what else is known of its wait. `has_left`: it has left the group.
-    `namespace` is that of its pid, `stack_file` the descriptor into which it writes its stacks when
-    it is sent `stacks.SIGNAL`.
+    `namespace` is that of its pid, `pulse_file` and `stack_file` are the descriptors by which peers
+    on its host find its pulse, and its stacks once it was sent `stacks.SIGNAL`.
     """
 
     rank: int
@@ -29,6 +29,7 @@ class News:
     limit_s: float = 0.0
     sequences: dict[str, int] = field(default_factory=dict)
     namespace: str = ""
+    pulse_file: int = -1
     stack_file: int = -1
     line: str = ""
     is_waiting: bool = False

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from ddp_kit.io.pulse_file import STACKS_NAME, text_of
+
 # Nobody else's: libraries take the first ones of these.
 SIGNAL = getattr(signal, "SIGRTMIN", -8) + 7
 # Whose frames are not the user's code.
@@ -33,6 +35,7 @@ FOREIGN = tuple(
 COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py", "torch/_tensor.py")
 DEBUGGERS = ("pdb.py", "bdb.py", "debugpy", "pydevd")
 WRITTEN_S = 1.0
+PAUSE_S = 0.05
 
 
 class StackSignal:
@@ -40,23 +43,27 @@ class StackSignal:
 
     def __init__(self) -> None:
         self.descriptor = -1
-        self._file = -1
+        self._is_enabled = False
 
     def install(self) -> None:
         """Installs it where the system has such signals and such memory."""
         if SIGNAL < 0 or not hasattr(os, "memfd_create"):
             return
-        self._file = os.memfd_create("ddp_kit-stacks")
-        faulthandler.register(SIGNAL, file=self._file, all_threads=True)
-        self.descriptor = self._file
+        self.descriptor = os.memfd_create(STACKS_NAME)
+        faulthandler.register(SIGNAL, file=self.descriptor, all_threads=True)
+        # So that a peer can tell where a process was that gloo has aborted.
+        if not faulthandler.is_enabled():
+            faulthandler.enable(file=self.descriptor, all_threads=True)
+            self._is_enabled = True
 
     def remove(self) -> None:
         """Takes it away."""
-        if self._file < 0:
+        if self.descriptor < 0:
             return
+        if self._is_enabled:
+            faulthandler.disable()
         faulthandler.unregister(SIGNAL)
-        os.close(self._file)
-        self._file = -1
+        os.close(self.descriptor)
         self.descriptor = -1
 
 
@@ -119,24 +126,25 @@ def write_own(path: Path) -> None:
 
 
 def fetch(pid: int, descriptor: int) -> str:
-    """Asks another process of this host for its stacks.
+    """Asks another process of this host for its stacks, which come out of a file of its own.
 
+    A call that sleeps in C may return at once: the process is to be ended soon.
+
+    Args: `descriptor` this process's own of that file.
     Returns: "" where it gives none: it is stopped, or has no handler.
     """
     if descriptor < 0 or SIGNAL < 0:
         return ""
-    path = Path(f"/proc/{pid}/fd/{descriptor}")
     text = ""
     with contextlib.suppress(OSError):
-        before = path.stat().st_size
         os.kill(pid, SIGNAL)
         end = time.monotonic() + WRITTEN_S
         while time.monotonic() < end:
-            time.sleep(0.05)
-            size = path.stat().st_size
-            if size > before and len(text) == size:
+            time.sleep(PAUSE_S)
+            now = text_of(descriptor)
+            if now and now == text:
                 break
-            text = path.read_text(encoding="utf-8", errors="replace")
+            text = now
     return text
 
 

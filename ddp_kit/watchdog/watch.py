@@ -15,21 +15,22 @@ import torch.distributed as dist
 
 from ddp_kit.distributed.failures import is_lost_peer
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.distributed.pulse import Phase
-from ddp_kit.io.process import pid_namespace, process_state
+from ddp_kit.distributed.pulse import Phase, Pulse
+from ddp_kit.io.process import pid_namespace
+from ddp_kit.io.pulse_file import IDLE_MS, LIMITS_MS, TICKS, PulseFile, no_file
 from ddp_kit.watchdog import stacks
 from ddp_kit.watchdog.board import Board
 from ddp_kit.watchdog.ending import (
     Frozen,
     Sentence,
     claim_file,
-    flush_streams,
     leave,
     read_sentence,
     wait_for_end,
 )
 from ddp_kit.watchdog.judge import Verdict, judge
 from ddp_kit.watchdog.news import News, Seen
+from ddp_kit.watchdog.peers import Peers
 
 TICK_S = 1.0
 # Ticks without a word after which a rank says nothing any more, and seconds at least.
@@ -39,7 +40,6 @@ SILENT_S = 2.0
 CURIOUS_S = 5.0
 # For a store that answers, and for the rest of the ending.
 CLAIM_S = 2.0
-ENDING_S = 20.0
 HAS_SEQUENCES = hasattr(dist.ProcessGroup, "_get_sequence_number_for_group")
 
 
@@ -68,6 +68,8 @@ class Watchdog:
         self._namespace = pid_namespace()
         self._signal = stacks.StackSignal()
         self._signal.install()
+        self._file = _shared(self._pulse)
+        self._peers = Peers((self._host, self._namespace))
         self._board: Board | None = None
         if group.store is not None:
             self._board = Board(group.store, rank=group.rank, world_size=group.world_size)
@@ -76,6 +78,7 @@ class Watchdog:
         if limit:
             self._tick_s = min(TICK_S, limit / 10)
         self._idle_s = 0.0
+        self._passed_s = 0.0
         self._store_silent_s = 0.0
         self._last: tuple[int, dict[str, int]] = (-1, {})
         self._number = 0
@@ -92,6 +95,10 @@ class Watchdog:
         if self._board is not None:
             self._board.close()
         self._signal.remove()
+        self._peers.close()
+        if self._file is not None:
+            self._pulse.numbers = no_file()
+            self._file.close()
 
     def main_failed(self, error: BaseException) -> None:
         """Hears of an error on the main thread, before that asks whose fault it is.
@@ -108,7 +115,7 @@ class Watchdog:
         end = time.monotonic() + CLAIM_S + SILENT_S
         while time.monotonic() < end:
             if self._is_ending or (self._board is not None and self._board.verdict):
-                wait_for_end(ENDING_S)
+                wait_for_end()
             time.sleep(self._tick_s / 2)
 
     def _run(self) -> None:
@@ -121,6 +128,7 @@ class Watchdog:
 
     def _tick(self, passed_s: float) -> None:
         board = self._board
+        self._passed_s = passed_s
         marks = (self._pulse.marks, self._sequences())
         frame = stacks.main_frame(self._main)
         if marks != self._last or stacks.is_debugged(frame):
@@ -129,6 +137,7 @@ class Watchdog:
             self._idle_s += passed_s
         self._last = marks
         self._number += 1
+        self._write_numbers()
         self._group.raise_timeouts(2 * self._pulse.limit_s)
         own = self._own_news()
         if board is None:
@@ -139,10 +148,24 @@ class Watchdog:
         board.own = own.text()
         is_curious = self._idle_s >= min(CURIOUS_S, own.limit_s / 3)
         board.wants_all = is_curious or len(board.seen()) < self._group.world_size - 1
-        self._store_silent_s = 0.0 if board.waits_s < self._tick_s else board.waits_s
+        for seen in board.seen().values():
+            self._peers.meet(seen)
+        self._store_silent_s = 0.0
+        if board.waits_s > self._tick_s:
+            self._store_silent_s = board.waits_s
         board.ask()
         if is_curious:
             self._judge(self._ranks(own))
+
+    def _write_numbers(self) -> None:
+        """Tells other processes of this host what they cannot know."""
+        numbers = self._pulse.numbers
+        numbers[TICKS] = self._number
+        numbers[IDLE_MS] = int(1000 * self._idle_s)
+        for phase in Phase:
+            numbers[LIMITS_MS + phase] = int(1000 * self._pulse.limit_of(phase))
+        if self._file is not None and self._pulse.stacks is not None:
+            self._file.name_folder(self._pulse.stacks)
 
     def _sequences(self) -> dict[str, int]:
         """Returns how many collectives this rank has entered in each group."""
@@ -187,6 +210,7 @@ class Watchdog:
             line=line,
             is_waiting=is_waiting,
             detail=detail,
+            pulse_file=-1 if self._file is None else self._file.descriptor,
             stack_file=self._signal.descriptor,
         )
 
@@ -211,10 +235,8 @@ class Watchdog:
         if rank == self._group.store_rank:
             silent_s = max(silent_s, self._store_silent_s)
         is_frozen = silent_s >= max(SILENT_S, SILENT_TICKS * self._tick_s)
-        state = ""
-        if is_frozen and seen.host == (self._host, self._namespace):
-            state = process_state(seen.news.pid)
-        return Seen(news=seen.news, silent_s=silent_s, is_frozen=is_frozen, state=state)
+        known = Seen(news=seen.news, silent_s=silent_s, is_frozen=is_frozen)
+        return self._peers.look(known, passed_s=self._passed_s)
 
     def _judge(self, ranks: list[Seen]) -> None:
         """Ends the run if it is known who hangs."""
@@ -235,15 +257,15 @@ class Watchdog:
 
     def _sentence(self, verdict: Verdict, ranks: list[Seen]) -> Sentence:
         text = verdict.text
-        if self._pulse.stacks is not None:
-            text += f". Stacks: {self._pulse.stacks}/"
         frozen = []
         for seen in ranks:
-            news = seen.news
-            if seen.is_frozen and news.pid and seen.state != "gone":
-                frozen.append(
-                    Frozen(rank=news.rank, host=seen.host, pid=news.pid, stack_file=news.stack_file)
-                )
+            if seen.is_frozen and seen.news.pid and seen.state != "gone":
+                frozen.append(self._frozen(seen))
+                line = stacks.users_line_in(frozen[-1].stacks)
+                if line:
+                    text += f" (rank {seen.news.rank} is at {line})"
+        if self._pulse.stacks is not None:
+            text += f". Stacks: {self._pulse.stacks}/"
         helpers: dict[tuple[str, str], int] = {}
         for seen in sorted(ranks, key=lambda seen: seen.news.rank):
             if not seen.is_frozen and seen.news.pid:
@@ -256,6 +278,14 @@ class Watchdog:
             frozen=tuple(frozen),
             helpers=tuple((*host, rank) for host, rank in helpers.items()),
         )
+
+    def _frozen(self, seen: Seen) -> Frozen:
+        """Returns a rank that cannot end itself, with its stacks if it is on this host."""
+        news = seen.news
+        text = ""
+        if seen.state not in ("", "T", "t", "D"):
+            text = stacks.fetch(news.pid, self._peers.stack_file(news.rank))
+        return Frozen(rank=news.rank, host=seen.host, pid=news.pid, stacks=text)
 
     def _end_alone(self, sentence: Sentence, ranks: list[Seen]) -> None:
         """Ends without the store, which does not answer: a file tells who speaks, or the ranks'
@@ -277,11 +307,16 @@ class Watchdog:
     def _end(self, sentence: Sentence) -> None:
         """Does not return."""
         self._is_ending = True
-        threading.Thread(target=flush_streams, daemon=True).start()
-        leave(
-            sentence,
-            rank=self._group.rank,
-            world_size=self._group.world_size,
-            pulse=self._pulse,
-            board=self._board,
-        )
+        leave(sentence, group=self._group, board=self._board)
+
+
+def _shared(pulse: Pulse) -> PulseFile | None:
+    """Lets other processes of this host read a pulse, where the system can."""
+    try:
+        file = PulseFile()
+    except OSError:
+        return None
+    for at, number in enumerate(pulse.numbers):
+        file.numbers[at] = number
+    pulse.numbers = file.numbers
+    return file

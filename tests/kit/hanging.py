@@ -88,9 +88,9 @@ class Trouble(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         worker = get_worker_info()
         self.read += 1
-        if worker is not None and self.settings.hang_in == "worker" and self.is_here:
-            if worker.id == 1 and self.read == 3:
-                self.hang()
+        hangs = self.settings.hang_in == "worker" and self.is_here and self.read == 3
+        if hangs and worker is not None and worker.id == 1:
+            self.hang()
         self.maybe("data")
         return self.vectors[index]
 

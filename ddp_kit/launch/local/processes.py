@@ -32,6 +32,7 @@ PEERS_S = 15.0
 TERM_S = 10.0
 POLL_S = 0.02
 USAGE = 2
+HUNG = 124
 # of prctl.h
 PR_SET_PDEATHSIG = 1
 Rank = subprocess.Popen[bytes]
@@ -136,6 +137,9 @@ def _watch(ranks: Sequence[Rank]) -> int:
             patience_s = 0.0 if USAGE in _failed(ranks).values() else PEERS_S
             end = min(end, time.monotonic() + patience_s)
         time.sleep(POLL_S)
+    if HUNG in _failed(ranks).values():
+        # whoever named the rank that hangs has also killed it, perhaps first
+        return HUNG
     if not first:
         first = _failed(ranks)
     for number, code in first.items():
