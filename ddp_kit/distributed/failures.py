@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -104,6 +104,8 @@ class FailureReport:
         self._has_spoken = False
         # Hears of an error before anybody is asked about it.
         self.before: Callable[[BaseException], None] = _nothing
+        # Returns where ranks were that are gone, in words.
+        self.last_seen: Callable[[Sequence[int]], str] = _unknown
 
     def find_culprit(self, error: BaseException) -> Failure:
         """Tells the peers of this rank's failure and returns whose came first.
@@ -137,6 +139,9 @@ class FailureReport:
         message = "a peer is gone that left no word (killed, or out of memory)"
         if self._rank == 0 or self._store is None:
             message += f"; not heard of: rank {', '.join(map(str, gone))}"
+        where = self.last_seen(gone)
+        if where:
+            message += f" ({where})"
         return Failure(
             error=error,
             rank=self._rank,
@@ -207,6 +212,11 @@ class FailureReport:
 
 def _nothing(error: BaseException) -> None:
     """Nobody wants to hear of it."""
+
+
+def _unknown(gone: Sequence[int]) -> str:
+    """Nobody knows."""
+    return ""
 
 
 def _first(store: dist.Store) -> tuple[int, str] | None:

@@ -83,11 +83,14 @@ def leave(sentence: Sentence, *, group: Group, board: Board | None) -> None:
     if sentence.speaker == rank:
         _say(sentence.text)
     own_frozen = _own_frozen(sentence, rank=rank)
+    frozen_ranks = {each.rank for each in sentence.frozen}
+    if group.store_rank in frozen_ranks:
+        # It dies with that rank.
+        board = None
     _kill(own_frozen)
     folder = pulse.stacks
     if folder is not None:
         _within(DISK_S, lambda: _write_stacks(folder, rank, own_frozen))
-    frozen_ranks = {each.rank for each in sentence.frozen}
     # The one that has the run directory, or else the one that speaks.
     writer = sentence.speaker if 0 in frozen_ranks else 0
     write = pulse.on_verdict

@@ -56,11 +56,14 @@ class Peers:
             files.idle_s = 0.0
         files.marks = words.marks
         idle_s = files.idle_s
+        news = seen.news
         if seen.position == (words.step, words.part, words.phase):
             # It has not moved since it last said so.
             idle_s = max(idle_s, seen.idle_s)
+        else:
+            news = replace(news, line="", detail="", is_waiting=False)
         news = replace(
-            seen.news,
+            news,
             phase=Phase(words.phase),
             step=words.step,
             part=words.part,

@@ -10,6 +10,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -54,6 +56,7 @@ def watch(group: Group) -> None:
     watchdog = Watchdog(group)
     group.closing.callback(watchdog.close)
     group.failure_report.before = watchdog.main_failed
+    group.failure_report.last_seen = watchdog.last_seen
 
 
 class Watchdog:
@@ -79,6 +82,8 @@ class Watchdog:
             self._tick_s = min(TICK_S, limit / 10)
         self._idle_s = 0.0
         self._passed_s = 0.0
+        self._failed_in = (Phase.START, 0)
+        self._fetched: dict[int, str] = {}
         self._store_silent_s = 0.0
         self._last: tuple[int, dict[str, int]] = (-1, {})
         self._number = 0
@@ -107,6 +112,7 @@ class Watchdog:
         """
         idle_s = self._idle_s
         limit_s = self._pulse.limit_s
+        self._failed_in = (self._pulse.phase, self._pulse.step)
         self._pulse.mark(Phase.END)
         if not is_lost_peer(error) or self._over.is_set():
             return
@@ -117,6 +123,33 @@ class Watchdog:
             if self._is_ending or (self._board is not None and self._board.verdict):
                 wait_for_end()
             time.sleep(self._tick_s / 2)
+
+    def last_seen(self, gone: Sequence[int]) -> str:
+        """Returns where ranks were that have died, as far as this one knows, and where it is
+        itself; "" if nothing is known.
+        """
+        parts = []
+        for rank in gone:
+            found = self._peers.last_words(rank)
+            if found is None:
+                continue
+            news, text = found
+            line = stacks.users_line_in(text)
+            parts.append(_place(rank, phase=news.phase, step=news.step, line=line))
+            self._leave_stacks(rank, text)
+        if not parts:
+            return ""
+        phase, step = self._failed_in
+        return "; ".join([*parts, _place(self._group.rank, phase=phase, step=step)])
+
+    def _leave_stacks(self, rank: int, text: str) -> None:
+        folder = self._pulse.stacks
+        if folder is None or not text:
+            return
+        # A full disk may be why it has died.
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank-{rank}.txt").write_text(text, encoding="utf-8")
 
     def _run(self) -> None:
         before = time.monotonic()
@@ -243,7 +276,8 @@ class Watchdog:
         verdict = judge(ranks)
         if verdict is None or self._over.is_set():
             return
-        sentence = self._sentence(verdict, ranks)
+        ranks = [self._with_line(seen) for seen in ranks]
+        sentence = self._sentence(judge(ranks) or verdict, ranks)
         board = self._board
         if board is not None and not board.is_gone:
             board.claim = sentence.written()
@@ -257,15 +291,14 @@ class Watchdog:
 
     def _sentence(self, verdict: Verdict, ranks: list[Seen]) -> Sentence:
         text = verdict.text
-        frozen = []
-        for seen in ranks:
-            if seen.is_frozen and seen.news.pid and seen.state != "gone":
-                frozen.append(self._frozen(seen))
-                line = stacks.users_line_in(frozen[-1].stacks)
-                if line:
-                    text += f" (rank {seen.news.rank} is at {line})"
         if self._pulse.stacks is not None:
             text += f". Stacks: {self._pulse.stacks}/"
+        frozen = []
+        for seen in ranks:
+            news = seen.news
+            if _is_stuck(seen):
+                found = self._fetched.get(news.rank, "")
+                frozen.append(Frozen(rank=news.rank, host=seen.host, pid=news.pid, stacks=found))
         helpers: dict[tuple[str, str], int] = {}
         for seen in sorted(ranks, key=lambda seen: seen.news.rank):
             if not seen.is_frozen and seen.news.pid:
@@ -279,13 +312,16 @@ class Watchdog:
             helpers=tuple((*host, rank) for host, rank in helpers.items()),
         )
 
-    def _frozen(self, seen: Seen) -> Frozen:
-        """Returns a rank that cannot end itself, with its stacks if it is on this host."""
+    def _with_line(self, seen: Seen) -> Seen:
+        """Returns a rank that cannot speak with the line of its stacks, if it is on this host and
+        gives some.
+        """
+        if not _is_stuck(seen) or seen.state in ("", "T", "t", "D"):
+            return seen
         news = seen.news
-        text = ""
-        if seen.state not in ("", "T", "t", "D"):
-            text = stacks.fetch(news.pid, self._peers.stack_file(news.rank))
-        return Frozen(rank=news.rank, host=seen.host, pid=news.pid, stacks=text)
+        text = stacks.fetch(news.pid, self._peers.stack_file(news.rank))
+        self._fetched[news.rank] = text
+        return replace(seen, news=replace(news, line=stacks.users_line_in(text)))
 
     def _end_alone(self, sentence: Sentence, ranks: list[Seen]) -> None:
         """Ends without the store, which does not answer: a file tells who speaks, or the ranks'
@@ -308,6 +344,16 @@ class Watchdog:
         """Does not return."""
         self._is_ending = True
         leave(sentence, group=self._group, board=self._board)
+
+
+def _place(rank: int, *, phase: Phase, step: int, line: str = "") -> str:
+    words = f"rank {rank} was in {phase.name.lower()} of step {step}"
+    return f"{words}, at {line}" if line else words
+
+
+def _is_stuck(seen: Seen) -> bool:
+    """Whether a rank is there and says nothing any more."""
+    return seen.is_frozen and seen.news.pid > 0 and seen.state != "gone"
 
 
 def _shared(pulse: Pulse) -> PulseFile | None:
