@@ -30,7 +30,7 @@ LAUNCHERS_MAY_IMPORT = {"launch", "io", "errors"}
 # Lines of a room, at most: a little more than it has today. Raising one is a decision, to be seen in review.
 BUDGETS = {
     "faces": 1100,
-    "io": 720,
+    "io": 960,
     "config": 1160,
     "distributed": 2480,
     "watchdog": 1000,
@@ -44,7 +44,7 @@ BUDGETS = {
     "setup": 1710,
     "lifecycle": 1690,
     "cli": 2000,
-    "launch": 4110,
+    "launch": 4240,
     "testing": 1840,
 }
 MOST_TERNARIES, MOST_PAIRS = 12.0, 3.0  # per 1,000 lines

@@ -38,6 +38,18 @@ def process_state(pid: int) -> str:
     return "gone" if state in "ZX" else state
 
 
+def state_words(state: str) -> str:
+    """Returns what a process does that says nothing any more, by its `process_state`."""
+    words = {
+        "T": "is stopped (SIGSTOP)",
+        "t": "is stopped by a debugger",
+        "D": "sits in the kernel, in a wait that nothing can interrupt (a disk or file server)",
+        "": "has said nothing",
+        "gone": "is gone",
+    }
+    return words.get(state, "cannot run Python (something holds its GIL)")
+
+
 def pid_namespace() -> str:
     """Returns in which namespace this process's number holds, "" where there are none."""
     path = Path("/proc/self/ns/pid")

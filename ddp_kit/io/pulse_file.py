@@ -7,12 +7,32 @@ file has no name on any disk and goes with the last process that has it open.
 import contextlib
 import mmap
 import os
+import signal
 import struct
+import time
 from array import array
 from collections.abc import MutableSequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# What a main thread does, by the number of its phase.
+PHASES = (
+    "start",
+    "data",
+    "forward",
+    "backward",
+    "reduce",
+    "optimizer",
+    "control",
+    "callback",
+    "evaluation",
+    "save",
+    "end",
+)
+# Makes a rank write its stacks into memory. Nobody else's: libraries take the first ones of these.
+STACK_SIGNAL = getattr(signal, "SIGRTMIN", -8) + 7
+WRITTEN_S = 1.0
+PAUSE_S = 0.05
 NAME = "ddp_kit-pulse"
 STACKS_NAME = "ddp_kit-stacks"
 # Positions of the numbers: marks and place of the main thread, and what its watchdog adds.
@@ -68,6 +88,9 @@ class PulseFile:
 
     def close(self) -> None:
         """Gives it back. Nobody may write to `numbers` any more."""
+        for phase in range(len(PHASES)):
+            # Who still reads sees that nobody watches this rank.
+            self.numbers[LIMITS_MS + phase] = 0
         self.numbers.release()
         self._view.release()
         self._memory.close()
@@ -129,3 +152,26 @@ def text_of(descriptor: int) -> str:
             parts.append(part)
             at += len(part)
     return b"".join(parts).decode(errors="replace")
+
+
+def fetch_stacks(pid: int, descriptor: int) -> str:
+    """Asks another process of this host for its stacks, which come out of a file of its own.
+
+    A call that sleeps in C may return at once: the process is to be ended soon.
+
+    Args: `descriptor` this process's own of that file.
+    Returns: "" where it gives none: it is stopped, or has no handler.
+    """
+    if descriptor < 0 or STACK_SIGNAL < 0:
+        return ""
+    text = ""
+    with contextlib.suppress(OSError):
+        os.kill(pid, STACK_SIGNAL)
+        end = time.monotonic() + WRITTEN_S
+        while time.monotonic() < end:
+            time.sleep(PAUSE_S)
+            now = text_of(descriptor)
+            if now and now == text:
+                break
+            text = now
+    return text

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ddp_kit.distributed.pulse import Phase
+from ddp_kit.io.process import state_words
 from ddp_kit.watchdog.news import Seen
 
 WAITS = {
@@ -17,14 +18,6 @@ WAITS = {
     Phase.EVALUATION: "wait in the evaluation",
     Phase.SAVE: "wait in the save",
     Phase.END: "wait at the end",
-}
-# By the letter of a process's state in Linux's /proc.
-STATES = {
-    "T": "is stopped (SIGSTOP)",
-    "t": "is stopped by a debugger",
-    "D": "sits in the kernel, in a wait that nothing can interrupt (a disk or file server)",
-    "": "has said nothing",
-    "gone": "is gone",
 }
 MANY = 8  # ranks that are listed one by one
 
@@ -122,8 +115,7 @@ def _being(culprits: Sequence[Seen]) -> str:
         words += f", {first.news.detail}"
     for seen in culprits:
         if seen.is_frozen:
-            state = STATES.get(seen.state, "cannot run Python (something holds its GIL)")
-            words += f"; rank {seen.news.rank} {state}"
+            words += f"; rank {seen.news.rank} {state_words(seen.state)}"
     return words
 
 

@@ -15,7 +15,7 @@ class News:
     of the user's code that the main thread is in, `is_waiting` whether that thread sits in a
     collective, `detail` what else is known of its wait. `has_left`: it has left the group.
     `namespace` is that of its pid, `pulse_file` and `stack_file` are the descriptors by which peers
-    on its host find its pulse, and its stacks once it was sent `stacks.SIGNAL`.
+    on its host find its pulse, and its stacks once it was sent `pulse_file.STACK_SIGNAL`.
     """
 
     rank: int

@@ -1,6 +1,6 @@
 """Where threads stand: the line of the user's code, and the stacks of whole processes.
 
-A handler in C writes the stacks of all Python threads when `SIGNAL` comes, so that a rank answers
+A handler in C writes the stacks of all Python threads when `STACK_SIGNAL` comes, so that a rank answers
 that sits in C code or holds the interpreter's lock. It writes into memory, which a peer on the same
 host reads: a healthy run leaves no file.
 """
@@ -8,17 +8,13 @@ host reads: a healthy run leaves no file.
 import contextlib
 import faulthandler
 import os
-import signal
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from types import FrameType
 
-from ddp_kit.io.pulse_file import STACKS_NAME, text_of
+from ddp_kit.io.pulse_file import STACK_SIGNAL, STACKS_NAME
 
-# Nobody else's: libraries take the first ones of these.
-SIGNAL = getattr(signal, "SIGRTMIN", -8) + 7
 # Whose frames are not the user's code.
 FOREIGN = tuple(
     {
@@ -34,12 +30,10 @@ FOREIGN = tuple(
 # In which a thread waits for other ranks.
 COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py", "torch/_tensor.py")
 DEBUGGERS = ("pdb.py", "bdb.py", "debugpy", "pydevd")
-WRITTEN_S = 1.0
-PAUSE_S = 0.05
 
 
 class StackSignal:
-    """The handler of `SIGNAL`, from `install` to `remove`."""
+    """The handler of `STACK_SIGNAL`, from `install` to `remove`."""
 
     def __init__(self) -> None:
         self.descriptor = -1
@@ -47,10 +41,10 @@ class StackSignal:
 
     def install(self) -> None:
         """Installs it where the system has such signals and such memory."""
-        if SIGNAL < 0 or not hasattr(os, "memfd_create"):
+        if STACK_SIGNAL < 0 or not hasattr(os, "memfd_create"):
             return
         self.descriptor = os.memfd_create(STACKS_NAME)
-        faulthandler.register(SIGNAL, file=self.descriptor, all_threads=True)
+        faulthandler.register(STACK_SIGNAL, file=self.descriptor, all_threads=True)
         # So that a peer can tell where a process was that gloo has aborted.
         if not faulthandler.is_enabled():
             faulthandler.enable(file=self.descriptor, all_threads=True)
@@ -62,7 +56,7 @@ class StackSignal:
             return
         if self._is_enabled:
             faulthandler.disable()
-        faulthandler.unregister(SIGNAL)
+        faulthandler.unregister(STACK_SIGNAL)
         os.close(self.descriptor)
         self.descriptor = -1
 
@@ -80,6 +74,20 @@ def users_line(frame: FrameType | None) -> str:
             return f"{shown(name)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def users_line_of(error: BaseException) -> str:
+    """Returns the innermost line of the user's code that an error came through, "" if there is
+    none.
+    """
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if is_users(name):
+            found = f"{shown(name)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
 
 
 def is_users(name: str) -> bool:
@@ -123,29 +131,6 @@ def write_own(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         faulthandler.dump_traceback(file, all_threads=True)
-
-
-def fetch(pid: int, descriptor: int) -> str:
-    """Asks another process of this host for its stacks, which come out of a file of its own.
-
-    A call that sleeps in C may return at once: the process is to be ended soon.
-
-    Args: `descriptor` this process's own of that file.
-    Returns: "" where it gives none: it is stopped, or has no handler.
-    """
-    if descriptor < 0 or SIGNAL < 0:
-        return ""
-    text = ""
-    with contextlib.suppress(OSError):
-        os.kill(pid, SIGNAL)
-        end = time.monotonic() + WRITTEN_S
-        while time.monotonic() < end:
-            time.sleep(PAUSE_S)
-            now = text_of(descriptor)
-            if now and now == text:
-                break
-            text = now
-    return text
 
 
 def users_line_in(text: str) -> str:

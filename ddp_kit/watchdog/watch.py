@@ -19,7 +19,7 @@ from ddp_kit.distributed.failures import is_lost_peer
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.pulse import Phase, Pulse
 from ddp_kit.io.process import pid_namespace
-from ddp_kit.io.pulse_file import IDLE_MS, LIMITS_MS, TICKS, PulseFile, no_file
+from ddp_kit.io.pulse_file import IDLE_MS, LIMITS_MS, TICKS, PulseFile, fetch_stacks, no_file
 from ddp_kit.watchdog import stacks
 from ddp_kit.watchdog.board import Board
 from ddp_kit.watchdog.ending import (
@@ -83,6 +83,7 @@ class Watchdog:
         self._idle_s = 0.0
         self._passed_s = 0.0
         self._failed_in = (Phase.START, 0)
+        self._failed_at = ""
         self._fetched: dict[int, str] = {}
         self._store_silent_s = 0.0
         self._last: tuple[int, dict[str, int]] = (-1, {})
@@ -112,6 +113,7 @@ class Watchdog:
         """
         idle_s = self._idle_s
         limit_s = self._pulse.limit_s
+        self._failed_at = stacks.users_line_of(error)
         self._failed_in = (self._pulse.phase, self._pulse.step)
         self._pulse.mark(Phase.END)
         if not is_lost_peer(error) or self._over.is_set():
@@ -140,7 +142,8 @@ class Watchdog:
         if not parts:
             return ""
         phase, step = self._failed_in
-        return "; ".join([*parts, _place(self._group.rank, phase=phase, step=step)])
+        own = _place(self._group.rank, phase=phase, step=step, line=self._failed_at)
+        return "; ".join([*parts, own])
 
     def _leave_stacks(self, rank: int, text: str) -> None:
         folder = self._pulse.stacks
@@ -319,7 +322,7 @@ class Watchdog:
         if not _is_stuck(seen) or seen.state in ("", "T", "t", "D"):
             return seen
         news = seen.news
-        text = stacks.fetch(news.pid, self._peers.stack_file(news.rank))
+        text = fetch_stacks(news.pid, self._peers.stack_file(news.rank))
         self._fetched[news.rank] = text
         return replace(seen, news=replace(news, line=stacks.users_line_in(text)))
 

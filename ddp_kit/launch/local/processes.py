@@ -24,11 +24,14 @@ from types import FrameType
 from ddp_kit.io.logs import patient_output
 from ddp_kit.io.polling import wait_until
 from ddp_kit.launch.environment import environment, inside_job
+from ddp_kit.launch.local.last_look import LastLook
 from ddp_kit.launch.plan import Plan
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # peers of a failed rank end within 10 s by themselves
 PEERS_S = 15.0
+# those of one that left because of a hang have been told so before
+HUNG_S = 5.0
 TERM_S = 10.0
 POLL_S = 0.02
 USAGE = 2
@@ -129,16 +132,24 @@ def _watch(ranks: Sequence[Rank]) -> int:
     """
     end = float("inf")
     first: dict[int, int] = {}
+    last_look = LastLook([rank.pid for rank in ranks])
     while not _have_ended(ranks) and time.monotonic() < end:
         if not first:
             first = _failed(ranks)
         if first:
             # what one rank refuses as usage all refuse, and the others would only say it again
             patience_s = 0.0 if USAGE in _failed(ranks).values() else PEERS_S
+            if HUNG in _failed(ranks).values():
+                patience_s = HUNG_S
             end = min(end, time.monotonic() + patience_s)
+        living = [number for number, rank in enumerate(ranks) if rank.returncode is None]
+        if last_look.names_frozen(living):
+            _kill(ranks)
+            return HUNG
         time.sleep(POLL_S)
     if HUNG in _failed(ranks).values():
         # whoever named the rank that hangs has also killed it, perhaps first
+        _kill(ranks)
         return HUNG
     if not first:
         first = _failed(ranks)
@@ -160,6 +171,13 @@ def _have_ended(ranks: Sequence[Rank]) -> bool:
 def _failed(ranks: Sequence[Rank]) -> dict[int, int]:
     """The exit codes of the ranks that are known to have failed, by rank."""
     return {number: rank.returncode for number, rank in enumerate(ranks) if rank.returncode}
+
+
+def _kill(ranks: Sequence[Rank]) -> None:
+    """Ends ranks that hang, or wait for one that does: nothing is saved by waiting for them."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
 
 
 def _end(ranks: Sequence[Rank]) -> None:
