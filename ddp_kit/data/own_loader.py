@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.data.reader import MicroBatch, Request
 from ddp_kit.distributed.process_group import Group
 

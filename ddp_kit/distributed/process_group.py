@@ -21,14 +21,7 @@ from ddp_kit.distributed.gloo_abort import Connections, abandon
 from ddp_kit.distributed.node_check import NodeCheck, node_check
 from ddp_kit.distributed.process_tuning import set_threads, tune_process
 from ddp_kit.distributed.pulse import Limits, Pulse
-from ddp_kit.distributed.rendezvous import (
-    Place,
-    gather,
-    hosts_store,
-    place_of,
-    rendezvous,
-    store_rank,
-)
+from ddp_kit.distributed.rendezvous import Place, gather, place_of, rendezvous, store_rank
 from ddp_kit.distributed.topology import Topology, environment_default, read_topology
 from ddp_kit.distributed.waits import set_timeout, wait_for_all
 
@@ -242,7 +235,7 @@ def _join(
         rank=topology.rank,
         world_size=topology.world_size,
         store=dist.PrefixStore("ddp_kit_blame", store),
-        hosts=init_method is None and hosts_store(topology),
+        hosts=group.store_rank == topology.rank,
     )
     with group.connecting():
         training = _make_training_group(group, store, timeout=timeout)

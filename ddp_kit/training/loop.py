@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ddp_kit.data.cursor import Cursor
-from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.distributed.control_packet import Decision
 from ddp_kit.distributed.pulse import Phase
 from ddp_kit.recipe import Callback

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
-from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.distributed.collectives import from_rank, gather_bytes, sum_over_ranks
 from ddp_kit.errors import DdpKitError, NonFiniteError, some

@@ -14,7 +14,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.seeding import seed_forward
 from ddp_kit.distributed.collectives import anywhere, over_shards

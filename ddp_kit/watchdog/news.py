@@ -49,7 +49,7 @@ def read_news(text: str) -> News | None:
         values = {name: value for name, value in found.items() if name in known}
         values["phase"] = Phase(values["phase"])
         return News(**values)
-    except (ValueError, KeyError, TypeError):
+    except (AttributeError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -1,8 +1,8 @@
 """Where threads stand: the line of the user's code, and the stacks of whole processes.
 
-A handler in C writes the stacks of all Python threads when `STACK_SIGNAL` comes, so that a rank answers
-that sits in C code or holds the interpreter's lock. It writes into memory, which a peer on the same
-host reads: a healthy run leaves no file.
+A handler in C writes the stacks of all Python threads when `STACK_SIGNAL` comes, so that a rank
+answers that sits in C code or holds the interpreter's lock. It writes into memory, which a peer on
+the same host reads: a healthy run leaves no file.
 """
 
 import contextlib

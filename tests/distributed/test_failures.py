@@ -26,7 +26,8 @@ from torch.utils.data._utils import signal_handling
 from ddp_kit import Data, LossSum
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.data.batch_plan import plan_batches
-from ddp_kit.data.loader import RankBatch, feed_of
+from ddp_kit.data.loader import feed_of
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import process_group
 from ddp_kit.errors import NonFiniteError

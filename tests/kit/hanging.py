@@ -1,5 +1,5 @@
-"""A recipe that hangs on request: `--hang-in` says where, `--how` in which way, `--at-rank` on which rank; PACE_S in the environment is
-how long each step takes, LOOK_S a micro-batch of an evaluation."""
+"""A recipe that hangs on request: `--hang-in` says where (everywhere: once in each place that may take long), `--how` in which way,
+`--at-rank` on which rank (12: on 1 and 2, -1: on all); PACE_S in the environment is how long each step takes, LOOK_S a micro-batch of an evaluation."""
 
 import ctypes
 import os
@@ -59,9 +59,11 @@ class Trouble(Dataset[Any]):
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.step = settings, 0
-        self.is_here = settings.at_rank in (-1, int(os.environ.get("RANK", "0")))
+        rank = os.environ.get("RANK", "0")
+        self.is_here = settings.at_rank == -1 or rank in str(settings.at_rank)
         self.vectors = vectors()
         self.read = 0
+        self.hung: set[str] = set()
 
     def hang(self) -> None:
         how = self.settings.how
@@ -78,8 +80,11 @@ class Trouble(Dataset[Any]):
             collective(how)
 
     def maybe(self, place: str, *, step: int = 2) -> None:
-        if self.settings.hang_in == place and self.is_here and self.step == step:
-            self.step = -1
+        is_place = self.settings.hang_in == place and self.step == step
+        if self.settings.hang_in == "everywhere":
+            is_place = True
+        if is_place and self.is_here and place not in self.hung:
+            self.hung.add(place)
             self.hang()
 
     def __len__(self) -> int:
@@ -91,7 +96,8 @@ class Trouble(Dataset[Any]):
         hangs = self.settings.hang_in == "worker" and self.is_here and self.read == 3
         if hangs and worker is not None and worker.id == 1:
             self.hang()
-        self.maybe("data")
+        if self.settings.hang_in == "data":
+            self.maybe("data")
         return self.vectors[index]
 
     def loss(self, model: nn.Module, batch: Any) -> LossSum:
@@ -99,7 +105,9 @@ class Trouble(Dataset[Any]):
         if not model.training:
             self.maybe("evaluation")
             return classify(model, batch)
-        self.maybe("forward")
+        if self.settings.hang_in != "everywhere" or self.step == 0:
+            # The first step of all may take long, the others may not.
+            self.maybe("forward")
         result = classify(model, batch)
         if self.settings.hang_in == "backward" and self.step == 2:
             result.total.register_hook(lambda gradient: self.maybe("backward"))
@@ -121,13 +129,14 @@ class Trouble(Dataset[Any]):
 
 def optimizer(model: nn.Module, trouble: Trouble) -> torch.optim.Optimizer:
     made = torch.optim.SGD(model.parameters(), lr=0.1)
-    made.register_step_pre_hook(lambda *_: trouble.maybe("optimizer"))
+    if trouble.settings.hang_in == "optimizer":
+        made.register_step_pre_hook(lambda *_: trouble.maybe("optimizer"))
     return made
 
 
 def recipe(settings: Settings) -> Recipe:
     trouble = Trouble(settings)
-    if settings.hang_in == "save":
+    if settings.hang_in in ("save", "everywhere"):
         written = storage.LocalDisk.write
 
         def write(*args: Any, **kwargs: Any) -> Any:

@@ -50,7 +50,7 @@ class LastLook:
 
     def names_frozen(self, living: Sequence[int]) -> bool:
         """Whether a living rank has stood still for too long, its watchdog with it. It is named
-        then, and the status of the run written.
+        then, and the status of the run written; whoever asked ends all ranks, and calls `clear`.
         """
         now = time.monotonic()
         if now - self._looked < LOOK_S:
@@ -58,25 +58,33 @@ class LastLook:
         # A longer pause was this process's own.
         passed_s = min(now - self._looked, 2 * LOOK_S)
         self._looked = now
-        frozen = [rank for rank in living if self._is_still(rank, passed_s=passed_s)]
-        if frozen:
-            self._tell(frozen)
-        return bool(frozen)
+        over_s = [self._overdue_s(rank, passed_s=passed_s) for rank in living]
+        if max(over_s, default=0.0) <= SPARE_S:
+            return False
+        self._tell([rank for rank, over in zip(living, over_s, strict=True) if over > 0])
+        return True
 
-    def _is_still(self, rank: int, *, passed_s: float) -> bool:
+    def clear(self) -> None:
+        """Takes away the lock of the run, whose ranks are dead."""
+        for pulse in self._pulses:
+            if pulse.words is not None and pulse.words.folder:
+                (Path(pulse.words.folder).parent / "run.lock").unlink(missing_ok=True)
+
+    def _overdue_s(self, rank: int, *, passed_s: float) -> float:
+        """Returns for how much longer than it may a rank has stood still, 0 if it has not."""
         pulse = self._pulses[rank]
         if pulse.descriptor < 0:
             pulse.descriptor = find(self._pids[rank])
         words = read(pulse.descriptor)
         if words is None or words.limit_s <= 0:
-            return False
+            return 0.0
         before = pulse.words
         pulse.words = words
         if before is None or (words.marks, words.ticks) != (before.marks, before.ticks):
             pulse.still_s = 0.0
-            return False
+            return 0.0
         pulse.still_s += passed_s
-        return pulse.still_s > words.limit_s + SPARE_S
+        return max(0.0, pulse.still_s - words.limit_s)
 
     def _tell(self, frozen: Sequence[int]) -> None:
         first = frozen[0]

@@ -145,6 +145,7 @@ def _watch(ranks: Sequence[Rank]) -> int:
         living = [number for number, rank in enumerate(ranks) if rank.returncode is None]
         if last_look.names_frozen(living):
             _kill(ranks)
+            last_look.clear()
             return HUNG
         time.sleep(POLL_S)
     if HUNG in _failed(ranks).values():
@@ -178,6 +179,7 @@ def _kill(ranks: Sequence[Rank]) -> None:
     for rank in ranks:
         if rank.poll() is None:
             rank.kill()
+            rank.wait()
 
 
 def _end(ranks: Sequence[Rank]) -> None:
