@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from ddp_kit.io.pulse_file import MARKS, PART, PHASE, STEP, no_file
+from ddp_kit.io.pulse_file import LIMITS_MS, MARKS, PART, PHASE, STEP, no_file
 
 # Of a step's parts: those of its passes are counted from the last one backwards, since ranks may
 # have different numbers of them, and what comes after the passes is counted on from here.
@@ -132,23 +132,33 @@ class Pulse:
         if self.steps and took_s > self.slowest_s:
             self.slowest_s = took_s
         self.steps += 1
+        if self.steps == 1:
+            self.tell_limits()
 
     def beat(self) -> None:
         """Gets on within a phase: one micro-batch of an evaluation is done."""
         self.part += 1
         self.mark(self.phase)
 
+    def go_on(self, phase: Phase) -> None:
+        """Enters a phase that comes after the one before in this step, whatever their order."""
+        self.part += 1
+        self.mark(phase)
+
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
         """Is in a phase while it lasts, and then in the one before again."""
         before = self.phase
-        self.part += 1
-        self.mark(phase)
+        self.go_on(phase)
         try:
             yield
         finally:
-            self.part += 1
-            self.mark(before)
+            self.go_on(before)
+
+    def tell_limits(self) -> None:
+        """Tells other processes how long each phase may last, as of now."""
+        for phase in Phase:
+            self.numbers[LIMITS_MS + phase] = int(1000 * self.limit_of(phase))
 
     def finish(self, step: int) -> None:
         """Enters the end of a run, after `step` steps."""

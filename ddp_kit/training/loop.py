@@ -119,7 +119,7 @@ def fit(
         evaluates = cadence.evaluates(step) and not decision.stop
         if not (decision.stop or saves or evaluates):
             continue
-        pulse.mark(Phase.CONTROL)
+        pulse.go_on(Phase.CONTROL)
         look_back(training)
         report.flush()
         metrics: dict[str, float] = {}
@@ -152,7 +152,7 @@ class _Measure:
                 metrics = self.evaluate(epoch)
         except Abandoned as abandoned:
             return {}, stopped(abandoned.decision)
-        self.training.group.pulse.mark(Phase.CALLBACK)
+        self.training.group.pulse.go_on(Phase.CALLBACK)
         if metrics:
             for callback in self.callbacks:
                 callback.on_evaluation(step, metrics)

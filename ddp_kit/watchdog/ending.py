@@ -87,6 +87,8 @@ def leave(sentence: Sentence, *, group: Group, board: Board | None) -> None:
     if group.store_rank in frozen_ranks:
         # It dies with that rank.
         board = None
+    _within(LOG_S, _flush_streams)
+    _hush()
     _kill(own_frozen)
     folder = pulse.stacks
     if folder is not None:
@@ -98,7 +100,6 @@ def leave(sentence: Sentence, *, group: Group, board: Board | None) -> None:
         _within(DISK_S, lambda: write(sentence.text, sentence.culprit))
     if logger.handlers:
         _within(LOG_S, lambda: logger.debug("%s", sentence.text))
-    _within(LOG_S, _flush_streams)
     if board is not None:
         _await_others(board, expected=set(range(group.world_size)) - frozen_ranks)
         if rank == group.store_rank:
@@ -111,6 +112,13 @@ def _say(text: str) -> None:
     """Writes to stderr past Python's own stream, whose lock the main thread may hold."""
     line = f"{without_secrets(text)}\n".encode(errors="replace")
     _within(1.0, lambda: os.write(2, line))
+
+
+def _hush() -> None:
+    """Nothing is said any more: as a store dies that is being asked, torch writes C++ stacks."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
 
 
 def _own_frozen(sentence: Sentence, *, rank: int) -> list[Frozen]:
@@ -160,7 +168,7 @@ def _tried(work: Callable[[], object]) -> None:
         work()
     except Exception as error:
         # A full disk, a closed terminal: the end must come all the same.
-        os.write(2, f"at the end of a hang: {error!r}\n".encode(errors="replace"))
+        logger.debug("at the end of a hang: %r", error)
 
 
 def claim_file(folder: Path, text: str) -> bool:

@@ -15,10 +15,11 @@ from types import FrameType
 
 from ddp_kit.io.pulse_file import STACK_SIGNAL, STACKS_NAME
 
+HERE = str(Path(__file__).parents[1]) + os.sep
 # Whose frames are not the user's code.
 FOREIGN = tuple(
     {
-        str(Path(__file__).parents[1]) + os.sep,
+        HERE,
         sysconfig.get_path("stdlib") + os.sep,
         sysconfig.get_path("platstdlib") + os.sep,
         sysconfig.get_path("purelib") + os.sep,
@@ -67,9 +68,11 @@ def main_frame(ident: int) -> FrameType | None:
 
 
 def users_line(frame: FrameType | None) -> str:
-    """Returns the innermost line of the user's code, "" if there is none."""
+    """Returns the innermost line of the user's code, "" if ddp_kit's is nearer."""
     while frame is not None:
         name = frame.f_code.co_filename
+        if name.startswith(HERE):
+            return ""
         if is_users(name):
             return f"{shown(name)}:{frame.f_lineno}"
         frame = frame.f_back
@@ -77,13 +80,15 @@ def users_line(frame: FrameType | None) -> str:
 
 
 def users_line_of(error: BaseException) -> str:
-    """Returns the innermost line of the user's code that an error came through, "" if there is
-    none.
+    """Returns the innermost line of the user's code that an error came through, "" if ddp_kit's is
+    nearer.
     """
     found = ""
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
+        if name.startswith(HERE):
+            found = ""
         if is_users(name):
             found = f"{shown(name)}:{trace.tb_lineno}"
         trace = trace.tb_next
@@ -134,10 +139,13 @@ def write_own(path: Path) -> None:
 
 
 def users_line_in(text: str) -> str:
-    """Returns the innermost line of the user's code in stacks as they are written, "" if there is
-    none. The main thread's are the last ones."""
+    """Returns the innermost line of the user's code in stacks as they are written, "" if ddp_kit's
+    is nearer. The main thread's are the last ones.
+    """
     for line in text.rpartition("hread 0x")[2].splitlines():
         name, quote, rest = line.strip().removeprefix('File "').partition('", line ')
+        if quote and name.startswith(HERE):
+            return ""
         if quote and is_users(name):
             return f"{shown(name)}:{rest.split()[0]}"
     return ""

@@ -19,7 +19,7 @@ from ddp_kit.distributed.failures import is_lost_peer
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.pulse import Phase, Pulse
 from ddp_kit.io.process import pid_namespace
-from ddp_kit.io.pulse_file import IDLE_MS, LIMITS_MS, TICKS, PulseFile, fetch_stacks, no_file
+from ddp_kit.io.pulse_file import IDLE_MS, TICKS, PulseFile, fetch_stacks, no_file
 from ddp_kit.watchdog import stacks
 from ddp_kit.watchdog.board import Board
 from ddp_kit.watchdog.ending import (
@@ -198,8 +198,7 @@ class Watchdog:
         numbers = self._pulse.numbers
         numbers[TICKS] = self._number
         numbers[IDLE_MS] = int(1000 * self._idle_s)
-        for phase in Phase:
-            numbers[LIMITS_MS + phase] = int(1000 * self._pulse.limit_of(phase))
+        self._pulse.tell_limits()
         if self._file is not None and self._pulse.stacks is not None:
             self._file.name_folder(self._pulse.stacks)
 

@@ -87,12 +87,11 @@ def require_told(
     [
         ("data", 1),
         ("callback", 0),
-        ("evaluation", 1),
         *(
             pytest.param(place, rank, marks=SLOW)
             for place in PLACES
             for rank in (0, 1)
-            if (place, rank) not in (("data", 1), ("callback", 0), ("evaluation", 1))
+            if (place, rank) not in (("data", 1), ("callback", 0))
         ),
     ],
 )
@@ -112,9 +111,9 @@ def test_a_rank_that_sleeps_is_named_with_what_it_was_in(
 @pytest.mark.parametrize(
     ("how", "rank", "words"),
     [
-        ("gil", 1, "cannot run Python (something holds its GIL)"),
-        ("stop", 0, "is stopped (SIGSTOP)"),
-        pytest.param("gil", 0, "cannot run Python (something holds its GIL)", marks=SLOW),
+        ("gil", 0, "cannot run Python (something holds its GIL)"),
+        pytest.param("stop", 0, "is stopped (SIGSTOP)", marks=SLOW),
+        pytest.param("gil", 1, "cannot run Python (something holds its GIL)", marks=SLOW),
         pytest.param("stop", 1, "is stopped (SIGSTOP)", marks=SLOW),
         pytest.param("spin", 0, "", marks=SLOW),
         pytest.param("spin", 1, "", marks=SLOW),

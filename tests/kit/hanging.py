@@ -121,7 +121,8 @@ class Trouble(Dataset[Any]):
         self.maybe("callback")
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.maybe("on_evaluation")
+        if self.settings.hang_in == "on_evaluation":
+            self.maybe("on_evaluation")
 
     def on_end(self, reason: str) -> None:
         self.maybe("end", step=self.settings.max_steps)
