@@ -33,7 +33,7 @@ BUDGETS = {
     "io": 960,
     "config": 1160,
     "distributed": 2480,
-    "watchdog": 1000,
+    "watchdog": 1330,
     "data": 3650,
     "trackers": 710,
     "strategies": 2690,

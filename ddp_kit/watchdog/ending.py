@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from ddp_kit.io.logs import logger, without_secrets
 from ddp_kit.io.polling import wait_until
 from ddp_kit.watchdog import stacks
 from ddp_kit.watchdog.board import Board
+from ddp_kit.watchdog.judge import Verdict
+from ddp_kit.watchdog.news import Seen
 
 HUNG = 124
 DISK_S = 4.0
@@ -69,6 +71,40 @@ def read_sentence(text: str) -> Sentence:
     values["frozen"] = tuple(frozen)
     values["helpers"] = tuple(tuple(each) for each in values["helpers"])
     return Sentence(**values)
+
+
+def sentence_of(
+    verdict: Verdict,
+    ranks: Sequence[Seen],
+    *,
+    speaker: int,
+    folder: Path | None,
+    fetched: Mapping[int, str],
+) -> Sentence:
+    """Returns a verdict for all ranks.
+
+    Args: `speaker` the rank that came to it; `folder` for stacks; `fetched` those of ranks that
+        cannot write their own.
+    """
+    text = verdict.text
+    if folder is not None:
+        text += f". Stacks: {folder}/"
+    frozen = []
+    helpers: dict[tuple[str, str], int] = {}
+    for seen in sorted(ranks, key=lambda seen: seen.news.rank):
+        news = seen.news
+        if seen.is_stuck:
+            found = fetched.get(news.rank, "")
+            frozen.append(Frozen(rank=news.rank, host=seen.host, pid=news.pid, stacks=found))
+        elif news.pid and not seen.is_frozen:
+            helpers.setdefault(seen.host, news.rank)
+    return Sentence(
+        text=text,
+        speaker=speaker,
+        culprit=verdict.culprits[0] if verdict.culprits else -1,
+        frozen=tuple(frozen),
+        helpers=tuple((*host, rank) for host, rank in helpers.items()),
+    )
 
 
 def leave(sentence: Sentence, *, group: Group, board: Board | None) -> None:

@@ -77,6 +77,11 @@ class Seen:
         return self.news.idle_s + self.silent_s
 
     @property
+    def is_stuck(self) -> bool:
+        """Whether it is there and says nothing any more."""
+        return self.is_frozen and self.news.pid > 0 and self.state != "gone"
+
+    @property
     def position(self) -> tuple[int, int, int]:
         """How far it is: less is further behind."""
         return (self.news.step, self.news.part, int(self.news.phase))

@@ -13,25 +13,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch.distributed as dist
-
 from ddp_kit.distributed.failures import is_lost_peer
 from ddp_kit.distributed.process_group import Group
-from ddp_kit.distributed.pulse import Phase, Pulse
+from ddp_kit.distributed.pulse import Phase
 from ddp_kit.io.process import pid_namespace
-from ddp_kit.io.pulse_file import IDLE_MS, TICKS, PulseFile, fetch_stacks, no_file
+from ddp_kit.io.pulse_file import IDLE_MS, TICKS, fetch_stacks, no_file
 from ddp_kit.watchdog import stacks
 from ddp_kit.watchdog.board import Board
 from ddp_kit.watchdog.ending import (
-    Frozen,
     Sentence,
     claim_file,
     leave,
     read_sentence,
+    sentence_of,
     wait_for_end,
 )
-from ddp_kit.watchdog.judge import Verdict, judge
+from ddp_kit.watchdog.judge import judge
+from ddp_kit.watchdog.last_seen import last_seen, place_in_words
 from ddp_kit.watchdog.news import News, Seen
+from ddp_kit.watchdog.own_words import sequences_of, shared
 from ddp_kit.watchdog.peers import Peers
 
 TICK_S = 1.0
@@ -42,7 +42,6 @@ SILENT_S = 2.0
 CURIOUS_S = 5.0
 # For a store that answers, and for the rest of the ending.
 CLAIM_S = 2.0
-HAS_SEQUENCES = hasattr(dist.ProcessGroup, "_get_sequence_number_for_group")
 
 
 def watch(group: Group) -> None:
@@ -71,7 +70,7 @@ class Watchdog:
         self._namespace = pid_namespace()
         self._signal = stacks.StackSignal()
         self._signal.install()
-        self._file = _shared(self._pulse)
+        self._file = shared(self._pulse)
         self._peers = Peers((self._host, self._namespace))
         self._board: Board | None = None
         if group.store is not None:
@@ -82,7 +81,6 @@ class Watchdog:
             self._tick_s = min(TICK_S, limit / 10)
         self._idle_s = 0.0
         self._passed_s = 0.0
-        self._failed_in = (Phase.START, 0)
         self._failed_at = ""
         self._fetched: dict[int, str] = {}
         self._store_silent_s = 0.0
@@ -113,8 +111,12 @@ class Watchdog:
         """
         idle_s = self._idle_s
         limit_s = self._pulse.limit_s
-        self._failed_at = stacks.users_line_of(error)
-        self._failed_in = (self._pulse.phase, self._pulse.step)
+        self._failed_at = place_in_words(
+            self._group.rank,
+            phase=self._pulse.phase,
+            step=self._pulse.step,
+            line=stacks.users_line_of(error),
+        )
         self._pulse.mark(Phase.END)
         if not is_lost_peer(error) or self._over.is_set():
             return
@@ -130,29 +132,7 @@ class Watchdog:
         """Returns where ranks were that have died, as far as this one knows, and where it is
         itself; "" if nothing is known.
         """
-        parts = []
-        for rank in gone:
-            found = self._peers.last_words(rank)
-            if found is None:
-                continue
-            news, text = found
-            line = stacks.users_line_in(text)
-            parts.append(_place(rank, phase=news.phase, step=news.step, line=line))
-            self._leave_stacks(rank, text)
-        if not parts:
-            return ""
-        phase, step = self._failed_in
-        own = _place(self._group.rank, phase=phase, step=step, line=self._failed_at)
-        return "; ".join([*parts, own])
-
-    def _leave_stacks(self, rank: int, text: str) -> None:
-        folder = self._pulse.stacks
-        if folder is None or not text:
-            return
-        # A full disk may be why it has died.
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"rank-{rank}.txt").write_text(text, encoding="utf-8")
+        return last_seen(self._peers, gone, own=self._failed_at, folder=self._pulse.stacks)
 
     def _run(self) -> None:
         before = time.monotonic()
@@ -165,7 +145,7 @@ class Watchdog:
     def _tick(self, passed_s: float) -> None:
         board = self._board
         self._passed_s = passed_s
-        marks = (self._pulse.marks, self._sequences())
+        marks = (self._pulse.marks, sequences_of(self._group))
         frame = stacks.main_frame(self._main)
         if marks != self._last or stacks.is_debugged(frame):
             self._idle_s = 0.0
@@ -201,23 +181,6 @@ class Watchdog:
         self._pulse.tell_limits()
         if self._file is not None and self._pulse.stacks is not None:
             self._file.name_folder(self._pulse.stacks)
-
-    def _sequences(self) -> dict[str, int]:
-        """Returns how many collectives this rank has entered in each group."""
-        if not HAS_SEQUENCES:
-            return {}
-        group = self._group
-        named = {"training": group.pg, "control": group.control_pg}
-        if group.sums_pg is not group.pg:
-            named["sums"] = group.sums_pg
-        for i, other in enumerate(list(group.others)):
-            named[f"other {i}"] = other
-        found = {}
-        for name, process_group in named.items():
-            if process_group is not None:
-                # Not among torch's type stubs.
-                found[name] = process_group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-        return found
 
     def _own_news(self) -> News:
         pulse = self._pulse
@@ -279,7 +242,13 @@ class Watchdog:
         if verdict is None or self._over.is_set():
             return
         ranks = [self._with_line(seen) for seen in ranks]
-        sentence = self._sentence(judge(ranks) or verdict, ranks)
+        sentence = sentence_of(
+            judge(ranks) or verdict,
+            ranks,
+            speaker=self._group.rank,
+            folder=self._pulse.stacks,
+            fetched=self._fetched,
+        )
         board = self._board
         if board is not None and not board.is_gone:
             board.claim = sentence.written()
@@ -291,34 +260,11 @@ class Watchdog:
                 self._end(read_sentence(board.verdict))
         self._end_alone(sentence, ranks)
 
-    def _sentence(self, verdict: Verdict, ranks: list[Seen]) -> Sentence:
-        text = verdict.text
-        if self._pulse.stacks is not None:
-            text += f". Stacks: {self._pulse.stacks}/"
-        frozen = []
-        for seen in ranks:
-            news = seen.news
-            if _is_stuck(seen):
-                found = self._fetched.get(news.rank, "")
-                frozen.append(Frozen(rank=news.rank, host=seen.host, pid=news.pid, stacks=found))
-        helpers: dict[tuple[str, str], int] = {}
-        for seen in sorted(ranks, key=lambda seen: seen.news.rank):
-            if not seen.is_frozen and seen.news.pid:
-                helpers.setdefault(seen.host, seen.news.rank)
-        culprit = verdict.culprits[0] if verdict.culprits else -1
-        return Sentence(
-            text=text,
-            speaker=self._group.rank,
-            culprit=culprit,
-            frozen=tuple(frozen),
-            helpers=tuple((*host, rank) for host, rank in helpers.items()),
-        )
-
     def _with_line(self, seen: Seen) -> Seen:
         """Returns a rank that cannot speak with the line of its stacks, if it is on this host and
         gives some.
         """
-        if not _is_stuck(seen) or seen.state in ("", "T", "t", "D"):
+        if not seen.is_stuck or seen.state in ("", "T", "t", "D"):
             return seen
         news = seen.news
         text = fetch_stacks(news.pid, self._peers.stack_file(news.rank))
@@ -346,25 +292,3 @@ class Watchdog:
         """Does not return."""
         self._is_ending = True
         leave(sentence, group=self._group, board=self._board)
-
-
-def _place(rank: int, *, phase: Phase, step: int, line: str = "") -> str:
-    words = f"rank {rank} was in {phase.name.lower()} of step {step}"
-    return f"{words}, at {line}" if line else words
-
-
-def _is_stuck(seen: Seen) -> bool:
-    """Whether a rank is there and says nothing any more."""
-    return seen.is_frozen and seen.news.pid > 0 and seen.state != "gone"
-
-
-def _shared(pulse: Pulse) -> PulseFile | None:
-    """Lets other processes of this host read a pulse, where the system can."""
-    try:
-        file = PulseFile()
-    except OSError:
-        return None
-    for at, number in enumerate(pulse.numbers):
-        file.numbers[at] = number
-    pulse.numbers = file.numbers
-    return file

@@ -44,10 +44,18 @@ PLACES = {
 }
 
 
-def hung(*flags: str, folder: Path, world_size: int = 2) -> Ended:
+def hung(
+    *flags: str, folder: Path, world_size: int = 2, env: dict[str, str | None] | None = None
+) -> Ended:
     limit_s = START_S + LIMIT_S + NOTICED_S + GONE_S
     return train(
-        *LIMITS, *flags, folder=folder, world_size=world_size, recipe=HANGING, limit_s=limit_s
+        *LIMITS,
+        *flags,
+        folder=folder,
+        world_size=world_size,
+        recipe=HANGING,
+        limit_s=limit_s,
+        env=env,
     )
 
 
@@ -98,7 +106,8 @@ def require_told(
 def test_a_rank_that_sleeps_is_named_with_what_it_was_in(
     place: str, rank: int, tmp_path: Path
 ) -> None:
-    ended = hung("--hang-in", place, "--at-rank", str(rank), folder=tmp_path)
+    flags = ["--hang.start=12"] if place == "start" else []
+    ended = hung("--hang-in", place, "--at-rank", str(rank), *flags, folder=tmp_path)
     phase, step = PLACES[place]
     verdict = require_told(ended, rank=rank, phase=phase, step=step)
     assert f"rank {1 - rank} " in verdict  # which waits
@@ -147,7 +156,9 @@ def test_a_collective_of_another_size_ends_at_once_and_says_who_was_where(
     rank: int, tmp_path: Path
 ) -> None:
     """gloo aborts the process of the one that gets more than it expects."""
-    ended = hung("--hang-in=forward", "--how=size", "--at-rank", str(rank), folder=tmp_path)
+    flags = ["--hang-in=forward", "--how=size", "--at-rank", str(rank)]
+    # Ranks that are gone at once have not met yet.
+    ended = hung(*flags, folder=tmp_path, env={"PACE_S": "1"})
     assert sorted(ended.codes) == [-6, 1]
     reason = ended.status["reason"]
     assert f"rank {rank} was in forward of step 3" in reason

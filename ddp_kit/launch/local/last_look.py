@@ -5,6 +5,7 @@ pulses stand still in memory, which needs no word of theirs.
 """
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -116,6 +117,8 @@ class LastLook:
         if process_state(pid) not in ("T", "t", "D"):
             descriptor = find(pid, STACKS_NAME)
             text = fetch_stacks(pid, descriptor)
+            # The signal may have ended the call that it hung in: it goes no further.
+            os.kill(pid, signal.SIGSTOP)
             if descriptor >= 0:
                 os.close(descriptor)
         try:
