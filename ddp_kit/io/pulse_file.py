@@ -11,9 +11,9 @@ import signal
 import struct
 import time
 from array import array
-from collections.abc import MutableSequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 # What a main thread does, by the number of its phase.
 PHASES = (
@@ -61,7 +61,15 @@ class PulseWords:
     folder: str = ""
 
 
-def no_file() -> MutableSequence[int]:
+class Numbers(Protocol):
+    """Numbers by position."""
+
+    def __getitem__(self, at: int, /) -> int: ...
+
+    def __setitem__(self, at: int, number: int, /) -> None: ...
+
+
+def no_file() -> Numbers:
     """Returns numbers that nobody else can read."""
     return array("q", [0] * NUMBERS)
 

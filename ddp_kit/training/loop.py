@@ -95,7 +95,6 @@ def fit(
     stop.deferring = True
     first = training.step
     checkpoints = training.checkpoints
-    pulse = training.group.pulse
     measure = _Measure(training, evaluate, report, early_stopping, callbacks)
     ending = stopped(training.control_packet.exchange(stop=stop.stop))
     if owes_evaluation and ending is None:
@@ -119,7 +118,7 @@ def fit(
         evaluates = cadence.evaluates(step) and not decision.stop
         if not (decision.stop or saves or evaluates):
             continue
-        pulse.go_on(Phase.CONTROL)
+        training.group.pulse.go_on(Phase.CONTROL)
         look_back(training)
         report.flush()
         metrics: dict[str, float] = {}

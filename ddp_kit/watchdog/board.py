@@ -50,7 +50,7 @@ class Board:
         self._seen: dict[int, Seen] = {}
         self._read_at = 0.0
         self._wake = threading.Event()
-        self._is_over = False
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ddp_kit board", daemon=True)
         self._thread.start()
 
@@ -73,18 +73,18 @@ class Board:
 
     def close(self) -> None:
         """Ends the thread, unless the store keeps it."""
-        self._is_over = True
+        self._over.set()
         self._wake.set()
         self._thread.join(timeout=1.0)
         if self._socket is not None:
             self._socket.close()
 
     def _run(self) -> None:
-        while not self._is_over:
+        while not self._over.is_set():
             # `close` may come while a question is out: then nobody sets it again.
             if not self._wake.wait(POLL_S):
                 continue
-            if self._is_over:
+            if self._over.is_set():
                 break
             try:
                 if not self.is_gone:

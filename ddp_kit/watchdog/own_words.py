@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.distributed.pulse import Pulse
-from ddp_kit.io.pulse_file import PulseFile
+from ddp_kit.io.pulse_file import NUMBERS, PulseFile
 
 HAS_SEQUENCES = hasattr(dist.ProcessGroup, "_get_sequence_number_for_group")
 
@@ -35,7 +35,7 @@ def shared(pulse: Pulse) -> PulseFile | None:
         file = PulseFile()
     except OSError:
         return None
-    for at, number in enumerate(pulse.numbers):
-        file.numbers[at] = number
+    for at in range(NUMBERS):
+        file.numbers[at] = pulse.numbers[at]
     pulse.numbers = file.numbers
     return file

@@ -120,7 +120,7 @@ def test_a_killed_rank_ends_the_others_who_say_that_a_peer_is_gone(
     assert sorted(line.split(";")[0] for line in lines) == [
         f"rank {rank} on {HOST}: {gone}" for rank in range(world_size) if rank != killed
     ]
-    assert any(line.endswith(f"; not heard of: rank {killed}") for line in lines)
+    assert any(f"; not heard of: rank {killed}" in line for line in lines)
     assert ended.is_clean()  # if rank 0 is the one that died, another one has written this
     assert ended.status["status"] == "failed"
     assert ended.status["reason"].startswith(gone)
