@@ -118,9 +118,7 @@ def fit(
         evaluates = cadence.evaluates(step) and not decision.stop
         if not (decision.stop or saves or evaluates):
             continue
-        training.group.pulse.go_on(Phase.CONTROL)
-        look_back(training)
-        report.flush()
+        _settle(training, report)
         metrics: dict[str, float] = {}
         ending = stopped(decision)
         if evaluates:
@@ -130,6 +128,13 @@ def fit(
         if ending is not None:
             return ending
     return _finished(early_stopping)
+
+
+def _settle(training: Training, report: Reporter) -> None:
+    """Waits for what is on its way over ranks, before an evaluation, a save or an end."""
+    training.group.pulse.go_on(Phase.CONTROL)
+    look_back(training)
+    report.flush()
 
 
 @dataclass(frozen=True)
