@@ -172,10 +172,6 @@ def test_a_loader_worker_that_hangs_is_named_with_its_sample(tmp_path: Path) -> 
         r"waiting for loader worker 1 \(pid (\d+)\), which reads sample (\d+)", verdict
     )
     assert found, verdict
-    end = time.monotonic() + 10
-    while Path(f"/proc/{found[1]}").exists():  # it hangs still, and goes with its rank all the same
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -222,6 +218,41 @@ def own_loop(errors: str, limit_s: float) -> None:
         for batch in feed.batches(start=0, end=10):
             step += 1
             ddp_kit.train_step(training, batch)
+
+
+def timeouts(limit_s: float) -> tuple[float, float]:
+    """Returns what gloo waits at most, in a group that is watched, and in one that asked for less."""
+    from torch import distributed as dist
+
+    import ddp_kit
+    from ddp_kit.watchdog.watch import watch
+
+    found = []
+    for timeout_s in (600.0, limit_s):
+        with ddp_kit.process_group(device="cpu", timeout_s=timeout_s) as group:
+            watch(group)
+            group.shorten_timeouts()
+            found.append(group.timeout_s)
+            assert group.pg is not None
+            backend = group.pg._get_backend(torch_device())
+            assert dist.get_backend(group.pg) == "gloo"
+            assert backend.options._timeout.total_seconds() == group.timeout_s
+    return found[0], found[1]
+
+
+def torch_device() -> Any:
+    import torch
+
+    return torch.device("cpu")
+
+
+def test_gloo_does_not_give_up_before_the_verdict_but_where_that_was_asked_for() -> None:
+    from ddp_kit.distributed.pulse import Limits
+
+    with start_ranks(timeouts, 2, 30.0, group=False, deadline_s=60) as ranks:
+        for watched, asked in ranks.values():
+            assert watched > Limits().longest
+            assert asked == 30.0
 
 
 def replace_first(limits: Any) -> Any:
@@ -298,6 +329,19 @@ def test_under_ddp_kit_run_it_ends_with_124(
     assert ended.status["exit_code"] == 124
     assert ended.is_clean()
     assert list((tmp_path / "run" / "stacks").glob("rank-*.txt"))
+
+
+@pytest.mark.slow
+@pytest.mark.steady
+def test_a_loader_worker_that_hangs_does_not_outlive_its_rank(tmp_path: Path) -> None:
+    flags = ["--hang-in=worker", "--num-workers=2", "--at-rank=1"]
+    done = command(*flags, folder=tmp_path, run=[*DDP_KIT_RUN, "2"])
+    found = re.search(r"loader worker 1 \(pid (\d+)\)", verdict_of(done.stderr))
+    assert found
+    end = time.monotonic() + 10
+    while Path(f"/proc/{found[1]}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -46,6 +46,12 @@ def test_a_pass_is_counted_from_the_last_one() -> None:
         pulses[1].begin_pass(0, left=left)
     ranks = [seen(rank, pulse.phase, part=pulse.part) for rank, pulse in enumerate(pulses)]
     assert "rank 1 (host n1, pid 81) has been in forward" in text(*ranks)
+    # With split weights a rank waits in the forward pass of the next micro-batch for one that is still in a backward pass.
+    for pulse, left in zip(pulses, (1, 2), strict=True):
+        pulse.begin_pass(0, left=left)
+    pulses[1].mark(Phase.BACKWARD)
+    ranks = [seen(rank, pulse.phase, part=pulse.part) for rank, pulse in enumerate(pulses)]
+    assert "rank 1 (host n1, pid 81) has been in backward" in text(*ranks)
 
 
 def test_at_one_place_the_one_that_has_entered_fewer_collectives_is_the_culprit() -> None:
