@@ -36,6 +36,27 @@ class EarlyStop:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hang:
+    """Seconds without any progress, by what a rank does, after which it is taken to hang. Those of
+    a step have `--hang-timeout`."""
+
+    watch: bool = True
+    """name what hangs and end the run"""
+    start: float = 1800.0
+    """before the first step: model, data, resuming, on_start"""
+    first_step: float = 600.0
+    """in the first step of an attempt, which may compile"""
+    callback: float = 600.0
+    """in a callback, or what a loop of one's own does between steps"""
+    evaluation: float = 1800.0
+    """in one micro-batch of an evaluation, or in summarize and samples"""
+    save: float = 1800.0
+    """in a save, which waits for the one before it"""
+    end: float = 1800.0
+    """after the last step: hashes, on_end, trackers"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Wandb:
     """Weights & Biases; used with --tracker wandb."""
 
@@ -163,6 +184,10 @@ class Settings:
         default=0.0, metadata=rule("stopping", least=0, free=True, elsewhere=("--max-time",))
     )
     """wall time after which a life of the run saves and stops; 0 is off"""
+    hang_timeout: float = field(default=0.0, metadata=rule("stopping", least=0, free=True))
+    """seconds without progress in a step after which the run is ended and the rank named that
+    hangs; 0: 10 times the slowest step so far, at least 60"""
+    hang: Hang = field(default_factory=Hang, metadata=rule("stopping", free=True))
     keep: int = field(
         default=3, metadata=rule("saving", least=1, expected="at least 1 checkpoint", free=True)
     )

@@ -27,6 +27,7 @@ from ddp_kit.checkpoint.retention import Keep, clear, set_aside_newer
 from ddp_kit.checkpoint.state_dict import State, state_of
 from ddp_kit.data.iterable import StreamPosition, StreamProgress
 from ddp_kit.distributed.collectives import from_rank, gather_bytes
+from ddp_kit.distributed.pulse import Phase
 from ddp_kit.errors import ConfigError
 from ddp_kit.io.logs import logger
 from ddp_kit.stopping.early_stopping import EarlyStopping
@@ -182,7 +183,8 @@ class Checkpointer:
         Raises: SaveError on every rank after three failures in a row.
         """
         self._improves(metrics)
-        self._save(metrics, again=again)
+        with self._training.group.pulse.during(Phase.SAVE):
+            self._save(metrics, again=again)
 
     def _save(self, metrics: Mapping[str, float], *, again: bool = False) -> None:
         training = self._training
@@ -278,7 +280,8 @@ class Checkpointer:
 
         Raises: SaveError if it is the third failure in a row (`failures`).
         """
-        self._writer.wait()
+        with self._training.group.pulse.during(Phase.SAVE):
+            self._writer.wait()
         self.report()
         self._writer.raise_repeated(failures)
 

@@ -6,10 +6,9 @@ torch's loader workers. Order and randomness are not decided here: `sampler` and
 
 import contextlib
 import itertools
-import time
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ddp_kit.data.batch_plan import BatchPlan, plan_batches
 from ddp_kit.data.cursor import Cursor
@@ -18,6 +17,7 @@ from ddp_kit.data.evaluation_stream import EvaluationStream
 from ddp_kit.data.iterable import StreamProgress, TrainingStream, is_stateful
 from ddp_kit.data.own_stream import OwnStreams, agreed_streams, in_lockstep
 from ddp_kit.data.prefetch import on_device
+from ddp_kit.data.rank_batch import RankBatch, grouped
 from ddp_kit.data.reader import MicroBatch, Reader
 from ddp_kit.data.sampler import GlobalBatchSampler, evaluation_requests
 from ddp_kit.data.stream_checks import start_of_stream
@@ -25,20 +25,8 @@ from ddp_kit.data.stream_length import length_of
 from ddp_kit.data.transfer import Placement
 from ddp_kit.data.workers import by_one_worker, with_workers
 from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.pulse import Pulse
 from ddp_kit.errors import ConfigError
-
-
-class RankBatch(NamedTuple):
-    """One rank's part of one global batch: what one optimizer step consumes.
-
-    `step` counts the steps before this one; `wait_s` is the time the training process waited for
-    it.
-    """
-
-    step: int
-    epoch: int
-    micro_batches: list[MicroBatch]
-    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +48,7 @@ class Feed:
     progress: StreamProgress | None = None
     streams: OwnStreams | None = None
     cursor: Cursor = field(default_factory=Cursor)
+    pulse: Pulse = field(default_factory=Pulse)
 
     @property
     def length(self) -> int:
@@ -82,7 +71,8 @@ class Feed:
         """
         per_step = len(self.plan.of_rank(self.rank))
         with contextlib.closing(self._read(start=start, end=end)) as micro_batches:
-            yield from grouped(on_device(micro_batches, self.placement), per_step=per_step)
+            placed = on_device(micro_batches, self.placement)
+            yield from grouped(placed, per_step=per_step, pulse=self.pulse, start=start)
 
     def _read(self, *, start: int, end: int) -> Generator[MicroBatch, None, None]:
         if self.sampler is None:
@@ -91,7 +81,8 @@ class Feed:
         reader = Reader(self.data, seed=self.seed, training=True)
         requests = self.sampler.requests(start=start, end=end, ahead=self.cursor.ahead)
         if self.num_workers:
-            yield from with_workers(reader, requests, num_workers=self.num_workers)
+            workers = self.num_workers
+            yield from with_workers(reader, requests, num_workers=workers, pulse=self.pulse)
             return
         per_step = len(self.plan.of_rank(self.rank))
         while own := list(itertools.islice(requests, per_step)):
@@ -110,7 +101,8 @@ class Feed:
             streams=self.streams,
         )
         if self.num_workers:
-            yield from with_workers(stream, None, num_workers=self.num_workers)
+            workers = self.num_workers
+            yield from with_workers(stream, None, num_workers=workers, pulse=self.pulse)
         else:
             yield from stream
 
@@ -159,7 +151,7 @@ def build_loader(
     streams = None
     if given.sharded:
         streams = agreed_streams(given, plan=plan, group=group)
-    return feed_of(
+    feed = feed_of(
         given,
         streams=streams,
         plan=plan,
@@ -168,6 +160,7 @@ def build_loader(
         placement=placement or Placement(group.device),
         num_workers=num_workers,
     )
+    return replace(feed, pulse=group.pulse)
 
 
 def feed_of(
@@ -237,6 +230,7 @@ def evaluation_batches(
         world_size=1 if given.sharded else group.world_size,
         num_workers=num_workers,
         what=what,
+        pulse=group.pulse,
     )
     placed = on_device(answers, placement or Placement(group.device))
     if given.sharded:
@@ -256,7 +250,14 @@ def first_of_evaluation(
 
 
 def _evaluation(
-    data: Data, *, micro_batch: int, rank: int, world_size: int, num_workers: int, what: str
+    data: Data,
+    *,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    what: str,
+    pulse: Pulse | None = None,
 ) -> Generator[MicroBatch, None, None]:
     if data.is_iterable:
         stream = EvaluationStream(
@@ -264,7 +265,7 @@ def _evaluation(
         )
         if num_workers:
             # One worker: each would read the whole stream for its part of it.
-            yield from with_workers(stream, None, num_workers=1)
+            yield from with_workers(stream, None, num_workers=1, pulse=pulse)
         else:
             yield from stream
         return
@@ -273,20 +274,7 @@ def _evaluation(
     )
     reader = Reader(data, seed=0, training=False, what=what)
     if num_workers:
-        yield from with_workers(reader, requests, num_workers=num_workers)
+        yield from with_workers(reader, requests, num_workers=num_workers, pulse=pulse)
         return
     for request in requests:
         yield from reader.read([request])
-
-
-def grouped(micro_batches: Iterable[MicroBatch], *, per_step: int) -> Iterator[RankBatch]:
-    """Yields each step's micro-batches together, with the time that was waited for them."""
-    of_step: list[MicroBatch] = []
-    begin = time.perf_counter()
-    for micro_batch in micro_batches:
-        of_step.append(micro_batch)
-        if len(of_step) == per_step:
-            request = of_step[0].request
-            yield RankBatch(request.step, request.epoch, of_step, time.perf_counter() - begin)
-            of_step = []
-            begin = time.perf_counter()

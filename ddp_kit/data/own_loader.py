@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.data.reader import MicroBatch, Request
 from ddp_kit.distributed.process_group import Group
 
@@ -18,8 +18,10 @@ def batches_of(loader: Iterable[Any], *, group: Group, size: int) -> Iterator[Ra
     placement; samples are named by their place in the batch.
     """
     indices = np.arange(size)
+    group.pulse.begin_step(1)
     begin = time.perf_counter()
     for step, batch in enumerate(loader):
         request = Request(step, 0, group.rank, indices)
         yield RankBatch(step, 0, [MicroBatch(request, batch)], time.perf_counter() - begin)
+        group.pulse.begin_step(step + 2)
         begin = time.perf_counter()

@@ -69,6 +69,8 @@ class Reader:
         self._collate = data.collate or default_collate
         self._augment = data.augment if training else None
         self._generators = KeyedGenerators()
+        # In a loader worker: where to note the sample that is being read.
+        self.notes: NDArray[np.int64] | None = None
         # Whether code runs that may draw from default generators: that of a data set which is given
         # draws does not.
         takes_draws = self._by_batch is not None and self._by_batch.takes_draws
@@ -119,6 +121,8 @@ class Reader:
             return tuple(tensor.index_select(0, at) for tensor in self._tensors)
         if self._by_batch is None:
             return self._collated(request, self._samples(request, indices))
+        if self.notes is not None:
+            self.notes[0] = indices[0]
         draws = None
         if self._training and self._by_batch.takes_draws:
             draws = self._draws(request)
@@ -147,11 +151,15 @@ class Reader:
         dataset = self._dataset
         if not self._generators.are_seeded:
             for index in indices.tolist():
-                samples.append(dataset[index])  # noqa: PERF401 (an error must find those before it)
+                if self.notes is not None:
+                    self.notes[0] = index
+                samples.append(dataset[index])
             return
         keys = sample_keys(self._seed, self._epoch(request), request.indices, request.occurrences)
         for index, value in zip(indices.tolist(), keys.tolist(), strict=True):
             self._generators.seed(value)
+            if self.notes is not None:
+                self.notes[0] = index
             samples.append(dataset[index])
 
     def _seed_for_batch(self, request: Request) -> None:

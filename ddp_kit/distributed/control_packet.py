@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ddp_kit.distributed.boundaries import Boundaries
 from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.pulse import Phase
 
 # Between packets where steps are shorter. It decides how late a stop may be, so never above 1 s.
 INTERVAL_S = 0.1
@@ -106,7 +107,14 @@ class ControlPacket:
             return self.exchange(stop=stop)
         if self.boundaries.position < self._next:
             return NOTHING
+        pulse = self._group.pulse
+        phase = pulse.phase
+        # An evaluation stays one.
+        if phase is Phase.CALLBACK:
+            pulse.mark(Phase.CONTROL)
         decision = self._read()
+        if phase is Phase.CALLBACK:
+            pulse.mark(phase)
         step_s = int(self._packet[Field.STEP_US]) / 1e6
         interval = _interval(step_s)
         if self._is_new_kind or self._group.world_size == 1:

@@ -116,6 +116,10 @@ class FailureReport:
         self.peers: Sequence[Peer] = ()  # of all ranks, once they have met
         self._is_told = False
         self._has_spoken = False
+        # Hears of an error before anybody is asked about it.
+        self.before: Callable[[BaseException], None] = _nothing
+        # Returns where ranks were that are gone, in words.
+        self.last_seen: Callable[[Sequence[int]], str] = _unknown
 
     def find_culprit(self, error: BaseException) -> Failure:
         """Tells the peers of this rank's failure and returns whose came first.
@@ -127,6 +131,7 @@ class FailureReport:
         if self._world_size == 1 or loss is Loss.NONE:
             culprit, message = self.tell(error)
             return self._failure(error, culprit, message)
+        self.before(error)
         # That a peer is lost is no news to the others.
         self._is_told = True
         self.note(LOST)
@@ -165,6 +170,9 @@ class FailureReport:
         message = self._gone_words(gone)
         if is_sure:
             message = f"{message}; not heard of: rank {_listed(gone)}"
+        where = self.last_seen(gone)
+        if where:
+            message = f"{message} ({where})"
         return culprit, message
 
     def _gone_words(self, gone: Sequence[int]) -> str:
@@ -204,6 +212,8 @@ class FailureReport:
         if isinstance(error, DdpKitError) and error.rank >= 0:
             culprit = error.rank
         message = self._memory.of_worker(words_of(error))
+        if not self._is_told:
+            self.before(error)
         if not self._is_told and not is_lost_peer(error):
             self._leave_word(culprit, message)
         self._is_told = True
@@ -263,6 +273,15 @@ class FailureReport:
         except (dist.DistError, TimeoutError):
             self._store = None
             return None
+
+
+def _nothing(error: BaseException) -> None:
+    """Nobody wants to hear of it."""
+
+
+def _unknown(gone: Sequence[int]) -> str:
+    """Nobody knows."""
+    return ""
 
 
 def _first(store: dist.Store) -> tuple[int, str] | None:

@@ -15,14 +15,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ddp_kit.distributed.device import choose_device
 from ddp_kit.distributed.failures import FailureReport
 from ddp_kit.distributed.gloo_abort import Connections, abandon
 from ddp_kit.distributed.node_check import NodeCheck, node_check
 from ddp_kit.distributed.peers import meet
 from ddp_kit.distributed.process_tuning import set_threads, tune_process
-from ddp_kit.distributed.rendezvous import Place, gather, is_agents_store, place_of, rendezvous
+from ddp_kit.distributed.pulse import Limits, Pulse
+from ddp_kit.distributed.rendezvous import Place, gather, place_of, rendezvous, store_rank
 from ddp_kit.distributed.topology import Topology, environment_default, read_topology
-from ddp_kit.errors import ConfigError
+from ddp_kit.distributed.waits import set_timeout, wait_for_all
+
+# Of a collective, where nothing else was asked for.
+TIMEOUT_S = 600.0
 
 
 @dataclass(kw_only=True)
@@ -43,10 +48,9 @@ class Group:
     pg: dist.ProcessGroup | None = None
     control_pg: dist.ProcessGroup | None = None
     sums_pg: dist.ProcessGroup | None = None
-    store: dist.Store | None = None  # for threads of all ranks
     # Those of who communicates beside training.
     others: list[dist.ProcessGroup] = field(default_factory=list)
-    timeout_s: float = 600
+    timeout_s: float = TIMEOUT_S
     # CPU threads of this rank were stated, and are no share of the cores.
     has_stated_threads: bool = False
     # What of the defaults for speed took effect.
@@ -56,6 +60,13 @@ class Group:
     has_failed: bool = False  # it is being left on an error: peers may be gone
     # Each looks at a last step whose outcome the host has not read.
     unseen: dict[int, Callable[[], None]] = field(default_factory=dict)
+    # Where the main thread is; others look at it.
+    pulse: Pulse = field(default_factory=Pulse)
+    # The ranks' store, and the rank in which it lives, -1 if that is none.
+    store: dist.Store | None = None
+    store_rank: int = -1
+    # A watchdog looks at the pulse.
+    is_watched: bool = False
 
     @property
     def rank(self) -> int:
@@ -81,7 +92,18 @@ class Group:
         Every rank calls it.
         """
         for group in self.all:
-            _set_timeout(group, timeout_s=self.timeout_s)
+            set_timeout(group, timeout_s=self.timeout_s)
+
+    def raise_timeouts(self, seconds: float) -> None:
+        """Lets collectives wait so long at least, since a watchdog ends them before.
+
+        A timeout that was asked for stays. Any thread may call it.
+        """
+        if self.timeout_s < TIMEOUT_S or seconds <= self.timeout_s:
+            return
+        self.timeout_s = seconds
+        for group in self.all:
+            set_timeout(group, timeout_s=seconds)
 
     @property
     def all(self) -> list[dist.ProcessGroup]:
@@ -100,7 +122,7 @@ class Group:
             another = dist.new_group(backend=backend)
             assert isinstance(another, dist.ProcessGroup)  # every rank is in it
             device = "cpu" if backend == "gloo" else self.device
-            _wait_for_all(another, device)
+            wait_for_all(another, device)
         self.others.append(another)
         return another
 
@@ -114,38 +136,6 @@ class Group:
             yield
 
 
-def _wait_for_all(group: dist.ProcessGroup, device: torch.device | str) -> None:
-    """Returns once every rank has connected: leaving before would fail a peer that has not."""
-    dist.all_reduce(torch.zeros(1, device=device), group=group)
-
-
-def _set_timeout(group: dist.ProcessGroup, *, timeout_s: float) -> None:
-    # Public since torch 2.15.
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    set_timeout(timedelta(seconds=timeout_s), group)
-
-
-def choose_device(device: str, *, topology: Topology) -> torch.device:
-    """Returns this rank's device: `cuda:(local_rank % visible devices)` or `cpu`.
-
-    Args: `device` auto, cpu or cuda.
-    Raises: ConfigError if CUDA is asked for and there is none, or the name is not known.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {device}: expected auto, cpu or cuda.")
-    if device == "cpu":
-        return torch.device("cpu")
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if visible:
-        return torch.device("cuda", topology.local_rank % visible)
-    if device == "cuda":
-        raise ConfigError(
-            "--device cuda: no CUDA device is visible here (torch.cuda.is_available() is False)."
-            " Type --device cpu, or auto."
-        )
-    return torch.device("cpu")
-
-
 @contextmanager
 def process_group(
     *,
@@ -153,7 +143,8 @@ def process_group(
     device: str = "auto",
     init_method: str | None = None,
     first_timeout_s: float = 1800,
-    timeout_s: float = 600,
+    timeout_s: float = TIMEOUT_S,
+    hang_timeout_s: float = 0.0,
     threads: int = 0,
     tuning: bool = True,
     run_dir: Path | None = None,
@@ -164,7 +155,9 @@ def process_group(
 
     Args: `topology` read from the environment if not given; `device` auto, cpu or cuda;
         `init_method` a `file://` address in place of the environment's; `first_timeout_s` bounds
-        the waits until `Group.shorten_timeouts`, `timeout_s` those after; `threads` CPU threads of
+        the waits until `Group.shorten_timeouts`, `timeout_s` those after; `hang_timeout_s` seconds
+        without progress in a step after which a rank is taken to hang once `wrap` was called (0:
+        10 times the slowest step, at least 60); `threads` CPU threads of
         this rank (0: its share of the cores); `tuning` switches on the defaults for speed;
         `run_dir` is where a node check, if the launcher asks for one, leaves the names of bad
         nodes.
@@ -178,6 +171,7 @@ def process_group(
     chosen = check.device(lambda: choose_device(device, topology=topology))
     alone = FailureReport(rank=topology.rank, world_size=topology.world_size)
     group = Group(topology=topology, device=chosen, failure_report=alone, timeout_s=timeout_s)
+    group.pulse.limits = Limits(step=hang_timeout_s)
     if tuning:
         group.tuned += tune_process(topology, chosen)
     group.has_stated_threads = threads > 0
@@ -236,13 +230,14 @@ def _join(
     with rendezvous(topology, place, init_method=init_method, timeout=timeout) as store:
         check.roll_call(store, group.device)
         gather(store, topology, timeout=timeout)
-    is_rank_0s = init_method is None and not is_agents_store()
+    group.store = dist.PrefixStore("ddp_kit_threads", store)
+    group.store_rank = store_rank(init_method)
     group.failure_report = FailureReport(
         rank=topology.rank,
         world_size=topology.world_size,
         store=dist.PrefixStore("ddp_kit_blame", store),
-        hosts=is_rank_0s and topology.rank == 0,
-        is_rank_0s=is_rank_0s,
+        hosts=group.store_rank == topology.rank,
+        is_rank_0s=group.store_rank == 0,
     )
     group.store = dist.PrefixStore("ddp_kit_threads", store)
     with group.connecting():
@@ -255,7 +250,7 @@ def _join(
     if timeout != usual:
         store.set_timeout(usual)
         for made in group.all:
-            _set_timeout(made, timeout_s=usual.total_seconds())
+            set_timeout(made, timeout_s=usual.total_seconds())
 
 
 def _make_training_group(
@@ -297,5 +292,6 @@ def _leave(group: Group, *, failed: bool) -> None:
         group.unseen.clear()
         group.pg = group.control_pg = group.sums_pg = None
         group.others.clear()
+        group.store = None
         if dist.is_initialized():
             dist.destroy_process_group()

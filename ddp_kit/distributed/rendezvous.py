@@ -33,6 +33,11 @@ POLL_S = 0.05  # to see that the telling is over
 LONGEST = 200  # bytes of an answer
 
 
+def store_rank(init_method: str | None) -> int:
+    """Returns the rank in which the store lives, -1 if that is torchrun's agent or a file."""
+    return -1 if init_method is not None or is_agents_store() else 0
+
+
 @dataclass
 class Place:
     """Where this process has met its peers: how often, and in which store."""

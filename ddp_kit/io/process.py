@@ -27,11 +27,34 @@ def is_stopped(pid: int) -> bool:
     """Whether a process on this host stands still: SIGSTOP, Ctrl-Z or a debugger. False where the
     system does not tell.
     """
+    return process_state(pid) in ("T", "t")
+
+
+def process_state(pid: int) -> str:
+    """Returns the letter that Linux has for what a process on this host does: T stopped, D in a
+    wait in the kernel, R and S it runs or sleeps; "gone" if it is there no more.
+
+    Elsewhere it is "".
+    """
+    if not Path("/proc/self/stat").exists():
+        return ""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
-    return state in "Tt"
+        return "gone"
+    return "gone" if state in "ZX" else state
+
+
+def state_words(state: str) -> str:
+    """Returns what a process does that says nothing any more, by its `process_state`."""
+    words = {
+        "T": "is stopped (SIGSTOP)",
+        "t": "is stopped by a debugger",
+        "D": "sits in the kernel, in a wait that nothing can interrupt (a disk or file server)",
+        "": "has said nothing",
+        "gone": "is gone",
+    }
+    return words.get(state, "cannot run Python (something holds its GIL)")
 
 
 def pid_namespace() -> str:

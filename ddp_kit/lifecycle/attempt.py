@@ -36,6 +36,7 @@ from ddp_kit.stopping.grace_period import GracePeriod
 from ddp_kit.stopping.signals import Stop, StopFlag, Stopped
 from ddp_kit.stopping.stop_watcher import StopWatcher
 from ddp_kit.training.reporter import Reporter
+from ddp_kit.watchdog.ending import HUNG
 
 STATUS_S = 3.0
 POLL_S = 0.05
@@ -173,6 +174,33 @@ class Attempt:
             logger.warning("%s", warning)
         if self.stop_watcher is not None and self.stop_watcher.saved():
             reporter.event("acknowledged", step=save.step, message="the file SAVE")
+
+    def heed_verdicts(self, group: Group) -> None:
+        """From now on a watchdog leaves stacks and its verdict in the run directory."""
+        assert self.place is not None
+        group.pulse.stacks = self.place.path / "stacks"
+        group.pulse.on_verdict = self.hung
+
+    def hung(self, text: str, rank: int) -> None:
+        """Leaves a verdict in the run directory. A watchdog's thread of one rank calls it: rank 0's
+        if that can.
+        """
+        assert self.place is not None
+        if self.directory is not None:
+            self._write_verdict(self.directory, text)
+            if self.has_begun and self.context is not None and self._told is not None:
+                reporter = self.context.reporter
+                reporter.event("failure", step=self.step, rank=rank, message=text)
+            self.directory.release()
+            return
+        directory = RunDir(self.place.path)
+        with directory.inherited():
+            self._write_verdict(directory, text)
+
+    def _write_verdict(self, directory: RunDir, text: str) -> None:
+        self._told = directory.status(
+            "failed", reason=text, step=self.step, metrics=self.metrics, exit_code=HUNG
+        )
 
     @property
     def step(self) -> int:

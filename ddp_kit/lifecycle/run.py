@@ -96,6 +96,7 @@ def _open_directory(attempt: Attempt, group: Group, stack: ExitStack) -> RunPlac
     )
     attempt.place = place
     attempt.life.place = place
+    attempt.heed_verdicts(group)
     stack.enter_context(rank_log(place.path / "logs", rank=group.rank))
     return place
 
@@ -227,6 +228,7 @@ def _end(ending: Ending, attempt: Attempt, context: RunContext) -> Outcome:
     """Waits for the last save, evaluates the test data and leaves the status."""
     training = context.built.training
     assert training.checkpoints is not None
+    training.group.pulse.finish(training.step)
     if ending.stop:
         # Now, on ranks that saw no sign of it.
         context.stop.ask(ending.stop)

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from ddp_kit.distributed.failures import Failure
 from ddp_kit.distributed.process_group import Group, process_group
+from ddp_kit.distributed.pulse import Limits
 from ddp_kit.distributed.topology import is_first_rank
 from ddp_kit.errors import ConfigError, DdpKitError
 from ddp_kit.io.logs import logger, without_secrets
 from ddp_kit.io.redact import redact_text
 from ddp_kit.settings import Settings
 from ddp_kit.strategies.precision import arithmetic, deterministic
+from ddp_kit.watchdog.watch import watch
 
 OTHERS_SPEAK_S = 5.0  # a busy machine starts the first rank that much later than the others
 HANG = 124  # as `timeout` of coreutils has it
@@ -46,6 +48,8 @@ def session(
     with process_group(
         device=settings.device, threads=threads, tuning=settings.tuning, run_dir=run_dir
     ) as group:
+        group.pulse.limits = _limits(settings)
+        watch(group)
         try:
             with (
                 arithmetic(settings.precision, group.device),
@@ -67,6 +71,22 @@ def session(
             if not speaks or isinstance(error, SystemExit):
                 raise
             raise SystemExit(code_of(failure)) from error
+
+
+def _limits(settings: Settings) -> Limits:
+    """Returns the time that each phase has."""
+    hang = settings.hang
+    return Limits(
+        step=settings.hang_timeout,
+        start=hang.start,
+        first_step=hang.first_step,
+        callback=hang.callback,
+        evaluation=hang.evaluation,
+        save=hang.save,
+        end=hang.end,
+        compiles=settings.compile,
+        is_on=hang.watch,
+    )
 
 
 def exit_code(error: BaseException) -> int:

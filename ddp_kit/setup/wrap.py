@@ -33,6 +33,7 @@ from ddp_kit.strategies.precision import LossScale
 from ddp_kit.training.freezing import Freezing, GradientFlags
 from ddp_kit.training.optimizer_marks import marks_of
 from ddp_kit.training.state import LossCall, ObjectiveState, Training
+from ddp_kit.watchdog.watch import watch
 
 
 def wrap(
@@ -56,6 +57,7 @@ def wrap(
     Every rank calls it; see `wrap_parts`, also for what it raises. `buffers` and `frozen` are
     those of Recipe; `exact` wants `process_group(threads=...)` on a CPU.
     """
+    watch(group)
     require_equal(model, group=group)
     freeze_for_good(model, frozen)
     if exact and group.device.type == "cpu" and not group.has_stated_threads:

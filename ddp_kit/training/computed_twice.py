@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.distributed.collectives import gather_bytes, max_over_ranks
 from ddp_kit.errors import ConfigError, DdpKitError

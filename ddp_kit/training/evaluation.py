@@ -19,6 +19,7 @@ from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.seeding import forward_key, generators_put_back, seed_forward
 from ddp_kit.distributed.collectives import from_rank, sum_by_name
 from ddp_kit.distributed.process_group import Group
+from ddp_kit.distributed.pulse import Phase
 from ddp_kit.errors import DdpKitError
 from ddp_kit.metrics import Sums, means, settled, tensor_of
 from ddp_kit.recipe import Pairs, Recipe
@@ -109,12 +110,14 @@ def evaluate(
             rank; `summarize` gives no numbers.
         DataError: rows of one name differ in shape or dtype, on all ranks alike.
     """
-    with evaluating(model), autocast(precision, group.device):
+    doing = group.pulse.during(Phase.EVALUATION)
+    with doing, evaluating(model), autocast(precision, group.device):
         found = _Pass(group, measure=partial(enter, measure), seed=seed)
         for micro_batch in micro_batches:
             if rewind is not None:
                 rewind()
             found.take(model, micro_batch)
+            group.pulse.beat()
             if heed is not None:
                 heed()
     names = sorted(found.names)

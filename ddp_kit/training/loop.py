@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ddp_kit.data.cursor import Cursor
-from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.distributed.control_packet import Decision
+from ddp_kit.distributed.pulse import Phase
 from ddp_kit.recipe import Callback
 from ddp_kit.stopping.early_stopping import EarlyStopping
 from ddp_kit.stopping.signals import Abandoned, Stop, StopFlag
@@ -143,9 +144,11 @@ class _Measure:
         step = self.training.step
         require_agreement(self.training)
         try:
-            metrics = self.evaluate(epoch)
+            with self.training.group.pulse.during(Phase.EVALUATION):
+                metrics = self.evaluate(epoch)
         except Abandoned as abandoned:
             return {}, stopped(abandoned.decision)
+        self.training.group.pulse.go_on(Phase.CALLBACK)
         if metrics:
             for callback in self.callbacks:
                 callback.on_evaluation(step, metrics)
@@ -167,6 +170,8 @@ def _pause(
     """Evaluates and saves, as far as these are due. Returns how the run ends, if it ends here."""
     training = measure.training
     checkpoints = training.checkpoints
+    # What is on its way over ranks comes before an evaluation, a save or an end.
+    training.group.pulse.go_on(Phase.CONTROL)
     look_back(training)
     measure.report.flush()
     metrics: dict[str, float] = {}

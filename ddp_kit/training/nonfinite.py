@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.distributed.collectives import from_rank, gather_bytes, sum_over_ranks
 from ddp_kit.errors import DdpKitError, NonFiniteError, some

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ddp_kit.data.batch_plan import BatchPlan
 from ddp_kit.data.cursor import Cursor
-from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.distributed.control_packet import ControlPacket
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError

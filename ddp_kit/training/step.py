@@ -13,10 +13,11 @@ import math
 
 import torch
 
-from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.data.reader import MicroBatch
 from ddp_kit.data.seeding import seed_forward
 from ddp_kit.distributed.collectives import anywhere, over_shards
+from ddp_kit.distributed.pulse import Phase
 from ddp_kit.metrics import Sums
 from ddp_kit.stopping.signals import StopFlag
 from ddp_kit.training.finite_check import find_non_finite, mark_added
@@ -50,14 +51,14 @@ def train_step(training: Training, batch: RankBatch) -> StepSums:
         return sums
     training.forward_state.begin_step()
     is_whole = True
-    for objective in training.objectives:
+    for number, objective in enumerate(training.objectives):
         # The rates of this step: the scheduler moves on below.
         groups = objective.optimizer.param_groups
         sums.rates[objective.name] = [group["lr"] for group in groups]
         for parameter in objective.frozen:
             parameter.requires_grad_(False)
         try:
-            is_applied = _objective_step(training, objective, batch, sums)
+            is_applied = _objective_step(training, objective, batch, sums, number=number)
         finally:
             for parameter in objective.frozen:
                 parameter.requires_grad_(True)
@@ -83,13 +84,15 @@ def _end(training: Training, *, is_whole: bool) -> None:
     if training.average is not None:
         training.average.update()
     training.step += 1
+    training.group.pulse.end_step()
 
 
 def _objective_step(
-    training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums
+    training: Training, objective: ObjectiveState, batch: RankBatch, sums: StepSums, *, number: int
 ) -> bool:
     """Runs forward and backward of each micro-batch, and applies the step. Returns whether it was
-    applied."""
+    applied. `number` is the objective's."""
+    pulse = training.group.pulse
     for parameter in objective.parameters:
         parameter.grad = None
     if training.look_twice is not None:
@@ -114,6 +117,7 @@ def _objective_step(
     for i in range(num_passes):
         micro_batch = batch.micro_batches[min(i, last)]
         request = micro_batch.request
+        pulse.begin_pass(number, left=num_passes - i)
         with strategy.micro_batch(objective.call, is_last=i == num_passes - 1):
             seed_forward(
                 objective.forward_key,
@@ -123,6 +127,7 @@ def _objective_step(
             )
             state.rewind(request.micro_batch)
             total, own_count, metrics = _forward(objective, micro_batch, training.step)
+            pulse.mark(Phase.BACKWARD)
             if i > last:
                 # Others have one more, and gather weights with this rank: it repeats its last one,
                 # for nothing.
@@ -138,8 +143,10 @@ def _objective_step(
 
     training.flags.require(objective.name)
     # Read in the order of the launches, so that none is waited for while a failed one is unread.
+    pulse.mark(Phase.REDUCE)
     factor = count.factor() * unscale
     state.finish()
+    pulse.mark(Phase.OPTIMIZER)
     return _apply(training, objective, batch, sums, factor)
 
 

@@ -5,7 +5,7 @@ So is every number here, and no rank asks another unless the step is bad.
 
 from dataclasses import replace
 
-from ddp_kit.data.loader import RankBatch
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.training.bad_steps import Fault
 from ddp_kit.training.nonfinite import fault_of, what_was_applied
 from ddp_kit.training.state import ObjectiveState, StepSums, Training

@@ -26,7 +26,8 @@ from torch.utils.data._utils import signal_handling
 from ddp_kit import Data, LossSum
 from ddp_kit.checkpoint.weights import weights_sha256
 from ddp_kit.data.batch_plan import plan_batches
-from ddp_kit.data.loader import RankBatch, feed_of
+from ddp_kit.data.loader import feed_of
+from ddp_kit.data.rank_batch import RankBatch
 from ddp_kit.data.transfer import Placement
 from ddp_kit.distributed.process_group import process_group
 from ddp_kit.errors import NonFiniteError
@@ -119,7 +120,7 @@ def test_a_killed_rank_ends_the_others_who_say_that_a_peer_is_gone(
     assert sorted(line.split(";")[0] for line in lines) == [
         f"rank {rank} on {HOST}: {gone}" for rank in range(world_size) if rank != killed
     ]
-    assert any(line.endswith(f"; not heard of: rank {killed}") for line in lines)
+    assert any(f"; not heard of: rank {killed}" in line for line in lines)
     assert ended.is_clean()  # if rank 0 is the one that died, another one has written this
     assert ended.status["status"] == "failed"
     assert ended.status["reason"].startswith(gone)

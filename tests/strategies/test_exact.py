@@ -348,9 +348,8 @@ def test_a_failing_or_killed_rank_ends_all_though_another_thread_waits_for_it(
     assert failed.status["reason"] == f"rank {culprit}: ValueError: the loss's own fault"
     killed = train("--fault", "SIGKILL", *flags, folder=tmp_path / "killed", world_size=world_size)
     assert killed.codes == [-signal.SIGKILL if rank == culprit else 1 for rank in range(world_size)]
-    assert (
-        killed.status["reason"]
-        == f"a peer is gone that left no word (killed, or out of memory); not heard of: rank {culprit}"
+    assert killed.status["reason"].startswith(
+        f"a peer is gone that left no word (killed, or out of memory); not heard of: rank {culprit}"
     )
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ddp_kit.distributed.device import choose_device
 from ddp_kit.distributed.node_check import identity
-from ddp_kit.distributed.process_group import choose_device
 from ddp_kit.distributed.process_tuning import set_threads
 from ddp_kit.distributed.topology import Topology
 from ddp_kit.errors import ConfigError

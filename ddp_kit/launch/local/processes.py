@@ -26,19 +26,22 @@ from ddp_kit.io.logs import patient_output
 from ddp_kit.io.polling import wait_until
 from ddp_kit.launch.environment import environment, inside_job
 from ddp_kit.launch.local.guard import Guard
+from ddp_kit.launch.local.last_look import LastLook
 from ddp_kit.launch.local.run_folder import RunFolder
 from ddp_kit.launch.plan import Plan
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # peers of a failed rank end within 10 s by themselves
 PEERS_S = 15.0
+# those of one that left because of a hang have been told so before
+HUNG_S = 5.0
 TERM_S = 10.0
 # without a heartbeat of rank 0, which beats every 15 s, after an order to end
 STILL_S = 60.0
 ORDERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-HANG = 124
 POLL_S = 0.02
 USAGE = 2
+HUNG = 124
 # of prctl.h
 PR_SET_PDEATHSIG = 1
 Rank = subprocess.Popen[bytes]
@@ -162,17 +165,29 @@ def _watch(
     """
     end = float("inf")
     first: dict[int, int] = {}
+    last_look = LastLook([rank.pid for rank in ranks])
     while not _have_ended(ranks) and time.monotonic() < end:
         if not first:
             first = _failed(ranks)
         if first:
             # what one rank refuses as usage all refuse, and the others would only say it again
             patience_s = 0.0 if USAGE in _failed(ranks).values() else PEERS_S
+            if HUNG in _failed(ranks).values():
+                patience_s = HUNG_S
             end = min(end, time.monotonic() + patience_s)
         elif told and folder is not None and _stands_still(told, folder):
             print(f"rank 0 does not answer, {STILL_S:.0f} s after a signal", file=sys.stderr)
-            return 0, HANG
+            return 0, HUNG
+        living = [number for number, rank in enumerate(ranks) if rank.returncode is None]
+        if last_look.names_frozen(living):
+            _kill(ranks)
+            last_look.clear()
+            return living[0], HUNG
         time.sleep(POLL_S)
+    if HUNG in _failed(ranks).values():
+        # whoever named the rank that hangs has also killed it, perhaps first
+        _kill(ranks)
+        return _first_with(HUNG, ranks), HUNG
     if not first:
         first = _failed(ranks)
     for number, code in first.items():
@@ -181,6 +196,11 @@ def _watch(
             print(_ended_by(number, code, memory=memory), file=sys.stderr, flush=True)
             return number, code
     return next(iter(first.items()), (0, 0))
+
+
+def _first_with(code: int, ranks: Sequence[Rank]) -> int:
+    """Returns the first rank that ended with an exit code."""
+    return next(number for number, found in _failed(ranks).items() if found == code)
 
 
 def _stands_still(told: Sequence[float], folder: RunFolder) -> bool:
@@ -208,6 +228,14 @@ def _have_ended(ranks: Sequence[Rank]) -> bool:
 def _failed(ranks: Sequence[Rank]) -> dict[int, int]:
     """The exit codes of the ranks that are known to have failed, by rank."""
     return {number: rank.returncode for number, rank in enumerate(ranks) if rank.returncode}
+
+
+def _kill(ranks: Sequence[Rank]) -> None:
+    """Ends ranks that hang, or wait for one that does: nothing is saved by waiting for them."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
+            rank.wait()
 
 
 def _end(ranks: Sequence[Rank]) -> None:
