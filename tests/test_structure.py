@@ -38,7 +38,7 @@ BUDGETS = {
     "strategies": 2770,
     "stopping": 510,
     "training": 2920,
-    "model_state": 1990,
+    "model_state": 2020,
     "checkpoint": 4570,
     "setup": 1790,
     "lifecycle": 1690,
