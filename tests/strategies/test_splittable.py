@@ -108,10 +108,6 @@ class Sparse(torch.optim.SGD):
             parameter[parameter.grad.nonzero(as_tuple=True)] -= 0.1
 
 
-class Reading(torch.optim.Adafactor):
-    """None of torch's own, which are tried out before: it could know of split weights."""
-
-
 class Layerwise(torch.optim.SGD):
     """Divides by the norm of the whole tensor."""
 
