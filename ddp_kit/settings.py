@@ -37,10 +37,9 @@ class EarlyStop:
 
 @dataclass(frozen=True, kw_only=True)
 class Hang:
-    """Seconds without any progress, by what a rank does, after which it is taken to hang. Those of
-    a step have `--hang-timeout`."""
+    """Seconds without progress after which a rank is taken to hang, by what it does."""
 
-    watch: bool = True
+    enabled: bool = True
     """name what hangs and end the run"""
     start: float = 1800.0
     """before the first step: model, data, resuming, on_start"""
@@ -157,8 +156,7 @@ class Settings:
     )
     """wall time after which a life of the run saves and stops; 0 is off"""
     hang_timeout: float = field(default=0.0, metadata=rule("stopping", least=0, free=True))
-    """seconds without progress in a step after which the run is ended and the rank named that
-    hangs; 0: 10 times the slowest step so far, at least 60"""
+    """seconds without progress that are a hang; 0: 10 times the slowest step, at least 60"""
     hang: Hang = field(default_factory=Hang, metadata=rule("stopping", free=True))
     keep: int = field(
         default=3, metadata=rule("saving", least=1, expected="at least 1 checkpoint", free=True)

@@ -84,7 +84,7 @@ def _limits(settings: Settings) -> Limits:
         save=hang.save,
         end=hang.end,
         compiles=settings.compile,
-        is_on=hang.watch,
+        is_on=hang.enabled,
     )
 
 
