@@ -14,89 +14,16 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any, Literal
 
+from ddp_kit.config.groups import DeepSpeed as DeepSpeed
+from ddp_kit.config.groups import EarlyStop as EarlyStop
+from ddp_kit.config.groups import Fsdp as Fsdp
+from ddp_kit.config.groups import Hang as Hang
+from ddp_kit.config.groups import Wandb as Wandb
 from ddp_kit.config.rules import rule
 from ddp_kit.errors import ConfigError
 
 Precision = Literal["fp32", "fp64", "tf32", "bf16", "fp16"]
 Comm = Literal["fp32", "bf16", "fp16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EarlyStop:
-    """Stopping early on an evaluation metric. Off while `metric` is empty."""
-
-    metric: str = ""
-    """evaluation metric to watch, for instance loss or accuracy; empty is off"""
-    patience: int = 5
-    """evaluations without an improvement before the run stops"""
-    min_delta: float = 0.0
-    """smallest change that counts as an improvement"""
-    mode: Literal["min", "max"] = "min"
-    """whether smaller or larger is better"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hang:
-    """Seconds without any progress, by what a rank does, after which it is taken to hang. Those of
-    a step have `--hang-timeout`."""
-
-    watch: bool = True
-    """name what hangs and end the run"""
-    start: float = 1800.0
-    """before the first step: model, data, resuming, on_start"""
-    first_step: float = 600.0
-    """in the first step of an attempt, which may compile"""
-    callback: float = 600.0
-    """in a callback, or what a loop of one's own does between steps"""
-    evaluation: float = 1800.0
-    """in one micro-batch of an evaluation, or in summarize and samples"""
-    save: float = 1800.0
-    """in a save, which waits for the one before it"""
-    end: float = 1800.0
-    """after the last step: hashes, on_end, trackers"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wandb:
-    """Weights & Biases; used with --tracker wandb."""
-
-    project: str = ""
-    """project; empty: ddp_kit"""
-    entity: str = ""
-    """team or user; empty: the account's default"""
-    group: str = ""
-    """group of runs"""
-    tags: tuple[str, ...] = ()
-    """tags of the run"""
-    mode: Literal["", "online", "offline"] = ""
-    """empty: online where a key is found, else offline"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fsdp:
-    """FSDP2; used with --strategy fsdp."""
-
-    wrap: tuple[str, ...] = ()
-    """class names of the modules that are gathered as one; empty: the whole model is"""
-    wrap_size: int = 0
-    """also the smallest modules with at least so many parameters; 0 is off"""
-    hybrid: bool = False
-    """split within a node, repeat across nodes"""
-    cpu_offload: bool = False
-    """keep weights, gradients and optimizer state in host memory (CUDA only)"""
-    meta: bool = False
-    """build the model without memory and give it values once it is split: by reset_parameters,
-    --init-from or a checkpoint"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeepSpeed:
-    """DeepSpeed; used with --strategy deepspeed."""
-
-    stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO stage: 0 nothing is split, 1 optimizer state, 2 gradients too, 3 weights too"""
-    config: str = ""
-    """JSON file of further DeepSpeed settings; what flags decide may not stand in it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +112,7 @@ class Settings:
     )
     """wall time after which a life of the run saves and stops; 0 is off"""
     hang_timeout: float = field(default=0.0, metadata=rule("stopping", least=0, free=True))
-    """seconds without progress in a step after which the run is ended and the rank named that
-    hangs; 0: 10 times the slowest step so far, at least 60"""
+    """seconds without progress that are a hang; 0: 10 times the slowest step, at least 60"""
     hang: Hang = field(default_factory=Hang, metadata=rule("stopping", free=True))
     keep: int = field(
         default=3, metadata=rule("saving", least=1, expected="at least 1 checkpoint", free=True)

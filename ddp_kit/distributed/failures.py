@@ -4,14 +4,12 @@ A rank that fails leaves word in the store before its connections close. Nothing
 peers end because connections close, and read here why they did.
 """
 
-import socket
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch.distributed as dist
 
+from ddp_kit.distributed.failure import BROKEN, GONE, KILLED, NO_PROGRESS, Failure
 from ddp_kit.distributed.lost_peer import Loss, loss_of, words_of
 from ddp_kit.distributed.peers import Peer, gone_of, living_words, sees_all
 from ddp_kit.distributed.store_answers import answer_of
@@ -31,64 +29,6 @@ PAUSE_S = 0.02
 ANSWER_S = 5.0  # for the store to answer: it lives in rank 0, which may have stopped
 DEATH_S = 2.0  # from the loss of a killed process's connections to its end
 NOBODY = -1  # in place of the rank that failed first, where none has
-GONE = "a peer is gone that left no word (killed, or out of memory)"
-KILLED = " was killed by the kernel: "
-BROKEN = "a connection between ranks broke, though every rank's process lives"
-NO_PROGRESS = "no progress: a collective was not completed in time"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """A failure as one rank sees it: its own error, and whose came first."""
-
-    error: BaseException
-    rank: int
-    culprit: int  # the rank that failed first, -1 if it is not known
-    message: str  # of the first failure
-    is_silent: bool = False  # a peer is gone and left no word
-    is_alone: bool = False  # there are no other ranks
-
-    @property
-    def is_hang(self) -> bool:
-        """Whether nothing moved, and nobody is known to have failed."""
-        return self.message.startswith(NO_PROGRESS)
-
-    @property
-    def is_own(self) -> bool:
-        """Whether this rank failed by itself, not because of another one.
-
-        It failed alone, first, or in the same way as the first.
-        """
-        if self.is_silent:
-            return False
-        return self.culprit == self.rank or self.message == words_of(self.error)
-
-    @property
-    def reason(self) -> str:
-        """The failure in one text, for status.json."""
-        if self.is_silent or self.is_alone:
-            return self.message
-        return f"rank {self.culprit}: {self.message}"
-
-    def words(self) -> str:
-        """Returns what this rank writes to stderr.
-
-        The culprit writes its message or traceback, others a line, or nothing where all fail alike.
-        """
-        where = f"rank {self.rank} on {socket.gethostname()}"
-        if self.is_silent:
-            return f"{where}: {self.message}\n"
-        if self.culprit != self.rank:
-            if self.is_own:
-                return ""
-            first_line = self.message.splitlines()[0]
-            return f"{where}: ended because rank {self.culprit} failed: {first_line}\n"
-        if isinstance(self.error, DdpKitError):
-            return f"{self.error}\n"
-        if isinstance(self.error, SystemExit):
-            return f"{where}: {self.message}\n"
-        head = "" if self.is_alone else f"{where} failed:\n"
-        return head + "".join(traceback.format_exception(self.error))
 
 
 class FailureReport:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ddp_kit.checkpoint.checkpointer import Checkpointer
 from ddp_kit.checkpoint.format.writer import Saved
 from ddp_kit.distributed.early_boundary import EarlyBoundary
-from ddp_kit.distributed.failures import Failure
+from ddp_kit.distributed.failure import Failure
 from ddp_kit.distributed.process_group import Group
 from ddp_kit.errors import DdpKitError
 from ddp_kit.io.json_lines import read_json
@@ -22,6 +22,7 @@ from ddp_kit.io.logs import logger
 from ddp_kit.io.polling import wait_until
 from ddp_kit.lifecycle.history import NoProgressError
 from ddp_kit.lifecycle.job_lives import JobLife, step_in
+from ddp_kit.lifecycle.reporters import tell_of_save
 from ddp_kit.lifecycle.resume_command import resume_command
 from ddp_kit.lifecycle.run_dir import RunDir
 from ddp_kit.lifecycle.session import HANG, code_of
@@ -40,7 +41,6 @@ from ddp_kit.watchdog.ending import HUNG
 
 STATUS_S = 3.0
 POLL_S = 0.05
-MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ class Attempt:
         """Takes a save that has ended: tells of it, and what a stop needs now."""
         assert self.context is not None
         reporter = self.context.reporter
-        _tell_of_save(reporter, save)
+        tell_of_save(reporter, save)
         if save.error or self._grace_period is None:
             return
         self._grace_period.saved(save.seconds)
@@ -297,17 +297,3 @@ def _await_status(path: Path) -> None:
     run ended.
     """
     wait_until(lambda: _status_of(path) != "running", within_s=STATUS_S, pause_s=POLL_S)
-
-
-def _tell_of_save(reporter: Reporter, save: Saved) -> None:
-    """Writes down a save that has ended. A failed one is a warning, and training goes on."""
-    said = save.error or save.note
-    if said:
-        logger.warning("checkpoint of step %s: %s", save.step, said)
-    if save.error:
-        reporter.event("save_failed", step=save.step, message=save.error)
-        return
-    words = f"{save.nbytes / MIB:.1f} MiB in {save.seconds:.2f} s"
-    if save.note:
-        words = f"{words}; {save.note}"
-    reporter.event("save", step=save.step, message=words)

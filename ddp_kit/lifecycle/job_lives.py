@@ -5,7 +5,7 @@ nowhere.
 from collections.abc import Mapping
 from pathlib import Path
 
-from ddp_kit.distributed.failures import Failure
+from ddp_kit.distributed.failure import Failure
 from ddp_kit.distributed.topology import is_first_rank
 from ddp_kit.io.json_lines import read_json
 from ddp_kit.lifecycle.history import (

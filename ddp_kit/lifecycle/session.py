@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ddp_kit.distributed.failures import Failure
+from ddp_kit.distributed.failure import Failure
 from ddp_kit.distributed.process_group import Group, process_group
 from ddp_kit.distributed.pulse import Limits
 from ddp_kit.distributed.topology import is_first_rank
@@ -85,7 +85,7 @@ def _limits(settings: Settings) -> Limits:
         save=hang.save,
         end=hang.end,
         compiles=settings.compile,
-        is_on=hang.watch,
+        is_on=hang.enabled,
     )
 
 

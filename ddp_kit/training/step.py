@@ -101,15 +101,7 @@ def _objective_step(
     state = training.forward_state
     count = objective.count
 
-    # What a loss is multiplied by before backward, and its gradients after it.
-    grad_scale = float(strategy.divisor)
-    unscale = 1.0
-    if objective.scale.is_on:
-        # The divisor waits until after backward: what overflows must not depend on the number of
-        # ranks.
-        unscale = grad_scale / objective.scale.scale
-        grad_scale = objective.scale.scale
-
+    grad_scale, unscale = _scales(objective, divisor=strategy.divisor)
     count.begin(batch.micro_batches)
     state.begin()
     last = len(batch.micro_batches) - 1
@@ -148,6 +140,15 @@ def _objective_step(
     state.finish()
     pulse.mark(Phase.OPTIMIZER)
     return _apply(training, objective, batch, sums, factor)
+
+
+def _scales(objective: ObjectiveState, *, divisor: float) -> tuple[float, float]:
+    """Returns what a loss is multiplied by before backward, and its gradients after it."""
+    if not objective.scale.is_on:
+        return float(divisor), 1.0
+    # The divisor waits until after backward: what overflows must not depend on the number of ranks.
+    scale = objective.scale.scale
+    return scale, float(divisor) / scale
 
 
 def _forward(

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from ddp_kit.distributed.failures import BROKEN, GONE, NO_PROGRESS, FailureReport
+from ddp_kit.distributed.failure import BROKEN, GONE, NO_PROGRESS
+from ddp_kit.distributed.failures import FailureReport
 from ddp_kit.distributed.lost_peer import Loss, loss_of, words_of
 from ddp_kit.distributed.peers import this_process
 

@@ -16,7 +16,8 @@ from torch import nn
 
 import ddp_kit
 from ddp_kit import Data, LossSum, Recipe
-from ddp_kit.distributed.failures import Failure, FailureReport
+from ddp_kit.distributed.failure import Failure
+from ddp_kit.distributed.failures import FailureReport
 from ddp_kit.lifecycle import run_dir
 
 AT_STEP = 4
