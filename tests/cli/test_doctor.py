@@ -38,6 +38,14 @@ TOGETHER = ["clocks", "pairs", "sum", "addresses"]
 GIB = 2**30
 
 
+@pytest.fixture(autouse=True)
+def folder_of_its_own(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A doctor tries the disk where it stands, and tests beside these stand where they were started."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("place"))
+
+
 def alone(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
     """A doctor in one process. Returns its exit code and its checks by name."""
     code = main(["doctor", "--json", *words])

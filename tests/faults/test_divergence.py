@@ -2,6 +2,7 @@
 
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from bad_runs import Ended, Fault, trained_as
 from cases import Counting, Settings, normed, plain, recipe, vectors
 from torch import nn
 
+from ddp_kit import LossSum
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import steps
 from ddp_kit.distributed.topology import read_topology
@@ -110,7 +112,13 @@ def quietly(settings: Settings) -> list[int]:
 
     loop.Sentinel = Noting  # type: ignore[misc]  # in this forked process alone
     fault = Fault()
-    made = recipe(settings, model=normed, loss=fault.loss, callbacks=[fault])
+
+    def slow(model: nn.Module, batch: Any) -> LossSum:
+        # Of short steps several lie between two packets.
+        time.sleep(0.11)
+        return fault.loss(model, batch)
+
+    made = recipe(settings, model=normed, loss=slow, callbacks=[fault])
     ended = trained_as(made, settings, fault, [])
     assert ended.error == ""
     return agreed

@@ -135,7 +135,7 @@ def test_a_run_is_finished_once_every_rank_has_come_out_of_on_end(tmp_path: Path
     ("env", "reason"),
     [
         ({"WITHIN_S": "1"}, "rank 1 has not come out of on_end within 1 s"),
-        ({"LINGER": "killed"}, "a peer is gone that left no word"),
+        ({"LINGER": "killed"}, "rank 1 was ended by SIGKILL"),
     ],
 )
 def test_a_rank_that_does_not_come_out_of_on_end_fails_the_run(

@@ -232,10 +232,10 @@ def _failed(ranks: Sequence[Rank]) -> dict[int, int]:
 
 def _kill(ranks: Sequence[Rank]) -> None:
     """Ends ranks that hang, or wait for one that does: nothing is saved by waiting for them."""
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.kill()
-            rank.wait()
+    left = [rank for rank in ranks if rank.poll() is None]
+    for rank in left:
+        rank.send_signal(signal.SIGKILL)
+    wait_until(partial(_have_ended, left), within_s=TERM_S, pause_s=POLL_S)
 
 
 def _end(ranks: Sequence[Rank]) -> None:
