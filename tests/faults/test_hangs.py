@@ -19,7 +19,7 @@ from ddp_kit.testing import start_ranks
 HOST = socket.gethostname()
 HANGING = str(KIT / "hanging.py")
 LIMIT_S = 3.0
-SLOW = [pytest.mark.slow, pytest.mark.steady]
+SLOW = [pytest.mark.slow]
 # Each phase is short here, but the beginning, in which a busy machine imports what it needs.
 LIMITS = (
     f"--hang-timeout={LIMIT_S}",
@@ -175,7 +175,6 @@ def test_a_loader_worker_that_hangs_is_named_with_its_sample(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.steady
 def test_of_four_ranks_the_two_that_hang_are_named_and_the_two_that_wait(tmp_path: Path) -> None:
     ended = hung("--hang-in=forward", "--at-rank=12", folder=tmp_path, world_size=4)
     verdict = verdict_of(ended.errors)
@@ -295,7 +294,6 @@ TORCHRUN = [
 
 
 @pytest.mark.slow
-@pytest.mark.steady
 @pytest.mark.parametrize(
     ("ranks", "how", "at_rank", "words"),
     [
@@ -332,7 +330,6 @@ def test_under_ddp_kit_run_it_ends_with_124(
 
 
 @pytest.mark.slow
-@pytest.mark.steady
 def test_a_loader_worker_that_hangs_does_not_outlive_its_rank(tmp_path: Path) -> None:
     flags = ["--hang-in=worker", "--num-workers=2", "--at-rank=1"]
     done = command(*flags, folder=tmp_path, run=[*DDP_KIT_RUN, "2"])
@@ -345,7 +342,6 @@ def test_a_loader_worker_that_hangs_does_not_outlive_its_rank(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.steady
 @pytest.mark.parametrize("how", ["sleep", "gil", "stop"])
 def test_under_torchrun_the_status_has_the_verdict(how: str, tmp_path: Path) -> None:
     begin = time.monotonic()
