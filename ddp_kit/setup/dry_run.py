@@ -99,6 +99,8 @@ class DryRun:
                 census.take(trained=trained, may_split=self._may_split)
                 if is_whole:
                     self._note_means(call, seed=seed, trains=trains)
+            # A loss may have thawed them at its end, as many a GAN's does.
+            _freeze(frozen)
             wrapped = training.strategy.wrap(call, optimizer)
             self._changes_weights |= is_whole and census.has_weights
             self._run_twice(wrapped.call, parameters, seed=seed)
@@ -226,8 +228,7 @@ class DryRun:
 @contextmanager
 def _only(parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]) -> Iterator[None]:
     """Lets gradients reach `parameters` alone, and drops them at the end."""
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    _freeze(frozen)
     try:
         yield
     finally:
@@ -235,6 +236,11 @@ def _only(parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter]) ->
             parameter.grad = None
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+
+def _freeze(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
 
 
 def _count_of(count: int | torch.Tensor, size: int, *, feed: Feed, group: Group) -> Count:
