@@ -38,7 +38,7 @@ BUDGETS = {
     "strategies": 3000,
     "stopping": 510,
     "training": 3100,
-    "model_state": 1990,
+    "model_state": 2040,
     "checkpoint": 4570,
     "setup": 2400,
     "lifecycle": 1690,

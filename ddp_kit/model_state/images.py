@@ -23,6 +23,8 @@ from ddp_kit.distributed.tensors_from_rank import as_bytes
 MOST_PARTS = 1000
 DEEPEST = 8
 CONTAINERS = (list, tuple, set, frozenset, deque, dict)
+# Whose objects are none of a user's own.
+ENGINES = {"torch", "deepspeed", "ddp_kit"}
 SCALARS = (type(None), bool, int, float, str)
 Encoded = Any
 
@@ -49,13 +51,6 @@ class Image:
             keys_are_plain = all(isinstance(key, SCALARS) for key in self.keys)
             return keys_are_plain and all(part.is_plain for part in self.parts)
         return isinstance(self.origin, SCALARS)
-
-    @property
-    def is_data(self) -> bool:
-        """Whether it is numbers, texts, tensors and arrays, and containers and objects of them."""
-        if self.parts is not None:
-            return all(part.is_data for part in self.parts)
-        return self.content is not None or isinstance(self.origin, SCALARS)
 
     @property
     def is_large(self) -> bool:
@@ -159,7 +154,7 @@ def _image(value: Any, budget: _Budget, *, depth: int) -> Image:
     read = _state_reader(value)
     if read is not None:
         return Image(value, content=read())
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.flags.writeable:
+    if _is_array(value):
         return Image(value, content=value.copy())
     if _is_record(value):
         return _image_of_record(value, budget, depth=depth)
@@ -173,23 +168,47 @@ def _image(value: Any, budget: _Budget, *, depth: int) -> Image:
     return Image(value, parts=parts, keys=keys)
 
 
-def _is_record(value: Any) -> bool:
-    """Whether a value may be an object of a user's own with attributes, such as a meter."""
+def _is_record(value: Any, *, depth: int = 0) -> bool:
+    """Whether a value is an object of a user's own with attributes, all of them data: a meter.
+
+    One that holds something else, a module, a lock or a file, lives a life of its own, and torch's
+    objects may hold memory that is not there now. Nothing is copied before that is known.
+    """
     kinds = (type, ModuleType, FunctionType, MethodType, nn.Module, *CONTAINERS, *SCALARS)
-    return not isinstance(value, kinds) and isinstance(getattr(value, "__dict__", None), dict)
+    if isinstance(value, kinds) or type(value).__module__.partition(".")[0] in ENGINES:
+        return False
+    attributes = getattr(value, "__dict__", None)
+    if not isinstance(attributes, dict) or not 0 < len(attributes) <= MOST_PARTS:
+        return False
+    return all(_is_data(item, depth=depth + 1) for item in attributes.values())
+
+
+def _is_data(value: Any, *, depth: int) -> bool:
+    """Whether a value is numbers, texts, tensors, arrays and generators, and containers and objects
+    of them."""
+    if type(value) is torch.Tensor:
+        return value.layout is torch.strided and not value.is_meta
+    if isinstance(value, SCALARS) or _is_array(value) or _state_reader(value) is not None:
+        return True
+    if depth >= DEEPEST:
+        return False
+    if isinstance(value, CONTAINERS):
+        items = value.values() if isinstance(value, dict) else value
+        return len(value) <= MOST_PARTS and all(_is_data(item, depth=depth + 1) for item in items)
+    return _is_record(value, depth=depth)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.flags.writeable
 
 
 def _image_of_record(value: Any, budget: _Budget, *, depth: int) -> Image:
-    """Returns the image of an object: of its attributes if all of them are data. One that holds
-    something else, a lock or a file, lives a life of its own.
-    """
+    """Returns the image of an object: of its attributes."""
     attributes = vars(value)
-    if depth >= DEEPEST or len(attributes) > budget.parts or not attributes:
+    if depth >= DEEPEST or len(attributes) > budget.parts:
         return Image(value)
     budget.parts -= len(attributes)
     parts = [_image(item, budget, depth=depth + 1) for item in attributes.values()]
-    if not all(part.is_data for part in parts):
-        return Image(value)
     return Image(value, parts=parts, keys=list(attributes), is_record=True)
 
 

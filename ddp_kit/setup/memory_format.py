@@ -89,7 +89,7 @@ def placement_for_optimizers(
     if not placement.channels_last or not foreign:
         return placement
     for weight in _weights_of_convolutions(model):
-        weight.data = weight.data.contiguous()
+        weight.data = weight.data.to(memory_format=torch.contiguous_format)
     trials = [optimizer_trial(model, optimizer, settings, group) for optimizer in foreign]
     return choose_memory_format(model, placement, trials, group=group)
 
@@ -161,7 +161,9 @@ def _lay_convolutions(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor
     before = []
     for weight in _weights_of_convolutions(model):
         before.append((weight, weight.data))
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        # contiguous() would leave the strides of a weight of one input channel, of which torch says
+        # that they are of either format: their gradients come in those of this one.
+        weight.data = weight.data.to(memory_format=torch.channels_last)
     return before
 
 

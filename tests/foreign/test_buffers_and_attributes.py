@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,14 @@ class Everything(nn.Module):
         self.counts = {"calls": 0}
         self.kinds = {"none"}
         self.window: deque[float] = deque([0.0], maxlen=3)
+        self.meter = SimpleNamespace(sum=0.0, last=[])
+        self.seen = np.zeros(3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.meter.sum += len(x)
+        self.meter.last.append(len(x))
+        self.meter.fresh = 1
+        self.seen[0] += 1
         with torch.no_grad():
             self.in_place += x.mean(0)
             self.assigned = self.assigned + 1
@@ -333,11 +340,58 @@ class Lazy(nn.Module):
         return self.head(self.inner(x))
 
 
+class Schedule:
+    """A schedule as an object, which counts itself."""
+
+    def __init__(self) -> None:
+        self.t = 0
+        self.spans = {"warm": [5]}
+
+    def rate(self) -> float:
+        self.t += 1
+        return 1 / (1 + self.t + len(self.spans))
+
+
+class ByObject(Hidden):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = Schedule()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x) * self.state.rate()
+
+
+class ByNamespace(Hidden):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = {"inner": SimpleNamespace(seen=torch.zeros(6).double())}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.head(x + self.state["inner"].seen)
+        self.state["inner"].seen += x.detach().mean(0)
+        return out
+
+
+class ByArray(Hidden):
+    """Counts in an array, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = np.zeros(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.state[len(x) % 4] += 1
+        return self.head(x) / float(1 + self.state.sum())
+
+
 REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (Hidden, r"has left in state, .*register_buffer"),
     (HiddenList, r"has left in state, .*register_buffer"),
     (HiddenInPlace, r"has left in state, .*register_buffer"),
     (CacheBesideItsLength, r"has left in state, .*register_buffer"),
+    (ByObject, r"has left in state, .*register_buffer"),
+    (ByNamespace, r"has left in state, .*register_buffer"),
+    (ByArray, r"has left in state, .*register_buffer"),
     (OwnGenerator, r"draws from a generator of its own, state"),
     (OwnNumpy, r"draws from a generator of its own, state"),
     (Lazy, r"the forward pass makes inner"),
@@ -361,9 +415,11 @@ class Looked(nn.Module):
         self.head = nn.Linear(6, 4)
         self.seen: list[torch.Tensor] = []
         self.auxiliary: Any = None
+        self.meter = SimpleNamespace(sum=0.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.head(x)
+        self.meter.sum += float(out.detach().sum())
         self.auxiliary = 0.1 * out.square().sum()
         self.seen = [out.detach()]
         return out

@@ -136,7 +136,6 @@ def test_tied_weights_and_adapters_train_as_in_bare_torch(
 
 
 @pytest.mark.slow
-@pytest.mark.steady
 @pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -159,7 +158,6 @@ def test_an_optimizer_that_a_strategy_cannot_split_is_refused_on_one_rank_too(
 
 
 @pytest.mark.slow
-@pytest.mark.steady
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("model", MODELS)

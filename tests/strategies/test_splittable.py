@@ -86,7 +86,7 @@ def test_one_process_refuses_what_many_would(settings: Split) -> None:
 def test_an_optimizer_that_cannot_step_rows_is_named(group: Group) -> None:
     for kind, said in (
         (Sparse, "Sparse cannot step weights that are split"),
-        (torch.optim.Adafactor, "Adafactor reads numbers off"),
+        (Reading, "Reading reads numbers off"),
     ):
         made = build(
             split(FSDP, optimizer=lambda model, kind=kind: kind(trained(model), lr=0.01)),
