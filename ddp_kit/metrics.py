@@ -95,11 +95,12 @@ def numbers_of(rows: Sequence[Sums], names: Sequence[str]) -> list[list[list[flo
     found = []
     for sums in rows:
         pairs = [sums.get(name, ABSENT) for name in names]
-        found.append([[_number(value) for value in pair] for pair in pairs])
+        found.append([[float_of(value) for value in pair] for pair in pairs])
     return found
 
 
-def _number(value: Number) -> float:
+def float_of(value: Number) -> float:
+    """Returns a number of a user's as a float; its gradient, if it has one, is nobody's concern."""
     return value.item() if isinstance(value, torch.Tensor) else float(value)
 
 

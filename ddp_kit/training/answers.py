@@ -137,7 +137,9 @@ def _number_of(value: Any) -> Number | None:
         return value.detach().reshape(()) if is_one else None
     if isinstance(value, np.ndarray | np.generic):
         is_one = value.size == 1 and value.dtype.kind in KINDS.removesuffix("c")
-        value = value.item() if is_one else None
+        if not is_one:
+            return None
+        value = value.item()
     if isinstance(value, numbers.Integral):
         # A count, which no mean can be.
         return int(value)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ddp_kit.metrics import Number, Sums
+from ddp_kit.metrics import Number, Sums, float_of
 
 MOST_SAMPLES = 8  # that are tried, and then twice as many
 # Of a count that doubles with the samples.
@@ -136,7 +136,7 @@ def _is_near(before: Pairs, again: Pairs, name: str) -> bool:
 
 
 def _numbers(sums: Sums) -> Pairs:
-    return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
+    return {name: (float_of(total), float_of(count)) for name, (total, count) in sums.items()}
 
 
 def size_of(batch: Any) -> int:

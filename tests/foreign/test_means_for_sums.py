@@ -146,9 +146,17 @@ def a_metric(model: nn.Module, batch: Any) -> LossSum:
     return LossSum(found.total, found.count, metrics=means)
 
 
+def a_metric_with_a_gradient(model: nn.Module, batch: Any) -> LossSum:
+    """Not detached, as people forget to."""
+    found = classify(model, batch)
+    sureness = model(batch[0]).softmax(1).amax(1).mean()
+    return LossSum(found.total, found.count, metrics={"sureness": (sureness, found.count)})
+
+
 @pytest.mark.ranks(1, 2)
 def test_so_are_metrics_of_the_loss_and_of_evaluate(group: Group) -> None:
     assert "mean accuracy. A pair is (sum, count)" in notes(group, a_metric)[0]
+    assert "sureness. A pair is (sum, count)" in notes(group, a_metric_with_a_gradient)[0]
 
     def evaluate(model: nn.Module, batch: Any) -> dict[str, Any]:
         inputs, labels = batch

@@ -19,6 +19,7 @@ import ddp_kit
 from ddp_kit import Data, LossSum, Recipe
 from ddp_kit.checkpoint.format.storage import LocalDisk
 from ddp_kit.checkpoint.retention import steps
+from ddp_kit.io.polling import wait_until
 from ddp_kit.stopping import stop_watcher
 
 
@@ -73,8 +74,8 @@ class Asks:
 
     def wait_for_a_checkpoint(self) -> None:
         """A save goes on behind the steps: it may still be under way when the next step is done."""
-        while not steps(LocalDisk(self.run_dir / "checkpoints")):
-            time.sleep(0.01)
+        disk = LocalDisk(self.run_dir / "checkpoints")
+        assert wait_until(lambda: bool(steps(disk)), within_s=20, pause_s=0.01)
 
     def on_start(self, model: nn.Module) -> None:
         self.act()
