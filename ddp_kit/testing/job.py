@@ -4,9 +4,11 @@ The files hold pickles, so they must come from nowhere else: one user's pytest w
 within one private folder.
 """
 
+import contextlib
 import importlib
 import os
 import pickle
+import random
 import socket
 import sys
 import warnings
@@ -27,6 +29,9 @@ AGENTS_VARIABLES = (
     "TORCHELASTIC_USE_AGENT_STORE",
     "TORCHELASTIC_RESTART_COUNT",
 )
+# Ports for ranks to meet at, and Linux's first one of those that it hands out to connections.
+LOWEST = 10_000
+LOWEST_HANDED_OUT = 32_768
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +161,14 @@ class Files:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    """Returns a port that is free until rank 0 listens there: one that the kernel hands out might
+    meanwhile become some connection's own.
+    """
+    top = LOWEST_HANDED_OUT
+    with contextlib.suppress(OSError):
+        top = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        # not of the generator that a test may have seeded
+        port = random.SystemRandom().randrange(LOWEST, max(top, LOWEST + 10_000))
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

@@ -22,6 +22,7 @@ from ddp_kit.testing import (
     run_ranks,
     start_ranks,
 )
+from ddp_kit.testing.job import Job
 from ddp_kit.testing.pool import Pool
 
 ALONE = """
@@ -146,6 +147,14 @@ class TestMethods:
 def test_filters_make_warnings_errors_in_ranks() -> None:
     with pytest.raises(UserWarning, match="careful"):
         warnings.warn("careful", stacklevel=1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads what Linux hands out")
+def test_ranks_meet_at_a_port_that_the_kernel_gives_to_nobody_else() -> None:
+    handed_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(20):
+        job = Job(call=b"", world_size=1, has_group=False, deadline_s=1.0)
+        assert job.port < handed_out
 
 
 def test_values_come_back_in_rank_order() -> None:
